@@ -1,0 +1,251 @@
+"""What the user wrote, read: the arguments, the YAML and its base layers, older keys put into today's words.
+
+Every layer is a flat mapping of dotted keys to values; common.config gives the merged one its types and checks it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from common.errors import UserError
+from common.schema import JOBS, OBSOLETE_KEYS, RENAMED_KEYS, RENAMED_VALUES, UPDATE_SIZE_KEYS, keys_of
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRY_SCRIPTS = {"rl": "rl.py", "eval": "eval.py", "sft": "train/sft_<family>.py", "generate": "generate.py"}
+CONFIG_IS_OPTIONAL = {"generate"}
+EXAMPLES = {"rl": "training.seed=1", "eval": "seed=1", "sft": "training.seed=1", "generate": "temperature=0"}
+Layer = tuple[str, dict[str, Any]]  # where it was written, its keys
+
+
+def split_arguments(job: str, argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
+    """The config's path, None where a job does without, and the overrides, values parsed as YAML scalars."""
+    path: Path | None = None
+    overrides: dict[str, Any] = {}
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        bare = key.lstrip("-+")
+        if not equals or not bare or bare != key:
+            wanted = f"{bare}={text or '…'}" if bare else EXAMPLES[job]
+            raise UserError(f"{argument}: arguments are key=value, as in {wanted}")
+        if key == "config":
+            path = find_config(text)
+        else:
+            overrides[key] = parse_value(job, key, text)
+    if path is None and job not in CONFIG_IS_OPTIONAL:
+        raise UserError(f"config= is missing; for {ENTRY_SCRIPTS[job]} choose one of: {names_of(configs_of(job))}")
+    return path, flatten(overrides)
+
+
+def parse_value(job: str, key: str, text: str) -> Any:
+    """The value of `key=text`, read as YAML; for a key of type text, taken as typed unless quoted or null."""
+    hint = keys_of(JOBS[job]).get(key, (Any,))[0]
+    wants_text = get_origin(hint) is not list and str in (hint, *get_args(hint))
+    if not text or (wants_text and text != "null" and text[0] not in "'\""):
+        return text
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{key}={text}: not a YAML value ({one_line(error)})") from None
+
+
+def find_config(text: str) -> Path:
+    """The file a user named, looked for from here and from the project's folder."""
+    for path in (Path(text), ROOT / text):
+        if path.is_file():
+            return path
+    folders = {Path(text).parent.resolve(), ROOT / "configs"}
+    shown = [shown_path(one) for folder in folders for one in sorted(folder.glob("*.yaml"))]
+    by_stem = {Path(one).stem: one for one in shown}
+    near = difflib.get_close_matches(Path(text).stem, by_stem, 1, 0.5)
+    hint = f"did you mean config={by_stem[near[0]]}?" if near else f"there are: {names_of(shown)}"
+    raise UserError(f"config={text}: no such file; {hint}")
+
+
+def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
+    """A YAML's base layers, deepest first, and then the YAML itself, each as (file, dotted keys)."""
+    if path in chain:
+        raise UserError(f"{shown_path(path)}: base layers name each other in a circle")
+    content = read_yaml(path)
+    bases = content.pop("base", None) or []
+    here = path.parent if path.parent.name == "base" else path.parent / "base"
+    layers = []
+    for base in [bases] if isinstance(bases, str) else bases:
+        found = [one for one in (here / f"{base}.yaml", ROOT / "configs" / "base" / f"{base}.yaml") if one.is_file()]
+        if not found:
+            there = names_of(sorted(one.stem for one in (ROOT / "configs" / "base").glob("*.yaml")))
+            raise UserError(
+                f"{shown_path(path)}: base={base}: no file {shown_path(here)}/{base}.yaml; there are: {there}"
+            )
+        layers += read_layers(found[0], (*chain, path))
+    return [*layers, (shown_path(path), flatten(content))]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file's content, interpolations kept."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{shown_path(path)}{line}: broken YAML: {one_line(error.problem or error)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
+        raise UserError(f"{shown_path(path)}: broken YAML: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{shown_path(path)}: broken YAML: expected keys, found a list")
+    return content
+
+
+def flatten(content: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists are values."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def infer_job(values: dict[str, Any]) -> str | None:
+    """Which job a file's keys belong to; None where they do not tell."""
+    if isinstance(values.get("model"), str) or "model_base" in values:
+        return "eval"
+    sections = {key.split(".")[0] for key in values}
+    if "rollout" in sections:
+        return "rl" if sections & {"training", "optimizer"} or "model.pretrained_model" in values else None
+    if values.keys() & {"training.method", "dataset.optimization_data"}:
+        return "sft"
+    return None
+
+
+def configs_of(job: str) -> dict[str, str]:
+    """The shipped configs that fit a job: path → first comment line."""
+    found = {}
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        try:
+            written = {key: value for _, layer in read_layers(path) for key, value in layer.items()}
+        except UserError:  # a broken file must not keep others from being listed
+            continue
+        if infer_job(written) == job:
+            comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+            found[shown_path(path)] = comments[0].lstrip("# ") if comments else ""
+    return found
+
+
+def merge_layers(job: str, layers: list[Layer]) -> tuple[dict[str, Any], list[str]]:
+    """One mapping of the job's keys, later layers winning, and what there is to tell about older keys.
+
+    The keys of UPDATE_SIZE_KEYS stay in it where they were written after the key they stand for.
+    """
+    merged: dict[str, Any] = {}
+    idle: dict[str, str] = {}
+    renamed: dict[str, str] = {}
+    target = update_size_target(job)
+    for source, layer in layers:
+        values = translate(job, source, layer, idle, renamed)
+        if target in values:
+            for key in UPDATE_SIZE_KEYS:
+                if key in merged or key in values:
+                    idle[key] = f"{target} counts"
+                merged.pop(key, None)
+                values.pop(key, None)
+        elif values.keys() & set(UPDATE_SIZE_KEYS):
+            merged.pop(target, None)
+        merged |= values
+    notes = []
+    if idle:
+        reasons: dict[str, list[str]] = {}
+        for key, why in idle.items():
+            reasons.setdefault(why, []).append(key)
+        notes.append("without effect here: " + "; ".join(f"{', '.join(keys)} ({why})" for why, keys in reasons.items()))
+    if renamed:
+        notes.append("read as: " + "; ".join(f"{old} → {new}" for old, new in renamed.items()))
+    return merged, notes
+
+
+def update_size_target(job: str) -> str:
+    """The key that UPDATE_SIZE_KEYS stand for; "" where the job has none."""
+    return {"rl": "training.updates_per_step", "sft": "training.batch_size"}.get(job, "")
+
+
+def translate(
+    job: str, source: str, layer: dict[str, Any], idle: dict[str, str], renamed: dict[str, str]
+) -> dict[str, Any]:
+    """The layer in the job's own keys; fills `idle` (key → why) and `renamed` (old=value → new=value)."""
+    known = keys_of(JOBS[job])
+    sections = {key[:dot] for key in known for dot in range(len(key)) if key[dot] == "."}
+    values = {key: value for key, value in layer.items() if key in known}
+    for key, value in layer.items():
+        new = RENAMED_KEYS.get(key)
+        obsolete = next((p for p in OBSOLETE_KEYS if fnmatch.fnmatch(key, p) or p == f"{key}.*"), None)
+        if key in known or (key in sections and value is None):  # a section with all its keys commented out
+            continue
+        if key in UPDATE_SIZE_KEYS and update_size_target(job):
+            values[key] = value
+        elif new in known:
+            if value == f"${{{new}}}" or layer.get(new) == value:
+                idle[key] = f"{new} counts"
+                continue
+            if new in layer:
+                idle[f"{key}={show(value)}"] = f"{new}={show(layer[new])} counts"
+                continue
+            words = RENAMED_VALUES.get(key)
+            if words and value not in words:
+                raise UserError(f"{key}={show(value)}: not supported; set {new} to one of {', '.join(words.values())}")
+            values[new] = words[value] if words else value
+            renamed[f"{key}={show(value)}"] = f"{new}={show(values[new])}"
+        elif obsolete:
+            idle[obsolete] = OBSOLETE_KEYS[obsolete]
+        elif key in sections:
+            inside = names_of([one for one in known if one.startswith(f"{key}.")])
+            raise UserError(f"{key}={show(value)} in {source}: {key} is a section; its keys are {inside}")
+        else:
+            raise UserError(f"unknown key {key}={show(value)} in {source}; {nearest(key, list(known))}")
+    return values
+
+
+def nearest(key: str, known: list[str]) -> str:
+    """A word on which key was meant: the same last part in another section, else the most alike."""
+
+    def likeness(one: str) -> float:
+        return difflib.SequenceMatcher(None, key, one).ratio()
+
+    same_leaf = [one for one in known if one.split(".")[-1] == key.split(".")[-1]]
+    near = [max(same_leaf, key=likeness)] if same_leaf else difflib.get_close_matches(key, known, 1, 0.6)
+    if not near:  # the section may be missing altogether
+        by_leaf = {one.split(".")[-1]: one for one in reversed(known)}
+        near = [by_leaf[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], by_leaf, 1, 0.6)]
+    return f"did you mean {near[0]}?" if near else "all keys are in configs/README.md"
+
+
+def show(value: Any) -> str:
+    """A value as a user would type it, in one short line."""
+    words = {True: "true", False: "false", None: "null"}
+    return words[value] if value is None or isinstance(value, bool) else one_line(value)
+
+
+def one_line(thing: Any) -> str:
+    """The first line of a text, shortened."""
+    text = (str(thing).strip().splitlines() or [""])[0]
+    return text if len(text) <= 100 else text[:97] + "…"
+
+
+def names_of(names: Any) -> str:
+    """A list in words, at most a dozen."""
+    names = list(names)
+    return ", ".join(names[:12]) + (" …" if len(names) > 12 else "") if names else "none"
+
+
+def shown_path(path: Path) -> str:
+    """The path as a user would type it from here, or from the project's folder."""
+    full = path.resolve()
+    for folder in (Path.cwd(), ROOT):
+        if full.is_relative_to(folder):
+            return str(full.relative_to(folder))
+    return str(path)

@@ -1,0 +1,333 @@
+"""Every key a config may have: its type, its default and one line of explanation.
+
+A job is one of the dataclasses in `JOBS`; `common.config.load_config` fills it from YAML layers and the
+command line. `Any` marks a key that takes a scalar or a list (evaluation under several settings).
+"""
+
+# ruff: noqa: RUF009 — `key` and `section` make fields, which is what dataclass defaults are for
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any, get_type_hints
+
+STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def key(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    function: bool = False,
+) -> Any:
+    """A schema field with its one-line explanation; lists and dicts are copied per instance.
+
+    `choices` names the words allowed, `function` allows module:function (too), `low` and `high` bound numbers;
+    `common.config` holds each value, or each entry of a list, to them.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "function": function}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(cls: type) -> Any:
+    """A nested section with the defaults of its class."""
+    return field(default_factory=cls)
+
+
+@dataclass
+class Sampling:
+    """How responses are drawn; shared by rollout, evaluation and generate.py."""
+
+    block_size: Any = key(4, "tokens denoised together; blocks are aligned to position 0", low=1)
+    denoising_steps_per_block: int = key(4, "static: steps in which one block is unmasked", low=1)
+    max_token: int = key(
+        2000, "longest response in tokens; the prompt's remainder in the first block is not counted", low=1
+    )
+    temperature: Any = key(1.0, "of the draw; 0 is argmax", low=0)
+    top_k: Any = key(0, "draw among the k likeliest tokens; 0 for all, 1 is argmax", low=0)
+    top_p: Any = key(
+        1.0, "draw among the likeliest tokens that reach this probability, the crossing one kept", low=0, high=1
+    )
+    remasking_strategy: Any = key(
+        "low_confidence_dynamic",
+        "which positions are unmasked: low_confidence_static, low_confidence_dynamic, sequential, entropy_bounded, "
+        "or my_module:my_function",
+        choices=STRATEGIES,
+        function=True,
+    )
+    dynamic_threshold: Any = key(
+        0.9, "low_confidence_dynamic: unmask every candidate at or above this probability", low=0, high=1
+    )
+    eb_threshold: float = key(0.1, "entropy_bounded: largest sum of entropies (nats) unmasked together", low=0)
+    confidence_from: str = key(
+        "raw", "confidence before (raw) or after (sampled) temperature, top-k and top-p", choices=("raw", "sampled")
+    )
+    num_response_per_task: int = key(1, "responses drawn for each task", low=1)
+    max_active: int = key(256, "sequences sampled side by side", low=1)
+    stop_token_list: list[str] | None = key(None, "tokens that end a response; null: the tokenizer's own")
+    start_with_think: bool = key(False, "begin the assistant's turn with <think>")
+
+
+@dataclass
+class RolloutConfig(Sampling):
+    num_task_per_step: int = key(64, "tasks drawn in one RL step, over all devices", low=1)
+    max_resample: int = key(1, "how many times more tasks are drawn when every group was filtered away", low=0)
+
+
+@dataclass
+class EvaluationConfig(Sampling):
+    eval_dataset: str = key("", "name, path or hub id; empty: dataset.eval_dataset or the held-out split")
+    data_type: str | None = key(None, "math; null: dataset.data_type", choices=("math",))
+    num_task: int = key(0, "use the first n tasks; 0 for all", low=0)
+
+
+@dataclass
+class EvalRolloutConfig(Sampling):
+    num_task: int = key(0, "use the first n tasks; 0 for all", low=0)
+
+
+@dataclass
+class ExperimentConfig:
+    project: str = key("", "name of the run's folder; empty: the config file's stem")
+    runs_dir: str = key("runs", "folder of all runs")
+    start_from_scratch: bool = key(True, "an existing run folder is moved aside (True) or resumed (False)")
+    total_step: int = key(50, "RL steps", low=1)
+    save_every: int = key(10, "steps between checkpoints; 0: only the final model", low=0)
+    eval_every: int = key(10, "steps between evaluations; 0: before and after only", low=0)
+    keep_last: int = key(2, "checkpoints kept", low=1)
+    trackers: list[str] = key(
+        ["tensorboard"],
+        "where curves go besides metrics.jsonl: tensorboard, wandb, trackio",
+        choices=("tensorboard", "wandb", "trackio"),
+    )
+
+
+@dataclass
+class ModelConfig:
+    pretrained_model: str = key("", "folder or hub id of the model; `tiny`: a new small network (SFT only)")
+    model_base: str = key("sdar", "the family")
+    optimized_name: str = key("optimized", "folder of the trained model under ckpt/")
+    made_by: str | None = key(None, "an SFT config that makes pretrained_model where that folder is missing")
+    dtype: str = key(
+        "auto", "of the weights: auto (bfloat16 on a GPU, float32 elsewhere), float32, bfloat16", choices=DTYPES
+    )
+
+
+@dataclass
+class DatasetConfig:
+    train_dataset: str = key("", "tasks to learn from: a name, a path (json, jsonl, parquet) or a hub id")
+    eval_dataset: str = key("", "tasks to evaluate on")
+    data_type: str = key("math", "how answers are checked: math", choices=("math",))
+    prompt_template: str | None = key(None, "the instruction around {question}; null: as the family published it")
+
+
+@dataclass
+class SFTDatasetConfig:
+    optimization_data: str = key("", "records with prompt and response: a name or a path (json, jsonl, parquet)")
+    eval_dataset: str = key("", "tasks on which stop_at_accuracy is measured")
+    data_type: str = key("math", "how answers are checked: math", choices=("math",))
+    prompt_template: str | None = key(None, "the instruction around {question}; null: as the family published it")
+
+
+@dataclass
+class RewardConfig:
+    kind: str = key("math", "math", choices=("math",))
+    function: str | None = key(
+        None, "my_module:my_reward, called with (response text, task), returns a number", function=True
+    )
+    truncated_is_wrong: bool = key(True, "a response cut at the length limit earns nothing")
+
+
+@dataclass
+class TrainingBase:
+    seed: int = key(10086, "of weights, data order and draws", low=0)
+    max_prompt_len: int = key(784, "longer prompts are dropped and counted", low=1)
+    tokens_per_micro_batch: int = key(16384, "packed tokens in one forward of the trainer", low=1)
+    max_grad_norm: float = key(1.0, "gradients are clipped to this norm", low=0)
+    gradient_checkpointing_enable: bool = key(False, "recompute activations in the backward pass: less memory")
+    lower_p: float = key(0.1, "lowest masking probability of a random view", low=0, high=1)
+    upper_p: float = key(0.9, "highest masking probability of a random view", low=0.01, high=1)
+    post_num: int = key(0, "how many tokens after the end of the response are predicted too", low=0)
+
+
+@dataclass
+class RLTrainingConfig(TrainingBase):
+    method: str = key("TraceRL", "how views are made: TraceRL", choices=("TraceRL",))
+    shrink: int = key(1, "TraceRL: this many neighbouring steps of a block are merged into one view", low=1)
+    updates_per_step: int = key(1, "optimizer updates in one RL step", low=1)
+    eps: float = key(0.2, "clip range of the ratio", low=0, high=1)
+    beta: float = key(0.01, "weight of the KL penalty", low=0)
+    use_kl_estimator_k3: bool = key(True, "k3 estimator of the KL; False: k1")
+    kl_reference: str = key(
+        "old",
+        "the KL is to the policy at the start of the step (old) or the first model (initial)",
+        choices=("old", "initial"),
+    )
+    loss_norm: str = key(
+        "token", "token, length or step: over what token losses are averaged", choices=("token", "length", "step")
+    )
+    keep_accuracy: list[float] | None = key(
+        [0.2, 0.8], "groups of other accuracy are dropped; null keeps all", low=0, high=1
+    )
+    mismatch_sample: int = key(
+        16, "trajectories replayed to measure mismatch_kl where the method's views are no replay", low=1
+    )
+    old_logp: str = key(
+        "auto",
+        "auto, engine, recompute or detach: whose log-probabilities the ratio starts from",
+        choices=("auto", "engine", "recompute", "detach"),
+    )
+
+
+@dataclass
+class SFTTrainingConfig(TrainingBase):
+    method: str = key("semi-ar", "how views are made: semi-ar", choices=("semi-ar",))
+    block_size: int = key(4, "tokens denoised together", low=1)
+    batch_size: int = key(32, "samples in one update, over all devices", low=1)
+    num_train_epochs: int = key(1, "passes over the data", low=1)
+    max_steps: int = key(0, "stop after so many updates; 0: by epochs", low=0)
+    max_gen_length: int = key(2000, "samples with longer responses are dropped and counted", low=1)
+    stop_at_accuracy: float | None = key(
+        None, "stop when sampling accuracy on eval_dataset reaches this share", low=0, high=1
+    )
+    eval_every: int = key(50, "updates between measurements of that accuracy", low=1)
+
+
+@dataclass
+class OptimizerParams:
+    learning_rate: float = key(1e-6, "peak learning rate", low=0)
+    beta1: float = key(0.9, "AdamW", low=0, high=0.99999)
+    beta2: float = key(0.999, "AdamW", low=0, high=0.99999)
+    weight_decay: float = key(0.0, "AdamW", low=0)
+    epsilon: float = key(1e-8, "AdamW", low=0)
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = key("adamw", "adamw", choices=("adamw",))
+    params: OptimizerParams = section(OptimizerParams)
+
+
+@dataclass
+class SchedulerParams:
+    warmup_steps: int = key(0, "updates over which the rate rises from 0", low=0)
+    min_lr_scale: float = key(1.0, "cosine and linear: last rate over the first; 1 is constant", low=0)
+
+
+@dataclass
+class SchedulerConfig:
+    scheduler: str = key("constant", "constant, linear or cosine", choices=("constant", "linear", "cosine"))
+    params: SchedulerParams = section(SchedulerParams)
+
+
+@dataclass
+class RLConfig:
+    """python rl.py config=… : reinforcement learning."""
+
+    experiment: ExperimentConfig = section(ExperimentConfig)
+    model: ModelConfig = section(ModelConfig)
+    dataset: DatasetConfig = section(DatasetConfig)
+    rollout: RolloutConfig = section(RolloutConfig)
+    reward: RewardConfig = section(RewardConfig)
+    training: RLTrainingConfig = section(RLTrainingConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    lr_scheduler: SchedulerConfig = section(SchedulerConfig)
+    evaluation: EvaluationConfig = section(EvaluationConfig)
+
+
+@dataclass
+class EvalConfig:
+    """python eval.py config=… : accuracy of a model."""
+
+    experiment: ExperimentConfig = section(ExperimentConfig)
+    model: str = key("", "folder or hub id of the model")
+    model_base: str = key("sdar", "the family")
+    made_by: str | None = key(None, "an SFT config that makes the model where that folder is missing")
+    dtype: str = key("auto", "of the weights: auto, float32, bfloat16", choices=DTYPES)
+    seed: int = key(10086, "of the draws", low=0)
+    max_prompt_len: int = key(4096, "longer prompts are dropped and counted", low=1)
+    dataset: DatasetConfig = section(DatasetConfig)
+    reward: RewardConfig = section(RewardConfig)
+    rollout: EvalRolloutConfig = section(EvalRolloutConfig)
+
+
+@dataclass
+class SFTConfig:
+    """train/sft_*.py config=… : supervised finetuning."""
+
+    experiment: ExperimentConfig = section(ExperimentConfig)
+    model: ModelConfig = section(ModelConfig)
+    dataset: SFTDatasetConfig = section(SFTDatasetConfig)
+    training: SFTTrainingConfig = section(SFTTrainingConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    lr_scheduler: SchedulerConfig = section(SchedulerConfig)
+    evaluation: EvaluationConfig = section(EvaluationConfig)
+
+
+@dataclass
+class GenerateConfig(Sampling):
+    """python generate.py model=PATH prompt="…" : one prompt answered in the terminal."""
+
+    model: str = key("", "folder or hub id of the model")
+    model_base: str = key("", "the family; empty: the first that reads this kind of checkpoint")
+    prompt: str = key("", "what the user says")
+    prompt_template: str = key("{question}", "an instruction around the prompt, {question}")
+    seed: int = key(10086, "of the draws", low=0)
+    dtype: str = key("auto", "of the weights: auto, float32, bfloat16", choices=DTYPES)
+
+
+JOBS: dict[str, type] = {"rl": RLConfig, "eval": EvalConfig, "sft": SFTConfig, "generate": GenerateConfig}
+
+# Keys of the original's YAML files. A key that the job's schema has is never looked up here.
+# Without effect here: pattern → what takes its place.
+OBSOLETE_KEYS: dict[str, str] = {
+    "system.*": "no paths or proxies are configured",
+    "execute.num_chunk": "work is shared out by itself",
+    "wandb.*": "experiment.trackers=[wandb], entity in WANDB_ENTITY",
+    "experiment.function": "one program samples and trains",
+    "experiment.current_epoch": "runs resume by themselves",
+    "experiment.num_node": "the launcher says",
+    "experiment.node_index": "the launcher says",
+    "dataset.optimization_data": "rollouts stay in memory",
+    "training.num_train_epochs": "each step's responses are learned from once",
+    "training.enable_tf32": "model.dtype decides",
+    "optimizer.params.scale_lr": "the learning rate is taken as it is",
+    "lr_scheduler.params.learning_rate": "optimizer.params.learning_rate decides",
+}
+# Renamed: old key → new key. Where both stand in one file the new one counts.
+RENAMED_KEYS: dict[str, str] = {
+    "training.max_gen_length": "rollout.max_token",
+    "training.block_size": "rollout.block_size",
+    "training.mixed_precision": "model.dtype",
+    "optimizer.params.policy_learning_rate": "optimizer.params.learning_rate",
+}
+# Their values that have other names here; PyYAML reads a bare `no` as False.
+RENAMED_VALUES: dict[str, dict[Any, str]] = {
+    "training.mixed_precision": {"bf16": "bfloat16", "no": "float32", False: "float32"},
+}
+# The size of an update, in rows per device; `common.config` derives updates_per_step (RL) or batch_size (SFT).
+UPDATE_SIZE_KEYS = ("training.gradient_accumulation_steps", "training.batch_size_lm")
+
+
+@cache
+def keys_of(cls: type, prefix: str = "") -> dict[str, tuple[Any, Field]]:
+    """Every key below a section, dotted, in order: its type and its field."""
+    found: dict[str, tuple[Any, Field]] = {}
+    hints = get_type_hints(cls)
+    for one in fields(cls):
+        if is_dataclass(hints[one.name]):
+            found |= keys_of(hints[one.name], f"{prefix}{one.name}.")
+        else:
+            found[prefix + one.name] = (hints[one.name], one)
+    return found
+
+
+def default_of(one: Field) -> Any:
+    """The default value of a field made by `key`."""
+    return one.default_factory() if callable(one.default_factory) else one.default

@@ -1,0 +1,329 @@
+"""Configs: layers, types, older keys, and one line for every mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.config import dump_config, load_config, parse_or_help, settings_of
+from common.errors import UserError
+from common.help import key_tables, usage
+from common.layers import find_config, infer_job, read_layers
+from common.schema import JOBS, RLConfig, RolloutConfig, default_of, keys_of
+
+ROOT = Path(__file__).resolve().parents[1]
+RL = """# a small run
+model: {pretrained_model: some/model}
+dataset: {train_dataset: tasks}
+rollout: {num_task_per_step: 4, num_response_per_task: 2}
+training: {method: TraceRL}
+"""
+EVAL = "model: some/model\ndataset: {eval_dataset: tasks}\n"
+SFT = "model: {pretrained_model: tiny}\ndataset: {optimization_data: records}\ntraining: {method: semi-ar}\n"
+CONTENT = {"rl": RL, "eval": EVAL, "sft": SFT}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(job, *arguments, text=…): the config of a YAML with that text; the job's smallest one by default."""
+
+    def run(job, *arguments, text=None, name="mine"):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(CONTENT[job] if text is None else text, encoding="utf-8")
+        return load_config(job, [f"config={path}", *arguments])
+
+    return run
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+# Merging -------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_types_and_overrides(load):
+    cfg = load("rl", "training.seed=7", "optimizer.params.learning_rate=1e-6", "training.keep_accuracy=null")
+    assert isinstance(cfg, RLConfig) and isinstance(cfg.rollout, RolloutConfig)
+    assert (cfg.training.seed, cfg.rollout.num_task_per_step, cfg.rollout.max_token) == (7, 4, 2000)
+    assert cfg.optimizer.params.learning_rate == 1e-6 and cfg.training.keep_accuracy is None
+    assert cfg.experiment.project == "mine"
+
+
+@pytest.mark.parametrize("written", ["1e-6", '"1e-6"', "0.000001"])
+def test_numbers_may_be_quoted(load, written):
+    cfg = load(
+        "rl", text=RL + f"optimizer: {{params: {{learning_rate: {written}}}}}\nevaluation: {{top_p: {written}}}\n"
+    )
+    assert cfg.optimizer.params.learning_rate == cfg.evaluation.top_p == 1e-6
+
+
+def test_text_that_looks_like_a_number_stays_as_typed(load):
+    assert load("rl", "experiment.project=2024_01").experiment.project == "2024_01"
+    assert load("rl", "experiment.project=007").experiment.project == "007"
+    assert load("rl", "experiment.project='1 #'").experiment.project == "1 #"
+    assert load("rl", "reward.function=null").reward.function is None
+    template = "[INST] a={question}: {b} # c"
+    assert load("rl", f"dataset.prompt_template={template}").dataset.prompt_template == template
+
+
+def test_lists_on_the_command_line(load):
+    cfg = load("rl", "evaluation.top_k=[0,1]", "experiment.trackers=[]")
+    assert cfg.evaluation.top_k == [0, 1] and cfg.experiment.trackers == []
+
+
+def test_interpolation_is_resolved_after_the_merge(load):
+    text = RL + "evaluation: {max_token: '${rollout.max_token}', eval_dataset: 'x/${experiment.project}'}\n"
+    cfg = load("rl", "rollout.max_token=96", text=text, name="stem")
+    assert cfg.evaluation.max_token == 96 and cfg.evaluation.eval_dataset == "x/stem"
+    assert load("rl", "experiment.project=p", text=text).evaluation.eval_dataset == "x/p"
+
+
+def test_layers_are_applied_in_order(load, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "low.yaml").write_text("training: {seed: 1, shrink: 2, eps: 0.1}\nreward:\n")
+    (base / "high.yaml").write_text("base: low\ntraining: {seed: 2, shrink: 3}\n")
+    cfg = load("rl", "training.beta=0.5", text="base: [high]\n" + RL + "  \n")
+    assert (cfg.training.seed, cfg.training.shrink, cfg.training.eps, cfg.training.beta) == (2, 3, 0.1, 0.5)
+    (base / "low.yaml").write_text("base: [high]\n")
+    with pytest.raises(UserError, match="circle"):
+        load("rl", text="base: [high]\n" + RL)
+    with pytest.raises(UserError, match=r"base=hihg: no file .*there are: .*rl_block"):
+        load("rl", text="base: [hihg]\n" + RL)
+
+
+def test_shipped_layers_serve_configs_elsewhere(load):
+    text = "base: [rl_block]\nmodel: {pretrained_model: m}\n"
+    assert load("rl", text=text).training.loss_norm == "length"
+
+
+def test_a_section_may_be_empty(load):
+    assert load("rl", text=RL + "reward:\n  # kind: math\n").reward.kind == "math"
+
+
+def test_lists_do_not_leak_between_configs(load):
+    load("rl").experiment.trackers.append("wandb")
+    assert load("rl").experiment.trackers == ["tensorboard"]
+
+
+# Settings of an evaluation -----------------------------------------------------------------------------------------
+
+
+def test_settings_are_zipped(load):
+    lists = ["evaluation.top_k=[0,1]", "evaluation.remasking_strategy=[low_confidence_dynamic,my.module:pick]"]
+    first, second = settings_of(load("rl", *lists, "evaluation.top_p=0.5").evaluation)
+    assert (first.top_k, first.remasking_strategy, first.top_p) == (0, "low_confidence_dynamic", 0.5)
+    assert (second.top_k, second.remasking_strategy, second.top_p) == (1, "my.module:pick", 0.5)
+    assert len(settings_of(load("eval").rollout)) == 1
+    assert [one.block_size for one in settings_of(load("eval", "rollout.block_size=[4,8]").rollout)] == [4, 8]
+
+
+# Mistakes ----------------------------------------------------------------------------------------------------------
+
+MISTAKES = [
+    # unknown keys
+    ("rl", "rollout.temprature=0.7", "unknown key rollout.temprature=0.7", "did you mean rollout.temperature?"),
+    ("rl", "seed=1", "unknown key seed=1", "did you mean training.seed?"),
+    ("rl", "optimiser.params.learning_rate=1", "optimiser.params", "did you mean optimizer.params.learning_rate?"),
+    ("rl", "learning_rat=1", "unknown key learning_rat=1", "did you mean optimizer.params.learning_rate?"),
+    ("sft", "training.update_per_step=2", "unknown key training.update_per_step=2", "did you mean"),
+    ("eval", "zzzz=[1]", "unknown key zzzz=[1] in the command line", "configs/README.md"),
+    ("rl", "rollout.top_k.x=1", "unknown key rollout.top_k.x=1", "did you mean rollout.top_k?"),
+    ("rl", "rollout=5", "rollout=5", "rollout is a section; its keys are rollout.block_size"),
+    ("rl", "model=some/model", "model=some/model", "model.pretrained_model"),
+    # types
+    ("rl", "training.seed=abc", "training.seed=abc", "expected a whole number"),
+    ("rl", "training.seed=1.5", "training.seed=1.5", "expected a whole number"),
+    ("rl", "training.seed=null", "training.seed=null", "expected a whole number"),
+    ("rl", "training.eps=high", "training.eps=high", "expected a number"),
+    ("rl", "training.use_kl_estimator_k3=maybe", "training.use_kl_estimator_k3=maybe", "expected true or false"),
+    ("rl", "training.keep_accuracy=0.2", "training.keep_accuracy=0.2", "expected a list of numbers or null"),
+    ("rl", "training.keep_accuracy=[a,b]", "training.keep_accuracy=", "expected a list of numbers or null"),
+    ("rl", "experiment.trackers=wandb", "experiment.trackers=wandb", "expected a list of words"),
+    ("rl", "evaluation.top_k=[0,x]", "evaluation.top_k=[0, 'x']", "expected a whole number, or a list of such"),
+    ("rl", "evaluation.block_size=4.0", "evaluation.block_size=4.0", "expected a whole number"),
+    ("rl", "evaluation.temperature=null", "evaluation.temperature=null", "expected a number"),
+    ("rl", "evaluation.top_k=true", "evaluation.top_k=true", "expected a whole number"),
+    # choices
+    ("rl", "training.kl_reference=init", "training.kl_reference=init", "expected old, initial"),
+    ("rl", "training.loss_norm=tokens", "training.loss_norm=tokens", "did you mean token?"),
+    ("rl", "training.old_logp=x", "training.old_logp=x", "expected auto, engine, recompute, detach"),
+    ("rl", "training.method=GRPO", "training.method=GRPO", "expected TraceRL"),
+    ("sft", "training.method=semiar", "training.method=semiar", "did you mean semi-ar?"),
+    ("rl", "rollout.confidence_from=top", "rollout.confidence_from=top", "expected raw, sampled"),
+    (
+        "rl",
+        "rollout.remasking_strategy=dynamic",
+        "rollout.remasking_strategy=dynamic",
+        "did you mean low_confidence_dynamic?",
+    ),
+    ("rl", "model.dtype=bf16", "model.dtype=bf16", "did you mean bfloat16?"),
+    ("eval", "dtype=half", "dtype=half", "expected auto, float32, bfloat16"),
+    ("rl", "lr_scheduler.scheduler=cos", "lr_scheduler.scheduler=cos", "expected constant, linear, cosine"),
+    ("rl", "optimizer.name=adam", "optimizer.name=adam", "did you mean adamw?"),
+    ("rl", "reward.kind=maths", "reward.kind=maths", "did you mean math?"),
+    ("rl", "reward.function=my_reward", "reward.function=my_reward", "expected my_module:my_function"),
+    ("eval", "dataset.data_type=mat", "dataset.data_type=mat", "did you mean math?"),
+    ("rl", "experiment.trackers=[wandbb]", "experiment.trackers=wandbb", "did you mean wandb?"),
+    # ranges
+    ("rl", "training.upper_p=1.5", "training.upper_p=1.5", "must be between 0.01 and 1"),
+    ("rl", "training.eps=-0.1", "training.eps=-0.1", "must be between 0 and 1"),
+    ("rl", "training.beta=.nan", "training.beta=nan", "must be at least 0"),
+    ("rl", "rollout.num_task_per_step=0", "rollout.num_task_per_step=0", "must be at least 1"),
+    ("rl", "evaluation.top_p=[0.9,1.1]", "evaluation.top_p=1.1", "must be between 0 and 1"),
+    ("rl", "evaluation.top_k=-1", "evaluation.top_k=-1", "must be at least 0"),
+    ("sft", "training.batch_size=0", "training.batch_size=0", "must be at least 1"),
+    # combinations
+    ("rl", "training.lower_p=0.95", "training.lower_p=0.95", "above training.upper_p=0.9"),
+    ("rl", "rollout.denoising_steps_per_block=8", "rollout.denoising_steps_per_block=8", "rollout.block_size=4"),
+    ("eval", "rollout.block_size=[4,2]", "rollout.denoising_steps_per_block=4", "rollout.block_size=2"),
+    ("rl", "training.updates_per_step=9", "training.updates_per_step=9", "rollout.num_task_per_step=4"),
+    ("rl", "training.keep_accuracy=[0.8,0.2]", "training.keep_accuracy=[0.8, 0.2]", "ascending"),
+    ("rl", "training.keep_accuracy=[0.8]", "training.keep_accuracy=[0.8]", "two ascending numbers"),
+    ("rl", "rollout.num_response_per_task=1", "rollout.num_response_per_task=1", "at least 2"),
+    ("rl", "rollout.top_k=[0,1]", "rollout.top_k=[0, 1]", "lists belong to evaluation"),
+    ("rl", "evaluation.top_k=[]", "evaluation.top_k has 0", "same number of entries"),
+    ("rl", "model.pretrained_model=tiny", "model.pretrained_model=tiny", "model.made_by"),
+    # required
+    ("rl", "model.pretrained_model=", "model.pretrained_model is empty", "on the command line"),
+    ("rl", "dataset.train_dataset=", "dataset.train_dataset is empty", "on the command line"),
+    ("eval", "dataset.eval_dataset=", "dataset.eval_dataset is empty", "on the command line"),
+    ("sft", "dataset.optimization_data=", "dataset.optimization_data is empty", "on the command line"),
+    # arguments
+    ("rl", "--training.seed=1", "--training.seed=1", "as in training.seed=1"),
+    ("rl", "training.seed", "training.seed", "arguments are key=value"),
+    ("rl", "evaluation.top_k=[0,1", "evaluation.top_k=[0,1", "not a YAML value"),
+    ("rl", "training.seed=${rollout.nothing}", "training.seed=${rollout.nothing}", "not found"),
+    ("rl", "training.seed=${model.pretrained_model}", "training.seed=${model.pretrained_model}", "some/model"),
+    ("rl", "training.seed=${training.seed}", "", "ecursi"),
+]
+
+
+@pytest.mark.parametrize(("job", "argument", "told", "way_out"), MISTAKES, ids=[f"{m[0]}-{m[1]}" for m in MISTAKES])
+def test_mistakes_are_one_line(load, job, argument, told, way_out):
+    with pytest.raises(UserError) as caught:
+        load(job, argument)
+    message = str(caught.value)
+    assert told in message and way_out in message and "\n" not in message and len(message) < 400
+
+
+def test_two_lists_of_unequal_length(load):
+    with pytest.raises(UserError, match=r"evaluation.temperature has 3, evaluation.top_k has 2"):
+        load("rl", "evaluation.top_k=[0,1]", "evaluation.temperature=[0,1,1]")
+
+
+def test_detach_is_for_one_update(load):
+    assert load("rl", "training.old_logp=detach").training.old_logp == "detach"
+    with pytest.raises(UserError, match=r"training.old_logp=detach .* training.updates_per_step=2"):
+        load("rl", "training.old_logp=detach", "training.updates_per_step=2")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model: {a: 1\nb: [\n", "mine.yaml line 2: broken YAML"),
+        ("training:\n  seed: 1\n  seed: 2\n", "mine.yaml line 3: broken YAML: found duplicate key seed"),
+        ("- a\n", "mine.yaml: broken YAML: expected keys, found a list"),
+        ("just words\n", "unknown key just words=null in"),
+        ("model: {pretrained_model: [a]}\n", "model.pretrained_model=['a']: expected text"),
+        (RL + "wandbb: {entity: me}\n", "unknown key wandbb.entity=me in"),
+    ],
+)
+def test_broken_files(load, text, told):
+    with pytest.raises(UserError) as caught:
+        load("rl", text=text)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_config():
+    with pytest.raises(UserError, match=r"config= is missing; for rl.py choose one of: .*configs/rl_trado.yaml"):
+        load_config("rl", ["training.seed=1"])
+    with pytest.raises(
+        UserError, match=r"config=configs/rl_tradoo.yaml: no such file; .* config=configs/rl_trado.yaml\?"
+    ):
+        load_config("rl", ["config=configs/rl_tradoo.yaml"])
+    with pytest.raises(UserError, match=r"did you mean config=configs/rl_trado.yaml\?"):
+        load_config("rl", ["config=rl_trado"])
+
+
+def test_config_of_another_job():
+    with pytest.raises(UserError, match=r"trado_eval.yaml is a config for eval.py, not for rl.py"):
+        load_config("rl", ["config=configs/trado_eval.yaml"])
+    with pytest.raises(UserError, match=r"is a config for rl.py, not for train/sft_<family>.py"):
+        load_config("sft", ["config=configs/rl_sdar.yaml"])
+
+
+# What ships --------------------------------------------------------------------------------------------------------
+
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configs_parse(path, capsys):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    job = infer_job({key: value for _, layer in read_layers(path) for key, value in layer.items()})
+    cfg = load_config(job, [f"config={path}"])
+    assert cfg.experiment.project == path.stem or "project:" in text
+    assert capsys.readouterr().err == "", "a shipped config uses today's keys"
+
+
+@pytest.mark.parametrize("job", ["rl", "eval", "sft"])
+def test_dump_is_read_back(load, job):
+    cfg = load(job, "experiment.project=again")
+    assert load(job, text=dump_config(cfg)) == cfg
+    written = yaml.safe_load(dump_config(cfg))
+    assert (
+        infer_job({f"{a}.{b}": 0 for a in written if isinstance(written[a], dict) for b in written[a]} | written) == job
+    )
+
+
+def test_a_job_without_a_config_file():
+    cfg = load_config("generate", ["model=M", "prompt=4+2", "temperature=0"])
+    assert (cfg.model, cfg.prompt, cfg.temperature) == ("M", "4+2", 0.0)
+    with pytest.raises(UserError, match="prompt is empty: set it as prompt=…"):
+        load_config("generate", ["model=M"])
+
+
+def test_every_default_is_allowed():
+    for cls in JOBS.values():
+        for key, (_, one) in keys_of(cls).items():
+            choices, value = one.metadata["choices"], default_of(one)
+            assert not choices or value is None or set(value if isinstance(value, list) else [value]) <= {*choices}, key
+
+
+def test_key_table_is_current():
+    readme = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    assert readme == key_tables(), "run: python -m common.config --keys > configs/README.md"
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_or_help("rl", ["config=nowhere", "--help"], "Reinforcement learning.")
+    told = capsys.readouterr().out
+    assert left.value.code == 0 and "Reinforcement learning." in told and "configs/README.md" in told
+    assert "configs/rl_trado.yaml" in told and "trado_eval" not in told
+    assert "configs/sft_trado.yaml" in usage("sft", "") and "configs/trado_eval.yaml" in usage("eval", "")
+
+
+def test_configs_are_found_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("configs/rl_trado.yaml").is_file()
+
+
+def test_command_line():
+    good = python("-m", "common.config", "configs/trado_eval.yaml", "rollout.top_k=[0,1]")
+    assert good.returncode == 0 and yaml.safe_load(good.stdout)["rollout"]["top_k"] == [0, 1]
+    bad = python("-m", "common.config", "configs/rl_trado.yaml", "training.sed=1")
+    assert bad.returncode == 2 and bad.stdout == ""
+    assert bad.stderr == "error: unknown key training.sed=1 in the command line; did you mean training.seed?\n"
+
+
+def test_importing_config_is_light():
+    heavy = python("-c", "import sys, common.config; print([m for m in ('torch', 'transformers') if m in sys.modules])")
+    assert heavy.stdout.strip() == "[]"
