@@ -1,0 +1,32 @@
+"""Dream and DiffuCoder: transformers' Qwen2 under full attention; the prediction for position i is at logits[i-1]."""
+
+from __future__ import annotations
+
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from models.family import CODE, MATH_FINAL, Family
+from models.original import FullAttention, OriginalConfig
+
+
+class DreamConfig(OriginalConfig, Qwen2Config):
+    """Qwen2's sizes; `mask_token_id` rides along."""
+
+    model_type = "Dream"
+
+
+class DreamModel(FullAttention, Qwen2ForCausalLM):
+    """Qwen2 with its head, under the name that the checkpoints give it."""
+
+    config_class = DreamConfig
+
+
+DREAM = Family(
+    name="dream",
+    model_type="Dream",
+    attention="full",
+    logit_offset=-1,
+    mask_token="<|mask|>",
+    config_class=DreamConfig,
+    model_class=DreamModel,
+    instructions={"math": MATH_FINAL, **CODE},
+)

@@ -1,0 +1,257 @@
+"""The table of model families, and how a checkpoint becomes a network and a tokenizer, and a checkpoint again.
+
+A family is a row: its classes are small subclasses of transformers', its manner is data. One of your own:
+
+    class MineConfig(OriginalConfig, Qwen3Config):
+        model_type = "mine"
+
+    class MineForCausalLM(DiffusionNetwork, Qwen3ForCausalLM):
+        config_class = MineConfig
+
+    models.register(Family("mine", "mine", "block", 0, "<mask>", MineConfig, MineForCausalLM, {"math": "{question}"}))
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from common.errors import UserError
+from models.tokenizer import load_tokenizer, no_code_for, save_tokenizer, special_token_id
+
+# Instructions around a task; `{question}` is replaced by it.
+MATH_STEPS = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
+MATH_FINAL = "You need to put your final answer in \\boxed{}. This is the problem:\n{question}"
+CODE = {
+    "code_function": "{question}\nPlace your code within a single Python code block ```python ```. "
+    "Do not include more than one code block. ",
+    "code_stdio": "This is the problem:\n{question}\nYou should put your code in ```python ```. "
+    "Use input() to read input and print() to produce output in your script. ",
+}
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sampling and training must know about a kind of model."""
+
+    name: str
+    model_type: str  # in config.json
+    attention: Literal["block", "full"]
+    logit_offset: Literal[0, -1]  # the prediction for position i is at logits[i + logit_offset]
+    mask_token: str
+    config_class: type
+    model_class: type
+    instructions: dict[str, str]  # data_type: text around {question}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network with what its checkpoint says about ids."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+    mask_id: int
+    stop_ids: tuple[int, ...]  # ascending
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Add a family to the table and make transformers' Auto classes know it, the head included in AutoModel's."""
+    FAMILIES[family.name] = family
+    AutoConfig.register(family.model_type, family.config_class, exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForCausalLM):
+        auto_class.register(family.config_class, family.model_class, exist_ok=True)
+    no_code_for(family.model_type)
+
+
+def find_family(name: str) -> Family:
+    """Return the family of that name; UserError if there is none."""
+    if name not in FAMILIES:
+        raise UserError(f"model.model_base: {name!r} is no model family; choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def load_model(
+    path: str | Path, family_name: str, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu"
+) -> LoadedModel:
+    """Load network and tokenizer from a checkpoint's folder or hub name; UserError where they are unfit."""
+    folder = local_folder(path)
+    model = load_network(folder, family_name, dtype, device)
+    tokenizer = load_tokenizer(folder)
+    family = find_family(family_name)
+    mask_id = find_mask_id(model, tokenizer, family)
+    return LoadedModel(model, tokenizer, family, mask_id, find_stop_ids(model, tokenizer))
+
+
+def load_network(
+    path: str | Path, family_name: str, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load the network alone, in eval mode; UserError if folder, family or a tensor is not what it should be."""
+    family = find_family(family_name)
+    folder = local_folder(path)
+    check_model_type(folder, family)
+    try:
+        with _quiet():
+            model, report = family.model_class.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                attn_implementation="sdpa",
+                ignore_mismatched_sizes=True,  # they are reported below, by the name they have in the file
+                output_loading_info=True,
+            )
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"model.pretrained_model: {folder}/config.json does not fit {family.name} ({reason})"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.pretrained_model: {folder} holds no weights that can be read ({reason})") from error
+    check_tensors(folder, family, report)
+    return model.to(device)
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a checkpoint folder with the publisher's keys, tensor names, tokenizer files and Python files.
+
+    state_dict: the tensors under transformers' names, where the model itself is sharded.
+    """
+    folder = Path(path)
+    model.save_pretrained(folder, state_dict=state_dict)
+    save_tokenizer(tokenizer, folder)
+    source = Path(model.config.name_or_path or "")
+    if model.config.name_or_path and source.is_dir() and source.resolve() != folder.resolve():
+        # a tool that runs the publisher's own code looks for it beside the weights: copied here, never run
+        for file in (*source.glob("*.py"), *source.glob("generation_config.json")):
+            (folder / file.name).write_bytes(file.read_bytes())
+
+
+def local_folder(path: str | Path) -> Path:
+    """Return the folder that `path` names, downloaded first if it is a hub name; UserError if there is neither."""
+    if Path(path).is_dir():
+        return Path(path)
+    way_out = "give a folder with config.json, or a hub name such as JetLM/SDAR-1.7B-Chat"
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):
+        raise UserError(f"model.pretrained_model: no folder {str(path)!r}; {way_out}")
+    try:
+        return Path(snapshot_download(str(path), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.pretrained_model: {str(path)!r} is no folder and could not be downloaded "
+            f"({type(error).__name__}); {way_out}"
+        ) from error
+
+
+def family_of(path: str | Path) -> str:
+    """The first family that reads the checkpoint's model type; UserError where none does."""
+    model_type = read_model_type(local_folder(path))
+    for family in FAMILIES.values():
+        if family.model_type == model_type:
+            return family.name
+    raise UserError(f"model: {path} has model_type {model_type!r}; no family of {', '.join(FAMILIES)} reads that type")
+
+
+def read_model_type(folder: Path) -> str | None:
+    """The `model_type` of a checkpoint's config.json; UserError where there is none to read."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"model.pretrained_model: {folder} has no config.json; give the folder of a checkpoint")
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except json.JSONDecodeError as error:
+        raise UserError(f"model.pretrained_model: {file} is not JSON ({error})") from error
+
+
+def check_model_type(folder: Path, family: Family) -> None:
+    """Raise UserError unless config.json names the family's model type."""
+    model_type = read_model_type(folder)
+    if model_type == family.model_type:
+        return
+    fits = [row.name for row in FAMILIES.values() if row.model_type == model_type]
+    way_out = f"set it to {' or '.join(fits)}" if fits else f"no family of {', '.join(FAMILIES)} reads that type"
+    raise UserError(f"model.model_base: {family.name!r}, but {folder} has model_type {model_type!r}; {way_out}")
+
+
+def check_tensors(folder: Path, family: Family, report: dict[str, Any]) -> None:
+    """Raise UserError naming the first tensor that is missing, misshapen or unknown; report: from_pretrained's."""
+    if report["missing_keys"]:
+        names = _original_names(family, report["missing_keys"])
+        raise UserError(f"model.pretrained_model: {folder} lacks {_counted(names)}; is the checkpoint whole?")
+    if report["mismatched_keys"]:
+        name, found, wanted = sorted(report["mismatched_keys"])[0]
+        raise UserError(
+            f"model.pretrained_model: {folder}: tensor {_original_names(family, [name])[0]} has shape {tuple(found)}, "
+            f"config.json asks for {tuple(wanted)}"
+        )
+    unknown = [name for name in report["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
+    if unknown:
+        names = _original_names(family, unknown)
+        raise UserError(f"model.pretrained_model: {folder} has {_counted(names)}, which {family.name} has no place for")
+
+
+def find_mask_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: Family) -> int:
+    """Return the id of the mask token by tokenizer, then config; UserError if neither has one that the network has."""
+    mask_id = tokenizer.mask_token_id
+    if mask_id is None:
+        mask_id = tokenizer.get_vocab().get(family.mask_token)
+    if mask_id is None:
+        mask_id = getattr(model.config, "mask_token_id", None)
+    where = f"model.pretrained_model: {model.config.name_or_path}"
+    if mask_id is None:
+        raise UserError(
+            f"{where}: the tokenizer has no mask token; set mask_token in tokenizer_config.json "
+            f"({family.name}'s is {family.mask_token}) or mask_token_id in config.json"
+        )
+    if not 0 <= mask_id < model.config.vocab_size:
+        raise UserError(f"{where}: mask token id {mask_id} is outside the {model.config.vocab_size} ids of the network")
+    return mask_id
+
+
+def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids that end a response, ascending: every end of sequence named, and the chat turn's end."""
+    ids: set[int] = {special_token_id(tokenizer, token) for token in END_OF_TURN}
+    for holder in (model.generation_config, model.config, tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        ids.update(value if isinstance(value, (list, tuple)) else [value])
+    return tuple(sorted(i for i in ids if i is not None and 0 <= i < model.config.vocab_size))
+
+
+def _original_names(family: Family, names: Any) -> list[str]:
+    rename = getattr(family.model_class, "original_name", str)
+    return sorted(rename(name) for name in names)
+
+
+def _counted(names: list[str]) -> str:
+    return f"tensor {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' load report, a table of what our errors say in one line."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
