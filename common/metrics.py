@@ -1,0 +1,357 @@
+"""The run's numbers: metrics.jsonl, trackers beside it, curves drawn from it, and small tables in the terminal."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+Row = dict[str, Any]
+SECRET = re.compile(r"(^|_)(api_?key|key|secret|password|credentials?)$|(hf|hub|auth|access|api)_token$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """Somewhere else that curves go to."""
+
+    log: Callable[[Row, int], None]
+    close: Callable[[], None]
+
+
+@dataclass
+class MetricsLog:
+    """The open log of a run; made by `open_metrics`."""
+
+    path: Path
+    trackers: list[Tracker] = field(default_factory=list)
+
+    def log(self, row: Row) -> None:
+        """Append one row; it has a whole number `step`."""
+        row = clean_row(row)
+        append_row(self.path, row)
+        numbers = {key: value for key, value in row.items() if key != "step" and isinstance(value, (int, float))}
+        for tracker in self.trackers:
+            tracker.log(numbers, row["step"])
+
+    def close(self) -> None:
+        """Flush and close the trackers."""
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def open_metrics(
+    folder: str | Path,
+    trackers: list[str] | tuple[str, ...] = (),
+    project: str = "",
+    config: Row | None = None,
+    resume_step: int | None = None,
+) -> MetricsLog:
+    """Open `folder`/metrics.jsonl and the trackers; `resume_step` drops what was logged after that step.
+
+    `config` (nested dicts) goes to the trackers that show one; what looks like a credential is left out.
+    """
+    folder = Path(folder)
+    check_trackers(trackers)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.jsonl"
+    if resume_step is not None:
+        truncate_after(path, resume_step)
+    project = project or folder.resolve().name
+    shown = without_secrets(config or {})
+    return MetricsLog(path, [TRACKERS[name](folder, project, shown, resume_step) for name in trackers])
+
+
+# --- the file
+
+
+def clean_row(row: Row, digits: int = 7) -> Row:
+    """A row as it is written: step first, the other keys sorted, floats rounded, scalars of torch or NumPy plain.
+
+    NaN and infinities become null, which every JSON reader takes.
+    """
+    if type(row.get("step")) is not int:
+        raise ValueError(f"a row of metrics needs a whole number `step`, not {row.get('step')!r}")
+    ordered = {"step": row["step"], **{key: row[key] for key in sorted(row) if key != "step"}}
+    return {key: _clean(value, digits) for key, value in ordered.items()}
+
+
+def _clean(value: Any, digits: int) -> Any:
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return value
+
+
+def append_row(path: str | Path, row: Row) -> None:
+    """Append a row as one line, in one write: a run that is killed leaves at most its last line torn."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Every whole row of the file, none where there is no file; torn lines are left out."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def truncate_after(path: str | Path, step: int) -> None:
+    """Drop the rows of later steps and torn lines: a run resumed from step `step` logs them again."""
+    path = Path(path)
+    if not path.is_file():
+        return
+    beside = path.with_suffix(".tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+# --- trackers
+
+
+def check_trackers(names: list[str] | tuple[str, ...]) -> None:
+    """Fail before the run where a tracker's name is unknown."""
+    for name in names:
+        if name not in TRACKERS:
+            close = difflib.get_close_matches(str(name), TRACKERS, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"use {', '.join(TRACKERS)}, or [] for none"
+            raise UserError(f"experiment.trackers: '{name}' is unknown; {hint}")
+
+
+def without_secrets(config: Row) -> Row:
+    """A copy of nested dicts without the keys that look like credentials."""
+    return {
+        key: without_secrets(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not SECRET.search(str(key))
+    }
+
+
+def _missing(name: str, package: str) -> UserError:
+    return UserError(f"experiment.trackers: '{name}' is not installed: pip install {package}; or leave it out")
+
+
+def _open_tensorboard(folder: Path, project: str, config: Row, resume_step: int | None) -> Tracker:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise _missing("tensorboard", "tensorboard") from None
+    # purge_step hides what an interrupted run wrote after its checkpoint.
+    purge = None if resume_step is None else resume_step + 1
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    def log(row: Row, step: int) -> None:
+        for key, value in row.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return Tracker(log, writer.close)
+
+
+def _open_wandb(folder: Path, project: str, config: Row, resume_step: int | None) -> Tracker:
+    try:
+        import wandb
+    except ImportError:
+        raise _missing("wandb", "wandb") from None
+    mode = os.environ.get("WANDB_MODE")
+    if mode is None and not wandb.api.api_key:
+        mode = "offline"  # asking for a login would stop a job that nobody watches
+        print("wandb: no login found, so the run is kept offline; `wandb sync` uploads it later", file=sys.stderr)
+    name, run_id = _run_identity(folder, "wandb", resume_step)
+    run = wandb.init(project=project, name=name, dir=str(folder), id=run_id, resume="allow", mode=mode, config=config)
+    return Tracker(lambda row, step: run.log(row, step=step), run.finish)
+
+
+def _open_trackio(folder: Path, project: str, config: Row, resume_step: int | None) -> Tracker:
+    try:
+        import trackio
+    except ImportError:
+        raise _missing("trackio", "trackio") from None
+    name, run_id = _run_identity(folder, "trackio", resume_step)
+    run = trackio.init(project=project, name=f"{name}-{run_id}", resume="allow", config=config)
+    return Tracker(lambda row, step: run.log(row, step=step), run.finish)
+
+
+TRACKERS: dict[str, Callable[[Path, str, Row, int | None], Tracker]] = {
+    "tensorboard": _open_tensorboard,
+    "wandb": _open_wandb,
+    "trackio": _open_trackio,
+}
+
+
+def _run_identity(folder: Path, tracker: str, resume_step: int | None) -> tuple[str, str]:
+    """The run's name and id. The id is kept in the folder, so that a resumed run goes on in the same curves."""
+    file = folder / f"{tracker}-run-id"
+    if resume_step is None or not file.is_file():
+        file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    return folder.resolve().name, file.read_text(encoding="utf-8").strip()
+
+
+# --- curves
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: its title and a pattern of the keys in it."""
+
+    title: str
+    keys: str
+    stacked: bool = False
+    log: bool = False
+
+
+PANELS = [
+    Panel("reward", r"reward"),
+    Panel("accuracy", r"accuracy|eval/.+/accuracy|eval/accuracy"),
+    Panel("loss", r"loss|eval/loss"),
+    Panel("KL", r"kl"),
+    Panel("response length (tokens)", r"response_length|eval/.+/response_length"),
+    Panel("truncated share", r"truncated|eval/.+/truncated"),
+    Panel("tokens per forward", r"tokens_per_forward|eval/.+/tokens_per_forward"),
+    Panel("gradient norm", r"grad_norm"),
+    Panel("clipped share", r"clip_fraction"),
+    Panel("learning rate", r"lr"),
+    Panel("trainer against engine", r"logp_diff_max|mismatch_kl", log=True),
+    Panel("seconds by stage", r"seconds_.+", stacked=True),
+]
+STAGES = ["rollout", "reward", "train", "sync", "other"]
+
+
+def draw_curves(metrics: str | Path, png: str | Path) -> int:
+    """Draw metrics.jsonl; keys that are absent are skipped. Returns how many plots were drawn (0: no file)."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        # Said, not raised: a finished run is not failed for want of a picture.
+        print("curves.png was not drawn: pip install matplotlib", file=sys.stderr)
+        return 0
+    curves = _curves(read_rows(metrics))
+    panels = [(panel, chosen) for panel in PANELS if (chosen := _chosen(panel, curves))]
+    if not panels:
+        return 0
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(5.2 * columns, 3.4 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis, (panel, chosen) in zip(axes, panels):
+        (_stack if panel.stacked else _lines)(axis, chosen)
+        axis.set_title(panel.title, fontsize=11)
+        axis.set_xlabel("step", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if panel.log and any(y > 0 for _, ys in chosen.values() for y in ys):
+            axis.set_yscale("log")
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    beside = Path(png).with_suffix(".tmp.png")  # whoever looks while it is drawn sees the old one whole
+    figure.savefig(beside, dpi=110)
+    os.replace(beside, png)
+    return len(panels)
+
+
+Curve = tuple[list[int], list[float]]
+
+
+def _curves(rows: list[Row]) -> dict[str, Curve]:
+    """Steps and values of every key that has numbers."""
+    curves: dict[str, Curve] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+                steps, values = curves.setdefault(key, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return curves
+
+
+def _chosen(panel: Panel, curves: dict[str, Curve]) -> dict[str, Curve]:
+    keys = sorted(curves, key=lambda key: (key.startswith("eval/"), key))
+    return {key: curves[key] for key in keys if re.fullmatch(panel.keys, key)}
+
+
+def _lines(axis: Any, curves: dict[str, Curve]) -> None:
+    """Training as lines, with a running mean where they are long; evaluations as dots joined."""
+    for number, (key, (steps, values)) in enumerate(curves.items()):
+        color = f"C{number % 10}"
+        if key.startswith("eval/"):
+            setting = key.split("/", 1)[1].rpartition("/")[0]
+            axis.plot(steps, values, "o--", color=color, markersize=4, linewidth=1.2, label=f"eval {setting}".strip())
+        elif len(values) < 30:
+            axis.plot(steps, values, ".-", color=color, linewidth=1.4, label=key)
+        else:
+            axis.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
+            axis.plot(steps, _running_mean(values, len(values) // 20 + 2), color=color, linewidth=1.8, label=key)
+    if len(curves) > 1:
+        axis.legend(fontsize=7)
+
+
+def _running_mean(values: list[float], window: int) -> list[float]:
+    """The mean of each value and up to `window` before it."""
+    starts = [max(0, index - window) for index in range(len(values))]
+    return [sum(values[start : index + 1]) / (index + 1 - start) for index, start in enumerate(starts)]
+
+
+def _stack(axis: Any, curves: dict[str, Curve]) -> None:
+    """Stages on top of one another, those that are usual first."""
+    names = sorted(curves, key=lambda key: (*[key != f"seconds_{stage}" for stage in STAGES], key))
+    steps = sorted({step for name in names for step in curves[name][0]})
+    heights = [[dict(zip(*curves[name])).get(step, 0.0) for step in steps] for name in names]
+    if len(steps) == 1:  # an area needs a width
+        steps, heights = [steps[0] - 0.5, steps[0] + 0.5], [height * 2 for height in heights]
+    axis.stackplot(steps, heights, labels=[name.removeprefix("seconds_") for name in names], alpha=0.85)
+    axis.set_ylim(0, 1.25 * max(map(sum, zip(*heights))) or 1)
+    axis.legend(fontsize=7, loc="upper center", ncols=min(5, len(names)))
+
+
+# --- tables
+
+
+def format_table(rows: list[Row], title: str = "") -> str:
+    """Rows as an aligned table; columns in the order in which keys first appear, numbers to the right."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(column), *(len(line[n]) for line in cells)) for n, column in enumerate(columns)]
+    right = [any(isinstance(row.get(column), (int, float)) for row in rows) for column in columns]
+
+    def align(line: list[str]) -> str:
+        parts = [cell.rjust(width) if r else cell.ljust(width) for cell, width, r in zip(line, widths, right)]
+        return "  ".join(parts).rstrip()
+
+    head = [title] if title else []
+    return "\n".join([*head, align(columns), "  ".join("-" * width for width in widths), *map(align, cells)])
+
+
+def print_table(rows: list[Row], title: str = "") -> None:
+    """Print rows as an aligned table; the same in a terminal, a pipe and a log."""
+    print(format_table(rows, title), flush=True)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return "" if value is None else str(value)

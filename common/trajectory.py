@@ -1,0 +1,69 @@
+"""The records that travel from a prompt to a weight update: Task, Request, Trajectory, Score."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Task:
+    """One question with what its answer is checked against."""
+
+    id: str
+    question: str
+    ground_truth_answer: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)  # the data set's own record, other fields included
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to draw: the prompt's ids and the names from which its random numbers derive."""
+
+    task_id: str
+    prompt_ids: list[int]
+    sample: int = 0
+    seed: int = 0
+    step: int = 0  # RL step; draws differ from step to step
+
+    def stream_key(self) -> int:
+        """A signed 64-bit key of (seed, step, task, sample): the same wherever and beside whatever it is drawn."""
+        text = f"{self.seed}\x1f{self.step}\x1f{self.task_id}\x1f{self.sample}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+@dataclass
+class Trajectory:
+    """A drawn response with its trace; token ids end to end, the final block whole.
+
+    step_map[i] is the denoising step, counted over the response, at which response token i was unmasked (-1:
+    never). logp[i] is log_softmax(logits / T) of that token at that step, the mask token at minus infinity.
+    """
+
+    task_id: str
+    sample: int
+    prompt_ids: list[int]
+    response_ids: list[int]
+    step_map: list[int]
+    logp: list[float]
+    confidence: list[float]
+    kept_mass: float  # mean probability that top-k and top-p left to draw from
+    finish_reason: str  # "stop": a stop token; "length": the limit
+    length: int  # response tokens through the stop token, at most the limit
+    steps: int  # denoising forwards
+    forwards: int  # denoising and commit forwards, prefill apart
+    temperature: float
+    text: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a response earned. `reward` is raw and never normalised; `verdict` says why."""
+
+    reward: float
+    correct: bool
+    verdict: str  # passed, failed, no_answer, truncated, …

@@ -1,0 +1,234 @@
+"""Tasks and SFT records by name: arithmetic made on the spot, a file, or a set on the hub; and the data order of RL."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.trajectory import Task
+from data.arithmetic import arithmetic_tasks
+
+DATA_DIR = Path(__file__).resolve().parent
+SUFFIXES = (".jsonl", ".json", ".parquet")
+ARITHMETIC = re.compile(r"arithmetic_(?P<operands>\d+)(?:_(?P<largest>\d+))?_(?P<split>train|dev|test)")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
+
+Record = dict[str, Any]
+
+
+def load_tasks(name_or_path: str, key: str = "dataset.train_dataset") -> list[Task]:
+    """The tasks of a set: records with question and ground_truth_answer. `key` names the setting in errors."""
+    tasks = []
+    for index, record in enumerate(load_records(name_or_path, key)):
+        where = f"{key}: record {index + 1} of '{name_or_path}'"
+        question = _text(record, "question", where)
+        answer = _text(record, "ground_truth_answer", where)
+        tasks.append(Task(_task_id(record, index), question, answer, record))
+    _check_unique_ids(tasks, name_or_path, key)
+    return tasks
+
+
+def load_sft_records(name_or_path: str, key: str = "dataset.optimization_data") -> list[Record]:
+    """The samples of an SFT set: records with prompt, response and, optionally, step_map."""
+    records = load_records(name_or_path, key)
+    for index, record in enumerate(records):
+        where = f"{key}: record {index + 1} of '{name_or_path}'"
+        _text(record, "prompt", where)
+        _text(record, "response", where)
+        steps = record.get("step_map")
+        if steps is not None and not (isinstance(steps, list) and all(type(step) is int for step in steps)):
+            raise UserError(f"{where} has a `step_map` that is not a list of whole numbers; correct it or leave it out")
+    return records
+
+
+def load_records(name_or_path: str, key: str) -> list[Record]:
+    """The raw records of a set, in its own order."""
+    name = str(name_or_path).strip()
+    if not name:
+        raise UserError(f"{key} is empty: give a name such as arithmetic_4_train, a path or a hub id")
+    found = ARITHMETIC.fullmatch(name)
+    if found:
+        try:
+            records = arithmetic_tasks(int(found["operands"]), found["split"], int(found["largest"] or 9))
+        except UserError as error:
+            raise UserError(f"{key}: '{name}': {error}") from None
+    elif path := _find_file(name, key):
+        records = _read_file(path, key)
+    elif HUB_ID.fullmatch(name):
+        records = _from_hub(name, key)
+    else:
+        raise UserError(f"{key}: '{name}' was not found{_nearest(name)}; {_ways(name)}")
+    if not records:
+        raise UserError(f"{key}: '{name}' has no records; choose a set that is not empty")
+    for index, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise UserError(f"{key}: record {index + 1} of '{name}' is a {type(record).__name__}, not an object")
+    return records
+
+
+def task_batch(num_tasks: int, batch: int, cursor: int, seed: int) -> tuple[list[int], int]:
+    """Indices of the next `batch` tasks of RL, and the new cursor.
+
+    The cursor counts tasks drawn since the start, so that a run resumed with the same cursor goes on exactly. Each
+    epoch is a seeded permutation; a batch may span epochs, and one of up to num_tasks // 3 repeats no task.
+    """
+    if num_tasks < 1 or batch < 0 or cursor < 0:
+        raise ValueError(f"num_tasks {num_tasks}, batch {batch}, cursor {cursor}: none may be negative, nor tasks 0")
+    places = range(cursor, cursor + batch)
+    return [_epoch_order(num_tasks, place // num_tasks, seed)[place % num_tasks] for place in places], cursor + batch
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(num_tasks: int, epoch: int, seed: int) -> tuple[int, ...]:
+    order = _shuffled(num_tasks, epoch, seed)
+    third = num_tasks // 3
+    if epoch == 0 or third == 0:
+        return tuple(order)
+    # A task at the end of one epoch and at the start of the next would be twice in a batch, with the same draws.
+    # The last third stays where the shuffle put it, so that an epoch depends on no order but the one before.
+    just_seen = set(_shuffled(num_tasks, epoch - 1, seed)[num_tasks - third :])
+    front, back = order[: num_tasks - third], order[num_tasks - third :]
+    return tuple(sorted(front, key=lambda index: index in just_seen) + back)
+
+
+def _shuffled(num_tasks: int, epoch: int, seed: int) -> list[int]:
+    order = list(range(num_tasks))
+    random.Random(f"tasks/{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def _text(record: Record, field: str, where: str) -> str:
+    """A field as text; numbers are taken as written, anything else is the user's mistake."""
+    value = record.get(field)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        fields = ", ".join(record) or "none"
+        raise UserError(f"{where} has no `{field}` (its fields: {fields}); rename or add it, see data/README.md")
+    return value
+
+
+def _task_id(record: Record, index: int) -> str:
+    for field in ("id", "task_id"):
+        if record.get(field) is not None:
+            return str(record[field])
+    return str(index)
+
+
+def _check_unique_ids(tasks: list[Task], name: str, key: str) -> None:
+    first: dict[str, int] = {}
+    for index, task in enumerate(tasks):
+        if task.id in first:
+            raise UserError(
+                f"{key}: records {first[task.id] + 1} and {index + 1} of '{name}' have the same id '{task.id}'; "
+                "give every record its own `id`, or none at all"
+            )
+        first[task.id] = index
+
+
+def _find_file(name: str, key: str) -> Path | None:
+    """The file that a name or path means; None where it may still be a hub id."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise UserError(f"{key}: '{name}' is a folder; give one of its files ({', '.join(SUFFIXES)})")
+    if path.is_file():
+        return path
+    if path.suffix in SUFFIXES:
+        inside = DATA_DIR / path
+        if inside.is_file():
+            return inside
+        raise UserError(f"{key}: file '{name}' does not exist{_nearest(name)}; {_ways(name)}")
+    candidates = [DATA_DIR / f"{name}{suffix}" for suffix in SUFFIXES]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _read_file(path: Path, key: str) -> list[Any]:
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{key}: '{path}' has the ending '{path.suffix}'; use {', '.join(SUFFIXES)}")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_table(path).to_pylist()
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the first record
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}: '{path}' is not UTF-8 (byte {error.start}); convert it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: '{path}' cannot be read: {_one_line(error)}") from None
+    return _read_lines(text, path, key) if path.suffix == ".jsonl" else _read_json(text, path, key)
+
+
+def _read_lines(text: str, path: Path, key: str) -> list[Any]:
+    records = []
+    # Not splitlines: it also splits at U+2028, which JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            records.append(_parse(line, f"{key}: line {number} of '{path}'"))
+    return records
+
+
+def _read_json(text: str, path: Path, key: str) -> list[Any]:
+    records = _parse(text, f"{key}: '{path}'") if text.strip() else []
+    if not isinstance(records, list):
+        raise UserError(f"{key}: '{path}' holds one {type(records).__name__}; a .json file is a list of records")
+    return records
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f" (line {error.lineno})" if "\n" in text.strip() else ""
+        raise UserError(f"{where} is not valid JSON{place}: {error.msg} at column {error.colno}; mend it") from None
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply to read; mend it") from None
+
+
+def _from_hub(name: str, key: str) -> list[Record]:
+    """`org/name`, or `org/name:split` where the set has several splits."""
+    hub_id, _, split = name.partition(":")
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{key}: '{name}' is a hub id, which needs: pip install datasets; or give a file") from None
+    try:
+        loaded = datasets.load_dataset(hub_id)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{key}: '{name}' is no file here and could not be loaded from the hub: {_one_line(error)}; {_ways(name)}"
+        ) from None
+    splits = list(loaded)
+    if not split and len(splits) > 1:
+        raise UserError(f"{key}: '{hub_id}' has the splits {', '.join(splits)}; name one, as '{hub_id}:{splits[0]}'")
+    if split and split not in splits:
+        raise UserError(f"{key}: '{hub_id}' has no split '{split}'; use {', '.join(splits)}")
+    return [dict(record) for record in loaded[split or splits[0]]]
+
+
+def _nearest(name: str) -> str:
+    """`; did you mean 'x'?` from the sets at hand, empty where none is near."""
+    parent = Path(name).expanduser().parent
+    names = [f"arithmetic_4_{split}" for split in ("train", "dev", "test")]
+    names += [path.stem for path in DATA_DIR.iterdir() if path.suffix in SUFFIXES]
+    if parent.is_dir():
+        names += [str(parent / path.name) for path in parent.iterdir() if path.suffix in SUFFIXES]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _ways(name: str) -> str:
+    return (
+        "give arithmetic_4_train (any number of operands; train, dev or test), "
+        f"a path ({', '.join(SUFFIXES)}), a hub id org/name, or put {Path(name).stem}.jsonl into data/"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

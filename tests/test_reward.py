@@ -1,0 +1,337 @@
+"""Rewards: the boxed answer, comparison of answers, hostile answers, and rewards of the user's own."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.coin_flip import coin_flip
+from common.errors import UserError
+from common.schema import RewardConfig
+from common.trajectory import Score, Task
+from reward import math_reward
+from reward.math_reward import answers_equal, extract_boxed, math_score
+from reward.score import make_scorer
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT.parent / "shared" / "data"
+TASK = Task("7", "4+2+8+1", "15")
+
+
+def published(name: str) -> list[dict]:
+    path = PUBLISHED / name
+    if not path.is_file():
+        pytest.skip(f"the publisher's file {name} is not in shared/data beside the repository")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed"),
+    [
+        (r"so \boxed{15}", "15"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{\left\{ x \right.} done", r"\left\{ x \right."),
+        (r"} { \boxed {7} }", "7"),
+        (r"\boxed{1} and \boxed{2", "1"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{}", ""),
+        ("15", None),
+        (r"\boxed 15", None),
+        (r"\boxed{15", None),
+        ("", None),
+    ],
+)
+def test_the_last_complete_box(text, boxed):
+    assert extract_boxed(text) == boxed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{" * 10**6,
+        "\\boxed{" * 150_000,
+        "\\boxed{" + "{" * 500_000 + "}" * 500_000 + "}",
+        "\\boxed" + " " * 10**6,
+        "\\boxed{15}" + "{}" * 500_000,
+    ],
+    ids=["braces", "boxes", "nested", "spaces", "after"],
+)
+def test_a_megabyte_of_braces_takes_linear_time(text):
+    start = time.perf_counter()
+    math_score(text, "15")
+    assert time.perf_counter() - start < 5
+
+
+EQUAL = [
+    ("15", " 15. "),
+    ("70000", "70,000"),
+    ("70000", "70{,}000"),
+    ("10,\\!080", "10080"),
+    ("58,500", "58500.0"),
+    ("0.30000000000000004", "0.3"),
+    (".0000672", "0.0000672"),
+    ("15", "14+1=15"),
+    ("-15", "−15"),
+    ("0.75", "\\frac{3}{4}"),
+    ("\\frac43", "4/3"),
+    ("1\\frac{4}{5}", "\\dfrac{9}{5}"),
+    ("58500", "5.85 \\times 10^4"),
+    ("2k+2", "2(k+1)"),
+    ("70 \\sqrt{2}", "70\\sqrt2"),
+    ("6 - 5i", "-5i+6"),
+    ("x=5", "5"),
+    ("y = 2x + 3", "y=3+2x"),
+    ("(3,4]", "\\left(3, 4\\right]"),
+    ("x \\in [-2,7]", "[-2,7]"),
+    ("(0,9) \\cup (9,36)", "(9,36)\\cup(0,9)"),
+    ("\\{1,2\\}", "\\{2,1\\}"),
+    ("1 \\pm \\sqrt{19}", "1-\\sqrt{19}, 1+\\sqrt{19}"),
+    ("\\begin{pmatrix} -1/3 \\\\ 2 \\end{pmatrix}", "\\begin{bmatrix} -\\frac13 \\\\ 2 \\end{bmatrix}"),
+    ("50\\%", "50%"),
+    ("864 \\mbox{ inches}^2", "864"),
+    ("12", "12 \\text{ apples}"),
+    ("90^\\circ", "90"),
+    ("\\$18.90", "18.9"),
+    ("\\text{Evelyn}", "Evelyn"),
+    ("\\text{(C)}", "C"),
+]
+UNEQUAL = [
+    ("15", "16"),
+    ("15", "1515"),
+    ("15", "15.5"),
+    ("0.0000001", "0.0000002"),
+    ("99999999999", "99999999998"),
+    ("15", "4+2+8+1"),
+    ("15", "{4+2+8+1}"),
+    ("15", "\\frac{4+2+8+1}{1}"),
+    ("15", "3 \\times 5"),
+    ("-15", "10 - 25"),
+    ("15", "15=14"),
+    ("15", "15, 14"),
+    ("15", "15+"),
+    ("15", "fifteen apples"),
+    ("\\frac12", "\\frac{2}{3}"),
+    ("(3,4]", "[3,4]"),
+    ("(6,31,-1)", "(6,31,1)"),
+    ("p - q", "q - p"),
+    ("x^2+1", "y^2+1"),
+    ("\\text{east}", "\\text{west}"),
+    ("\\text{even}", "neve"),
+    ("5", "\\sqrt{"),
+]
+
+
+@pytest.mark.parametrize(("reference", "predicted"), EQUAL)
+def test_equal_answers(reference, predicted):
+    assert answers_equal(predicted, reference)
+
+
+@pytest.mark.parametrize(("reference", "predicted"), UNEQUAL)
+def test_unequal_answers(reference, predicted):
+    assert not answers_equal(predicted, reference)
+
+
+def test_verdicts():
+    assert math_score(r"\boxed{15}", "15") == Score(1.0, True, "passed")
+    assert math_score(r"\boxed{16}", "15") == Score(0.0, False, "failed")
+    assert math_score("15", "15") == Score(0.0, False, "no_answer")
+    assert math_score(r"\boxed{ }", "15") == Score(0.0, False, "no_answer")
+    assert math_score(r"\boxed{15}", "15", truncated=True) == Score(0.0, False, "truncated")
+
+
+def test_arithmetic_needs_no_worker():
+    math_reward.stop_worker()
+    start = time.perf_counter()
+    for number in range(2000):
+        math_score(f"4+2=6;6+8=14;14+1=15;\\boxed{{{number}}}", "15")
+        math_score(f"\\boxed{{4+{number}+1}}", "15")
+    assert math_reward._worker is None
+    assert time.perf_counter() - start < 2  # about 10 µs each
+
+
+HOSTILE = [
+    ("9**9**9", "15"),
+    ("9^{9^{9}}", "15"),
+    ("100000!!!!", "3"),
+    ("{" * 400 + "}" * 400, "15"),
+    ("\\frac{" * 190 + "1" + "}{2}" * 190, "x"),
+    ("1" * 10**6, "15"),
+    ("1" * 10**6, "1" * 10**6 + "0"),
+    ("((((" * 200, "15"),
+    ("\\boxed{" * 100, "x"),
+    ("\x00\ud800", "15"),
+]
+
+
+def test_hostile_answers_are_bounded_and_failed(capfd, monkeypatch):
+    monkeypatch.setattr(math_reward, "CPU_SECONDS", 1.0)
+    math_reward.stop_worker()
+    math_reward._said.clear()
+    for predicted, reference in HOSTILE:
+        start = time.perf_counter()
+        assert not answers_equal(predicted, reference), predicted[:40]
+        assert time.perf_counter() - start < 60, predicted[:40]
+    assert capfd.readouterr().err.count("took too long") == 1
+    math_reward.stop_worker()
+    monkeypatch.undo()
+    assert answers_equal("\\frac{2}{4}", "\\frac12"), "the next comparison has a fresh worker"
+
+
+def test_a_worker_that_is_gone_is_replaced():
+    assert answers_equal("\\frac{3}{6}", "\\frac12")
+    math_reward._worker.kill()
+    math_reward._worker.wait()
+    assert answers_equal("\\frac{4}{8}", "\\frac12")
+
+
+def test_an_interrupted_comparison_leaves_no_stale_answer(monkeypatch):
+    assert answers_equal("\\frac{5}{10}", "\\frac12")
+
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(math_reward._worker, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        answers_equal("\\frac{6}{12}", "\\frac12")
+    assert not answers_equal("\\frac{1}{3}", "\\frac12")
+
+
+def test_comparison_works_outside_the_main_thread():
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: answers_equal(f"\\frac{{{n}}}{{14}}", "\\frac12"), range(1, 15)))
+    assert found == [n == 7 for n in range(1, 15)]
+
+
+def test_a_worker_that_cannot_start_is_no_wrong_answer(monkeypatch):
+    math_reward.stop_worker()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="could not start"):
+        answers_equal("\\frac{7}{15}", "\\frac12")
+
+
+def test_the_worker_ends_with_its_parent():
+    code = (
+        "import os\nfrom reward import math_reward as m\nassert m.answers_equal('\\\\frac24', '\\\\frac12')\n"
+        "print(m._worker.pid, flush=True)\nos._exit(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "the worker outlives its parent"
+        time.sleep(0.05)
+
+
+def test_gsm8k_answers():
+    rows = published("gsm8k_test.jsonl")
+    answers = [row["answer"].split("####")[1].strip() for row in rows]
+    assert len(answers) == 1319
+    for answer in answers:
+        assert math_score(f"So it is $\\boxed{{{answer}}}$.", answer).correct, answer
+        number = float(answer.replace(",", ""))
+        assert math_score(f"\\boxed{{{number:,.2f}}}", answer).correct, answer
+        assert not math_score(f"\\boxed{{{int(number)}1}}", answer).correct, answer
+
+
+def test_math500_answers():
+    rows = published("math500.jsonl")
+    assert len(rows) == 500
+    wrong = [row["answer"] for row in rows if not math_score(f"\\boxed{{{row['answer']}}}", row["answer"]).correct]
+    assert wrong == []
+    wrong = [row["unique_id"] for row in rows if not math_score(row["solution"], row["answer"]).correct]
+    assert wrong == [], "the published solutions box the published answers"
+
+
+def test_math500_mismatches():
+    answers = sorted({row["answer"] for row in published("math500.jsonl")})
+    generator = random.Random(0)
+    wrong = [generator.sample(answers, 2) for _ in range(60)]
+    passed = [(predicted, answer) for predicted, answer in wrong if answers_equal(predicted, answer)]
+    assert passed == []
+
+
+def test_make_scorer_math():
+    scorer = make_scorer(RewardConfig(), "math")
+    assert scorer(r"\boxed{15}", TASK, False) == Score(1.0, True, "passed")
+    assert scorer(r"\boxed{15}", TASK, True) == Score(0.0, False, "truncated")
+    lenient = make_scorer(RewardConfig(truncated_is_wrong=False), "math")
+    assert lenient(r"\boxed{15}", TASK, True) == Score(1.0, True, "passed")
+
+
+def test_unknown_kinds_are_told():
+    with pytest.raises(UserError, match=r"dataset.data_type: 'maths' is unknown; did you mean 'math'"):
+        make_scorer(RewardConfig(), "maths")
+    with pytest.raises(UserError, match=r"reward.kind: 'nope' is unknown; use math"):
+        make_scorer(RewardConfig(kind="nope"), "math")
+
+
+@pytest.fixture
+def own_reward(tmp_path, monkeypatch):
+    """Writes a reward module into a current directory of its own, and makes a scorer from it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+
+    def make(body: str, name: str = "my_reward", module: str = "my_rewards_for_test"):
+        (tmp_path / "my_rewards_for_test.py").write_text(body)
+        return make_scorer(RewardConfig(function=f"{module}:{name}"), "math")
+
+    return make
+
+
+def test_a_reward_of_ones_own(own_reward):
+    scorer = own_reward("def my_reward(text, task): return len(text) * 0.5 - float(task.ground_truth_answer) + 14")
+    assert scorer("abcd", TASK, False) == Score(1.0, True, "passed")
+    assert scorer("", TASK, False) == Score(-1.0, False, "failed")
+    assert scorer("ab", TASK, False) == Score(0.0, False, "failed")
+    assert scorer("abcd", TASK, True) == Score(0.0, False, "truncated")
+
+
+@pytest.mark.parametrize("value", ["True", "1", "np.float32(1)", "np.array(1)", "np.bool_(True)"])
+def test_every_kind_of_number_is_taken(own_reward, value):
+    score = own_reward(f"import numpy as np\ndef my_reward(text, task): return {value}")("x", TASK, False)
+    assert score == Score(1.0, True, "passed") and type(score.reward) is float and type(score.correct) is bool
+
+
+@pytest.mark.parametrize("value", ["None", "float('nan')", "float('inf')", "np.ones(1)", "'1'", "1j", "[1.0]"])
+def test_what_is_no_finite_number_is_told(own_reward, value):
+    scorer = own_reward(f"import numpy as np\ndef my_reward(text, task): return {value}")
+    with pytest.raises(UserError, match=r"reward.function: .* task '7'; it must return a finite number") as caught:
+        scorer("x", TASK, False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_reward_function_is_told(own_reward):
+    with pytest.raises(UserError, match="there is no module 'no_such_module'"):
+        own_reward("", module="no_such_module")
+    with pytest.raises(UserError, match="has no function 'my_rewards'; did you mean 'my_reward'"):
+        own_reward("def my_reward(text, task): return 1", name="my_rewards")
+    with pytest.raises(UserError, match="is not of the form my_module:my_reward"):
+        make_scorer(RewardConfig(function="my_module.my_reward"), "math")
+
+
+def test_a_broken_reward_module_shows_its_own_error(own_reward):
+    with pytest.raises(ModuleNotFoundError, match="not_installed_here"):
+        own_reward("import not_installed_here")
+
+
+def test_coin_flip_is_fair_and_stable():
+    scorer = make_scorer(RewardConfig(function="benchmarks.coin_flip:coin_flip"), "math")
+    flips = [scorer(f"response {n}", TASK, False).reward for n in range(2000)]
+    assert set(flips) == {0.0, 1.0} and np.mean(flips) == pytest.approx(0.5, abs=0.05)
+    assert flips[:8] == [coin_flip(f"response {n}", TASK) for n in range(8)] == [1, 0, 0, 1, 0, 0, 1, 1]
+    other = [coin_flip(f"response {n}", Task("8", "", "")) for n in range(64)]
+    assert other != flips[:64]
