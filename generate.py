@@ -1,0 +1,76 @@
+"""Draw responses from a diffusion language model: python generate.py model=PATH prompt="…" [key=value …]"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+import models  # noqa: F401 — makes transformers' Auto classes read every family's checkpoints
+from common.config import parse_or_help
+from common.errors import one_line_errors
+from common.schema import Sampling
+from common.trajectory import Request
+from sample.engine import Engine
+
+
+def block_diffusion_generate(
+    model: torch.nn.Module,
+    prompt: Mapping[str, Tensor] | Tensor,
+    mask_id: int,
+    gen_length: int = 128,
+    block_length: int = 4,
+    denoising_steps: int = 4,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    remasking_strategy: str = "low_confidence_dynamic",
+    confidence_threshold: float = 0.9,
+    stop_ids: Iterable[int] | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """Prompt and response ids, (batch, prompt length + longest response), padded on the right.
+
+    `prompt` is a tokenizer's output, or its input ids (batch, length); left padding is told by its attention mask.
+    A response ends with the first of `stop_ids` (the model's own by default) or after `gen_length` tokens. The same
+    `seed` gives the same responses; without one, torch's generator gives a new one at each call.
+    """
+    ids, real = (prompt, None) if isinstance(prompt, Tensor) else (prompt["input_ids"], prompt.get("attention_mask"))
+    ids = ids.reshape(-1, ids.shape[-1])
+    real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.reshape(ids.shape).bool()
+    own_stops = model.generation_config.eos_token_id if stop_ids is None else list(stop_ids)
+    stops = [own_stops] if isinstance(own_stops, int) else own_stops or []
+    settings = Sampling(
+        block_size=block_length,
+        denoising_steps_per_block=denoising_steps,
+        max_token=gen_length,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        remasking_strategy=remasking_strategy,
+        dynamic_threshold=confidence_threshold,
+        max_active=len(ids),
+    )
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    requests = [Request(str(n), row[keep].tolist(), seed=seed) for n, (row, keep) in enumerate(zip(ids, real))]
+    responses: list[list[int]] = [[] for _ in requests]
+    for trajectory in Engine(model, mask_id, stops).generate(requests, settings):
+        responses[int(trajectory.task_id)] = trajectory.response_ids[: trajectory.length]
+    padding = model.config.pad_token_id if model.config.pad_token_id is not None else (stops or [0])[0]
+    width = max(map(len, responses))
+    padded = [response + [padding] * (width - len(response)) for response in responses]
+    return torch.cat([ids, torch.tensor(padded, device=ids.device)], dim=1)
+
+
+@one_line_errors
+def main() -> None:
+    config = parse_or_help("generate", sys.argv[1:], __doc__)
+    from sample.show import main as show
+
+    show(config)
+
+
+if __name__ == "__main__":
+    main()
