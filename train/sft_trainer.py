@@ -1,0 +1,203 @@
+"""Supervised finetuning: records → views → packed rows → cross-entropy, with the machinery of RL."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.checkpoint import write_folder
+from common.config import dump_config, load_config, settings_of
+from common.errors import UserError
+from common.metrics import MetricsLog, draw_curves, open_metrics
+from common.runtime import Stopwatch, console, device_and_dtype, prepare_run_folder, progress, seed_everything
+from common.schema import RewardConfig, SFTConfig
+from data.tasks import load_sft_records, load_tasks
+from models import LoadedModel, load_model, save_model
+from models.prompts import encode_prompt
+from models.tiny import build_tiny
+from reward.score import make_scorer
+from rollout.evaluate import evaluate
+from sample.engine import Engine
+from train.optimize import Learner, make_learner, update
+from train.packing import PackedBatch, Row, make_row, pack
+from train.policy import Policy
+from train.views import SFT_METHODS
+
+TINY = "tiny"  # as model.pretrained_model: a new small network of the family, made in the run's folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt with the response to learn; `length` counts through the stop token, padding behind it fills a block."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    length: int
+
+
+def main(config: SFTConfig) -> Path:
+    """Finetune as the config says; returns the folder of the finetuned model."""
+    seed_everything(config.training.seed)
+    records = load_sft_records(config.dataset.optimization_data)
+    tasks = load_tasks(config.dataset.eval_dataset, "dataset.eval_dataset") if config.dataset.eval_dataset else []
+    tasks = tasks[: config.evaluation.num_task or None]
+    if config.training.stop_at_accuracy is not None and not tasks:
+        raise UserError("dataset.eval_dataset: empty, but training.stop_at_accuracy needs tasks to measure it on")
+    experiment = config.experiment
+    folder = prepare_run_folder(experiment.runs_dir, experiment.project, experiment.start_from_scratch)
+    (folder / "config.yaml").write_text(dump_config(config))
+    loaded = load(config, folder)
+    examples = make_examples(config, loaded, records)
+    steps = config.training.max_steps or config.training.num_train_epochs * -(
+        -len(examples) // config.training.batch_size
+    )
+    learner = make_learner(
+        Policy(loaded.model, loaded.mask_id),
+        config.optimizer,
+        config.lr_scheduler,
+        steps,
+        config.training.max_grad_norm,
+        mixed_precision="bf16" if device_and_dtype(config.model.dtype)[1] == torch.bfloat16 else "no",
+    )
+    metrics = open_metrics(folder, experiment.trackers, experiment.project, dataclasses.asdict(config))
+    train(config, loaded, learner, examples, tasks, steps, metrics)
+    metrics.close()
+    draw_curves(folder / "metrics.jsonl", folder / "curves.png")
+    target = folder / "ckpt" / config.model.optimized_name
+    write_folder(target, lambda path: save_model(loaded.model, loaded.tokenizer, path))
+    console.print(f"finetuned model: {target}")
+    return target
+
+
+def load(config: SFTConfig, folder: Path) -> LoadedModel:
+    """The model to finetune; a new tiny one where the config asks for it. Weights are float32."""
+    path = config.model.pretrained_model
+    if path == TINY:
+        path = folder / "untrained"
+        build_tiny(config.model.model_base, path, config.training.seed)
+    device, _ = device_and_dtype(config.model.dtype)
+    loaded = load_model(path, config.model.model_base, torch.float32, device)
+    if config.training.gradient_checkpointing_enable:
+        loaded.model.gradient_checkpointing_enable()
+    return loaded
+
+
+def make_examples(config: SFTConfig, loaded: LoadedModel, records: Sequence[dict]) -> list[Example]:
+    """Records as ids, responses ended by the stop token and padded with it to whole blocks; too long ones counted."""
+    training = config.training
+    template = config.dataset.prompt_template or loaded.family.instructions[config.dataset.data_type]
+    stop = loaded.tokenizer.eos_token_id
+    examples, long_prompts, long_responses = [], 0, 0
+    for record in records:
+        prompt = encode_prompt(loaded, record["prompt"], template)
+        response = [*loaded.tokenizer.encode(record["response"], add_special_tokens=False), stop]
+        if len(prompt) > training.max_prompt_len:
+            long_prompts += 1
+        elif len(response) > training.max_gen_length:
+            long_responses += 1
+        else:
+            padding = -(len(prompt) + len(response)) % training.block_size
+            examples.append(Example(prompt, response + [stop] * padding, len(response)))
+    if long_prompts or long_responses:
+        console.print(
+            f"{long_prompts} samples dropped for prompts over training.max_prompt_len {training.max_prompt_len}, "
+            f"{long_responses} for responses over training.max_gen_length {training.max_gen_length}"
+        )
+    if not examples:
+        raise UserError(f"dataset.optimization_data: no sample of {config.dataset.optimization_data} is short enough")
+    return examples
+
+
+def train(
+    config: SFTConfig,
+    loaded: LoadedModel,
+    learner: Learner,
+    examples: Sequence[Example],
+    tasks: Sequence,
+    steps: int,
+    metrics: MetricsLog,
+) -> None:
+    """Updates over shuffled epochs, until `steps`, or until sampling accuracy reaches `stop_at_accuracy`."""
+    training, watch = config.training, Stopwatch()
+    order = np.empty(0, dtype=np.int64)
+    rng = np.random.default_rng(training.seed)
+    with progress("finetuning", steps) as advance:
+        for step in range(1, steps + 1):
+            while len(order) < training.batch_size:
+                order = np.concatenate([order, rng.permutation(len(examples))])
+            chosen, order = order[: training.batch_size], order[training.batch_size :]
+            with watch("train"):
+                rows = [view_row(config, loaded, examples[index], rng) for index in chosen]
+                figures = sft_update(learner, rows, training.tokens_per_micro_batch)
+            figures["lr"] = learner.scheduler.get_last_lr()[0]
+            accuracy = None
+            if tasks and (step % training.eval_every == 0 or step == steps):
+                with watch("evaluation"):
+                    accuracy = sampled_accuracy(config, loaded, tasks)
+                figures["eval/accuracy"] = accuracy
+            metrics.log({"step": step} | figures)
+            advance()
+            if accuracy is not None:
+                console.print(f"finetuning step {step}/{steps}  loss {figures['loss']:.3f}  accuracy {accuracy:.3f}")
+                if training.stop_at_accuracy is not None and accuracy >= training.stop_at_accuracy:
+                    break
+
+
+def view_row(config: SFTConfig, loaded: LoadedModel, example: Example, rng: np.random.Generator) -> Row:
+    """A packed row of one example under freshly drawn views."""
+    training = config.training
+    views = SFT_METHODS[training.method](
+        example.prompt_ids,
+        example.response_ids,
+        example.length,
+        training.block_size,
+        loaded.mask_id,
+        rng,
+        training.lower_p,
+        training.upper_p,
+        training.post_num,
+    )
+    return make_row(0, example.prompt_ids, example.response_ids, views)
+
+
+def sft_update(learner: Learner, rows: Sequence[Row], token_budget: int) -> dict[str, float]:
+    """One update on the mean cross-entropy of all predicted tokens."""
+    count = sum(len(row.target) for row in rows)
+    total = 0.0
+
+    def loss(batch: PackedBatch, logp: Tensor) -> Tensor:
+        nonlocal total
+        value = -logp.sum() / count
+        total += float(value.detach())
+        return value
+
+    norm = update(learner, pack(rows, token_budget), loss)
+    return {"loss": total, "grad_norm": norm, "predicted_tokens": count}
+
+
+def sampled_accuracy(config: SFTConfig, loaded: LoadedModel, tasks: Sequence) -> float:
+    """Accuracy of sampled responses under the first evaluation setting."""
+    scorer = make_scorer(RewardConfig(), config.dataset.data_type)
+    template = config.dataset.prompt_template or loaded.family.instructions[config.dataset.data_type]
+    settings = settings_of(config.evaluation)[:1]
+    engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
+    training = config.training
+    results = evaluate(engine, loaded, tasks, settings, scorer, template, training.max_prompt_len, training.seed)
+    return next(iter(results.values())).accuracy
+
+
+def make_model_if_missing(path: str, made_by: str | None, model_base: str, seed: int, runs_dir: str) -> bool:
+    """Run the SFT config `made_by` where the folder `path` is missing; returns whether it did."""
+    if Path(path).exists() or not made_by:
+        return False
+    console.print(f"{path} is not there yet: made by {made_by}")
+    arguments = {"model.model_base": model_base, "training.seed": seed, "experiment.runs_dir": runs_dir}
+    made = main(load_config("sft", [f"config={made_by}", *(f"{key}={value}" for key, value in arguments.items())]))
+    if made.resolve() != Path(path).resolve():
+        raise UserError(f"made_by: {made_by} makes {made}, but the model's path is {path}")
+    return True
