@@ -91,7 +91,8 @@ def load_config(job: str, argv: list[str]) -> Any:
     Raises UserError, one line, at the first mistake. What older keys became is reported on stderr.
     """
     path, overrides = split_arguments(job, argv)
-    layers = read_layers(path) if path else []
+    family = overrides.get("model.model_base") or overrides.get("model_base")
+    layers = read_layers(path, family) if path else []
     meant = infer_job({key: value for _, layer in layers for key, value in layer.items()})
     if meant not in (None, job):
         raise UserError(f"config={path} is a config for {ENTRY_SCRIPTS[meant]}, not for {ENTRY_SCRIPTS[job]}")

@@ -14,8 +14,9 @@ README_HEAD = """# Config keys
 
 Written by `python -m common.config --keys > configs/README.md` from `common/schema.py`; do not edit.
 
-A config is a short YAML: `base: [name, …]` takes the layers `base/<name>.yaml`, its own keys come on top, and
-`key=value` arguments on the command line win over both. Lists are typed `key=[0,1]`, nothing is `key=null`.
+A config is a short YAML: `base: [name, …]` takes the layers `base/<name>.yaml` (`{name: [family, …]}`: for those
+families only), its own keys come on top, and `key=value` arguments on the command line win over both.
+Lists are typed `key=[0,1]`, nothing is `key=null`.
 `${section.key}` takes another key's value. `python -m common.config configs/X.yaml` prints a config in full.
 
 In evaluation `remasking_strategy`, `block_size`, `top_k`, `temperature`, `top_p` and `dynamic_threshold` may be

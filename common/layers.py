@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENTRY_SCRIPTS = {"rl": "rl.py", "eval": "eval.py", "sft": "train/sft_<family>.py", "generate": "generate.py"}
 CONFIG_IS_OPTIONAL = {"generate"}
 EXAMPLES = {"rl": "training.seed=1", "eval": "seed=1", "sft": "training.seed=1", "generate": "temperature=0"}
+DEFAULT_FAMILY = "sdar"
 Layer = tuple[str, dict[str, Any]]  # where it was written, its keys
 
 
@@ -68,23 +69,36 @@ def find_config(text: str) -> Path:
     raise UserError(f"config={text}: no such file; {hint}")
 
 
-def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
-    """A YAML's base layers, deepest first, and then the YAML itself, each as (file, dotted keys)."""
+def read_layers(path: Path, family: str | None = None, chain: tuple[Path, ...] = ()) -> list[Layer]:
+    """A YAML's base layers, deepest first, and then the YAML itself, each as (file, dotted keys).
+
+    An entry `{name: [family, …]}` of `base` is a layer for those families only; `family` is that of the command line,
+    without which the file's own counts.
+    """
     if path in chain:
         raise UserError(f"{shown_path(path)}: base layers name each other in a circle")
     content = read_yaml(path)
     bases = content.pop("base", None) or []
-    here = path.parent if path.parent.name == "base" else path.parent / "base"
+    values = flatten(content)
+    family = family or values.get("model.model_base") or values.get("model_base") or DEFAULT_FAMILY
     layers = []
     for base in [bases] if isinstance(bases, str) else bases:
-        found = [one for one in (here / f"{base}.yaml", ROOT / "configs" / "base" / f"{base}.yaml") if one.is_file()]
-        if not found:
-            there = names_of(sorted(one.stem for one in (ROOT / "configs" / "base").glob("*.yaml")))
-            raise UserError(
-                f"{shown_path(path)}: base={base}: no file {shown_path(here)}/{base}.yaml; there are: {there}"
-            )
-        layers += read_layers(found[0], (*chain, path))
-    return [*layers, (shown_path(path), flatten(content))]
+        if isinstance(base, dict):
+            ((base, families),) = base.items()
+            if family not in families:
+                continue
+        layers += read_layers(find_base(path, base), family, (*chain, path))
+    return [*layers, (shown_path(path), values)]
+
+
+def find_base(path: Path, base: str) -> Path:
+    """The file of a base layer that `path` names: beside it, or among the project's."""
+    here = path.parent if path.parent.name == "base" else path.parent / "base"
+    for folder in (here, ROOT / "configs" / "base"):
+        if (folder / f"{base}.yaml").is_file():
+            return folder / f"{base}.yaml"
+    there = names_of(sorted(one.stem for one in (ROOT / "configs" / "base").glob("*.yaml")))
+    raise UserError(f"{shown_path(path)}: base={base}: no file {shown_path(here)}/{base}.yaml; there are: {there}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -189,7 +203,7 @@ def translate(
         if key in UPDATE_SIZE_KEYS and update_size_target(job):
             values[key] = value
         elif new in known:
-            if value == f"${{{new}}}" or layer.get(new) == value:
+            if meant(value) == f"${{{new}}}" or layer.get(new) == value:
                 idle[key] = f"{new} counts"
                 continue
             if new in layer:
@@ -208,6 +222,14 @@ def translate(
         else:
             raise UserError(f"unknown key {key}={show(value)} in {source}; {nearest(key, list(known))}")
     return values
+
+
+def meant(value: Any) -> Any:
+    """A value with the older keys that it refers to, as ${key}, in today's words."""
+    if isinstance(value, str):
+        for old, new in RENAMED_KEYS.items():
+            value = value.replace(f"${{{old}}}", f"${{{new}}}")
+    return value
 
 
 def nearest(key: str, known: list[str]) -> str:

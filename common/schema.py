@@ -68,6 +68,20 @@ class Sampling:
     confidence_from: str = key(
         "raw", "confidence before (raw) or after (sampled) temperature, top-k and top-p", choices=("raw", "sampled")
     )
+    steps: int = key(1024, "full attention: denoising steps of a whole response, divided over its blocks", low=1)
+    target: str = key(
+        "confidence",
+        "full attention: positions are ranked by confidence, margin_confidence, neg_entropy or random",
+        choices=("confidence", "margin_confidence", "neg_entropy", "random"),
+    )
+    alg_temp: float = key(0.0, "full attention: temperature of the choice of positions; 0 takes the best", low=0)
+    pad_target_penalty: float = key(
+        1.0, "full attention: factor by which a stop token's score is worsened when positions are ranked", low=0.01
+    )
+    use_cache: bool = key(False, "full attention: keep the keys before a block from its first forward; not exact")
+    further_horizon: int | None = key(
+        None, "full attention, cached: positions recomputed behind the block, those beyond unseen; null: all", low=0
+    )
     num_response_per_task: int = key(1, "responses drawn for each task", low=1)
     max_active: int = key(256, "sequences sampled side by side", low=1)
     stop_token_list: list[str] | None = key(None, "tokens that end a response; null: the tokenizer's own")
@@ -153,13 +167,20 @@ class TrainingBase:
     gradient_checkpointing_enable: bool = key(False, "recompute activations in the backward pass: less memory")
     lower_p: float = key(0.1, "lowest masking probability of a random view", low=0, high=1)
     upper_p: float = key(0.9, "highest masking probability of a random view", low=0.01, high=1)
+    mask_times_per_sample: int = key(1, "random masking: noised copies of each response", low=1)
     post_num: int = key(0, "how many tokens after the end of the response are predicted too", low=0)
 
 
 @dataclass
 class RLTrainingConfig(TrainingBase):
-    method: str = key("TraceRL", "how views are made: TraceRL", choices=("TraceRL",))
-    shrink: int = key(1, "TraceRL: this many neighbouring steps of a block are merged into one view", low=1)
+    method: str = key(
+        "TraceRL",
+        "how views are made: TraceRL (replay the trace), random_masking, coupled (random and its complement)",
+        choices=("TraceRL", "random_masking", "coupled"),
+    )
+    shrink: int = key(
+        1, "TraceRL: this many neighbouring steps (of a block, under block attention) are merged into one view", low=1
+    )
     updates_per_step: int = key(1, "optimizer updates in one RL step", low=1)
     eps: float = key(0.2, "clip range of the ratio", low=0, high=1)
     beta: float = key(0.01, "weight of the KL penalty", low=0)
@@ -187,12 +208,20 @@ class RLTrainingConfig(TrainingBase):
 
 @dataclass
 class SFTTrainingConfig(TrainingBase):
-    method: str = key("semi-ar", "how views are made: semi-ar", choices=("semi-ar",))
+    method: str = key(
+        "semi-ar",
+        "how views are made: semi-ar (block by block), random_masking (the whole response; full attention)",
+        choices=("semi-ar", "random_masking"),
+    )
     block_size: int = key(4, "tokens denoised together", low=1)
     batch_size: int = key(32, "samples in one update, over all devices", low=1)
     num_train_epochs: int = key(1, "passes over the data", low=1)
     max_steps: int = key(0, "stop after so many updates; 0: by epochs", low=0)
-    max_gen_length: int = key(2000, "samples with longer responses are dropped and counted", low=1)
+    max_gen_length: int = key(
+        2000,
+        "samples with longer responses are dropped and counted; full attention: the canvas they are learned on",
+        low=1,
+    )
     stop_at_accuracy: float | None = key(
         None, "stop when sampling accuracy on eval_dataset reaches this share", low=0, high=1
     )
@@ -303,6 +332,10 @@ OBSOLETE_KEYS: dict[str, str] = {
 # Renamed: old key → new key. Where both stand in one file the new one counts.
 RENAMED_KEYS: dict[str, str] = {
     "training.max_gen_length": "rollout.max_token",
+    "rollout.max_gen_length": "rollout.max_token",
+    "evaluation.max_gen_length": "evaluation.max_token",
+    "rollout.batch_size": "rollout.max_active",
+    "evaluation.batch_size": "evaluation.max_active",
     "training.block_size": "rollout.block_size",
     "training.mixed_precision": "model.dtype",
     "optimizer.params.policy_learning_rate": "optimizer.params.learning_rate",

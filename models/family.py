@@ -163,6 +163,14 @@ def local_folder(path: str | Path) -> Path:
         ) from error
 
 
+def family_of_network(model: PreTrainedModel) -> Family:
+    """The first family of the network's model type; rows that share a type differ in nothing that a network has."""
+    for family in FAMILIES.values():
+        if family.model_type == model.config.model_type:
+            return family
+    raise UserError(f"model_type {model.config.model_type!r}: no family of {', '.join(FAMILIES)} is of that type")
+
+
 def family_of(path: str | Path) -> str:
     """The first family that reads the checkpoint's model type; UserError where none does."""
     model_type = read_model_type(local_folder(path))

@@ -20,6 +20,7 @@ class Candidates:
     probability: Tensor  # of the token; `confidence_from` says under which softmax
     logp: Tensor  # log_softmax(logits / T) with the mask token at minus infinity, before top-k and top-p
     entropy: Tensor  # of the raw softmax, nats
+    margin: Tensor  # likeliest over second likeliest, under the softmax of `probability`; 0 unless target asks
     kept_mass: Tensor  # probability that top-k and top-p left
 
 
@@ -51,15 +52,19 @@ def draw(logits: Tensor, uniform: Tensor, mask_id: int, settings: Sampling) -> C
     else:
         tokens = inverse_cdf(kept, uniform)
     index = tokens[..., None]
-    if settings.confidence_from == "raw":
-        probability = raw_probability.gather(-1, index)
+    weight = raw_probability if settings.confidence_from == "raw" else kept / kept.sum(-1, keepdim=True)
+    probability = weight.gather(-1, index)
+    if settings.target == "margin_confidence":
+        best = weight.topk(2, dim=-1).values
+        margin = best[..., 0] - best[..., 1]
     else:
-        probability = kept.gather(-1, index) / kept.sum(-1, keepdim=True)
+        margin = torch.zeros_like(probability[..., 0])
     return Candidates(
         tokens=tokens,
         probability=probability[..., 0],
         logp=logp.gather(-1, index)[..., 0],
         entropy=entropy,
+        margin=margin,
         kept_mass=kept.sum(-1),
     )
 

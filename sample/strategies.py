@@ -103,12 +103,32 @@ def find_strategy(name: str) -> Strategy:
     return import_function("rollout.remasking_strategy", name)
 
 
-def static_schedule(block_size: int, steps: int, step: Tensor) -> Tensor:
-    """How many tokens of a block its step-th denoising step unmasks: an even split, the remainder to the first steps.
+def even_split(total: int, parts: int | Tensor, number: Tensor) -> Tensor:
+    """The size of part `number` (batch,) of an even split of `total` into `parts`, the remainder to the first parts."""
+    return total // parts + (number < total % parts).long()
 
-    step (batch,) -> (batch,).
+
+def rank_score(
+    candidates: Candidates, uniform: Tensor, gumbel_uniform: Tensor, stop: Tensor, settings: Sampling
+) -> Tensor:
+    """The score by which full attention ranks positions, (batch, block), as `target` says.
+
+    Candidates that end the response (`stop`) have theirs worsened by the factor `pad_target_penalty`. `alg_temp` adds
+    Gumbel noise: the k best are then a draw without replacement with probabilities softmax(score / alg_temp).
     """
-    return block_size // steps + (step < block_size % steps).long()
+    targets = {
+        "confidence": candidates.probability,
+        "margin_confidence": candidates.margin,
+        "neg_entropy": -candidates.entropy,
+        "random": uniform,
+    }
+    score = targets[settings.target]
+    penalty = settings.pad_target_penalty
+    score = torch.where(stop, torch.where(score > 0, score / penalty, score * penalty), score)
+    if settings.alg_temp > 0:
+        gumbel = -torch.log(-torch.log(gumbel_uniform.clamp(1e-7, 1 - 1e-7)))
+        score = score / settings.alg_temp + gumbel
+    return score
 
 
 def top_k_masked(score: Tensor, masked: Tensor, k: Tensor) -> Tensor:

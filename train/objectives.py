@@ -52,20 +52,20 @@ def kl_estimate(logp: Tensor, logp_ref: Tensor, use_k3: bool = True) -> Tensor:
     return torch.exp(-difference) - 1 + difference if use_k3 else difference
 
 
-def loss_weights(rows: Sequence[Row], loss_norm: str, max_gen_length: int) -> np.ndarray:
+def loss_weights(rows: Sequence[Row], loss_norm: str, max_gen_length: int, noisings: int = 1) -> np.ndarray:
     """The weight of every predicted token of an update, (predicted,) in the order of its rows.
 
     token: the mean over all predicted tokens. length: the sum over a response's predicted tokens / max_gen_length,
-    mean over responses. step: the mean within each trace step, summed over the steps, mean over responses.
+    mean over the responses and over the `noisings` of each (random masking). step: the mean within each trace step,
+    summed over the steps, mean over responses.
     """
-    counts = [len(row.target) for row in rows]
+    trajectory = np.concatenate([np.full(len(row.target), row.trajectory) for row in rows])
+    step = np.concatenate([row.step for row in rows])
+    count, responses = len(step), len({row.trajectory for row in rows})
     if loss_norm == "token":
-        return np.full(sum(counts), 1.0 / sum(counts))
+        return np.full(count, 1.0 / count)
     if loss_norm == "length":
-        return np.full(sum(counts), 1.0 / (max_gen_length * len(rows)))
+        return np.full(count, 1.0 / (max_gen_length * noisings * responses))
     assert loss_norm == "step", loss_norm
-    weights = []
-    for row in rows:
-        _, step, size = np.unique(row.step, return_inverse=True, return_counts=True)
-        weights.append(1.0 / (size[step] * len(rows)))
-    return np.concatenate(weights)
+    _, index, size = np.unique(np.stack([trajectory, step]), axis=1, return_inverse=True, return_counts=True)
+    return 1.0 / (size[index.ravel()] * responses)

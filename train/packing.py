@@ -3,6 +3,9 @@
 A row is [prompt, response, every view of every block], position ids absolute. A clean token sees clean tokens of its
 own and earlier blocks; a token of a view sees the clean tokens of earlier blocks and its own view. Who sees whom
 follows from four integers per token: trajectory, block, view (0: clean), valid (trajectory >= 0).
+
+Under full attention a noised token changes every other, so nothing is shared: each view is a row [prompt, response] of
+its own, in the same four integers one view of one block.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from train.views import Views
 
 @dataclass(frozen=True)
 class Row:
-    """One trajectory with its views, and what is predicted in it."""
+    """One trajectory with its views (full attention: one of its views), and what is predicted in it."""
 
     trajectory: int  # index into the update's trajectories
     ids: np.ndarray  # (tokens,)
@@ -68,6 +71,40 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
         return PackedBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+
+def make_rows(
+    trajectory: int, prompt_ids: Sequence[int], response_ids: Sequence[int], views: Views, logit_offset: int = 0
+) -> list[Row]:
+    """The rows of one trajectory: a single one under block attention, one per view under full attention.
+
+    Where the prediction for position i is at i-1 (logit_offset -1), it is read there.
+    """
+    if len(views) == 0:  # a random noising may mask nothing that is predicted
+        return []
+    if not views.whole:
+        assert logit_offset == 0, "block attention with shifted logits is no family's"
+        return [make_row(trajectory, prompt_ids, response_ids, views)]
+    start = len(prompt_ids)
+    rows = []
+    for view in range(len(views)):
+        predicted = np.flatnonzero(views.predict[view])
+        ids = np.concatenate([np.asarray(prompt_ids, dtype=np.int64), views.inputs[view]])
+        zeros = np.zeros_like(ids)
+        rows.append(
+            Row(
+                trajectory=trajectory,
+                ids=ids,
+                position=np.arange(len(ids)),
+                block=zeros,
+                view=zeros,
+                predict_at=start + predicted + logit_offset,
+                target=views.targets[view, predicted],
+                response_index=predicted,
+                step=views.step[view, predicted],
+            )
+        )
+    return rows
 
 
 def make_row(trajectory: int, prompt_ids: Sequence[int], response_ids: Sequence[int], views: Views) -> Row:

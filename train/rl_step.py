@@ -12,14 +12,30 @@ from torch import Tensor
 from common.errors import UserError
 from common.schema import RLTrainingConfig
 from common.trajectory import Trajectory
+from models import LoadedModel
 from rollout.collect import Rollout
 from train.advantages import group_advantages, keep_group
 from train.objectives import kl_estimate, loss_weights, policy_loss
 from train.optimize import Learner, batch_logp, update
-from train.packing import PackedBatch, Row, TokenFields, make_row, pack
+from train.packing import PackedBatch, Row, TokenFields, make_rows, pack
 from train.views import RL_METHODS
 
 RATIO_TOLERANCE = 1e-4  # fp32: rounding stays under 2e-5, a wrong replay or stale weights move it above 1e-2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the family's attention lays a response out."""
+
+    mask_id: int
+    block_size: int | None  # None: full attention
+    logit_offset: int = 0  # the prediction for position i is at i + logit_offset
+
+
+def layout_of(loaded: LoadedModel, block_size: int) -> Layout:
+    """The layout of a family's responses."""
+    family = loaded.family
+    return Layout(loaded.mask_id, None if family.attention == "full" else block_size, family.logit_offset)
 
 
 @dataclass(frozen=True)
@@ -44,8 +60,7 @@ def learn(
     learner: Learner,
     samples: Sequence[Sample],
     training: RLTrainingConfig,
-    block_size: int,
-    mask_id: int,
+    layout: Layout,
     max_gen_length: int,
     seed: Sequence[int],
     exact: bool,
@@ -54,51 +69,66 @@ def learn(
     """Update the policy `updates_per_step` times on the samples; returns the step's figures.
 
     `exact` says that the engine's numbers must be the trainer's (fp32, exact cache): then a larger difference
-    before the first update stops the run. `reference` is the frozen first model where the KL refers to it.
+    stops the run before the first update. `reference` is the frozen first model where the KL refers to it.
     """
-    rows = sample_rows(samples, training, block_size, mask_id)
+    rows = sample_rows(samples, training, layout, seed)
     temperature = samples[0].trajectory.temperature
     replay = training.method == "TraceRL" and training.shrink == 1
     engine_logp = gather(rows, samples, lambda trajectory: trajectory.logp)
-    old_logp = engine_logp
+    old_logp, mismatch = engine_logp, None
     budget = training.tokens_per_micro_batch
-    if training.old_logp == "recompute" or (training.old_logp == "auto" and not replay):
+    if training.old_logp == "recompute" or (training.old_logp == "auto" and not (replay and exact)):
         old_logp = batch_logp(learner, pack(rows, budget), len(engine_logp), temperature)
+        mismatch = mismatch_of(old_logp, engine_logp) if replay else None
+    if not replay:
+        mismatch = replay_mismatch(learner, samples, training, layout, temperature)
+    if mismatch and exact:
+        check_ratios(mismatch["logp_diff_max"])
     reference_logp = old_logp
     if reference is not None:
         reference_logp = batch_logp(reference, pack(rows, budget), len(engine_logp), temperature)
     advantage = torch.tensor([samples[row.trajectory].advantage for row in rows for _ in row.target])
 
     starts = np.cumsum([0] + [len(row.target) for row in rows])
-    order = np.random.default_rng(seed).permutation(len(rows))
+    row_of = np.array([row.trajectory for row in rows])
+    order = np.random.default_rng(seed).permutation(len(samples))
     totals = Totals()
-    mismatch = None if replay else replay_mismatch(learner, samples, training, block_size, mask_id, temperature)
-    for number, part in enumerate(np.array_split(order, min(training.updates_per_step, len(rows)))):
-        chosen = [rows[index] for index in part]
-        tokens = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in part])
-        weight = loss_weights(chosen, training.loss_norm, max_gen_length)
+    for number, part in enumerate(np.array_split(order, min(training.updates_per_step, len(samples)))):
+        index = np.flatnonzero(np.isin(row_of, part))
+        chosen = [rows[i] for i in index]
+        tokens = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in index])
+        weight = loss_weights(chosen, training.loss_norm, max_gen_length, noisings(training))
         fields = TokenFields(
             old_logp[tokens], reference_logp[tokens], advantage[tokens], torch.tensor(weight, dtype=torch.float32)
         )
-        seen = torch.empty(len(tokens))
-        loss = make_loss(training, fields, totals, seen)
+        first = FirstLogp(engine_logp[tokens], exact) if number == 0 and mismatch is None else None
+        loss = make_loss(training, fields, totals, first)
         totals.grad_norm += update(learner, pack(chosen, budget), loss, temperature)
         totals.updates += 1
-        if number == 0 and mismatch is None:
-            mismatch = mismatch_of(seen, engine_logp[tokens])
-            if exact:
-                check_ratios(mismatch["logp_diff_max"])
+        if first is not None:
+            mismatch = mismatch_of(first.trainer, first.engine)
     return totals.means() | mismatch
 
 
-def sample_rows(samples: Sequence[Sample], training: RLTrainingConfig, block_size: int, mask_id: int) -> list[Row]:
-    """One packed row per sample, with the views of the configured method."""
+def sample_rows(
+    samples: Sequence[Sample], training: RLTrainingConfig, layout: Layout, seed: Sequence[int]
+) -> list[Row]:
+    """The packed rows of all samples, in their order, with the views of the configured method."""
     method = RL_METHODS[training.method]
     rows = []
     for number, sample in enumerate(samples):
-        views = method(sample.trajectory, block_size, mask_id, training.shrink, training.post_num)
-        rows.append(make_row(number, sample.trajectory.prompt_ids, sample.trajectory.response_ids, views))
+        trajectory = sample.trajectory
+        rng = np.random.default_rng([*seed, number])
+        views = method(trajectory, layout.block_size, layout.mask_id, training, rng)
+        rows += make_rows(number, trajectory.prompt_ids, trajectory.response_ids, views, layout.logit_offset)
     return rows
+
+
+def noisings(training: RLTrainingConfig) -> int:
+    """How many noised copies of a response its losses are averaged over."""
+    return {"TraceRL": 1, "random_masking": training.mask_times_per_sample, "coupled": training.mask_times_per_sample}[
+        training.method
+    ]
 
 
 def gather(rows: Sequence[Row], samples: Sequence[Sample], values: Callable[[Trajectory], list[float]]) -> Tensor:
@@ -129,17 +159,32 @@ class Totals:
         }
 
 
+class FirstLogp:
+    """The trainer's log-probabilities in the step's first update, beside the engine's of the same tokens."""
+
+    def __init__(self, engine: Tensor, exact: bool):
+        self.engine, self.exact = engine, exact
+        self.trainer = torch.empty_like(engine)
+
+    def see(self, predicted: np.ndarray, logp: Tensor) -> None:
+        """Take a micro-batch's; where the two must be equal, stop before the optimizer steps."""
+        self.trainer[predicted] = logp.detach().float().cpu()
+        if self.exact:
+            check_ratios(float((self.trainer[predicted] - self.engine[predicted]).abs().max()))
+
+
 def make_loss(
-    training: RLTrainingConfig, fields: TokenFields, totals: Totals, seen: Tensor
+    training: RLTrainingConfig, fields: TokenFields, totals: Totals, first: FirstLogp | None
 ) -> Callable[[PackedBatch, Tensor], Tensor]:
-    """The loss of a micro-batch under this update's token fields; its figures go to `totals`, its logp to `seen`."""
+    """The loss of a micro-batch under this update's token fields; its figures go to `totals`, its logp to `first`."""
 
     def loss(batch: PackedBatch, logp: Tensor) -> Tensor:
         part = fields.select(torch.from_numpy(batch.predicted)).to(logp.device)
         if training.old_logp == "detach":
             part = replace(part, old_logp=logp.detach())
         result = policy_loss(logp, part, training.eps, training.beta, training.use_kl_estimator_k3)
-        seen[batch.predicted] = logp.detach().float().cpu()
+        if first is not None:
+            first.see(batch.predicted, logp)
         totals.tokens += len(logp)
         totals.loss += float(result.loss.detach())
         totals.kl += float(result.kl)
@@ -150,16 +195,11 @@ def make_loss(
 
 
 def replay_mismatch(
-    learner: Learner,
-    samples: Sequence[Sample],
-    training: RLTrainingConfig,
-    block_size: int,
-    mask_id: int,
-    temperature: float,
+    learner: Learner, samples: Sequence[Sample], training: RLTrainingConfig, layout: Layout, temperature: float
 ) -> dict[str, float]:
     """The mismatch on exact replays of `mismatch_sample` trajectories, for methods whose views are none."""
     chosen = samples[: training.mismatch_sample]
-    rows = sample_rows(chosen, replace(training, method="TraceRL", shrink=1), block_size, mask_id)
+    rows = sample_rows(chosen, replace(training, method="TraceRL", shrink=1), layout, seed=[0])
     engine_logp = gather(rows, chosen, lambda trajectory: trajectory.logp)
     batches = pack(rows, training.tokens_per_micro_batch)
     return mismatch_of(batch_logp(learner, batches, len(engine_logp), temperature), engine_logp)

@@ -24,7 +24,7 @@ from rollout.evaluate import Evaluation, evaluate, tokens_per_forward, write_sam
 from sample.engine import Engine
 from train.optimize import Learner, make_learner
 from train.policy import Policy
-from train.rl_step import Sample, kept_samples, learn
+from train.rl_step import Sample, kept_samples, layout_of, learn
 from train.sft_trainer import make_model_if_missing
 
 
@@ -153,11 +153,10 @@ def rl_step(run: Run) -> dict[str, float]:
                 run.learner,
                 samples,
                 config.training,
-                config.rollout.block_size,
-                run.loaded.mask_id,
+                layout_of(run.loaded, config.rollout.block_size),
                 config.rollout.max_token,
                 seed=[config.training.seed, number],
-                exact=run.loaded.model.dtype == torch.float32,
+                exact=exact_rollouts(run),
                 reference=run.reference,
             )
     else:
@@ -171,6 +170,12 @@ def rl_step(run: Run) -> dict[str, float]:
         run.stages.seconds[stage] = run.stages.seconds.get(stage, 0.0) + seconds
     means = rollout_figures(groups, samples, config.rollout.num_response_per_task)
     return means | figures | step_times(run, groups, watch)
+
+
+def exact_rollouts(run: Run) -> bool:
+    """Whether the engine's log-probabilities must be the trainer's: float32, and no approximate cache."""
+    approximate = run.loaded.family.attention == "full" and run.config.rollout.use_cache
+    return run.loaded.model.dtype == torch.float32 and not approximate
 
 
 def gather_samples(run: Run, number: int, watch: Stopwatch) -> tuple[list[list[Rollout]], list[Sample]]:

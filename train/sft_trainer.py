@@ -24,7 +24,7 @@ from reward.score import make_scorer
 from rollout.evaluate import evaluate
 from sample.engine import Engine
 from train.optimize import Learner, make_learner, update
-from train.packing import PackedBatch, Row, make_row, pack
+from train.packing import PackedBatch, Row, make_rows, pack
 from train.policy import Policy
 from train.views import SFT_METHODS
 
@@ -33,7 +33,7 @@ TINY = "tiny"  # as model.pretrained_model: a new small network of the family, m
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt with the response to learn; `length` counts through the stop token, padding behind it fills a block."""
+    """A prompt with the response to learn; `length` counts through the stop token, what follows is filled with it."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -52,6 +52,12 @@ def main(config: SFTConfig) -> Path:
     folder = prepare_run_folder(experiment.runs_dir, experiment.project, experiment.start_from_scratch)
     (folder / "config.yaml").write_text(dump_config(config))
     loaded = load(config, folder)
+    methods = SFT_METHODS[loaded.family.attention]
+    if config.training.method not in methods:
+        raise UserError(
+            f"training.method={config.training.method}: {loaded.family.name} has {loaded.family.attention} attention, "
+            f"for which there is {' or '.join(methods)}"
+        )
     examples = make_examples(config, loaded, records)
     steps = config.training.max_steps or config.training.num_train_epochs * -(
         -len(examples) // config.training.batch_size
@@ -88,10 +94,12 @@ def load(config: SFTConfig, folder: Path) -> LoadedModel:
 
 
 def make_examples(config: SFTConfig, loaded: LoadedModel, records: Sequence[dict]) -> list[Example]:
-    """Records as ids, responses ended by the stop token and padded with it to whole blocks; too long ones counted."""
+    """Records as ids, responses ended by the stop token and filled up with it; too long ones are counted."""
     training = config.training
     template = config.dataset.prompt_template or loaded.family.instructions[config.dataset.data_type]
     stop = loaded.tokenizer.eos_token_id
+    full = loaded.family.attention == "full"  # the canvas is as long as at sampling time, filled with the stop token
+    canvas = -(-training.max_gen_length // training.block_size) * training.block_size
     examples, long_prompts, long_responses = [], 0, 0
     for record in records:
         prompt = encode_prompt(loaded, record["prompt"], template)
@@ -102,6 +110,8 @@ def make_examples(config: SFTConfig, loaded: LoadedModel, records: Sequence[dict
             long_responses += 1
         else:
             padding = -(len(prompt) + len(response)) % training.block_size
+            if full:
+                padding = canvas - len(response)
             examples.append(Example(prompt, response + [stop] * padding, len(response)))
     if long_prompts or long_responses:
         console.print(
@@ -132,7 +142,7 @@ def train(
                 order = np.concatenate([order, rng.permutation(len(examples))])
             chosen, order = order[: training.batch_size], order[training.batch_size :]
             with watch("train"):
-                rows = [view_row(config, loaded, examples[index], rng) for index in chosen]
+                rows = [row for n, i in enumerate(chosen) for row in view_rows(config, loaded, n, examples[i], rng)]
                 figures = sft_update(learner, rows, training.tokens_per_micro_batch)
             figures["lr"] = learner.scheduler.get_last_lr()[0]
             accuracy = None
@@ -148,21 +158,14 @@ def train(
                     break
 
 
-def view_row(config: SFTConfig, loaded: LoadedModel, example: Example, rng: np.random.Generator) -> Row:
-    """A packed row of one example under freshly drawn views."""
-    training = config.training
-    views = SFT_METHODS[training.method](
-        example.prompt_ids,
-        example.response_ids,
-        example.length,
-        training.block_size,
-        loaded.mask_id,
-        rng,
-        training.lower_p,
-        training.upper_p,
-        training.post_num,
-    )
-    return make_row(0, example.prompt_ids, example.response_ids, views)
+def view_rows(
+    config: SFTConfig, loaded: LoadedModel, number: int, example: Example, rng: np.random.Generator
+) -> list[Row]:
+    """Packed rows of one example under freshly drawn views."""
+    prompt, response, family = example.prompt_ids, example.response_ids, loaded.family
+    method = SFT_METHODS[family.attention][config.training.method]
+    views = method(prompt, response, example.length, loaded.mask_id, config.training, rng)
+    return make_rows(number, prompt, response, views, family.logit_offset)
 
 
 def sft_update(learner: Learner, rows: Sequence[Row], token_budget: int) -> dict[str, float]:
