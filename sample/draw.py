@@ -97,7 +97,9 @@ def filter_top(probability: Tensor, top_k: int, top_p: float) -> Tensor:
         ranked, order = probability.sort(dim=-1, descending=True, stable=True)
         share = ranked / ranked.sum(-1, keepdim=True)
         before = share.cumsum(-1) - share  # mass ahead of each token: the one that crosses top_p is kept
-        probability = torch.zeros_like(probability).scatter(-1, order, ranked * (before < top_p))
+        keep = before < top_p
+        keep[..., 0] = True  # the likeliest crosses even a top_p of 0
+        probability = torch.zeros_like(probability).scatter(-1, order, ranked * keep)
     return probability
 
 
@@ -105,10 +107,11 @@ def inverse_cdf(weight: Tensor, uniform: Tensor) -> Tensor:
     """The first id at which the running sum of weights exceeds uniform × total; weight (…, vocab), uniform (…)."""
     running = weight.cumsum(-1)
     target = uniform[..., None] * running[..., -1:]
-    chosen = torch.searchsorted(running, target, right=True)[..., 0]
-    ids = torch.arange(weight.shape[-1], device=weight.device)
-    last_kept = torch.where(weight > 0, ids, 0).amax(-1)
-    return torch.minimum(chosen, last_kept)
+    kept = weight > 0  # asked for itself: a parallel sum may rise by rounding where the weight is 0
+    ids = torch.arange(weight.shape[-1], dtype=torch.int32, device=weight.device)
+    chosen = torch.where(kept & (running > target), ids, weight.shape[-1]).amin(-1)
+    last_kept = torch.where(kept, ids, 0).amax(-1)
+    return torch.minimum(chosen, last_kept).long()
 
 
 def _signed(constant: int) -> int:

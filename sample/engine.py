@@ -12,6 +12,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
+from models.original import FullAttention
 from sample.block_attention import SlotCache, denoise, prefill
 from sample.draw import draw, rollout_temperature, uniforms
 from sample.strategies import find_strategy, static_schedule
@@ -73,6 +74,11 @@ class Engine:
     """
 
     def __init__(self, model: torch.nn.Module, mask_id: int, stop_ids: Iterable[int]):
+        if isinstance(model, FullAttention):
+            raise UserError(
+                f"model.model_base: {type(model).__name__} has full attention, which cannot be sampled yet; "
+                "take a model of family sdar or trado"
+            )
         self.model = model
         self.mask_id = mask_id
         self.device = next(model.parameters()).device

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import get_scheduler
 
 from common.schema import OptimizerConfig, SchedulerConfig
 from train.packing import PackedBatch
@@ -52,13 +52,21 @@ def make_learner(
         weight_decay=params.weight_decay,
     )
     policy, adamw = accelerator.prepare(policy, adamw)
-    name = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine_with_min_lr"}[schedule.scheduler]
-    extra = {"min_lr_rate": schedule.params.min_lr_scale} if schedule.scheduler == "cosine" else None
     # not prepared: accelerate would advance it once per process and per accumulated micro-batch
-    scheduler = get_scheduler(
-        name, adamw, schedule.params.warmup_steps, num_training_steps=updates, scheduler_specific_kwargs=extra
-    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(adamw, lambda done: rate_factor(schedule, done, updates))
     return Learner(policy, adamw, scheduler, accelerator, max_grad_norm)
+
+
+def rate_factor(schedule: SchedulerConfig, done: int, updates: int) -> float:
+    """The learning rate after `done` of `updates` updates, as a share of the peak."""
+    warmup, lowest = schedule.params.warmup_steps, schedule.params.min_lr_scale
+    if done < warmup:
+        return done / warmup
+    if schedule.scheduler == "constant":
+        return 1.0
+    progress = min(1.0, (done - warmup) / max(1, updates - warmup))
+    left = 1 - progress if schedule.scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return lowest + (1 - lowest) * left
 
 
 def update(

@@ -1,0 +1,26 @@
+"""What all tests share: no network, one thread, an untrained tiny model."""
+
+from __future__ import annotations
+
+import os
+
+# before torch and transformers are imported; subprocesses inherit them
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.tiny import build_tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an untrained tiny model of family sdar; only read it."""
+    folder = tmp_path_factory.mktemp("tiny_sdar")  # every xdist worker has its own
+    build_tiny("sdar", folder, seed=3)
+    return folder
