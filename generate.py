@@ -1,119 +1,19 @@
-"""Draw responses from a diffusion language model: python generate.py model=PATH prompt="…" [key=value …]"""
+"""Draw responses from a diffusion language model: python generate.py model=PATH prompt="…" [key=value …]
+
+From Python: `from generate import block_diffusion_generate, diffusion_generate`, which also makes transformers' Auto
+classes read every family's checkpoints.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
 
-import torch
-from torch import Tensor
-
-import models  # noqa: F401 — makes transformers' Auto classes read every family's checkpoints
+import models  # noqa: F401 — registers the families
 from common.config import parse_or_help
 from common.errors import one_line_errors
-from common.schema import Sampling
-from common.trajectory import Request
-from sample.engine import Engine
+from sample.functions import block_diffusion_generate, diffusion_generate, generate_ids
 
-
-def block_diffusion_generate(
-    model: torch.nn.Module,
-    prompt: Mapping[str, Tensor] | Tensor,
-    mask_id: int,
-    gen_length: int = 128,
-    block_length: int = 4,
-    denoising_steps: int = 4,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    remasking_strategy: str = "low_confidence_dynamic",
-    confidence_threshold: float = 0.9,
-    stop_ids: Iterable[int] | None = None,
-    seed: int | None = None,
-) -> Tensor:
-    """Prompt and response ids, (batch, prompt length + longest response), padded on the right.
-
-    `prompt` is a tokenizer's output, or its input ids (batch, length); left padding is told by its attention mask.
-    A response ends with the first of `stop_ids` (the model's own by default) or after `gen_length` tokens. The same
-    `seed` gives the same responses; without one, torch's generator gives a new one at each call.
-    """
-    settings = Sampling(
-        block_size=block_length,
-        denoising_steps_per_block=denoising_steps,
-        steps=denoising_steps * -(-gen_length // block_length),
-        max_token=gen_length,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        remasking_strategy=remasking_strategy,
-        dynamic_threshold=confidence_threshold,
-    )
-    return generate_ids(model, prompt, mask_id, settings, stop_ids, seed)
-
-
-def diffusion_generate(
-    model: torch.nn.Module,
-    prompt: Mapping[str, Tensor] | Tensor,
-    mask_id: int,
-    gen_length: int = 128,
-    block_length: int = 32,
-    steps: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    remasking_strategy: str = "low_confidence_static",
-    target: str = "confidence",
-    confidence_threshold: float = 0.9,
-    use_cache: bool = False,
-    further_horizon: int | None = None,
-    stop_ids: Iterable[int] | None = None,
-    seed: int | None = None,
-) -> Tensor:
-    """As `block_diffusion_generate`, for models with full attention too; `steps` counts the whole response.
-
-    Steps are divided over the blocks. `use_cache`, `further_horizon` and `target` concern full attention only.
-    """
-    blocks = -(-gen_length // block_length)
-    settings = Sampling(
-        block_size=block_length,
-        denoising_steps_per_block=min(block_length, max(1, steps // blocks)),
-        steps=steps,
-        max_token=gen_length,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        remasking_strategy=remasking_strategy,
-        target=target,
-        dynamic_threshold=confidence_threshold,
-        use_cache=use_cache,
-        further_horizon=further_horizon,
-    )
-    return generate_ids(model, prompt, mask_id, settings, stop_ids, seed)
-
-
-def generate_ids(
-    model: torch.nn.Module,
-    prompt: Mapping[str, Tensor] | Tensor,
-    mask_id: int,
-    settings: Sampling,
-    stop_ids: Iterable[int] | None,
-    seed: int | None,
-) -> Tensor:
-    """Prompt and response ids for each row of `prompt`, drawn side by side."""
-    ids, real = (prompt, None) if isinstance(prompt, Tensor) else (prompt["input_ids"], prompt.get("attention_mask"))
-    ids = ids.reshape(-1, ids.shape[-1])
-    real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.reshape(ids.shape).bool()
-    own_stops = model.generation_config.eos_token_id if stop_ids is None else list(stop_ids)
-    stops = [own_stops] if isinstance(own_stops, int) else own_stops or []
-    seed = int(torch.randint(2**62, ())) if seed is None else seed
-    requests = [Request(str(n), row[keep].tolist(), seed=seed) for n, (row, keep) in enumerate(zip(ids, real))]
-    responses: list[list[int]] = [[] for _ in requests]
-    for trajectory in Engine(model, mask_id, stops).generate(requests, settings):
-        responses[int(trajectory.task_id)] = trajectory.response_ids[: trajectory.length]
-    padding = model.config.pad_token_id if model.config.pad_token_id is not None else (stops or [0])[0]
-    width = max(map(len, responses))
-    padded = [response + [padding] * (width - len(response)) for response in responses]
-    return torch.cat([ids, torch.tensor(padded, device=ids.device)], dim=1)
+__all__ = ["block_diffusion_generate", "diffusion_generate", "generate_ids"]
 
 
 @one_line_errors

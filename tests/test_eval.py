@@ -1,0 +1,166 @@
+"""eval.py as it is typed, and its figures counted again by hand from samples.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import eval as eval_script
+from common.errors import UserError
+from common.schema import Sampling
+from common.trajectory import Score, Task, Trajectory
+from models import load_model
+from rollout.collect import Rollout
+from rollout.evaluate import evaluate, name_settings, summarize
+from sample.engine import Engine
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_eval(runs: Path, **changes: object) -> subprocess.CompletedProcess[str]:
+    values = {
+        "experiment.runs_dir": runs,
+        "made_by": "null",
+        "rollout.num_task": 8,
+        "rollout.num_response_per_task": 3,
+        "rollout.max_token": 12,
+        # right or wrong by a coin, so that an untrained network has an accuracy
+        "reward.function": "benchmarks.coin_flip:coin_flip",
+        "reward.truncated_is_wrong": False,
+    }
+    values |= changes
+    command = [sys.executable, "eval.py", "config=configs/eval_tiny.yaml"]
+    command += [f"{key}={value}" for key, value in values.items()]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_sdar: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The run's folder and what was printed."""
+    folder = tmp_path_factory.mktemp("eval")
+    done = run_eval(folder / "runs", model=tiny_sdar)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "eval_tiny", done.stdout
+
+
+def samples_of(folder: Path) -> dict[str, list[dict]]:
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    by_setting = defaultdict(list)
+    for line in lines:
+        by_setting[line["setting"]].append(line)
+    return by_setting
+
+
+def test_every_response_is_on_disk(evaluated: tuple[Path, str]) -> None:
+    folder, _ = evaluated
+    by_setting = samples_of(folder)
+    assert by_setting.keys() == {"static", "dynamic"}
+    for lines in by_setting.values():
+        assert len(lines) == 24
+        assert len({(line["task_id"], line["sample"]) for line in lines}) == 24
+        assert len({line["question"] for line in lines}) == 8
+    assert (folder / "config.yaml").exists()
+
+
+def test_figures_counted_by_hand(evaluated: tuple[Path, str]) -> None:
+    folder, _ = evaluated
+    results = json.loads((folder / "results.json").read_text())
+    assert results.keys() == {"static", "dynamic"}
+    for name, lines in samples_of(folder).items():
+        shares = defaultdict(list)
+        for line in lines:
+            shares[line["task_id"]].append(line["correct"])
+        per_task = [sum(group) / 3 for group in shares.values()]
+        found = results[name]
+        assert (found["setting"], found["tasks"], found["responses"]) == (name, 8, 24)
+        assert 0 < found["accuracy"] < 1
+        assert found["accuracy"] == pytest.approx(sum(line["correct"] for line in lines) / 24)
+        assert found["standard_error"] == pytest.approx(statistics.stdev(per_task) / 8**0.5)
+        tokens = sum(line["length"] for line in lines)
+        # denoising steps alone: the largest of a response's trace, and one
+        steps = sum(max(line["step_map"]) + 1 for line in lines)
+        assert found["tokens_per_forward"] == pytest.approx(tokens / steps)
+        assert found["response_length"] == pytest.approx(tokens / 24)
+        assert found["truncated"] == sum(line["finish_reason"] == "length" for line in lines) / 24
+        assert found["tokens_per_second"] > 0
+        assert all(line["length"] <= 12 and line["forwards"] >= line["steps"] for line in lines)
+
+
+def test_a_table_is_printed(evaluated: tuple[Path, str]) -> None:
+    folder, printed = evaluated
+    results = json.loads((folder / "results.json").read_text())
+    for name, row in results.items():
+        (line,) = [line for line in printed.splitlines() if line.startswith(name)]
+        assert f"{100 * row['accuracy']:.1f} %" in line and f"{row['tokens_per_forward']:.3g}"[:4] in line
+    assert "accuracy" in printed and "tokens_per_forward" in printed and "arithmetic_4_test" in printed
+
+
+def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
+    done = run_eval(tmp_path / "runs", model=tmp_path / "absent")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert str(tmp_path / "absent") in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_empty_model_folder_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(ROOT)
+    arguments = ["made_by=null", f"model={tmp_path}/empty", f"experiment.runs_dir={tmp_path}/runs"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", "config=configs/eval_tiny.yaml", *arguments])
+    with pytest.raises(SystemExit) as left:
+        eval_script.main()
+    assert left.value.code == 2
+    assert f"{tmp_path}/empty has no config.json" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def rollout(task: str, sample: int, correct: bool, length: int, steps: int) -> Rollout:
+    reason = "length" if length == 12 else "stop"
+    trajectory = Trajectory(task, sample, [], [], [], [], [], 1.0, reason, length, steps, steps + 1, 1.0)
+    return Rollout(Task(task, "q"), trajectory, Score(float(correct), correct, ""))
+
+
+def test_a_summary_by_hand() -> None:
+    """Two tasks: one right of two, two right of two; 30 tokens in 20 steps."""
+    groups = [
+        [rollout("a", 0, True, 6, 4), rollout("a", 1, False, 12, 10)],
+        [rollout("b", 0, True, 8, 4), rollout("b", 1, True, 4, 2)],
+    ]
+    found = summarize("static", groups, seconds=2.0)
+    assert found.accuracy == 0.75 and found.tasks == 2 and found.responses == 4
+    assert found.standard_error == pytest.approx(0.25)  # deviation of 0.5 and 1 is √(1/8); over √2
+    assert found.tokens_per_forward == pytest.approx(1.5)
+    assert found.response_length == 7.5 and found.truncated == 0.25 and found.tokens_per_second == 15
+    one_task = summarize("static", groups[:1], seconds=0.0)
+    assert one_task.standard_error == 0 and one_task.tokens_per_second == 0
+
+
+def test_names_of_settings() -> None:
+    static = Sampling(remasking_strategy="low_confidence_static")
+    dynamic = Sampling(remasking_strategy="low_confidence_dynamic")
+    assert list(name_settings([static, dynamic])) == ["static", "dynamic"]
+    several = [dynamic, replace(dynamic, dynamic_threshold=0.5), replace(static, dynamic_threshold=0.5)]
+    named = name_settings(several)
+    assert list(named.values()) == several  # none has replaced another
+    assert list(named)[1] == "dynamic-dynamic_threshold=0.5"
+
+
+def test_all_prompts_too_long(tiny_sdar: Path) -> None:
+    loaded = load_model(tiny_sdar, "sdar")
+    engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
+    tasks = [Task("0", "1+2+3", "6")]
+    with pytest.raises(UserError, match="max_prompt_len: every prompt of the evaluation is longer than 3"):
+        evaluate(engine, loaded, tasks, [Sampling()], lambda *_: Score(0.0, False, ""), "{question}", 3, seed=1)

@@ -1,0 +1,216 @@
+"""generate.py as users call it: one function beside transformers' own loaders, and the command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import generate
+from common.errors import UserError
+from common.schema import Sampling
+from common.trajectory import Request
+from generate import block_diffusion_generate
+from sample.engine import Engine
+
+ROOT = Path(__file__).parent.parent
+QUESTIONS = ["4+2+8+1", "3*(7-2)", "9"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_sdar: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(str(tiny_sdar), trust_remote_code=True, device_map="cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_sdar: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(str(tiny_sdar), trust_remote_code=True)
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, *questions: str) -> Mapping[str, torch.Tensor]:
+    messages = [[{"role": "user", "content": question}] for question in questions]
+    return tokenizer.apply_chat_template(
+        messages, return_dict=True, return_tensors="pt", padding=True, add_generation_prompt=True
+    )
+
+
+def responses(output: torch.Tensor, tokens: Mapping[str, torch.Tensor]) -> list[list[int]]:
+    width = tokens["input_ids"].shape[1]
+    assert torch.equal(output[:, :width], tokens["input_ids"])
+    return output[:, width:].tolist()
+
+
+def test_the_call_of_the_readme(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "user", "content": "4+2+8+1"}]
+    tokens = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_tensors="pt", padding=True, add_generation_prompt=True
+    )
+    output = block_diffusion_generate(
+        model,
+        prompt=tokens,
+        mask_id=tokenizer.mask_token_id,
+        gen_length=20,
+        block_length=4,
+        denoising_steps=4,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        remasking_strategy="low_confidence_dynamic",
+        confidence_threshold=0.9,
+    )
+    assert output.dtype == torch.long and output.dim() == 2
+    (response,) = responses(output, tokens)
+    assert 1 <= len(response) <= 20
+    assert tokenizer.mask_token_id not in response
+    assert len(response) == 20 or response[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(output[0]).startswith("<|im_start|>4+2+8+1<|assistant|>")
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        ({}, {}),
+        ({"block_length": 8, "denoising_steps": 3}, {"block_size": 8, "denoising_steps_per_block": 3}),
+        ({"temperature": 0.0}, {"temperature": 0.0}),
+        ({"temperature": 0.7, "top_k": 6, "top_p": 0.8}, {"temperature": 0.7, "top_k": 6, "top_p": 0.8}),
+        ({"remasking_strategy": "sequential"}, {"remasking_strategy": "sequential"}),
+        ({"confidence_threshold": 0.05}, {"dynamic_threshold": 0.05}),
+        ({"gen_length": 7}, {"max_token": 7}),
+    ],
+)
+def test_arguments_are_the_samplers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ours: dict, theirs: dict
+) -> None:
+    tokens = encoded(tokenizer, "4+2+8+1")
+    request = Request("0", tokens["input_ids"][0].tolist(), seed=3)
+    settings = Sampling(**{"max_token": 12} | theirs)
+    (expected,) = Engine(model, tokenizer.mask_token_id, [tokenizer.eos_token_id]).generate([request], settings)
+    arguments = {"gen_length": 12, "seed": 3} | ours
+    output = block_diffusion_generate(model, tokens, tokenizer.mask_token_id, **arguments)
+    assert responses(output, tokens) == [expected.response_ids[: expected.length]]
+
+
+@pytest.mark.parametrize("given", ["tensor", "row", "dict"])
+def test_a_prompt_in_other_forms(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: str) -> None:
+    tokens = encoded(tokenizer, "4+2+8+1")
+    ids = tokens["input_ids"]
+    prompt = {"tensor": ids, "row": ids[0], "dict": {"input_ids": ids}}[given]
+    settings = {"mask_id": tokenizer.mask_token_id, "gen_length": 6, "seed": 1}
+    assert torch.equal(
+        block_diffusion_generate(model, prompt, **settings), block_diffusion_generate(model, tokens, **settings)
+    )
+
+
+def test_left_padding_changes_no_response(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = encoded(tokenizer, *QUESTIONS)
+    assert (tokens["attention_mask"].sum(1) < tokens["input_ids"].shape[1]).any()
+    settings = {"mask_id": tokenizer.mask_token_id, "gen_length": 11, "seed": 5}
+    greedy = responses(block_diffusion_generate(model, tokens, temperature=0.0, **settings), tokens)
+    drawn = responses(block_diffusion_generate(model, tokens, temperature=1.0, **settings), tokens)
+    for row, question in enumerate(QUESTIONS):
+        alone = encoded(tokenizer, question)
+        assert alone["attention_mask"].all()
+        (expected,) = responses(block_diffusion_generate(model, alone, temperature=0.0, **settings), alone)
+        assert greedy[row][: len(expected)] == expected
+        if row == 0:  # the row's number enters the random numbers, so that equal prompts get different responses
+            (expected,) = responses(block_diffusion_generate(model, alone, temperature=1.0, **settings), alone)
+            assert drawn[row][: len(expected)] == expected
+
+
+def test_equal_prompts_get_different_responses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = encoded(tokenizer, "4+2", "4+2")
+    output = block_diffusion_generate(model, tokens, tokenizer.mask_token_id, gen_length=12, seed=1)
+    one, other = responses(output, tokens)
+    assert one != other
+
+
+def test_responses_are_padded_on_the_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = encoded(tokenizer, *QUESTIONS)
+    settings = {"mask_id": tokenizer.mask_token_id, "gen_length": 16, "seed": 5}
+    free = responses(block_diffusion_generate(model, tokens, stop_ids=[], **settings), tokens)
+    assert [len(response) for response in free] == [16] * 3
+    stop = next(t for t in range(33) if len({response.index(t) if t in response else 16 for response in free}) == 3)
+    ends = [response.index(stop) + 1 if stop in response else 16 for response in free]
+    got = responses(block_diffusion_generate(model, tokens, stop_ids=[stop], **settings), tokens)
+    for response, whole, end in zip(got, free, ends):
+        assert len(response) == max(ends)
+        assert response[:end] == whole[:end]
+        assert set(response[end:]) <= {tokenizer.pad_token_id}
+    assert min(ends) < max(ends)
+
+
+def test_the_models_own_stop_tokens_end_a_response(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = encoded(tokenizer, "4+2+8+1")
+    settings = {"mask_id": tokenizer.mask_token_id, "gen_length": 12, "seed": 2}
+    (free,) = responses(block_diffusion_generate(model, tokens, stop_ids=[], **settings), tokens)
+    for own in (free[5], [free[5], free[8]], [free[8], free[2]]):
+        monkeypatch.setattr(model.generation_config, "eos_token_id", own)
+        (got,) = responses(block_diffusion_generate(model, tokens, **settings), tokens)
+        first = min(free.index(stop) for stop in ([own] if isinstance(own, int) else own))
+        assert got == free[: first + 1]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    assert responses(block_diffusion_generate(model, tokens, **settings), tokens) == [free]
+
+
+def test_seeds(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = encoded(tokenizer, "4+2+8+1")
+
+    def call(seed: int | None = None) -> list[int]:
+        return block_diffusion_generate(model, tokens, tokenizer.mask_token_id, gen_length=12, seed=seed)[0].tolist()
+
+    assert call(1) == call(1) != call(2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first, second = call(), call()
+        torch.manual_seed(0)
+        assert call() == first != second
+
+
+def test_mistakes_are_told(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens, mask_id = encoded(tokenizer, "4"), tokenizer.mask_token_id
+    with pytest.raises(UserError, match="low_confidence_dynamic"):
+        block_diffusion_generate(model, tokens, mask_id, remasking_strategy="low_confidence")
+    with pytest.raises(UserError, match="max_token"):
+        block_diffusion_generate(model, tokens, mask_id, gen_length=0)
+
+
+# ---- the command
+
+
+def test_the_command(tiny_sdar: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    arguments = [f"model={tiny_sdar}", "prompt=4+2+8+1", "max_token=9", "seed=7"]
+    result = subprocess.run(
+        [sys.executable, "generate.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    request = Request("prompt", encoded(tokenizer, "4+2+8+1")["input_ids"][0].tolist(), seed=7)
+    engine = Engine(model, tokenizer.mask_token_id, [tokenizer.eos_token_id])
+    (expected,) = engine.generate([request], Sampling(max_token=9))
+    text = tokenizer.decode(expected.response_ids[: expected.length], skip_special_tokens=True)
+    assert f"\n{text}\n{expected.length} tokens in {expected.steps} denoising steps" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_the_command_tells_a_mistake_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, word in (
+        (["model=/nope", "prompt=4"], "/nope"),
+        (["model=/nope"], "prompt"),
+        (["model=/nope", "prompt=4", "remasking_strategy=low"], "remasking_strategy"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            generate.main()
+        output = capsys.readouterr()
+        assert caught.value.code == 2
+        assert output.out == ""
+        assert output.err.startswith("error: ") and output.err.count("\n") == 1
+        assert word in output.err

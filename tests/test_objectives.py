@@ -1,0 +1,139 @@
+"""Losses, their denominators and advantages against numbers worked out by hand and the plain reference."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import training_reference as plain
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.advantages import group_advantages, keep_group
+from train.objectives import kl_estimate, loss_weights, policy_loss
+from train.packing import Row, TokenFields
+
+
+def fields(old_logp: list[float], advantage: list[float], logp_ref: list[float] | None = None) -> TokenFields:
+    ones = torch.ones(len(old_logp))
+    return TokenFields(torch.tensor(old_logp), torch.tensor(logp_ref or old_logp), torch.tensor(advantage), weight=ones)
+
+
+def row(steps: list[int], trajectory: int = 0) -> Row:
+    empty = np.zeros(0, dtype=np.int64)
+    return Row(
+        trajectory, empty, empty, empty, empty, empty, np.zeros(len(steps), dtype=np.int64), empty, np.array(steps)
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope", "clipped"),
+    [
+        (1.5, 1.0, -1.2, 0.0, 1),  # good and already likelier: flat
+        (0.5, 1.0, -0.5, -0.5, 0),  # good and less likely: pulled back
+        (1.5, -1.0, 1.5, 1.5, 0),  # bad and likelier: pushed down
+        (0.5, -1.0, 0.8, 0.0, 1),  # bad and already less likely: flat
+        (1.1, 2.0, -2.2, -2.2, 0),  # within the clip on either side
+        (0.9, -2.0, 1.8, 1.8, 0),
+    ],
+)
+def test_the_clipped_loss(ratio: float, advantage: float, loss: float, slope: float, clipped: int) -> None:
+    logp = torch.tensor([-1.0], requires_grad=True)
+    result = policy_loss(logp, fields([-1.0 - math.log(ratio)], [advantage]), eps=0.2, beta=0.0, use_k3=True)
+    result.loss.backward()
+    assert float(result.loss.detach()) == pytest.approx(loss, rel=1e-5)
+    assert float(result.policy) == pytest.approx(loss, rel=1e-5)
+    assert float(logp.grad) == pytest.approx(slope, rel=1e-5, abs=1e-7)
+    assert int(result.clipped) == clipped
+
+
+def test_clip_fraction_counts_flat_tokens() -> None:
+    ratios, advantages = [1.5, 1.5, 0.5, 0.5, 1.0, 3.0], [1.0, -1.0, 1.0, -1.0, 1.0, 0.0]
+    old = [-1.0 - math.log(ratio) for ratio in ratios]
+    result = policy_loss(torch.full((6,), -1.0), fields(old, advantages), eps=0.2, beta=0.0, use_k3=True)
+    assert int(result.clipped) == 2
+    assert float(result.loss) == pytest.approx(-1.2 + 1.5 - 0.5 + 0.8 - 1.0, rel=1e-5)
+
+
+def test_a_ratio_is_bounded_before_it_is_exponentiated() -> None:
+    result = policy_loss(torch.tensor([0.0]), fields([-200.0], [-1.0]), eps=0.2, beta=0.0, use_k3=True)
+    assert float(result.loss) == pytest.approx(math.exp(10), rel=1e-5)
+
+
+def test_kl_estimates() -> None:
+    logp, reference = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -1.0 - math.log(2), -1.0 + math.log(2)])
+    expected = torch.tensor([0.0, 0.5 - 1 + math.log(2), 2 - 1 - math.log(2)])
+    torch.testing.assert_close(kl_estimate(logp, reference, use_k3=True), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(kl_estimate(logp, reference, use_k3=False), logp - reference, rtol=0, atol=0)
+    assert float(kl_estimate(torch.tensor(-30.0), torch.tensor(-1.0))) == pytest.approx(math.exp(10) - 11, rel=1e-5)
+
+
+@pytest.mark.parametrize("use_k3", [True, False])
+def test_the_penalty_is_added_with_beta(use_k3: bool) -> None:
+    token = fields([-1.0], [0.5], logp_ref=[-1.0 - math.log(2)])
+    result = policy_loss(torch.tensor([-1.0]), token, eps=0.2, beta=0.1, use_k3=use_k3)
+    kl = math.log(2) - 0.5 if use_k3 else math.log(2)
+    assert float(result.loss) == pytest.approx(-0.5 + 0.1 * kl, rel=1e-5)
+    assert float(result.policy) == pytest.approx(-0.5, rel=1e-6)
+    assert float(result.kl) == pytest.approx(kl, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("norm", "weights"),
+    [
+        ("token", [1 / 4, 1 / 4, 1 / 4, 1 / 4]),
+        ("length", [1 / 16, 1 / 16, 1 / 16, 1 / 16]),  # / 8 tokens / 2 responses
+        ("step", [1 / 4, 1 / 2, 1 / 4, 1 / 2]),  # steps 3 (two tokens), 5 (one), and 0 of the other
+    ],
+)
+def test_the_three_norms(norm: str, weights: list[float]) -> None:
+    assert loss_weights([row([3, 5, 3]), row([0], 1)], norm, max_gen_length=8).tolist() == pytest.approx(weights)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["token", "length", "step"]), st.booleans())
+def test_the_loss_equals_the_reference(seed: int, norm: str, use_k3: bool) -> None:
+    rng = np.random.default_rng(seed)
+    rows = [row(rng.integers(0, 4, rng.integers(1, 9)).tolist(), n) for n in range(rng.integers(1, 4))]
+    count = sum(len(one.target) for one in rows)
+    logp, old, reference, advantage = (rng.normal(0, 0.5, count) for _ in range(4))
+    tokens = [
+        plain.PlainToken(torch.tensor(logp[i]), old[i], reference[i], advantage[i], step)
+        for i, step in enumerate(step for one in rows for step in one.step.tolist())
+    ]
+    ends = np.cumsum([len(one.target) for one in rows])
+    responses = [tokens[end - len(one.target) : end] for one, end in zip(rows, ends)]
+    expected = plain.update_loss(responses, norm, 20, eps=0.1, beta=0.3, estimator="k3" if use_k3 else "k1")
+    weight = torch.tensor(loss_weights(rows, norm, 20))
+    given_fields = TokenFields(torch.tensor(old), torch.tensor(reference), torch.tensor(advantage), weight)
+    result = policy_loss(torch.tensor(logp), given_fields, eps=0.1, beta=0.3, use_k3=use_k3)
+    torch.testing.assert_close(result.loss, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_advantages_by_hand() -> None:
+    assert group_advantages([1, 0, 0, 0]).tolist() == pytest.approx([math.sqrt(3)] + [-1 / math.sqrt(3)] * 3)
+    assert group_advantages([2.0, -2.0]).tolist() == [1.0, -1.0]
+
+
+@given(st.floats(-100, 100), st.integers(1, 32))
+def test_equal_rewards_have_no_advantage(reward: float, size: int) -> None:
+    assert group_advantages([reward] * size).tolist() == [0.0] * size
+
+
+@given(st.lists(st.integers(-50, 50).map(lambda n: n / 10), min_size=2, max_size=16))
+def test_advantages_equal_the_reference(rewards: list[float]) -> None:
+    np.testing.assert_allclose(group_advantages(rewards), plain.z_scores(rewards), rtol=1e-9, atol=1e-9)
+
+
+def test_the_bounds_of_kept_groups_are_inclusive() -> None:
+    for size in range(1, 17):
+        for right in range(size + 1):
+            group, share = [True] * right + [False] * (size - right), right / size
+            assert keep_group(group, [share, share])
+            assert not keep_group(group, [share + 1e-6, 1.1])
+            assert not keep_group(group, [-0.1, share - 1e-6])
+            assert keep_group(group, None)
+    assert keep_group([True, *[False] * 4], [0.2, 0.8]) and keep_group([False, *[True] * 4], [0.2, 0.8])
+    assert not keep_group([False] * 5, [0.2, 0.8]) and not keep_group([True] * 5, [0.2, 0.8])

@@ -1,0 +1,437 @@
+"""The packed forward against one row per view: log-probabilities, gradients, the mask, and the engine's own numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import training_reference as plain
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from common.schema import OptimizerConfig, RLTrainingConfig, Sampling, SchedulerConfig, SchedulerParams
+from common.trajectory import Request, Trajectory
+from models import load_model, load_network
+from sample.engine import Engine
+from train.objectives import loss_weights, policy_loss
+from train.optimize import Learner, batch_logp, make_learner, rate_factor, update
+from train.packing import PackedBatch, Row, TokenFields, make_row, pack, visible
+from train.policy import Policy
+from train.rl_step import Layout, Sample, learn, sample_rows
+from train.views import trace_views
+
+GOLDEN = Path(__file__).parent / "golden" / "sdar"
+BLOCK = 4
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model with what the tests have to know about its ids."""
+
+    model: torch.nn.Module
+    mask_id: int
+    vocabulary: int
+    stop_ids: tuple[int, ...]
+
+
+class RecordingSGD(torch.optim.SGD):
+    """Keeps the gradients of every step and changes nothing."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]):
+        super().__init__(parameters, lr=0.0)
+        self.recorded: list[list[torch.Tensor]] = []
+
+    def step(self, closure: object = None) -> None:
+        self.recorded.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+
+
+@pytest.fixture(scope="module", params=["golden", "tiny"])
+def network(request: pytest.FixtureRequest, tiny_sdar: Path) -> Network:
+    if request.param == "golden":
+        model = load_network(GOLDEN, "sdar")
+        return Network(model, model.config.mask_token_id, model.config.vocab_size, (model.config.eos_token_id,))
+    loaded = load_model(tiny_sdar, "sdar")
+    return Network(loaded.model, loaded.mask_id, loaded.model.config.vocab_size, loaded.stop_ids)
+
+
+def random_trajectories(network: Network, count: int, seed: int) -> list[Trajectory]:
+    """Prompts with and without a remainder, responses of one to five blocks."""
+    rng = np.random.default_rng(seed)
+    return [
+        plain.random_trajectory(
+            rng, int(rng.integers(1, 14)), int(rng.integers(1, 6)), BLOCK, network.vocabulary, network.mask_id
+        )
+        for _ in range(count)
+    ]
+
+
+def packed_rows(network: Network, trajectories: Sequence[Trajectory], shrink: int = 1) -> list[Row]:
+    samples = [Sample(trajectory, 1.0) for trajectory in trajectories]
+    return sample_rows(samples, RLTrainingConfig(shrink=shrink, post_num=1), Layout(network.mask_id, BLOCK), [0])
+
+
+def plain_logp(network: Network, trajectories: Sequence[Trajectory], shrink: int = 1) -> list[torch.Tensor]:
+    return [
+        plain.view_logp(
+            network.model,
+            trajectory,
+            plain.trace_views(trajectory, BLOCK, network.mask_id, shrink, post_num=1),
+            BLOCK,
+            network.mask_id,
+            trajectory.temperature,
+        )
+        for trajectory in trajectories
+    ]
+
+
+def recording_learner(network: Network) -> tuple[Learner, RecordingSGD]:
+    optimizer = RecordingSGD(list(network.model.parameters()))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    return Learner(Policy(network.model, network.mask_id), optimizer, scheduler, Accelerator(), 1e9), optimizer
+
+
+def gradients(network: Network, loss: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, list(network.model.parameters())))
+
+
+def assert_same_gradients(
+    found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], network: Network, share: float
+) -> None:
+    for (name, _), one, other in zip(network.model.named_parameters(), found, wanted, strict=True):
+        assert other.abs().max() > 0, name
+        assert (one - other).abs().max() <= share * other.abs().max(), name
+
+
+# ---- log-probabilities
+
+
+@pytest.mark.parametrize(("shrink", "temperature"), [(1, 1.0), (2, 0.7), (4, 1.0)])
+def test_packed_logp_equals_one_row_per_view(network: Network, shrink: int, temperature: float) -> None:
+    trajectories = [replace(one, temperature=temperature) for one in random_trajectories(network, 5, seed=shrink)]
+    rows = packed_rows(network, trajectories, shrink)
+    batches = pack(rows, token_budget=150)
+    assert len(batches) > 1 and any(len(batch.ids) > 1 for batch in batches)
+    learner, _ = recording_learner(network)
+    found = batch_logp(learner, batches, sum(len(row.target) for row in rows), temperature)
+    with torch.no_grad():
+        wanted = torch.cat(plain_logp(network, trajectories, shrink))
+    # random ids have logp down to -25, where fp32 itself rounds by 1e-6 of that
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-5)
+
+
+def test_golden_generations(network: Network) -> None:
+    """The reference's own texts, prompts with and without a remainder, unmasked in the reference's kind of order."""
+    tensors = load_file(GOLDEN / "expected.safetensors")
+    rng, trajectories = np.random.default_rng(0), []
+    for case in (0, 1, 2, 4):
+        size = len(tensors[f"prompt_{case}"])
+        blocks = (len(tensors[f"tokens_{case}"]) - size // BLOCK * BLOCK) // BLOCK
+        one = plain.random_trajectory(rng, size, blocks, BLOCK, network.vocabulary, network.mask_id)
+        ids = (tensors[f"tokens_{case}"] % (network.vocabulary - 2)).tolist()
+        trajectories.append(replace(one, prompt_ids=ids[:size], response_ids=ids[size:]))
+    assert {len(one.prompt_ids) % BLOCK for one in trajectories} == {0, 1, 3}
+    rows = packed_rows(network, trajectories)
+    learner, _ = recording_learner(network)
+    found = batch_logp(learner, pack(rows, 10**6), sum(len(row.target) for row in rows), 1.0)
+    with torch.no_grad():
+        wanted = torch.cat(plain_logp(network, trajectories))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-5)
+
+
+def test_entropy_is_that_of_the_predicted_distribution(network: Network) -> None:
+    (trajectory,) = random_trajectories(network, 1, seed=8)
+    (batch,) = pack(packed_rows(network, [trajectory]), 10**6)
+    with torch.no_grad():
+        _, entropy = Policy(network.model, network.mask_id)(batch, 0.7)
+        view = plain.trace_views(trajectory, BLOCK, network.mask_id, post_num=1)[0]
+        seen = (trajectory.prompt_ids + trajectory.response_ids)[: view.start] + view.tokens
+        logits = plain.block_causal_logits(network.model, seen, BLOCK)[view.start + view.offsets[0]] / 0.7
+    logits[network.mask_id] = -torch.inf
+    assert float(entropy[0]) == pytest.approx(float(torch.distributions.Categorical(logits=logits).entropy()), abs=1e-5)
+
+
+def test_logits_in_chunks_are_the_same(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    (batch,) = pack(packed_rows(network, random_trajectories(network, 3, seed=4)), 10**6)
+    policy, results = Policy(network.model, network.mask_id), []
+    for positions in (10**6, 5):
+        monkeypatch.setattr("train.policy.CHUNK_ELEMENTS", positions * network.vocabulary)
+        logp, _ = policy(batch)
+        results.append((logp.detach(), gradients(network, logp.sum())))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=2e-6)
+    assert_same_gradients(results[1][1], results[0][1], network, 1e-5)
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("loss_norm", ["token", "length", "step"])
+def test_gradients_equal_one_row_per_view(network: Network, loss_norm: str) -> None:
+    trajectories = random_trajectories(network, 3, seed=11)
+    rows = packed_rows(network, trajectories)
+    count = sum(len(row.target) for row in rows)
+    rng = np.random.default_rng(0)
+    reference = plain_logp(network, trajectories)
+    # some ratios within the clip, some beyond, and a reference of its own
+    old = torch.cat(reference).detach() + torch.tensor(rng.normal(0, 0.3, count), dtype=torch.float32)
+    anchor = torch.cat(reference).detach() + torch.tensor(rng.normal(0, 0.3, count), dtype=torch.float32)
+    advantage = [1.5, -0.5, -1.0]
+    responses, start = [], 0
+    for number, (row, logp) in enumerate(zip(rows, reference)):
+        responses.append(
+            [
+                plain.PlainToken(logp[i], float(old[start + i]), float(anchor[start + i]), advantage[number], step)
+                for i, step in enumerate(row.step.tolist())
+            ]
+        )
+        start += len(row.target)
+    wanted = plain.update_loss(responses, loss_norm, max_gen_length=20, beta=0.1)
+
+    per_token = torch.tensor([advantage[row.trajectory] for row in rows for _ in row.target])
+    weight = torch.tensor(loss_weights(rows, loss_norm, 20), dtype=torch.float32)
+    fields = TokenFields(old, anchor, per_token, weight)
+    policy, found = Policy(network.model, network.mask_id), 0
+    for batch in pack(rows, 200):
+        logp, _ = policy(batch)
+        found = found + policy_loss(logp, fields.select(torch.from_numpy(batch.predicted)), 0.2, 0.1, True).loss
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    assert_same_gradients(gradients(network, found), gradients(network, wanted), network, 1e-5)
+
+
+def engine_like(network: Network, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """The trajectories with the policy's own logp, as an engine would have recorded it."""
+    result = []
+    with torch.no_grad():
+        for one in trajectories:
+            views = plain.trace_views(one, BLOCK, network.mask_id, post_num=len(one.response_ids))
+            values = plain.view_logp(network.model, one, views, BLOCK, network.mask_id, one.temperature).tolist()
+            logp = dict(zip([i for view in views for i in view.response_indices], values))
+            result.append(replace(one, logp=[logp[i] for i in range(len(logp))]))
+    return result
+
+
+def test_the_update_does_not_depend_on_the_micro_batch(network: Network) -> None:
+    """Seven responses in two updates: an uneven tail, and micro-batches of one row, of some, of all."""
+    trajectories = engine_like(network, random_trajectories(network, 7, seed=21))
+    samples = [Sample(one, float(value)) for one, value in zip(trajectories, np.linspace(-1.5, 1.2, 7))]
+    results = []
+    for budget in (1, 260, 10**6):
+        learner, optimizer = recording_learner(network)
+        training = RLTrainingConfig(updates_per_step=2, tokens_per_micro_batch=budget, loss_norm="step")
+        figures = learn(learner, samples, training, Layout(network.mask_id, BLOCK), 20, seed=[1, 2], exact=True)
+        assert figures["updates"] == len(optimizer.recorded) == 2
+        assert figures["predicted_tokens"] == sum(one.length for one in trajectories)
+        results.append((figures, optimizer.recorded))
+    for figures, recorded in results[1:]:
+        assert figures["loss"] == pytest.approx(results[0][0]["loss"], abs=1e-6)
+        for found, wanted in zip(recorded, results[0][1], strict=True):
+            assert_same_gradients(found, wanted, network, 2e-6)
+
+
+def test_one_update_is_the_reference_s(network: Network) -> None:
+    """`learn` as a whole: weights, advantages and old log-probabilities reach the right tokens."""
+    trajectories = engine_like(network, random_trajectories(network, 3, seed=31))
+    advantage = [1.0, -0.25, -0.75]
+    learner, optimizer = recording_learner(network)
+    samples = [Sample(one, value) for one, value in zip(trajectories, advantage)]
+    training = RLTrainingConfig(tokens_per_micro_batch=100, loss_norm="length")
+    learn(learner, samples, training, Layout(network.mask_id, BLOCK), 20, seed=[0], exact=True)
+    responses = []
+    for one, value in zip(trajectories, advantage):
+        views = plain.trace_views(one, BLOCK, network.mask_id)
+        logp = plain.view_logp(network.model, one, views, BLOCK, network.mask_id)
+        indices = [i for view in views for i in view.response_indices]
+        steps = [step for view in views for step in view.steps]
+        old = [one.logp[i] for i in indices]
+        responses.append([plain.PlainToken(*values) for values in zip(logp, old, old, [value] * len(old), steps)])
+    wanted = plain.update_loss(responses, "length", 20)
+    assert_same_gradients(optimizer.recorded[0], gradients(network, wanted), network, 1e-5)
+
+
+def test_gradient_checkpointing_recomputes_layers_and_changes_nothing() -> None:
+    model = load_network(GOLDEN, "sdar")
+    network = Network(model, model.config.mask_token_id, model.config.vocab_size, ())
+    samples = [Sample(one, 1.0) for one in engine_like(network, random_trajectories(network, 2, seed=1))]
+    calls, results = [], []
+    # a pre-hook: the second pass stops as soon as it has what the backward pass needs
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
+    for enabled in (False, True):
+        if enabled:
+            model.gradient_checkpointing_enable()
+        calls.clear()
+        learner, optimizer = recording_learner(network)
+        learn(learner, samples, RLTrainingConfig(), Layout(network.mask_id, BLOCK), 20, seed=[0], exact=True)
+        results.append((len(calls), optimizer.recorded[0]))
+        assert not model.training  # the engine may share the network
+    assert results[1][0] == 2 * results[0][0]
+    assert_same_gradients(results[1][1], results[0][1], network, 1e-6)
+
+
+# ---- rows and mask
+
+
+def described(row: Row) -> list[tuple[str, int, int]]:
+    """Every token of a row as (kind, block, number of its view), from the layout the design gives."""
+    clean = int((row.view == 0).sum())
+    tokens = [("clean", position // BLOCK, 0) for position in range(clean)]
+    for number in range((len(row) - clean) // BLOCK):
+        start = clean + number * BLOCK
+        tokens += [("view", int(row.position[start]) // BLOCK, number + 1)] * BLOCK
+    return tokens
+
+
+def sees(query: tuple[str, int, int], key: tuple[str, int, int]) -> bool:
+    if query[0] == "clean":
+        return key[0] == "clean" and key[1] <= query[1]
+    return (key[0] == "clean" and key[1] < query[1]) or (key[0] == "view" and key[2] == query[2])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 400), st.sampled_from([1, 2]))
+def test_the_mask_equals_the_rule(seed: int, budget: int, shrink: int) -> None:
+    network = Network(torch.nn.Identity(), 7, 40, ())
+    rows = packed_rows(network, random_trajectories(network, 3, seed), shrink)
+    for batch in pack(rows, budget):
+        mask = visible(batch)
+        assert mask.dtype == torch.bool and mask.shape == (len(batch.ids), 1, *[batch.ids.shape[1]] * 2)
+        assert mask.any(-1).all()  # a query that sees nothing would be NaN
+        for number, line in enumerate(batch.trajectory.tolist()):
+            row = rows[max(line)]
+            tokens = described(row)
+            wanted = [[sees(query, key) for key in tokens] for query in tokens]
+            assert mask[number, 0, : len(row), : len(row)].tolist() == wanted
+            assert not mask[number, 0, : len(row), len(row) :].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 600))
+def test_no_row_is_lost(seed: int, count: int, budget: int) -> None:
+    network = Network(torch.nn.Identity(), 7, 40, ())
+    rows = packed_rows(network, random_trajectories(network, count, seed))
+    batches = pack(rows, budget)
+    total = sum(len(row.target) for row in rows)
+    assert sorted(i for batch in batches for i in batch.predicted.tolist()) == list(range(total))
+    targets = np.concatenate([row.target for row in rows])
+    found: list[int] = []
+    for batch in batches:
+        assert batch.ids.numel() <= budget or len(batch.ids) == 1
+        lines = [max(line) for line in batch.trajectory.tolist()]
+        found += lines
+        for number, line in enumerate(lines):
+            row, size = rows[line], len(rows[line])
+            for name in ("ids", "position", "block", "view"):
+                np.testing.assert_array_equal(getattr(batch, name)[number, :size].numpy(), getattr(row, name))
+            assert (batch.trajectory[number] >= 0).sum() == size
+        np.testing.assert_array_equal(batch.target.numpy(), targets[batch.predicted])
+        assert (batch.ids.flatten()[batch.predict_at] == 7).all()  # what is predicted is masked
+    assert sorted(found) == list(range(count))
+
+
+def test_a_row_is_clean_tokens_then_views() -> None:
+    """Prompt of five, one block of remainder and one of response: ids and positions written out."""
+    one = plain.random_trajectory(np.random.default_rng(0), 5, 2, BLOCK, 40, 7)
+    trajectory = replace(one, step_map=[1, 0, 1, 2, 2, 3, 2], length=7)
+    p, r = trajectory.prompt_ids, trajectory.response_ids
+    row = make_row(3, p, r, trace_views(trajectory, BLOCK, 7))
+    views = [[p[4], 7, 7, 7], [p[4], 7, r[1], 7], [7, 7, 7, 7], [r[3], r[4], 7, r[6]]]
+    assert row.ids.tolist() == [*p, *r[:3], *(token for view in views for token in view)]
+    assert row.position.tolist() == [*range(8), 4, 5, 6, 7, 4, 5, 6, 7, 8, 9, 10, 11, 8, 9, 10, 11]
+    assert row.target.tolist() == [r[1], r[0], r[2], r[3], r[4], r[6], r[5]]
+    assert row.predict_at.tolist() == [10, 13, 15, 16, 17, 19, 22]
+    assert row.response_index.tolist() == [1, 0, 2, 3, 4, 6, 5] and row.trajectory == 3
+
+
+# ---- the engine's numbers
+
+
+@pytest.mark.parametrize(
+    "settings_of_draw",
+    [
+        {"temperature": 1.0, "remasking_strategy": "low_confidence_static"},
+        {"temperature": 1.0, "remasking_strategy": "low_confidence_dynamic", "dynamic_threshold": 0.03},
+        {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "remasking_strategy": "low_confidence_static"},
+        {"temperature": 0.0, "remasking_strategy": "sequential", "denoising_steps_per_block": 2},
+        {"temperature": 0.7, "top_k": 1, "remasking_strategy": "low_confidence_dynamic", "dynamic_threshold": 0.1},
+    ],
+    ids=["temperature-1", "dynamic", "filtered", "greedy", "top-1"],
+)
+def test_trainer_equals_engine(network: Network, settings_of_draw: dict) -> None:
+    """Fresh responses of several lengths, more than fit side by side: the replay gives the recorded numbers."""
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, network.vocabulary - 8, size).tolist() for size in (3, 4, 9, 14, 16, 6)]
+    drawn = Sampling(block_size=BLOCK, max_token=15, max_active=4, **settings_of_draw)
+    requests = [Request(str(n), prompt, seed=5) for n, prompt in enumerate(prompts)]
+    trajectories = list(Engine(network.model, network.mask_id, network.stop_ids).generate(requests, drawn))
+    assert len(trajectories) == 6
+    # predict what lies behind the limit too: it was drawn and recorded like the rest
+    samples = [Sample(one, 1.0) for one in trajectories]
+    rows = sample_rows(samples, RLTrainingConfig(post_num=BLOCK), Layout(network.mask_id, BLOCK), [0])
+    recorded = torch.cat([torch.tensor(one.logp)[row.response_index] for one, row in zip(trajectories, rows)])
+    assert len(recorded) == sum(len(one.response_ids) for one in trajectories)
+    temperature = 1.0 if drawn.temperature == 0 or drawn.top_k == 1 else drawn.temperature
+    assert {one.temperature for one in trajectories} == {temperature}
+    learner, _ = recording_learner(network)
+    found = batch_logp(learner, pack(rows, 300), len(recorded), temperature)
+    torch.testing.assert_close(found, recorded, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        views = plain.trace_views(trajectories[0], BLOCK, network.mask_id)
+        slow = plain.view_logp(network.model, trajectories[0], views, BLOCK, network.mask_id, temperature)
+    of_first = torch.tensor(trajectories[0].logp)[[i for view in views for i in view.response_indices]]
+    torch.testing.assert_close(slow, of_first, rtol=0, atol=1e-5)
+
+
+# ---- the optimizer's side
+
+
+def one_batch(network: Network) -> list[PackedBatch]:
+    return pack(packed_rows(network, random_trajectories(network, 2, seed=0)), 10**6)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(network: Network) -> None:
+    learner, optimizer = recording_learner(network)
+    with pytest.raises(FloatingPointError, match="nan"):
+        update(learner, one_batch(network), lambda _, logp: logp.sum() * float("nan"))
+    assert not optimizer.recorded and not network.model.training
+    assert all(p.grad is None for p in network.model.parameters())
+
+
+def test_gradients_are_clipped_to_the_norm(network: Network) -> None:
+    def loss(_: PackedBatch, logp: torch.Tensor) -> torch.Tensor:
+        return -logp.mean()
+
+    def norm_of(gradients: list[torch.Tensor]) -> float:
+        return float(torch.cat([one.flatten() for one in gradients]).norm())
+
+    learner, optimizer = recording_learner(network)
+    whole = update(learner, one_batch(network), loss)
+    assert norm_of(optimizer.recorded[0]) == pytest.approx(whole, rel=1e-4)
+    learner.max_grad_norm = whole / 10
+    assert update(learner, one_batch(network), loss) == pytest.approx(whole, rel=1e-5)
+    assert norm_of(optimizer.recorded[1]) == pytest.approx(whole / 10, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "rates"),
+    [
+        ("constant", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.0, 0.5, 1.0, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", [0.0, 0.5, 1.0, 0.8828427, 0.6, 0.3171573, 0.2]),
+    ],
+)
+def test_schedules(network: Network, scheduler: str, rates: list[float]) -> None:
+    """Two updates of warm-up, then down to min_lr_scale; with the default scale of 1 every schedule is constant."""
+    schedule = SchedulerConfig(scheduler, SchedulerParams(warmup_steps=2, min_lr_scale=0.2))
+    assert [rate_factor(schedule, done, 6) for done in range(7)] == pytest.approx(rates, abs=1e-6)
+    assert rate_factor(SchedulerConfig(scheduler), 5, 6) == 1.0
+    optimizer = OptimizerConfig()
+    learner = make_learner(Policy(network.model, network.mask_id), optimizer, schedule, 6, 1.0)
+    for _ in range(4):
+        learner.optimizer.step()
+        learner.scheduler.step()
+    peak = optimizer.params.learning_rate
+    assert learner.scheduler.get_last_lr()[0] == pytest.approx(rates[4] * peak, rel=1e-5)

@@ -1,0 +1,183 @@
+"""Strategies against plain per-row Python: ties, thresholds, and never a position that is not masked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import schema
+from common.errors import UserError
+from common.schema import Sampling
+from sample.draw import Candidates
+from sample.strategies import STRATEGIES, even_split, find_strategy, top_k_masked
+from tests import reference
+
+examples = settings(deadline=None, database=None, derandomize=True, max_examples=100)
+# few values, exact in binary, so that ties and sums that just reach a bound are common
+SCORES = [0.0, 0.25, 0.5, 0.75, 1.0]
+ENTROPIES = [0.0, 0.125, 0.25, 0.5, 1.0]
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    """A batch of blocks at some denoising step; every field a strategy may look at."""
+    rows, width = draw(st.integers(1, 4)), draw(st.integers(1, 8))
+
+    def grid(values: st.SearchStrategy) -> torch.Tensor:
+        return torch.tensor(
+            draw(st.lists(st.lists(values, min_size=width, max_size=width), min_size=rows, max_size=rows))
+        )
+
+    return {
+        "probability": grid(st.sampled_from(SCORES)),
+        "confidence": grid(st.sampled_from([-1.0, *SCORES])),  # a score by which to rank need not be a probability
+        "entropy": grid(st.sampled_from(ENTROPIES)),
+        "masked": grid(st.booleans()),
+        "k": torch.tensor(draw(st.lists(st.integers(1, 9), min_size=rows, max_size=rows))),
+    }
+
+
+def call(name: str, block: dict[str, torch.Tensor], **sampling: float) -> list[set[int]]:
+    """The positions that a strategy unmasks, row by row."""
+    other = torch.zeros_like(block["entropy"])
+    candidates = Candidates(other.long(), block["probability"], other, block["entropy"], other, other)
+    chosen = find_strategy(name)(
+        candidates, block["confidence"], block["entropy"], block["masked"], block["k"], other, Sampling(**sampling)
+    )
+    assert chosen.dtype == torch.bool and chosen.shape == block["masked"].shape
+    return [set(row.nonzero()[:, 0].tolist()) for row in chosen]
+
+
+def masked_rows(block: dict[str, torch.Tensor]) -> list[list[int]]:
+    return [row.nonzero()[:, 0].tolist() for row in block["masked"]]
+
+
+def most_confident(block: dict[str, torch.Tensor], row: int) -> set[int]:
+    score = block["confidence"][row].tolist()
+    return set(sorted(masked_rows(block)[row], key=lambda i: (-score[i], i))[: int(block["k"][row])])
+
+
+def leftmost(block: dict[str, torch.Tensor], row: int) -> set[int]:
+    return set(masked_rows(block)[row][: int(block["k"][row])])
+
+
+@examples
+@given(blocks())
+def test_static_unmasks_the_k_most_confident(block: dict[str, torch.Tensor]) -> None:
+    assert call("low_confidence_static", block) == [most_confident(block, row) for row in range(len(block["k"]))]
+
+
+@examples
+@given(blocks(), st.sampled_from(SCORES))
+def test_dynamic_unmasks_all_that_reach_the_threshold_or_else_the_static_k(
+    block: dict[str, torch.Tensor], threshold: float
+) -> None:
+    expected = []
+    for row, masked in enumerate(masked_rows(block)):
+        sure = {i for i in masked if block["probability"][row, i] >= threshold}
+        expected.append(sure if len(sure) >= block["k"][row] else most_confident(block, row))
+    assert call("low_confidence_dynamic", block, dynamic_threshold=threshold) == expected
+
+
+@examples
+@given(blocks())
+def test_sequential_unmasks_the_leftmost_k(block: dict[str, torch.Tensor]) -> None:
+    assert call("sequential", block) == [leftmost(block, row) for row in range(len(block["k"]))]
+
+
+@examples
+@given(blocks(), st.sampled_from([0.0, 0.125, 0.5, 1.0, 8.0]))
+def test_entropy_bounded_unmasks_while_the_sum_stays_within_the_bound(
+    block: dict[str, torch.Tensor], bound: float
+) -> None:
+    expected = []
+    for row, masked in enumerate(masked_rows(block)):
+        entropy = {i: block["entropy"][row, i].item() for i in masked}
+        expected.append(set(reference.within_bound(entropy, bound)) if entropy else set())
+    assert call("entropy_bounded", block, eb_threshold=bound) == expected
+
+
+@examples
+@given(blocks(), st.sampled_from(sorted(STRATEGIES)))
+def test_every_strategy_unmasks_masked_positions_only_and_at_least_one(
+    block: dict[str, torch.Tensor], name: str
+) -> None:
+    for masked, chosen in zip(masked_rows(block), call(name, block)):
+        assert chosen <= set(masked)
+        assert bool(chosen) == bool(masked)
+
+
+def plain(width: int, **rows: list) -> dict[str, torch.Tensor]:
+    """One row of all-masked positions; what is not given is flat."""
+    flat = {"probability": [0.5] * width, "confidence": [0.5] * width, "entropy": [1.0] * width}
+    block = {name: torch.tensor([rows.get(name, value)]) for name, value in flat.items()}
+    return block | {"masked": torch.tensor([rows.get("masked", [True] * width)]), "k": torch.tensor(rows.get("k", [2]))}
+
+
+def test_by_hand() -> None:
+    tied = plain(4, confidence=[0.5, 0.9, 0.5, 0.5], k=[2])
+    assert call("low_confidence_static", tied) == [{0, 1}]
+    # the threshold is on the probability, the ranking on the score
+    other = plain(4, probability=[0.9, 0.1, 0.1, 0.95], confidence=[0.0, 1.0, 0.0, 0.0])
+    assert call("low_confidence_dynamic", other, dynamic_threshold=0.9) == [{0, 3}]
+    assert call("low_confidence_dynamic", other, dynamic_threshold=0.92) == [{0, 1}]
+    hidden = plain(4, masked=[False, True, False, True], k=[3])
+    assert call("sequential", hidden) == call("low_confidence_static", hidden) == [{1, 3}]
+    # 0.125 + 0.25 is within 0.375, and 0.25 more is not
+    low = plain(4, entropy=[0.25, 4.0, 0.125, 0.25])
+    assert call("entropy_bounded", low, eb_threshold=0.375) == [{0, 2}]
+    assert call("entropy_bounded", low, eb_threshold=0.0) == [{2}]
+
+
+def test_many_equals_go_to_the_lower_positions() -> None:
+    # more than a vector register holds: an unstable sort shows only there
+    score, masked = torch.zeros(2, 257), torch.ones(2, 257, dtype=torch.bool)
+    masked[1, ::2] = False
+    chosen = top_k_masked(score, masked, torch.tensor([5, 3]))
+    assert [row.nonzero()[:, 0].tolist() for row in chosen] == [[0, 1, 2, 3, 4], [1, 3, 5]]
+
+
+@pytest.mark.parametrize("block", [1, 4, 8, 10])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 16])
+def test_the_schedule_is_an_even_split_with_the_remainder_first(block: int, steps: int) -> None:
+    split = even_split(block, steps, torch.arange(steps)).tolist()
+    assert sum(split) == block
+    assert max(split) - min(split) <= 1
+    assert split == sorted(split, reverse=True)
+    assert split == [reference.static_k(block, steps, step) for step in range(steps)]
+
+
+def test_the_schema_names_the_strategies_there_are() -> None:
+    assert set(schema.STRATEGIES) == set(STRATEGIES)
+
+
+# ---- by name
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("low_confidence", "low_confidence_static"),
+        ("", "sequential"),
+        ("no_such_module:function", "no_such_module"),
+        ("common.errors:no_such_function", "no_such_function"),
+        ("common.errors:", "module:function"),
+    ],
+)
+def test_an_unknown_strategy_is_one_line_of_error(name: str, words: str) -> None:
+    with pytest.raises(UserError, match="remasking_strategy") as caught:
+        find_strategy(name)
+    assert words in str(caught.value)
+    assert repr(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_strategy_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "strategy_of_mine.py").write_text("def last(*arguments):\n    return arguments[3]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    block = plain(3, masked=[True, False, True])
+    assert call("strategy_of_mine:last", block) == [{0, 2}]

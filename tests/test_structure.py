@@ -1,0 +1,122 @@
+"""The shape of the code: imports go one way, files and functions stay short, tests assert something."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("train", "rollout", "sample", "reward", "data", "models", "common")
+# Whom a package may import besides itself. The entry scripts may import all of them.
+ALLOWED = {
+    "common": set(),
+    "models": {"common"},
+    "sample": {"models", "common"},
+    "reward": {"common"},
+    "data": {"common"},
+    "rollout": {"sample", "reward", "data", "models", "common"},
+    "train": {"rollout", "sample", "reward", "data", "models", "common"},
+    "benchmarks": set(PACKAGES),
+}
+ENTRY_SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
+PRODUCT = [*ENTRY_SCRIPTS, *(path for name in ALLOWED for path in sorted((ROOT / name).rglob("*.py")))]
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full names of imported modules, wherever in the file they stand."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where a name comes from"
+            yield node.module or ""
+
+
+def wrong_imports(package: str, tree: ast.AST) -> set[str]:
+    """The project's packages and scripts that a file of `package` imports and must not."""
+    scripts = {path.stem for path in ENTRY_SCRIPTS}
+    ours = {name.split(".")[0] for name in imported(tree)} & {*ALLOWED, *scripts, "tests"}
+    return ours - ALLOWED[package] - {package}
+
+
+def long_functions(tree: ast.AST, limit: int) -> list[str]:
+    nodes = [node for node in ast.walk(tree) if isinstance(node, FUNCTION)]
+    return [node.name for node in nodes if node.end_lineno - node.lineno + 1 > limit]
+
+
+def asserts_something(test: ast.AST, helpers: set[str]) -> bool:
+    """Whether a test has an assert, a pytest.raises, a call named assert_…, or calls a helper that has."""
+    for node in ast.walk(test):
+        if isinstance(node, ast.Assert):
+            return True
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called.startswith("assert_") or called in ("raises", "fail") or called in helpers:
+                return True
+    return False
+
+
+@pytest.mark.parametrize("path", [path for path in PRODUCT if path.parent != ROOT], ids=name_of)
+def test_imports_go_one_way(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    assert not wrong_imports(package, parse(path))
+
+
+def test_the_rule_of_imports_can_fail() -> None:
+    assert wrong_imports("sample", ast.parse("def f():\n    from reward.score import make_scorer")) == {"reward"}
+    assert wrong_imports("common", ast.parse("import models, torch, common.errors, eval")) == {"models", "eval"}
+    assert wrong_imports("reward", ast.parse("import models.sdar")) == {"models"}
+    assert not wrong_imports("train", ast.parse("from sample.draw import token_logp"))
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
+def test_files_and_functions_are_short(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines < 80 if path in ENTRY_SCRIPTS else lines <= 400
+    assert not long_functions(parse(path), limit=80)
+
+
+def test_all_packages_and_scripts_are_looked_at() -> None:
+    names = {name_of(path) for path in PRODUCT}
+    assert {"rl.py", "eval.py", "generate.py", "train/views.py", "common/config.py", "sample/engine.py"} <= names
+    folders = {path.parent.name for path in ROOT.glob("*/*.py")}
+    assert folders - {"tests"} <= set(ALLOWED)
+    assert long_functions(ast.parse("def f():\n" + "    x = 1\n" * 80), limit=80) == ["f"]
+
+
+@pytest.mark.parametrize("path", [*PRODUCT, *TESTS], ids=name_of)
+def test_no_bare_except(path: Path) -> None:
+    handlers = [node for node in ast.walk(parse(path)) if isinstance(node, ast.ExceptHandler)]
+    assert all(handler.type is not None for handler in handlers)
+
+
+@pytest.mark.parametrize("path", [path for path in TESTS if path.name.startswith("test_")], ids=name_of)
+def test_every_test_asserts(path: Path) -> None:
+    functions = [node for node in ast.walk(parse(path)) if isinstance(node, FUNCTION)]
+    helpers: set[str] = set()
+    for _ in range(3):  # helpers that call helpers
+        helpers |= {node.name for node in functions if asserts_something(node, helpers)}
+    tests = [node.name for node in functions if node.name.startswith("test_")]
+    assert tests and set(tests) <= helpers, set(tests) - helpers
+    empty = ast.parse("def test_nothing():\n    f()").body[0]
+    assert not asserts_something(empty, helpers={"g"})
+
+
+def test_every_test_has_its_own_name() -> None:
+    """A second function of the same name would silently replace the first."""
+    for path in TESTS:
+        names = [node.name for node in parse(path).body if isinstance(node, FUNCTION)]
+        assert len(names) == len(set(names)), path

@@ -1,0 +1,171 @@
+"""What training computes, written plainly from the design: one view at a time, one row per view, all logits.
+
+Nothing here imports the trainer. Tests hold the packed forward, the vectorised views and the weighted losses to it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.trajectory import Trajectory
+
+
+@dataclass
+class PlainView:
+    """One block as the network is shown it, and what it has to predict there."""
+
+    start: int  # absolute position of the block's first token
+    tokens: list[int]
+    offsets: list[int]  # of the predicted tokens within the block
+    targets: list[int]
+    response_indices: list[int]
+    steps: list[int]
+
+
+@dataclass
+class PlainToken:
+    """A predicted token's share in the loss."""
+
+    logp: Tensor
+    old_logp: float
+    logp_ref: float
+    advantage: float
+    step: int
+
+
+def random_trajectory(
+    rng: np.random.Generator, prompt_length: int, blocks: int, block_size: int, vocabulary: int, mask_id: int
+) -> Trajectory:
+    """Random ids in a random order of unmasking; with the prompt's remainder the response fills `blocks` blocks."""
+    size = blocks * block_size - prompt_length % block_size
+    prompt = [int(token) for token in rng.integers(0, vocabulary - 1, prompt_length)]
+    response = [int(token) for token in rng.integers(0, vocabulary - 1, size)]
+    # the mask token never occurs in a clean text
+    prompt = [token if token != mask_id else vocabulary - 1 for token in prompt]
+    response = [token if token != mask_id else vocabulary - 1 for token in response]
+    step_map: list[int] = []
+    first_step = 0
+    for block in range(blocks):
+        tokens = block_size - (prompt_length % block_size if block == 0 else 0)
+        drawn = [int(step) for step in rng.integers(0, block_size, tokens)]
+        distinct = sorted(set(drawn))
+        step_map += [first_step + distinct.index(step) for step in drawn]
+        first_step += len(distinct)
+    return Trajectory(
+        task_id="0",
+        sample=0,
+        prompt_ids=prompt,
+        response_ids=response,
+        step_map=step_map,
+        logp=[-1.0] * size,
+        confidence=[0.5] * size,
+        kept_mass=1.0,
+        finish_reason="stop",
+        length=int(rng.integers(1, size + 1)),
+        steps=first_step,
+        forwards=first_step + blocks,
+        temperature=1.0,
+    )
+
+
+def trace_views(
+    trajectory: Trajectory, block_size: int, mask_id: int, shrink: int = 1, post_num: int = 0
+) -> list[PlainView]:
+    """TraceRL's views: for every block, every `shrink` neighbouring distinct steps of it."""
+    prompt, response, step_map = trajectory.prompt_ids, trajectory.response_ids, trajectory.step_map
+    views = []
+    for start in range(0, len(prompt) + len(response), block_size):
+        indices = [position - len(prompt) for position in range(start, start + block_size)]
+        steps = sorted({step_map[i] for i in indices if i >= 0})
+        while steps:
+            merged, steps = steps[:shrink], steps[shrink:]
+            view = PlainView(start, [], [], [], [], [])
+            for offset, i in enumerate(indices):
+                token = response[i] if i >= 0 else prompt[i + len(prompt)]
+                seen = i < 0 or step_map[i] < merged[0]
+                view.tokens.append(token if seen else mask_id)
+                if i >= 0 and step_map[i] in merged and i < trajectory.length + post_num:
+                    view.offsets.append(offset)
+                    view.targets.append(token)
+                    view.response_indices.append(i)
+                    view.steps.append(step_map[i])
+            if view.offsets:
+                views.append(view)
+    return views
+
+
+def block_causal_logits(model: torch.nn.Module, ids: Sequence[int], block_size: int) -> Tensor:
+    """All logits of one sequence, (length, vocab): a token sees its own block and the earlier ones."""
+    mask = [[key // block_size <= query // block_size for key in range(len(ids))] for query in range(len(ids))]
+    return model(
+        input_ids=torch.tensor([list(ids)]),
+        position_ids=torch.arange(len(ids))[None],
+        attention_mask=torch.tensor(mask)[None, None],
+        use_cache=False,
+    ).logits[0]
+
+
+def view_logp(
+    model: torch.nn.Module,
+    trajectory: Trajectory,
+    views: Sequence[PlainView],
+    block_size: int,
+    mask_id: int,
+    temperature: float = 1.0,
+) -> Tensor:
+    """logp of every predicted token, view by view: log_softmax(logits / T), the mask token at minus infinity."""
+    everything = trajectory.prompt_ids + trajectory.response_ids
+    result = []
+    for view in views:
+        logits = block_causal_logits(model, everything[: view.start] + view.tokens, block_size) / temperature
+        allowed = torch.arange(logits.shape[-1]) != mask_id
+        logp = logits - torch.where(allowed, logits, -torch.inf).logsumexp(-1, keepdim=True)
+        result += [logp[view.start + offset, target] for offset, target in zip(view.offsets, view.targets)]
+    return torch.stack(result)
+
+
+def policy_term(token: PlainToken, eps: float, beta: float, estimator: str) -> Tensor:
+    """The clipped objective and the KL penalty of one token."""
+    ratio = (token.logp - token.old_logp).clamp(-10, 10).exp()
+    low, high = ratio * token.advantage, ratio.clamp(1 - eps, 1 + eps) * token.advantage
+    policy = -(low if low < high else high)
+    d = (token.logp - token.logp_ref).clamp(-10, 10)
+    kl = {"k1": d, "k3": (-d).exp() - 1 + d}[estimator]
+    return policy + beta * kl
+
+
+def update_loss(
+    responses: Sequence[Sequence[PlainToken]],
+    loss_norm: str,
+    max_gen_length: int,
+    eps: float = 0.2,
+    beta: float = 0.01,
+    estimator: str = "k3",
+) -> Tensor:
+    """The loss of one update over its responses' predicted tokens."""
+    terms = [[(policy_term(token, eps, beta, estimator), token.step) for token in tokens] for tokens in responses]
+    if loss_norm == "token":
+        flat = [term for one in terms for term, _ in one]
+        return sum(flat) / len(flat)
+    if loss_norm == "length":
+        return sum(sum(term for term, _ in one) / max_gen_length for one in terms) / len(terms)
+    total = 0
+    for one in terms:
+        for step in {step for _, step in one}:
+            of_step = [term for term, other in one if other == step]
+            total = total + sum(of_step) / len(of_step)
+    return total / len(terms)
+
+
+def z_scores(rewards: Sequence[float]) -> list[float]:
+    """Distance to the group's mean in population deviations, 0 where all rewards are equal."""
+    if len(set(rewards)) == 1:
+        return [0.0] * len(rewards)
+    mean, deviation = statistics.fmean(rewards), statistics.pstdev(rewards)
+    return [(reward - mean) / deviation for reward in rewards]
