@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from common.errors import UserError
 from models.family import LoadedModel
 
 
@@ -12,3 +15,14 @@ def encode_prompt(loaded: LoadedModel, question: str, template: str, start_with_
     if start_with_think:
         text += "<think>"
     return loaded.tokenizer.encode(text, add_special_tokens=False)
+
+
+def stop_ids_of(loaded: LoadedModel, tokens: Sequence[str] | None) -> tuple[int, ...]:
+    """The ids of the given tokens, or the model's own stop ids where none are given."""
+    if tokens is None:
+        return loaded.stop_ids
+    vocabulary = loaded.tokenizer.get_vocab()
+    for token in tokens:
+        if token not in vocabulary:
+            raise UserError(f"rollout.stop_token_list: {token!r} is no token of the model's tokenizer; leave it out")
+    return tuple(vocabulary[token] for token in tokens)

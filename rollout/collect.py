@@ -9,7 +9,7 @@ from common.runtime import Stopwatch, console, progress, timed
 from common.schema import Sampling
 from common.trajectory import Request, Score, Task, Trajectory
 from models import LoadedModel
-from models.prompts import encode_prompt
+from models.prompts import encode_prompt, stop_ids_of
 from sample.engine import Engine
 
 Scorer = Callable[[str, Task, bool], Score]  # (response text, task, truncated) -> Score
@@ -59,7 +59,8 @@ def collect(
     place = {task.id: number for number, (task, _) in enumerate(prompts)}
     groups: list[list[Rollout | None]] = [[None] * samples for _ in prompts]
     with progress(description, len(requests)) as advance:
-        for trajectory in timed(engine.generate(requests, settings), watch, "rollout"):
+        stops = stop_ids_of(loaded, settings.stop_token_list)
+        for trajectory in timed(engine.generate(requests, settings, stop_ids=stops), watch, "rollout"):
             with watch("reward"):
                 number = place[trajectory.task_id]
                 task = prompts[number][0]

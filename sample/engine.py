@@ -82,17 +82,24 @@ class Engine:
         family = family_of_network(model)
         self.full_attention, self.logit_offset = family.attention == "full", family.logit_offset
         self.device = next(model.parameters()).device
-        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=self.device)
+        self.own_stop_ids = sorted(stop_ids)
         self.told: set[int] = set()  # block sizes whose rounding has been said
         self.slots: Slots | None = None
         self.cache: SlotCache | None = None
 
     @torch.inference_mode()
     def generate(
-        self, requests: Iterable[Request], settings: Sampling, on_step: Callable[[], None] | None = None
+        self,
+        requests: Iterable[Request],
+        settings: Sampling,
+        on_step: Callable[[], None] | None = None,
+        stop_ids: Iterable[int] | None = None,
     ) -> Iterator[Trajectory]:
-        """Yield a trajectory for every request, in the order in which they finish; `on_step` is called every step."""
-        self.start(requests, settings)
+        """Yield a trajectory for every request, in the order in which they finish.
+
+        `on_step` is called after every step; `stop_ids` take the place of the engine's own.
+        """
+        self.start(requests, settings, self.own_stop_ids if stop_ids is None else stop_ids)
         while self.queue or self.requests:
             self.admit()
             self.step()
@@ -100,11 +107,12 @@ class Engine:
                 on_step()
             yield from self.collect()
 
-    def start(self, requests: Iterable[Request], settings: Sampling) -> None:
+    def start(self, requests: Iterable[Request], settings: Sampling, stop_ids: Iterable[int]) -> None:
         """Queue requests and make room for the longest of them."""
         self.queue = deque(requests)
         self.requests: list[Request] = []  # of the active slots, row by row
         self.settings = settings
+        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=self.device)
         self.strategy = find_strategy(settings.remasking_strategy)
         if not self.queue:
             return

@@ -13,7 +13,7 @@ from common.schema import GenerateConfig
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model
 from models.family import family_of
-from models.prompts import encode_prompt
+from models.prompts import encode_prompt, stop_ids_of
 from sample.engine import Engine
 
 MASK = "░"
@@ -27,7 +27,8 @@ def main(config: GenerateConfig) -> Trajectory:
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
     request = Request("prompt", prompt, seed=config.seed)
     with denoising(engine, loaded, len(prompt)) as on_step:
-        (trajectory,) = engine.generate([request], config, on_step)
+        stops = stop_ids_of(loaded, config.stop_token_list)
+        (trajectory,) = engine.generate([request], config, on_step, stops)
     text = loaded.tokenizer.decode(trajectory.response_ids[: trajectory.length], skip_special_tokens=True)
     console.print(Text(text))
     console.print(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
 from common.config import load_config, settings_of
 from common.errors import UserError
@@ -124,41 +122,23 @@ ORIGINAL = {
         "rollout": SAMPLING | {"num_response_per_task": 3, "output_unmasking_history": True},
     },
 }
-# What the original's files hold and no config here knows yet; later work empties these sets.
-STILL_UNKNOWN = {
-    "rl": {"experiment.deepspeed_file", "rollout.tensor_parallel_size", "evaluation.tensor_parallel_size"},
-    "sft": {"training.shrink"},
-    "eval": {"rollout.tensor_parallel_size", "rollout.output_unmasking_history"},
-}
 
 
 def load_original(load, job, *arguments, family="trado"):
-    """The original's file of this job, loaded without the keys found to be unknown; and those keys."""
-    content = OmegaConf.create(yaml.safe_load(yaml.safe_dump(ORIGINAL[job]).replace("{family}", family)))
-    unknown = set()
-    while True:
-        try:
-            return load(job, *arguments, text=OmegaConf.to_yaml(content)), unknown
-        except UserError as error:
-            found = re.match(r"unknown key ([\w.]+)=", str(error))
-            if not found or found[1] in unknown:
-                raise
-            unknown.add(found[1])
-            section, _, leaf = found[1].rpartition(".")
-            del OmegaConf.select(content, section)[leaf]
+    """The original's file of this job, loaded."""
+    return load(job, *arguments, text=yaml.safe_dump(ORIGINAL[job]).replace("{family}", family))
 
 
 @pytest.mark.parametrize("family", ["trado", "sdar"])
 @pytest.mark.parametrize("job", ["rl", "sft", "eval"])
 def test_original_files_load(load, job, family):
-    cfg, unknown = load_original(load, job, family=family)
-    assert unknown == STILL_UNKNOWN[job]
+    cfg = load_original(load, job, family=family)
     assert family in cfg.experiment.project
 
 
 def test_original_files_keep_their_meaning(load, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    rl, _ = load_original(load, "rl")
+    rl = load_original(load, "rl")
     told = capsys.readouterr().err
     assert rl.optimizer.params.learning_rate == 1e-6 and rl.model.dtype == "bfloat16"
     assert rl.training.updates_per_step == 16  # 1024 responses × 4 rows / (32 × 8 rows an update)
@@ -169,7 +149,7 @@ def test_original_files_keep_their_meaning(load, capsys, monkeypatch):
         assert key in idle[0]
     for key in ("training.num_train_epochs", "dataset.optimization_data", "optimizer.params.scale_lr"):
         assert key in idle[0]
-    sft, _ = load_original(load, "sft")
+    sft = load_original(load, "sft")
     assert sft.training.batch_size == 128 and sft.training.num_train_epochs == 1 and sft.training.block_size == 4
     assert "num_train_epochs" not in capsys.readouterr().err
 
@@ -209,7 +189,7 @@ def test_only_the_first_device_reports(load, capsys, monkeypatch):
 def test_original_names_carry_the_published_numbers(load):
     for family in ("trado", "sdar"):
         ours = load_config("rl", [f"config={ROOT}/configs/rl_{family}.yaml", "experiment.project=x"])
-        cfg, _ = load_original(load, "rl", "training.updates_per_step=16", family=family)
+        cfg = load_original(load, "rl", "training.updates_per_step=16", family=family)
         assert ours.training.loss_norm == "length"  # the original's; a file without the key gets `token`
         for section in ("rollout", "optimizer", "lr_scheduler"):
             assert getattr(ours, section) == getattr(cfg, section)
