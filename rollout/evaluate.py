@@ -42,8 +42,10 @@ def evaluate(
     max_prompt_len: int,
     seed: int,
     samples_file: Path | None = None,
+    step: int = 0,
 ) -> dict[str, Evaluation]:
     """Accuracy and cost under each setting, by the setting's name; every response is appended to `samples_file`.
+    `step` says there after how many steps of training.
 
     Draws depend on (seed, task, sample) alone, so two models or two moments are compared under the same numbers.
     """
@@ -56,7 +58,7 @@ def evaluate(
         groups = collect(engine, loaded, prompts, setting, scorer, watch, seed, description=f"evaluate {name}")
         results[name] = summarize(name, groups, watch.seconds.get("rollout", 0.0))
         if samples_file is not None:
-            write_samples(samples_file, groups, name)
+            write_samples(samples_file, groups, {"step": step, "setting": name})
     return results
 
 
@@ -96,11 +98,11 @@ def name_settings(settings: Sequence[Sampling]) -> dict[str, Sampling]:
     return dict(zip(names, settings))
 
 
-def write_samples(path: Path, groups: Sequence[Sequence[Rollout]], setting: str | None = None) -> None:
-    """Append every response with its task, trace and verdict, one JSON object a line."""
+def write_samples(path: Path, groups: Sequence[Sequence[Rollout]], about: dict[str, int | str] | None = None) -> None:
+    """Append every response with its task, trace and verdict, one JSON object a line, `about` first."""
     with path.open("a", encoding="utf-8") as file:
         for rollout in (rollout for group in groups for rollout in group):
-            line = {"setting": setting} if setting else {}
-            line |= {"question": rollout.task.question, "ground_truth_answer": rollout.task.ground_truth_answer}
+            line = (about or {}) | {"question": rollout.task.question}
+            line |= {"ground_truth_answer": rollout.task.ground_truth_answer}
             line |= vars(rollout.score) | rollout.trajectory.to_json()
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

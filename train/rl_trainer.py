@@ -12,7 +12,7 @@ import torch
 from common.checkpoint import save_step, step_folders, write_folder
 from common.config import dump_config, settings_of
 from common.errors import UserError
-from common.metrics import MetricsLog, draw_curves, open_metrics, print_table
+from common.metrics import MetricsLog, draw_curves, open_metrics, print_table, truncate_after
 from common.runtime import Stopwatch, console, device_and_dtype, prepare_run_folder, seed_everything
 from common.schema import RewardConfig, RLConfig
 from common.trajectory import Task
@@ -88,9 +88,6 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
                 f"of dataset.train_dataset {config.dataset.train_dataset}"
             )
         scorer = make_scorer(config.reward, config.dataset.data_type)
-        folder = prepare_run_folder(
-            config.experiment.runs_dir, config.experiment.project, config.experiment.start_from_scratch
-        )
     with stages("sft"):
         made = make_model_if_missing(
             config.model.pretrained_model,
@@ -102,40 +99,48 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
     if not made:
         stages.seconds.pop("sft")
     with stages("load"):
-        device, dtype = device_and_dtype(config.model.dtype)
-        trained = load_model(config.model.pretrained_model, config.model.model_base, torch.float32, device)
-        learner = make_learner(
-            Policy(trained.model, trained.mask_id),
-            config.optimizer,
-            config.lr_scheduler,
-            config.experiment.total_step * config.training.updates_per_step,
-            config.training.max_grad_norm,
-            mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
-        )
-        if config.training.gradient_checkpointing_enable:
-            trained.model.gradient_checkpointing_enable()
-        loaded = trained
-        if dtype != torch.float32:
-            loaded = dataclasses.replace(trained, model=copy.deepcopy(trained.model).to(dtype))
-        reference = None
-        if config.training.kl_reference == "initial":
-            reference = dataclasses.replace(learner, policy=copy.deepcopy(learner.policy).requires_grad_(False))
+        loaded, learner, reference = load_networks(config)
+        experiment = config.experiment
+        # last, so that a mistake above leaves an older run where it is
+        folder = prepare_run_folder(experiment.runs_dir, experiment.project, experiment.start_from_scratch)
         (folder / "rollouts").mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(config))
         template = config.dataset.prompt_template or loaded.family.instructions[config.dataset.data_type]
         engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
+        resume_step = None if experiment.start_from_scratch else newest_step(folder)
         metrics = open_metrics(
-            folder,
-            config.experiment.trackers,
-            config.experiment.project,
-            dataclasses.asdict(config),
-            resume_step=None if config.experiment.start_from_scratch else newest_step(folder),
+            folder, experiment.trackers, experiment.project, dataclasses.asdict(config), resume_step=resume_step
         )
         run = Run(
             config, folder, loaded, engine, learner, reference, tasks, eval_tasks, scorer, template, metrics, stages
         )
         resume(run)
     return run
+
+
+def load_networks(config: RLConfig) -> tuple[LoadedModel, Learner, Learner | None]:
+    """The engine's network, the learner, and the frozen first model where the KL refers to it.
+
+    The learner's weights are float32; the engine's network is the same one, or a copy of lower precision.
+    """
+    device, dtype = device_and_dtype(config.model.dtype)
+    trained = load_model(config.model.pretrained_model, config.model.model_base, torch.float32, device)
+    learner = make_learner(
+        Policy(trained.model, trained.mask_id),
+        config.optimizer,
+        config.lr_scheduler,
+        config.experiment.total_step * config.training.updates_per_step,
+        config.training.max_grad_norm,
+        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+    )
+    if config.training.gradient_checkpointing_enable:
+        trained.model.gradient_checkpointing_enable()
+    loaded, reference = trained, None
+    if dtype != torch.float32:
+        loaded = dataclasses.replace(trained, model=copy.deepcopy(trained.model).to(dtype))
+    if config.training.kl_reference == "initial":
+        reference = dataclasses.replace(learner, policy=copy.deepcopy(learner.policy).requires_grad_(False))
+    return loaded, learner, reference
 
 
 def rl_step(run: Run) -> dict[str, float]:
@@ -146,10 +151,10 @@ def rl_step(run: Run) -> dict[str, float]:
     file = run.folder / "rollouts" / f"step-{number:04d}.jsonl"
     file.unlink(missing_ok=True)  # a run that stopped after its last checkpoint wrote this step before
     write_samples(file, groups)
-    figures: dict[str, float] = {"updates": 0}
+    figures: dict[str, float] = {"updates": 0, "lr": run.learner.scheduler.get_last_lr()[0]}
     if samples:
         with watch("train"):
-            figures = learn(
+            figures |= learn(
                 run.learner,
                 samples,
                 config.training,
@@ -227,12 +232,11 @@ def rollout_figures(groups: list[list[Rollout]], samples: list[Sample], per_grou
 
 
 def step_times(run: Run, groups: list[list[Rollout]], watch: Stopwatch) -> dict[str, float]:
-    """Learning rate, tokens per second of the rollout, and the step's seconds by stage."""
+    """Tokens per second of the rollout, and the step's seconds by stage."""
     tokens = sum(rollout.trajectory.length for group in groups for rollout in group)
     total = watch.total()
     named = {stage: watch.seconds.get(stage, 0.0) for stage in ("rollout", "reward", "train", "sync")}
     return {
-        "lr": run.learner.scheduler.get_last_lr()[0],
         "tokens_per_second": tokens / named["rollout"],
         **{f"seconds_{stage}": seconds for stage, seconds in named.items()},
         "seconds_other": total - sum(named.values()),
@@ -263,6 +267,7 @@ def evaluate_now(run: Run) -> dict[str, Evaluation]:
             config.training.max_prompt_len,
             config.training.seed,
             samples_file=run.folder / "samples.jsonl",
+            step=run.step,
         )
     figures = {f"eval/{name}/accuracy": result.accuracy for name, result in results.items()}
     figures |= {f"eval/{name}/tokens_per_forward": result.tokens_per_forward for name, result in results.items()}
@@ -298,6 +303,7 @@ def newest_step(folder: Path) -> int:
 def resume(run: Run) -> None:
     """Take up the newest checkpoint of the run's folder, if there is one."""
     checkpoints = step_folders(run.folder / "ckpt")
+    truncate_after(run.folder / "samples.jsonl", newest_step(run.folder))
     if not checkpoints:
         return
     step, folder = checkpoints[-1]
