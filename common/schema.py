@@ -12,6 +12,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
+KINDS = ("math", "code", "general")  # of tasks; reward/score.py has a function for each
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded")
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -83,7 +84,7 @@ class RolloutConfig(Sampling):
 @dataclass
 class EvaluationConfig(Sampling):
     eval_dataset: str = key("", "name, path or hub id; empty: dataset.eval_dataset or the held-out split")
-    data_type: str | None = key(None, "math; null: dataset.data_type", choices=("math",))
+    data_type: str | None = key(None, "math, code or general; null: dataset.data_type", choices=KINDS)
     num_task: int = key(0, "use the first n tasks; 0 for all", low=0)
 
 
@@ -123,7 +124,7 @@ class ModelConfig:
 class DatasetConfig:
     train_dataset: str = key("", "tasks to learn from: a name, a path (json, jsonl, parquet) or a hub id")
     eval_dataset: str = key("", "tasks to evaluate on")
-    data_type: str = key("math", "how answers are checked: math", choices=("math",))
+    data_type: str = key("math", "how answers are checked: math, code or general", choices=KINDS)
     prompt_template: str | None = key(None, "the instruction around {question}; null: as the family published it")
 
 
@@ -131,17 +132,50 @@ class DatasetConfig:
 class SFTDatasetConfig:
     optimization_data: str = key("", "records with prompt and response: a name or a path (json, jsonl, parquet)")
     eval_dataset: str = key("", "tasks on which stop_at_accuracy is measured")
-    data_type: str = key("math", "how answers are checked: math", choices=("math",))
+    data_type: str = key("math", "how answers are checked: math, code or general", choices=KINDS)
     prompt_template: str | None = key(None, "the instruction around {question}; null: as the family published it")
 
 
 @dataclass
+class JudgeConfig:
+    """A model behind an OpenAI-compatible endpoint that scores responses; used where base_url is given."""
+
+    base_url: str = key("", "of the endpoint, as http://127.0.0.1:8000/v1; empty: no judge")
+    model: str = key("", "name by which the endpoint knows the model")
+    api_key_env: str = key("OPENAI_API_KEY", "environment variable that holds the key; it may be unset")
+    reward_chunk_length: int | None = key(
+        None, "score every chunk of so many tokens (process rewards); null: the response as a whole", low=1
+    )
+    k_sample: int = key(1, "votes on each score; the reward is their mean", low=1)
+    temperature: float = key(0.6, "of the judge", low=0)
+    max_generation_token: int = key(10000, "longest answer of the judge in tokens", low=1)
+    timeout: float = key(600.0, "seconds to wait for one answer", low=0.01)
+    retries: int = key(5, "further attempts after a failed request, each after twice the wait", low=0)
+    first_wait: float = key(1.0, "seconds before the first further attempt", low=0)
+    parallel: int = key(8, "requests at once from one scoring process", low=1)
+    prompt: str | None = key(
+        None, "instruction with {question}, {response}, {chunk}, {reference}; null: as in reward/judge.py"
+    )
+
+
+@dataclass
 class RewardConfig:
-    kind: str = key("math", "math", choices=("math",))
+    kind: str | None = key(
+        None,
+        "math, code, general or judge: what decides whether a response is correct; null: dataset.data_type",
+        choices=(*KINDS, "judge"),
+    )
     function: str | None = key(
-        None, "my_module:my_reward, called with (response text, task), returns a number", function=True
+        None, "my_module:my_reward, called with (response, task), returns a number or one for each token", function=True
     )
     truncated_is_wrong: bool = key(True, "a response cut at the length limit earns nothing")
+    workers: int = key(1, "processes that score beside the rollout; 0 scores in the rollout's own", low=0)
+    time_limit: float = key(5.0, "code: seconds of processor time where a task has no test_time_limit", low=0.01)
+    memory_mb: int = key(1024, "code: memory of a program", low=64)
+    output_mb: int = key(16, "code: what a program may write to stdout and stderr", low=1)
+    match: str = key("exact", "general: exact, or fuzzy (the reward is the similarity)", choices=("exact", "fuzzy"))
+    fuzzy_threshold: float = key(0.8, "general, fuzzy: similarity from which a response is correct", low=0, high=1)
+    judge: JudgeConfig = section(JudgeConfig)
 
 
 @dataclass
@@ -295,6 +329,7 @@ OBSOLETE_KEYS: dict[str, str] = {
     "experiment.num_node": "the launcher says",
     "experiment.node_index": "the launcher says",
     "dataset.optimization_data": "rollouts stay in memory",
+    "rollout.reward_model.*": "the judge's server decides",
     "training.num_train_epochs": "each step's responses are learned from once",
     "training.enable_tf32": "model.dtype decides",
     "optimizer.params.scale_lr": "the learning rate is taken as it is",
@@ -306,6 +341,11 @@ RENAMED_KEYS: dict[str, str] = {
     "training.block_size": "rollout.block_size",
     "training.mixed_precision": "model.dtype",
     "optimizer.params.policy_learning_rate": "optimizer.params.learning_rate",
+    "model.process_reward_model": "reward.judge.model",
+    "rollout.reward_model.reward_chunk_length": "reward.judge.reward_chunk_length",
+    "rollout.reward_model.k_sample": "reward.judge.k_sample",
+    "rollout.reward_model.temperature": "reward.judge.temperature",
+    "rollout.reward_model.max_generation_token": "reward.judge.max_generation_token",
 }
 # Their values that have other names here; PyYAML reads a bare `no` as False.
 RENAMED_VALUES: dict[str, dict[Any, str]] = {

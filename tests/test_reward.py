@@ -306,7 +306,9 @@ def test_every_kind_of_number_is_taken(own_reward, value):
     assert score == Score(1.0, True, "passed") and type(score.reward) is float and type(score.correct) is bool
 
 
-@pytest.mark.parametrize("value", ["None", "float('nan')", "float('inf')", "np.ones(1)", "'1'", "1j", "[1.0]"])
+@pytest.mark.parametrize(
+    "value", ["None", "float('nan')", "float('inf')", "np.ones((1, 1))", "'1'", "1j", "['1']", "[None]"]
+)
 def test_what_is_no_finite_number_is_told(own_reward, value):
     scorer = own_reward(f"import numpy as np\ndef my_reward(text, task): return {value}")
     with pytest.raises(UserError, match=r"reward.function: .* task '7'; it must return a finite number") as caught:

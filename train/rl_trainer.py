@@ -122,7 +122,7 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
             reference = dataclasses.replace(learner, policy=copy.deepcopy(learner.policy).requires_grad_(False))
         (folder / "rollouts").mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(config))
-        template = config.dataset.prompt_template or loaded.family.instructions[config.dataset.data_type]
+        template = config.dataset.prompt_template or loaded.family.instructions.get(config.dataset.data_type)
         engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
         metrics = open_metrics(
             folder,
