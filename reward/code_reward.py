@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -14,8 +13,7 @@ from common.trajectory import Score, Task
 from reward.sandbox import Cell, Limits, Outcome, run_cells, stop_sandbox
 
 ATTEMPTS = 3  # to start a sandbox
-FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
-PYTHON = ("python", "python3", "py", "Python")
+PYTHON = ("python", "python3", "py")
 LIMITS = ("timeout", "memory", "output_limit", "infrastructure")  # ends of a cell that are verdicts
 EXTRA_SECONDS = 5.0  # that the tests themselves may take beside the program
 MAX_PROGRAM = 1 << 20
@@ -38,12 +36,21 @@ class CodeLimits:
 
 def extract_code(response: str) -> str | None:
     """The last closed Python block; where no block says a language, the last of those."""
-    blocks = FENCE.findall(response)
-    for languages in (PYTHON, ("",)):
-        found = [code for language, code in blocks if language in languages]
-        if found:
-            return found[-1]
-    return None
+    found: dict[bool, str] = {}
+    language, lines = None, []
+    for line in response.split("\n"):  # by hand: a regular expression takes quadratic time on a megabyte of fences
+        if not line.lstrip().startswith("```"):
+            lines.append(line)
+        elif language is None:
+            word = line.strip().strip("`").split()
+            language, lines = (word[0].lower() if word else ""), []
+        elif line.strip() == "```":
+            if language in PYTHON or not language:
+                found[language in PYTHON] = "\n".join(lines)
+            language = None
+        else:
+            lines.append(line)
+    return found.get(True, found.get(False))
 
 
 def code_score(response: str, task: Task, limits: CodeLimits = CodeLimits()) -> Score:

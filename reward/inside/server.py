@@ -9,6 +9,8 @@ Runs inside the sandbox and imports nothing of the project: `python server.py SO
 
 from __future__ import annotations
 
+import _sitebuiltins
+import builtins
 import contextlib
 import gc
 import json
@@ -20,6 +22,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +48,12 @@ def main() -> None:
     plain = sys.argv[2] == "plain"
     for name in PRELOADED.split():
         __import__(name)
+    for name in ("exit", "quit"):  # what `site` would add, which is not run
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D"))
+    try:
+        raise LookupError
+    except LookupError:
+        traceback.format_exc()  # the first traceback imports more
     if not plain and os.getuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
