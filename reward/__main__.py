@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.progress import track
 
 from common.errors import UserError, one_line_errors
 from common.schema import RewardConfig, keys_of
@@ -124,12 +126,10 @@ def read_responses(path: Path, num_tasks: int) -> list[dict[str, Any]]:
 
 def score_all(tasks: list[Task], lines: list[dict[str, Any]], reward: RewardConfig) -> list[Score]:
     """Scores in the order of the lines."""
-    from common.runtime import progress  # brings torch, which --help and mistakes do without
-
     types = [data_type_of(tasks[line["task"]]) if reward.kind is None else reward.kind for line in lines]
     for data_type in set(types):
         make_scorer(reward, data_type)  # a mistake in the config is told before any work
-    with contextlib.ExitStack() as stack, progress("scoring", len(lines)) as advance:
+    with contextlib.ExitStack() as stack:
         workers = {}
         for data_type in set(types):
             workers[data_type] = Workers(reward, data_type, max(1, reward.workers))
@@ -138,11 +138,8 @@ def score_all(tasks: list[Task], lines: list[dict[str, Any]], reward: RewardConf
             workers[data_type].submit(line["response"], tasks[line["task"]], False)
             for line, data_type in zip(lines, types)
         ]
-        scores = []
-        for score in waiting:
-            scores.append(score.result())
-            advance()
-    return scores
+        shown = track(waiting, "scoring", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        return [score.result() for score in shown]
 
 
 def data_type_of(task: Task) -> str:

@@ -15,7 +15,7 @@ from reward.sandbox import Cell, Limits, Outcome, run_cells, stop_sandbox
 ATTEMPTS = 3  # to start a sandbox
 PYTHON = ("python", "python3", "py")
 LIMITS = ("timeout", "memory", "output_limit", "infrastructure")  # ends of a cell that are verdicts
-EXTRA_SECONDS = 5.0  # that the tests themselves may take beside the program
+EXTRA_SECONDS = 2.0  # that the tests themselves may take beside the program
 MAX_PROGRAM = 1 << 20
 
 _count_lock = threading.Lock()
