@@ -100,7 +100,7 @@ class Server:
 def run_cells(*cells: Cell) -> list[Outcome]:
     """Run cells side by side, joined pairwise by a channel where there are two; how each ended.
 
-    When the last cell ends the others are stopped.
+    When the last of two has written its result and ended, the other is stopped.
     """
     with _lock:
         server = _running_server()
@@ -150,7 +150,8 @@ def _run_cells(server: Server, cells: tuple[Cell, ...]) -> list[Outcome]:
                 run, name = event.data
                 if not _read(run, name):
                     selector.unregister(event.fileobj)
-            if runs[-1].ended and len(runs) > 1:
+            # Where the program ended first, what it ended of is still to come.
+            if len(runs) > 1 and runs[-1].ended and runs[-1].taken["result"] not in (b"", b"ended"):
                 runs[0].stop()
     for run in runs:
         run.close()
@@ -240,7 +241,7 @@ def _read(run: _Run, name: str) -> bool:
     data = os.read(run.pipes[name], 1 << 16)
     if name == "stderr":
         outcome.stderr = (outcome.stderr + data)[-ERROR_BYTES:]
-    elif not outcome.reason:
+    elif outcome.reason != "output_limit":
         run.taken[name] += data
     run.written += len(data)
     if run.written > run.limits.output and not run.ended and not outcome.reason:

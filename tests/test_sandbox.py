@@ -1,5 +1,6 @@
 """The sandbox: what is right passes, no attack does, none gets out, nothing is left running, the scorer lives on."""
 
+import contextlib
 import os
 import socket
 import time
@@ -40,10 +41,11 @@ def host(tmp_path_factory):
 def processes_below(pid: int) -> list[int]:
     found, todo = [], [pid]
     while todo:
-        for name in Path(f"/proc/{todo.pop()}/task").glob("*/children"):
-            children = [int(number) for number in name.read_text().split()]
-            found += children
-            todo += children
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended while we looked
+            for name in Path(f"/proc/{todo.pop()}/task").glob("*/children"):
+                children = [int(number) for number in name.read_text().split()]
+                found += children
+                todo += children
     return found
 
 

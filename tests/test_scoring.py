@@ -6,14 +6,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common.errors import UserError
-from common.schema import RewardConfig
+from common.runtime import Stopwatch
+from common.schema import RewardConfig, Sampling
 from common.trajectory import Response, Score, Task
 from reward.score import make_scorer
 from reward.workers import Workers
+from rollout.collect import collect, template_of
 from rollout.scoring import stop_workers, submitter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,3 +189,28 @@ def test_the_rewards_of_the_docs(tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
         found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
         assert [line["reward"] for line in found] == rewards
+
+
+def test_a_rollout_is_scored_beside_and_in_order(own):
+    """`collect` hands responses over as they finish, whatever their order, with their tokens, and counts the lost."""
+    tokenizer = SimpleNamespace(
+        decode=lambda ids, skip_special_tokens: "".join(map(str, ids)),
+        batch_decode=lambda rows: ["".join(map(str, ids)) for ids in rows],
+    )
+    loaded = SimpleNamespace(tokenizer=tokenizer, family=SimpleNamespace(instructions={"code_stdio": "S {question}"}))
+    finished = [("b", 0, [4, 5]), ("a", 1, [6]), ("a", 0, [1, 2, 3]), ("b", 1, [7, 8])]
+
+    def generate(requests, settings):
+        for task_id, sample, ids in finished:
+            yield SimpleNamespace(
+                task_id=task_id, sample=sample, response_ids=[*ids, 9], length=len(ids), finish_reason="stop", text=""
+            )
+
+    scorer = make_scorer(own("def my_reward(response, task): return [int(token) for token in response.tokens]"), "math")
+    prompts = [(Task("a", "q"), [0]), (Task("b", "q"), [0])]
+    settings = Sampling(num_response_per_task=2)
+    groups = collect(SimpleNamespace(generate=generate), loaded, prompts, settings, scorer, Stopwatch(), seed=0)
+    assert [[one.score.token_rewards for one in group] for group in groups] == [[[1, 2, 3], [6]], [[4, 5], [7, 8]]]
+    assert [[one.trajectory.text for one in group] for group in groups] == [["123", "6"], ["45", "78"]]
+    assert template_of(loaded, Task("c", "q", None, {"test_method": "stdio"})) == "S {question}"
+    assert template_of(loaded, Task("c", "q", "4")) == "{question}"

@@ -115,13 +115,12 @@ def keep(descriptors: list[int], plain: bool) -> None:
             report = {"reason": "infrastructure", "error": said.decode() or "the cell ended before it began"}
         if report["reason"] != "exited" or plain:
             kill_tree(pid, proc, plain)
-        _report(control, **report)
     except OSError as error:
-        _report(control, reason="infrastructure", error=str(error))
-    finally:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
-        os._exit(0)
+        report = {"reason": "infrastructure", "error": str(error)}
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+    _report(control, **report)
+    os._exit(0)
 
 
 def enter_cell(order: dict[str, Any], descriptors: list[int], start: int, folder: str | None) -> None:
