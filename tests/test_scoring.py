@@ -197,10 +197,12 @@ def test_a_rollout_is_scored_beside_and_in_order(own):
         decode=lambda ids, skip_special_tokens: "".join(map(str, ids)),
         batch_decode=lambda rows: ["".join(map(str, ids)) for ids in rows],
     )
-    loaded = SimpleNamespace(tokenizer=tokenizer, family=SimpleNamespace(instructions={"code_stdio": "S {question}"}))
+    loaded = SimpleNamespace(
+        stop_ids=[9], tokenizer=tokenizer, family=SimpleNamespace(instructions={"code_stdio": "S {question}"})
+    )
     finished = [("b", 0, [4, 5]), ("a", 1, [6]), ("a", 0, [1, 2, 3]), ("b", 1, [7, 8])]
 
-    def generate(requests, settings):
+    def generate(requests, settings, **others):
         for task_id, sample, ids in finished:
             yield SimpleNamespace(
                 task_id=task_id, sample=sample, response_ids=[*ids, 9], length=len(ids), finish_reason="stop", text=""
