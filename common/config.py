@@ -31,7 +31,8 @@ from common.layers import (
     show,
     split_arguments,
 )
-from common.schema import JOBS, UPDATE_SIZE_KEYS, RolloutConfig, Sampling, default_of, keys_of
+from common.older_keys import UPDATE_SIZE_KEYS
+from common.schema import JOBS, RolloutConfig, Sampling, default_of, keys_of
 
 REQUIRED = {
     "rl": ("model.pretrained_model", "dataset.train_dataset"),

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError
-from common.schema import JOBS, OBSOLETE_KEYS, RENAMED_KEYS, RENAMED_VALUES, UPDATE_SIZE_KEYS, keys_of
+from common.older_keys import OBSOLETE_KEYS, RENAMED_KEYS, RENAMED_VALUES, UPDATE_SIZE_KEYS
+from common.schema import JOBS, keys_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY_SCRIPTS = {"rl": "rl.py", "eval": "eval.py", "sft": "train/sft_<family>.py", "generate": "generate.py"}

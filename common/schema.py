@@ -12,6 +12,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
+KINDS = ("math", "code", "general")  # of tasks; reward/score.py has a function for each
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded")
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -97,7 +98,7 @@ class RolloutConfig(Sampling):
 @dataclass
 class EvaluationConfig(Sampling):
     eval_dataset: str = key("", "name, path or hub id; empty: dataset.eval_dataset or the held-out split")
-    data_type: str | None = key(None, "math; null: dataset.data_type", choices=("math",))
+    data_type: str | None = key(None, "math, code or general; null: dataset.data_type", choices=KINDS)
     num_task: int = key(0, "use the first n tasks; 0 for all", low=0)
 
 
@@ -137,7 +138,7 @@ class ModelConfig:
 class DatasetConfig:
     train_dataset: str = key("", "tasks to learn from: a name, a path (json, jsonl, parquet) or a hub id")
     eval_dataset: str = key("", "tasks to evaluate on")
-    data_type: str = key("math", "how answers are checked: math", choices=("math",))
+    data_type: str = key("math", "how answers are checked: math, code or general", choices=KINDS)
     prompt_template: str | None = key(None, "the instruction around {question}; null: as the family published it")
 
 
@@ -145,17 +146,50 @@ class DatasetConfig:
 class SFTDatasetConfig:
     optimization_data: str = key("", "records with prompt and response: a name or a path (json, jsonl, parquet)")
     eval_dataset: str = key("", "tasks on which stop_at_accuracy is measured")
-    data_type: str = key("math", "how answers are checked: math", choices=("math",))
+    data_type: str = key("math", "how answers are checked: math, code or general", choices=KINDS)
     prompt_template: str | None = key(None, "the instruction around {question}; null: as the family published it")
 
 
 @dataclass
+class JudgeConfig:
+    """A model behind an OpenAI-compatible endpoint that scores responses; used where base_url is given."""
+
+    base_url: str = key("", "of the endpoint, as http://127.0.0.1:8000/v1; empty: no judge")
+    model: str = key("", "name by which the endpoint knows the model")
+    api_key_env: str = key("OPENAI_API_KEY", "environment variable that holds the key; it may be unset")
+    reward_chunk_length: int | None = key(
+        None, "score every chunk of so many tokens (process rewards); null: the response as a whole", low=1
+    )
+    k_sample: int = key(1, "votes on each score; the reward is their mean", low=1)
+    temperature: float = key(0.6, "of the judge", low=0)
+    max_generation_token: int = key(10000, "longest answer of the judge in tokens", low=1)
+    timeout: float = key(600.0, "seconds to wait for one answer", low=0.01)
+    retries: int = key(5, "further attempts after a failed request, each after twice the wait", low=0)
+    first_wait: float = key(1.0, "seconds before the first further attempt", low=0)
+    parallel: int = key(8, "requests at once from one scoring process", low=1)
+    prompt: str | None = key(
+        None, "instruction with {question}, {response}, {chunk}, {reference}; null: as in reward/judge.py"
+    )
+
+
+@dataclass
 class RewardConfig:
-    kind: str = key("math", "math", choices=("math",))
+    kind: str | None = key(
+        None,
+        "math, code, general or judge: what decides whether a response is correct; null: dataset.data_type",
+        choices=(*KINDS, "judge"),
+    )
     function: str | None = key(
-        None, "my_module:my_reward, called with (response text, task), returns a number", function=True
+        None, "my_module:my_reward, called with (response, task), returns a number or one for each token", function=True
     )
     truncated_is_wrong: bool = key(True, "a response cut at the length limit earns nothing")
+    workers: int = key(1, "processes that score beside the rollout; 0 scores in the rollout's own", low=0)
+    time_limit: float = key(5.0, "code: seconds of processor time where a task has no test_time_limit", low=0.01)
+    memory_mb: int = key(1024, "code: memory of a program", low=64)
+    output_mb: int = key(16, "code: what a program may write to stdout and stderr", low=1)
+    match: str = key("exact", "general: exact, or fuzzy (the reward is the similarity)", choices=("exact", "fuzzy"))
+    fuzzy_threshold: float = key(0.8, "general, fuzzy: similarity from which a response is correct", low=0, high=1)
+    judge: JudgeConfig = section(JudgeConfig)
 
 
 @dataclass
@@ -312,44 +346,6 @@ class GenerateConfig(Sampling):
 
 
 JOBS: dict[str, type] = {"rl": RLConfig, "eval": EvalConfig, "sft": SFTConfig, "generate": GenerateConfig}
-
-# Keys of the original's YAML files. A key that the job's schema has is never looked up here.
-# Without effect here: pattern → what takes its place.
-OBSOLETE_KEYS: dict[str, str] = {
-    "system.*": "no paths or proxies are configured",
-    "execute.num_chunk": "work is shared out by itself",
-    "wandb.*": "experiment.trackers=[wandb], entity in WANDB_ENTITY",
-    "experiment.function": "one program samples and trains",
-    "experiment.current_epoch": "runs resume by themselves",
-    "experiment.num_node": "the launcher says",
-    "experiment.node_index": "the launcher says",
-    "dataset.optimization_data": "rollouts stay in memory",
-    "training.num_train_epochs": "each step's responses are learned from once",
-    "training.enable_tf32": "model.dtype decides",
-    "training.shrink": "only TraceRL merges steps",
-    "experiment.deepspeed_file": "this version trains on one device",
-    "*.tensor_parallel_size": "this version samples on one device",
-    "rollout.output_unmasking_history": "samples.jsonl always holds the trace",
-    "optimizer.params.scale_lr": "the learning rate is taken as it is",
-    "lr_scheduler.params.learning_rate": "optimizer.params.learning_rate decides",
-}
-# Renamed: old key → new key. Where both stand in one file the new one counts.
-RENAMED_KEYS: dict[str, str] = {
-    "training.max_gen_length": "rollout.max_token",
-    "rollout.max_gen_length": "rollout.max_token",
-    "evaluation.max_gen_length": "evaluation.max_token",
-    "rollout.batch_size": "rollout.max_active",
-    "evaluation.batch_size": "evaluation.max_active",
-    "training.block_size": "rollout.block_size",
-    "training.mixed_precision": "model.dtype",
-    "optimizer.params.policy_learning_rate": "optimizer.params.learning_rate",
-}
-# Their values that have other names here; PyYAML reads a bare `no` as False.
-RENAMED_VALUES: dict[str, dict[Any, str]] = {
-    "training.mixed_precision": {"bf16": "bfloat16", "no": "float32", False: "float32"},
-}
-# The size of an update, in rows per device; `common.config` derives updates_per_step (RL) or batch_size (SFT).
-UPDATE_SIZE_KEYS = ("training.gradient_accumulation_steps", "training.batch_size_lm")
 
 
 @cache

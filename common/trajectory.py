@@ -62,8 +62,26 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Score:
-    """What a response earned. `reward` is raw and never normalised; `verdict` says why."""
+    """What a response earned. `reward` is raw and never normalised; `verdict` says why.
+
+    Verdicts: passed, failed, no_answer, truncated; of programs also timeout, memory, output_limit and crashed; and
+    infrastructure, where nothing is known of the response because a sandbox or a judge failed.
+    """
 
     reward: float
     correct: bool
-    verdict: str  # passed, failed, no_answer, truncated, …
+    verdict: str
+    token_rewards: list[float] | None = None  # process rewards, one for each response token; reward is their mean
+
+
+class Response(str):
+    """A response's text, with the pieces of text that its tokens stand for where they are known."""
+
+    tokens: list[str] | None = None
+
+    @classmethod
+    def of(cls, text: str, tokens: list[str]) -> Response:
+        """The text with its tokens."""
+        response = cls(text)
+        response.tokens = tokens
+        return response

@@ -7,6 +7,7 @@ import functools
 import json
 import random
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,23 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 ARITHMETIC = re.compile(r"arithmetic_(?P<operands>\d+)(?:_(?P<largest>\d+))?_(?P<split>train|dev|test)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
+# What a code task needs, by its `test_method`.
+TEST_FIELDS = {"function": ("test_list",), "stdio": ("test_input", "test_output")}
+
 Record = dict[str, Any]
 
 
 def load_tasks(name_or_path: str, key: str = "dataset.train_dataset") -> list[Task]:
-    """The tasks of a set: records with question and ground_truth_answer. `key` names the setting in errors."""
+    """The tasks of a set: records with question and ground_truth_answer, or with tests. `key` names the setting."""
     tasks = []
     for index, record in enumerate(load_records(name_or_path, key)):
         where = f"{key}: record {index + 1} of '{name_or_path}'"
         question = _text(record, "question", where)
-        answer = _text(record, "ground_truth_answer", where)
+        if record.get("test_method") is None:
+            answer = _text(record, "ground_truth_answer", where)
+        else:
+            answer = None
+            check_tests(record, where)
         tasks.append(Task(_task_id(record, index), question, answer, record))
     _check_unique_ids(tasks, name_or_path, key)
     return tasks
@@ -110,8 +118,46 @@ def _text(record: Record, field: str, where: str) -> str:
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         fields = ", ".join(record) or "none"
-        raise UserError(f"{where} has no `{field}` (its fields: {fields}); rename or add it, see data/README.md")
+        raise UserError(f"{where} has no `{field}` (its fields: {fields:.200}); rename or add it, see data/README.md")
     return value
+
+
+def check_tests(record: Record, where: str) -> None:
+    """UserError for the first field that a code task lacks or has wrong."""
+    method = record["test_method"]
+    if method not in TEST_FIELDS:
+        raise UserError(f"{where} has the `test_method` {method!r:.40}; use {' or '.join(TEST_FIELDS)}")
+    counts = {}
+    for field in TEST_FIELDS[method]:
+        value = record.get(field)
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not values or not all(isinstance(one, str) for one in values):
+            raise UserError(f"{where} has no `{field}` that is a text or a list of texts, which {method} needs")
+        counts[field] = len(values)
+    if len(set(counts.values())) > 1:
+        told = " but ".join(f"{count} `{field}`" for field, count in counts.items())
+        raise UserError(f"{where} has {told}; give an output for every input")
+    if method == "function":
+        for number, test in enumerate(
+            [record["test_list"]] if isinstance(record["test_list"], str) else record["test_list"]
+        ):
+            check_python(test, f"{where}: `test_list` entry {number + 1}")
+    for field in ("prefix", "entry_point"):
+        if not isinstance(record.get(field) or "", str):
+            raise UserError(f"{where} has a `{field}` that is no text")
+    check_python(record.get("prefix") or "", f"{where}: `prefix`")
+    limit = record.get("test_time_limit")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit <= 3600):
+        raise UserError(f"{where} has the `test_time_limit` {limit!r:.40}; give seconds, above 0 and up to 3600")
+
+
+def check_python(source: str, where: str) -> None:
+    """UserError where a source cannot be compiled: every program would fail such a test."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            compile(source, "test", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{where} is not valid Python: {_one_line(error)}") from None
 
 
 def _task_id(record: Record, index: int) -> str:

@@ -13,35 +13,70 @@ from typing import Any
 
 from common.errors import UserError
 from common.schema import RewardConfig
-from common.trajectory import Score, Task
+from common.trajectory import Response, Score, Task
+from reward.code_reward import CodeLimits, code_score
+from reward.general_reward import general_score
+from reward.judge import judged_score
 from reward.math_reward import math_score
 
 Scorer = Callable[[str, Task, bool], Score]
 
 
-def score_math(text: str, task: Task) -> Score:
+def score_math(text: str, task: Task, reward: RewardConfig) -> Score:
     """The boxed answer against the task's reference."""
     return math_score(text, task.ground_truth_answer or "")
 
 
-KINDS: dict[str, Callable[[str, Task], Score]] = {"math": score_math}
+def score_code(text: str, task: Task, reward: RewardConfig) -> Score:
+    """The response's program against the task's tests."""
+    limits = CodeLimits(reward.time_limit, reward.memory_mb << 20, reward.output_mb << 20)
+    return code_score(text, task, limits)
+
+
+def score_general(text: str, task: Task, reward: RewardConfig) -> Score:
+    """The answer against the task's reference, as text."""
+    return general_score(text, task.ground_truth_answer or "", reward.match, reward.fuzzy_threshold)
+
+
+def score_judge(text: str, task: Task, reward: RewardConfig) -> Score:
+    """The judge alone decides."""
+    return judged_score(text, task, reward.judge)
+
+
+KINDS: dict[str, Callable[[str, Task, RewardConfig], Score]] = {
+    "math": score_math,
+    "code": score_code,
+    "general": score_general,
+    "judge": score_judge,
+}
 
 
 def make_scorer(reward: RewardConfig, data_type: str | None = None) -> Scorer:
     """A function of (response text, task, truncated) as the config asks for it.
 
-    `reward.function` is the user's own; otherwise `reward.kind` chooses from KINDS.
+    `reward.function` is the user's own; otherwise `reward.kind`, or else the type of the data, chooses from KINDS. A
+    judge beside another kind gives the rewards, and the kind decides what is correct.
     """
     if data_type is not None:
         _check_kind(data_type, "dataset.data_type")
-    _check_kind(reward.kind, "reward.kind")
-    score = _user_score(reward.function) if reward.function else KINDS[reward.kind]
+    kind = reward.kind or data_type or "math"
+    _check_kind(kind, "reward.kind")
+    _check_judge(reward, kind)
+    score = _user_score(reward.function) if reward.function else KINDS[kind]
+    judge_too = bool(reward.judge.base_url) and kind != "judge"
 
     def scorer(text: str, task: Task, truncated: bool) -> Score:
         if truncated and reward.truncated_is_wrong:
             return Score(0.0, False, "truncated")
-        return score(text, task)
+        scored = score(text, task, reward)
+        if not judge_too:
+            return scored
+        judged = judged_score(text, task, reward.judge)
+        return Score(judged.reward, scored.correct, scored.verdict, judged.token_rewards)
 
+    # What a process of its own needs to make the same function (rollout/scoring.py).
+    scorer.made_from = (reward, data_type)  # type: ignore[attr-defined]
+    scorer.needs_tokens = bool(reward.function or reward.judge.base_url)  # type: ignore[attr-defined]
     return scorer
 
 
@@ -52,12 +87,29 @@ def _check_kind(kind: str, key: str) -> None:
         raise UserError(f"{key}: '{kind}' is unknown; {hint}")
 
 
-def _user_score(spec: str) -> Callable[[str, Task], Score]:
+def _check_judge(reward: RewardConfig, kind: str) -> None:
+    if kind == "judge" and not reward.judge.base_url:
+        raise UserError("reward.kind=judge needs reward.judge.base_url, as http://127.0.0.1:8000/v1, and its model")
+    if reward.judge.base_url and not reward.judge.model:
+        raise UserError(f"reward.judge.model is empty: name the model that {reward.judge.base_url} serves")
+    if reward.judge.model and not reward.judge.base_url:
+        raise UserError(
+            f"reward.judge.model={reward.judge.model} without reward.judge.base_url: serve the model "
+            f"(vllm serve {reward.judge.model}) and give its address, as http://127.0.0.1:8000/v1"
+        )
+
+
+def _user_score(spec: str) -> Callable[[str, Task, RewardConfig], Score]:
     function = _load_function(spec)
 
-    def score(text: str, task: Task) -> Score:
-        value = _finite(function(text, task), spec, task)
-        return Score(value, value > 0, "passed" if value > 0 else "failed")
+    def score(text: str, task: Task, reward: RewardConfig) -> Score:
+        value = function(text, task)
+        tokens = _per_token(value, spec, task, text)
+        if tokens is None:
+            number = _finite(value, spec, task)
+        else:
+            number = sum(tokens) / max(1, len(tokens))
+        return Score(number, number > 0, "passed" if number > 0 else "failed", tokens)
 
     return score
 
@@ -84,6 +136,22 @@ def _load_function(spec: str) -> Callable[[str, Task], Any]:
         hint = f"; did you mean '{close[0]}'?" if close else ""
         raise UserError(f"reward.function: {module_name} ({module.__file__}) has no function '{name}'{hint}")
     return function
+
+
+def _per_token(value: Any, spec: str, task: Task, text: str) -> list[float] | None:
+    """Process rewards as a list of floats; None where the value is no list, tuple or array."""
+    if getattr(value, "ndim", None) == 1:
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return None
+    tokens = text.tokens if isinstance(text, Response) else None
+    if len(value) != len(tokens) if tokens is not None else not value:
+        expected = f"the response has {len(tokens)} tokens (response.tokens)" if tokens is not None else "expected some"
+        raise UserError(
+            f"reward.function: '{spec}' returned {len(value)} rewards for task '{task.id}'; {expected}: return a "
+            "number, or one number for each token"
+        )
+    return [_finite(one, spec, task) for one in value]
 
 
 def _finite(value: Any, spec: str, task: Task) -> float:

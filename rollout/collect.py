@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from common.runtime import Stopwatch, console, progress, timed
 from common.schema import Sampling
-from common.trajectory import Request, Score, Task, Trajectory
+from common.trajectory import Request, Response, Score, Task, Trajectory
 from models import LoadedModel
 from models.prompts import encode_prompt, stop_ids_of
+from rollout.scoring import submitter
 from sample.engine import Engine
 
 Scorer = Callable[[str, Task, bool], Score]  # (response text, task, truncated) -> Score
@@ -25,10 +26,17 @@ class Rollout:
 
 
 def prompts_within(
-    loaded: LoadedModel, tasks: Sequence[Task], template: str, settings: Sampling, max_prompt_len: int
+    loaded: LoadedModel, tasks: Sequence[Task], template: str | None, settings: Sampling, max_prompt_len: int
 ) -> list[tuple[Task, list[int]]]:
-    """Tasks with their prompt ids; those whose prompt is longer than `max_prompt_len` are left out, and said."""
-    encoded = [(task, encode_prompt(loaded, task.question, template, settings.start_with_think)) for task in tasks]
+    """Tasks with their prompt ids; those whose prompt is longer than `max_prompt_len` are left out, and said.
+
+    Without a template each task has the one of its kind.
+    """
+    templates = [template or template_of(loaded, task) for task in tasks]
+    encoded = [
+        (task, encode_prompt(loaded, task.question, template, settings.start_with_think))
+        for task, template in zip(tasks, templates)
+    ]
     kept = [(task, ids) for task, ids in encoded if len(ids) <= max_prompt_len]
     if len(kept) < len(encoded):
         longest = max(len(ids) for _, ids in encoded)
@@ -37,6 +45,11 @@ def prompts_within(
             f"{max_prompt_len} (longest {longest})"
         )
     return kept
+
+
+def template_of(loaded: LoadedModel, task: Task) -> str:
+    """The family's instruction for a code task, by how its program is tested; the bare question for others."""
+    return loaded.family.instructions.get(f"code_{task.record.get('test_method')}", "{question}")
 
 
 def collect(
@@ -52,12 +65,15 @@ def collect(
 ) -> list[list[Rollout]]:
     """Draw `num_response_per_task` responses to each task and score them; one group per task, in the given order.
 
-    Time goes to the stages "rollout" and "reward" of `watch`.
+    Scoring runs beside the drawing of further responses. Time goes to the stages "rollout" and "reward" of `watch`:
+    the latter is what scoring held up the rollout and what was waited for at the end.
     """
     samples = settings.num_response_per_task
     requests = [Request(task.id, ids, sample, seed, step) for task, ids in prompts for sample in range(samples)]
     place = {task.id: number for number, (task, _) in enumerate(prompts)}
     groups: list[list[Rollout | None]] = [[None] * samples for _ in prompts]
+    submit = submitter(scorer)
+    waiting = []
     with progress(description, len(requests)) as advance:
         stops = stop_ids_of(loaded, settings.stop_token_list)
         for trajectory in timed(engine.generate(requests, settings, stop_ids=stops), watch, "rollout"):
@@ -65,8 +81,17 @@ def collect(
                 number = place[trajectory.task_id]
                 task = prompts[number][0]
                 ids = trajectory.response_ids[: trajectory.length]
-                trajectory.text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
-                score = scorer(trajectory.text, task, trajectory.finish_reason == "length")
-                groups[number][trajectory.sample] = Rollout(task, trajectory, score)
+                text = trajectory.text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
+                if getattr(scorer, "needs_tokens", False):
+                    text = Response.of(text, loaded.tokenizer.batch_decode([[one] for one in ids]))
+                score = submit(text, task, trajectory.finish_reason == "length")
+                waiting.append((number, task, trajectory, score))
             advance()
+    with progress("scoring", len(waiting)) as advance, watch("reward"):
+        for number, task, trajectory, score in waiting:
+            groups[number][trajectory.sample] = Rollout(task, trajectory, score.result())
+            advance()
+    unknown = sum(rollout.score.verdict == "infrastructure" for group in groups for rollout in group)
+    if unknown:
+        console.print(f"{unknown} of {len(requests)} responses could not be scored (infrastructure) and earn nothing")
     return groups

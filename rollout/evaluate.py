@@ -38,7 +38,7 @@ def evaluate(
     tasks: Sequence[Task],
     settings: Sequence[Sampling],
     scorer: Scorer,
-    template: str,
+    template: str | None,
     max_prompt_len: int,
     seed: int,
     samples_file: Path | None = None,

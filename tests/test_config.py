@@ -103,7 +103,7 @@ def test_shipped_layers_serve_configs_elsewhere(load):
 
 
 def test_a_section_may_be_empty(load):
-    assert load("rl", text=RL + "reward:\n  # kind: math\n").reward.kind == "math"
+    assert load("rl", text=RL + "reward:\n  # kind: math\n").reward.kind is None
 
 
 def test_lists_do_not_leak_between_configs(load):

@@ -417,3 +417,6 @@ def test_kept_samples() -> None:
     assert [one.advantage for one in samples] == pytest.approx([3**0.5, *[-(3**-0.5)] * 3])
     assert [one.advantage for one in kept_samples(groups, None)][:4] == [0.0] * 4
     assert len(kept_samples(groups, None)) == 12 and kept_samples(groups, [0.3, 0.8]) == []
+    unknown = [replace(one, score=Score(0.0, False, "infrastructure")) for one in group(0, 0)]
+    known = kept_samples([[*group(1, 0), *unknown]], [0.5, 0.5])
+    assert [one.advantage for one in known] == [1.0, -1.0], "what could not be scored is in no group"

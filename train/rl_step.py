@@ -47,10 +47,14 @@ class Sample:
 
 
 def kept_samples(groups: Sequence[Sequence[Rollout]], bounds: Sequence[float] | None) -> list[Sample]:
-    """Every response of the groups whose accuracy lies within `bounds`, with its advantage in the group."""
+    """Every response of the groups whose accuracy lies within `bounds`, with its advantage in the group.
+
+    Responses that could not be scored are left out: nothing is known of them.
+    """
     samples = []
-    for group in groups:
-        if keep_group([rollout.score.correct for rollout in group], bounds):
+    for whole in groups:
+        group = [rollout for rollout in whole if rollout.score.verdict != "infrastructure"]
+        if group and keep_group([rollout.score.correct for rollout in group], bounds):
             advantages = group_advantages([rollout.score.reward for rollout in group])
             samples += [Sample(rollout.trajectory, a) for rollout, a in zip(group, advantages.tolist())]
     return samples

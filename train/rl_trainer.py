@@ -105,7 +105,7 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
         folder = prepare_run_folder(experiment.runs_dir, experiment.project, experiment.start_from_scratch)
         (folder / "rollouts").mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(config))
-        template = config.dataset.prompt_template or loaded.family.instructions[config.dataset.data_type]
+        template = config.dataset.prompt_template or loaded.family.instructions.get(config.dataset.data_type)
         engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
         resume_step = None if experiment.start_from_scratch else newest_step(folder)
         metrics = open_metrics(
@@ -173,7 +173,7 @@ def rl_step(run: Run) -> dict[str, float]:
         run.engine.load_weights(run.learner.policy.model.named_parameters())
     for stage, seconds in watch.seconds.items():
         run.stages.seconds[stage] = run.stages.seconds.get(stage, 0.0) + seconds
-    means = rollout_figures(groups, samples, config.rollout.num_response_per_task)
+    means = rollout_figures(groups, samples)
     return means | figures | step_times(run, groups, watch)
 
 
@@ -213,7 +213,7 @@ def gather_samples(run: Run, number: int, watch: Stopwatch) -> tuple[list[list[R
     return groups, samples
 
 
-def rollout_figures(groups: list[list[Rollout]], samples: list[Sample], per_group: int) -> dict[str, float]:
+def rollout_figures(groups: list[list[Rollout]], samples: list[Sample]) -> dict[str, float]:
     """Means over the step's responses."""
     rollouts = [rollout for group in groups for rollout in group]
     if not rollouts:
@@ -227,7 +227,7 @@ def rollout_figures(groups: list[list[Rollout]], samples: list[Sample], per_grou
         "tokens_per_forward": tokens_per_forward(rollouts),
         "kept_mass": sum(rollout.trajectory.kept_mass for rollout in rollouts) / count,
         "groups": len(groups),
-        "groups_kept": len(samples) // per_group,
+        "groups_kept": len({sample.trajectory.task_id for sample in samples}),
     }
 
 

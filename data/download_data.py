@@ -1,0 +1,227 @@
+"""Sets by name from the hub, and publishers' own files, in the project's format.
+
+python data/download_data.py --dataset MATH500            download into data/MATH500.jsonl
+python data/download_data.py --from FILE [--out FILE]     convert a publisher's file (GSM8K, MATH, HumanEval, MBPP)
+python data/download_data.py --list                       what there is
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import gzip
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when called from inside data/
+if str(Path(__file__).resolve().parent) in sys.path:
+    sys.path.remove(str(Path(__file__).resolve().parent))  # no file of this folder stands in for a library
+
+from common.errors import UserError, one_line_errors
+from data.tasks import DATA_DIR, load_records, load_tasks
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a set lies on the hub; `convert` is found by its fields."""
+
+    hub_id: str
+    split: str
+    use: str
+    config: str | None = None
+
+
+SOURCES: dict[str, Source] = {
+    "MATH500": Source("HuggingFaceH4/MATH-500", "test", "evaluation, 500 tasks"),
+    "GSM8K": Source("openai/gsm8k", "test", "evaluation, 1,319 tasks", "main"),
+    "AIME2024": Source("HuggingFaceH4/aime_2024", "train", "evaluation, 30 tasks"),
+    "LiveCodeBench": Source("Gen-Verse/LiveCodeBench", "test", "evaluation, code"),
+    "LiveBench": Source("Gen-Verse/LiveBench", "test", "evaluation, code"),
+    "MBPP": Source("google-research-datasets/mbpp", "test", "evaluation, 500 code tasks", "full"),
+    "HumanEval": Source("openai/openai_humaneval", "test", "evaluation, 164 code tasks"),
+    "MATH_train": Source("Gen-Verse/MATH_train", "train", "training"),
+    "PrimeIntellect": Source("Gen-Verse/PrimeIntellect", "train", "training, code"),
+    "demon_openr1math": Source("Gen-Verse/demon_openr1math", "train", "training"),
+}
+
+
+@one_line_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", help=", ".join(SOURCES))
+    parser.add_argument("--from", dest="file", type=Path, help="a publisher's file: jsonl, json or parquet, or .gz")
+    parser.add_argument("--out", type=Path, help="file to write; default data/NAME.jsonl")
+    parser.add_argument("--list", action="store_true", help="list the sets")
+    args = parser.parse_args()
+    if args.list:
+        for name, source in SOURCES.items():
+            print(f"{name:18} {source.use:30} {source.hub_id}")
+    elif args.file:
+        name = args.dataset or args.file.name.partition(".")[0]
+        records = convert_records(read_publisher(args.file), str(args.file))
+        write(records, args.out or DATA_DIR / f"{name}.jsonl")
+    elif args.dataset:
+        download(args.dataset, args.out)
+    else:
+        parser.error("give --dataset NAME, --from FILE or --list")
+
+
+def download(name: str, out: Path | None) -> None:
+    """Fetch a set from the hub, convert and write it."""
+    if name not in SOURCES:
+        close = difflib.get_close_matches(name, SOURCES, n=1, cutoff=0.4)
+        hint = f"did you mean '{close[0]}'?" if close else f"use {', '.join(SOURCES)}"
+        raise UserError(f"--dataset: '{name}' is unknown; {hint} (any other hub id: dataset.train_dataset=org/name)")
+    source, out = SOURCES[name], out or DATA_DIR / f"{name}.jsonl"
+    try:
+        import datasets
+
+        loaded = datasets.load_dataset(source.hub_id, source.config)
+        split = source.split if source.split in loaded else next(iter(loaded))
+        rows = [dict(row) for row in loaded[split]]
+    except ImportError:
+        raise UserError("--dataset needs: pip install datasets; or --from FILE converts a publisher's file") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(
+            f"--dataset: '{name}' could not be loaded from the hub ({reason}); without a network, fetch "
+            f"https://huggingface.co/datasets/{source.hub_id} elsewhere and put its records at {out}, or convert the "
+            f"publisher's file: python data/download_data.py --from FILE --out {out}"
+        ) from None
+    write(convert_records(rows, name), out)
+
+
+def read_publisher(path: Path) -> list[Record]:
+    """The records of a publisher's file, unpacked where it ends in .gz."""
+    if path.suffix != ".gz":
+        return load_records(str(path), "--from")
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--from: '{path}' cannot be read: {error}") from None
+
+
+def convert_records(rows: Sequence[Record], name: str = "the file") -> list[Record]:
+    """Records of a publisher's in the project's format; those that are in it already stay as they are."""
+    converted = []
+    for index, row in enumerate(rows):
+        for fields, convert in CONVERTERS.items():
+            if fields <= row.keys():
+                try:
+                    converted.append(convert(row))
+                except (ValueError, TypeError, SyntaxError) as error:
+                    raise UserError(f"{name}: record {index + 1} cannot be converted: {error}") from None
+                break
+        else:
+            found = ", ".join(map(str, row)) or "none"
+            raise UserError(
+                f"{name}: record {index + 1} has the fields {found:.200}; known are the formats of "
+                "GSM8K, MATH, AIME, HumanEval, MBPP and this project (data/README.md)"
+            )
+    return converted
+
+
+def write(records: list[Record], out: Path) -> None:
+    """Write records as JSON lines, once they load as tasks."""
+    if not out.parent.is_dir():
+        raise UserError(f"--out: the folder {out.parent} does not exist; make it or name another")
+    part = out.with_name(f"{out.stem}.part.jsonl")
+    part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    try:
+        tasks = load_tasks(str(part), "--out")
+    except UserError:
+        part.unlink()
+        raise
+    part.replace(out)
+    print(f"{out}: {len(tasks)} tasks")
+
+
+def from_gsm8k(row: Record) -> Record:
+    """`answer` ends in `#### 18`."""
+    _, marks, answer = row["answer"].rpartition("####")
+    if not marks:
+        raise ValueError("its `answer` has no ####")
+    return {"question": row["question"], "ground_truth_answer": answer.strip(), "solution": row["answer"]}
+
+
+def from_math(row: Record) -> Record:
+    r"""`answer` where there is one, else the last box of the solution."""
+    answer = row.get("answer")
+    if answer is None:
+        answer = last_box(row["solution"])
+    record = {"question": row["problem"], "ground_truth_answer": str(answer)}
+    record |= {key: row[key] for key in ("unique_id", "subject", "level", "type") if row.get(key) is not None}
+    return record | ({"solution": row["solution"]} if row.get("solution") else {})
+
+
+def from_aime(row: Record) -> Record:
+    """The form with capitals."""
+    return {"question": row["Problem"], "ground_truth_answer": str(row["Answer"]), "id": str(row["ID"])}
+
+
+def from_humaneval(row: Record) -> Record:
+    """The tests call `check` on the function; what stands before it in the prompt is theirs too."""
+    name, prompt = row["entry_point"], row["prompt"]
+    place = prompt.rindex(f"def {name}(")
+    return {
+        "question": f"Complete the following Python function.\n\n{prompt}",
+        "id": row["task_id"],
+        "test_method": "function",
+        "test_list": [f"{row['test']}\ncheck({name})"],
+        "prefix": prompt[:place],
+        "entry_point": name,
+        "test_time_limit": 5,
+    }
+
+
+def from_mbpp(row: Record) -> Record:
+    """Asserts on the function that the reference defines; one of them is shown, so that its name is known."""
+    question = (row.get("text") or row.get("prompt")).strip()
+    tests = list(row["test_list"])
+    defined = [node.name for node in ast.parse(row["code"]).body if isinstance(node, ast.FunctionDef)]
+    called = [name for name in defined if f"{name}(" in tests[0]]
+    prefix = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""]).strip()
+    record = {
+        "question": f"{question}\nYour code should satisfy this test:\n{tests[0]}",
+        "id": str(row["task_id"]),
+        "test_method": "function",
+        "test_list": tests,
+        "prefix": prefix,
+        "test_time_limit": 5,
+    }
+    return record | ({"entry_point": called[-1]} if called else {})
+
+
+def last_box(solution: str) -> str:
+    r"""What stands in the last `\boxed{…}` of a published solution."""
+    start = solution.rfind("\\boxed{")
+    depth = 0
+    for place in range(start + 6, len(solution) if start >= 0 else 0):
+        depth += (solution[place] == "{") - (solution[place] == "}")
+        if depth == 0:
+            return solution[start + 7 : place]
+    raise ValueError("its `solution` has no \\boxed{…}")
+
+
+# The fields that tell a format, the first that fits counts.
+CONVERTERS: dict[frozenset[str], Callable[[Record], Record]] = {
+    frozenset({"question", "ground_truth_answer"}): dict,
+    frozenset({"question", "test_method"}): dict,
+    frozenset({"prompt", "test", "entry_point"}): from_humaneval,
+    frozenset({"code", "test_list", "task_id"}): from_mbpp,
+    frozenset({"problem", "answer"}): from_math,
+    frozenset({"problem", "solution"}): from_math,
+    frozenset({"Problem", "Answer", "ID"}): from_aime,
+    frozenset({"question", "answer"}): from_gsm8k,
+}
+
+if __name__ == "__main__":
+    main()

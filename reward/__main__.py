@@ -1,0 +1,151 @@
+"""Score a file of responses by itself: python -m reward data=TASKS responses=FILE out=FILE [key=value …]
+
+data=TASKS       tasks in the project's format: a name, a path (json, jsonl, parquet) or a hub id
+responses=FILE   JSON lines {"task": index, "response": text}, index counting the tasks from 0
+out=FILE         the same lines with `correct`, `reward` and `verdict` added
+workers=N        processes that score side by side (default: one for each processor)
+key=value        any key of the reward section, as kind=code, function=my_module:my_reward, judge.base_url=URL
+
+Where kind is not given, tasks with a `test_method` are scored as code and the others as math.
+"""
+
+# An entry script, though it lies beside what it runs: the only file here that knows of `data`.
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import track
+
+from common.errors import UserError, one_line_errors
+from common.schema import RewardConfig, keys_of
+from common.trajectory import Score, Task
+from data.tasks import load_tasks
+from reward.score import make_scorer
+from reward.workers import Workers
+
+FILES = ("data", "responses", "out")
+
+
+@one_line_errors
+def main() -> None:
+    if not sys.argv[1:] or {"-h", "--help", "help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    files, reward = read_arguments(sys.argv[1:])
+    tasks = load_tasks(files["data"], key="data")
+    lines = read_responses(Path(files["responses"]), len(tasks))
+    out = Path(files["out"])
+    if not out.parent.is_dir():
+        raise UserError(f"out: the folder {out.parent} does not exist; make it or name another")
+    scores = score_all(tasks, lines, reward)
+    with out.open("w", encoding="utf-8") as file:
+        for line, score in zip(lines, scores):
+            line |= {"correct": score.correct, "reward": score.reward, "verdict": score.verdict}
+            if score.token_rewards is not None:
+                line["token_rewards"] = score.token_rewards
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    counts = collections.Counter(score.verdict for score in scores)
+    correct = sum(score.correct for score in scores)
+    told = ", ".join(f"{verdict} {count}" for verdict, count in counts.most_common())
+    print(f"{out}: {len(scores)} responses, {correct} correct ({told})")
+
+
+def read_arguments(arguments: list[str]) -> tuple[dict[str, str], RewardConfig]:
+    """The three files, and the reward section that the other arguments set."""
+    files: dict[str, str] = {}
+    reward = RewardConfig(workers=os.cpu_count() or 1)
+    known = keys_of(RewardConfig)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        key = key.removeprefix("reward.")
+        if not equals:
+            raise UserError(f"'{argument}' is not of the form key=value; python -m reward --help")
+        if key in FILES:
+            files[key] = value
+        elif key in known:
+            section, _, leaf = key.rpartition(".")
+            set_value(reward.judge if section else reward, leaf, value, known[key])
+        else:
+            raise UserError(f"unknown key {key}={value}; keys: {', '.join([*FILES, *known])}")
+    for key in FILES:
+        if not files.get(key):
+            raise UserError(f"{key} is empty: python -m reward data=TASKS responses=FILE out=FILE")
+    return files, reward
+
+
+def set_value(section: Any, name: str, text: str, known: tuple[Any, Any]) -> None:
+    """One key, of the type and within the bounds that the schema gives it."""
+    hint, field = known
+    limits = field.metadata
+    value = text if hint in (str, str | None) and text != "null" else yaml.safe_load(text)
+    kinds = {int: int, float: (int, float), bool: bool}.get(hint)
+    good = not kinds or (isinstance(value, kinds) and (hint is bool or not isinstance(value, bool)))
+    if good and isinstance(value, (int, float)) and not isinstance(value, bool):
+        low, high = limits.get("low"), limits.get("high")
+        good = (low is None or value >= low) and (high is None or value <= high)
+    if good and limits.get("choices") and value is not None:
+        good = value in limits["choices"]
+    if not good:
+        raise UserError(f"{name}={text}: not a value it takes ({limits['help']})")
+    setattr(section, name, value)
+
+
+def read_responses(path: Path, num_tasks: int) -> list[dict[str, Any]]:
+    """The lines of a file of responses, each naming a task that exists."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"responses: {path} cannot be read ({error})") from None
+    lines = []
+    for number, row in enumerate(text.split("\n"), start=1):
+        if not row.strip():
+            continue
+        where = f"responses: line {number} of {path}"
+        try:
+            line = json.loads(row)
+        except ValueError as error:
+            raise UserError(f"{where} is not valid JSON ({error})") from None
+        if not isinstance(line, dict) or type(line.get("task")) is not int or type(line.get("response")) is not str:
+            raise UserError(f'{where} is not {{"task": index, "response": text}}')
+        if not 0 <= line["task"] < num_tasks:
+            raise UserError(f"{where}: task {line['task']} does not exist; data has the tasks 0 to {num_tasks - 1}")
+        lines.append(line)
+    if not lines:
+        raise UserError(f"responses: {path} has no lines")
+    return lines
+
+
+def score_all(tasks: list[Task], lines: list[dict[str, Any]], reward: RewardConfig) -> list[Score]:
+    """Scores in the order of the lines."""
+    types = [data_type_of(tasks[line["task"]]) if reward.kind is None else reward.kind for line in lines]
+    for data_type in set(types):
+        make_scorer(reward, data_type)  # a mistake in the config is told before any work
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for data_type in set(types):
+            workers[data_type] = Workers(reward, data_type, max(1, reward.workers))
+            stack.callback(workers[data_type].close)
+        waiting = [
+            workers[data_type].submit(line["response"], tasks[line["task"]], False)
+            for line, data_type in zip(lines, types)
+        ]
+        shown = track(waiting, "scoring", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        return [score.result() for score in shown]
+
+
+def data_type_of(task: Task) -> str:
+    """code for a task with tests, math for others."""
+    return "code" if "test_method" in task.record else "math"
+
+
+if __name__ == "__main__":
+    main()

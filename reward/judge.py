@@ -1,0 +1,144 @@
+"""A model behind an OpenAI-compatible endpoint that scores a response, or each chunk of it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from common.errors import UserError
+from common.schema import JudgeConfig
+from common.trajectory import Response, Score, Task
+from reward.math_reward import extract_boxed
+
+RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # a server that is busy or starting
+CORRECT_FROM = 0.5
+WHOLE = """You judge an answer.
+
+Question:
+{question}
+{reference}
+Answer:
+{response}
+
+How good is the answer, from 0 (useless or wrong) to 1 (right and complete)? Think it over, \
+then put the number in \\boxed{}."""
+CHUNK = """You judge one part of an answer that is still being written.
+
+Question:
+{question}
+{reference}
+The answer so far:
+{response}
+
+The part to judge:
+{chunk}
+
+How good is this part, from 0 (wrong or no help) to 1 (right and a step ahead)? Judge this part only. Think it over, \
+then put the number in \\boxed{}."""
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+FIELD = re.compile(r"\{(question|reference|response|chunk)\}")
+
+
+def judged_score(response: str, task: Task, judge: JudgeConfig) -> Score:
+    """The mean vote on the response, or per-token rewards from the votes on its chunks.
+
+    Verdict infrastructure where no vote held a number: nothing is known of the response then.
+    """
+    if judge.reward_chunk_length is None:
+        prompts, lengths = [_prompt(judge, task, response, "")], [0]
+    else:
+        prompts, lengths = _chunk_prompts(judge, task, response)
+    if not prompts:
+        return Score(0.0, False, "no_answer")
+    asked = [prompt for prompt in prompts for _ in range(judge.k_sample)]
+    with ThreadPoolExecutor(judge.parallel) as pool:
+        votes = [_number(answer) for answer in pool.map(lambda prompt: ask(judge, prompt), asked)]
+    scores = [_mean(votes[place : place + judge.k_sample]) for place in range(0, len(votes), judge.k_sample)]
+    known = [score for score in scores if score is not None]
+    if not known:
+        return Score(0.0, False, "infrastructure")
+    # A chunk without a vote takes the mean of the others, which moves nothing.
+    filled = [sum(known) / len(known) if score is None else score for score in scores]
+    tokens = [score for score, length in zip(filled, lengths) for _ in range(length)] or None
+    reward = sum(tokens) / len(tokens) if tokens else filled[0]
+    correct = reward >= CORRECT_FROM
+    return Score(reward, correct, "passed" if correct else "failed", tokens)
+
+
+def ask(judge: JudgeConfig, prompt: str) -> str:
+    """One answer of the judge; UserError, in one line, where it cannot be had."""
+    url = judge.base_url.rstrip("/") + "/chat/completions"
+    body = {"model": judge.model, "messages": [{"role": "user", "content": prompt}]}
+    body |= {"temperature": judge.temperature, "max_tokens": judge.max_generation_token}
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(judge.api_key_env):
+        headers["Authorization"] = f"Bearer {key}"
+    wait, trouble = judge.first_wait, ""
+    for attempt in range(judge.retries + 1):
+        if attempt:
+            time.sleep(wait)
+            wait *= 2
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=judge.timeout) as answer:
+                return _content(json.load(answer))
+        except urllib.error.HTTPError as error:
+            trouble = f"HTTP {error.code}: {_one_line(error.read(2000).decode(errors='replace'))}"
+            if error.code not in RETRIED:
+                raise UserError(f"reward.judge: {url} refused ({trouble}); see base_url, model and key") from None
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            reason = getattr(error, "reason", error)
+            trouble = _one_line(str(reason)) or type(error).__name__
+    raise UserError(
+        f"reward.judge: {url} gave no answer in {judge.retries + 1} attempts ({trouble}); is it running? "
+        "Correct reward.judge.base_url or start it, then resume the run"
+    )
+
+
+def _content(answer: Any) -> str:
+    content = answer["choices"][0]["message"]["content"]
+    return content if isinstance(content, str) else ""
+
+
+def _chunk_prompts(judge: JudgeConfig, task: Task, response: str) -> tuple[list[str], list[int]]:
+    """A prompt for each chunk and the tokens in it; without tokens (a file of responses) words stand for them."""
+    tokens = response.tokens if isinstance(response, Response) else None
+    tokens = tokens if tokens is not None else re.findall(r"\s*\S+", response)
+    size = judge.reward_chunk_length or len(tokens)
+    chunks = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+    prompts = []
+    for number, chunk in enumerate(chunks, start=1):
+        so_far = "".join(tokens[: number * size])
+        prompts.append(_prompt(judge, task, so_far, "".join(chunk)))
+    return prompts, [len(chunk) for chunk in chunks]
+
+
+def _prompt(judge: JudgeConfig, task: Task, response: str, chunk: str) -> str:
+    template = judge.prompt or (WHOLE if judge.reward_chunk_length is None else CHUNK)
+    reference = task.ground_truth_answer
+    shown = f"\nReference answer:\n{reference}\n" if reference and judge.prompt is None else reference or ""
+    values = {"question": task.question, "reference": shown, "response": response, "chunk": chunk}
+    return FIELD.sub(lambda field: values[field[1]], template)
+
+
+def _number(answer: str) -> float | None:
+    """The boxed number, else the last one, within 0 and 1."""
+    boxed = extract_boxed(answer)
+    found = NUMBER.findall(boxed if boxed is not None else answer)
+    return min(1.0, max(0.0, float(found[-1]))) if found else None
+
+
+def _mean(votes: list[float | None]) -> float | None:
+    known = [vote for vote in votes if vote is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]

@@ -1,0 +1,137 @@
+"""Publishers' files converted, files checked, and what is said without a network."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from data.check import check_file
+from data.download_data import SOURCES, convert_records, read_publisher
+from data.tasks import load_tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT.parent / "shared" / "data"
+NAMES = "MATH500 GSM8K AIME2024 LiveCodeBench LiveBench MBPP HumanEval MATH_train PrimeIntellect demon_openr1math"
+CODE = {"question": "q", "test_method": "function", "test_list": ["assert f(1) == 1"]}
+STDIO = {"question": "q", "test_method": "stdio", "test_input": ["1", "2"], "test_output": ["1", "2"]}
+MBPP = {
+    "task_id": 126,
+    "text": "Write a function to find the sum of common divisors.",
+    "code": "def helper(x): return x\ndef sum(a, b): return helper(6)",
+    "test_list": ["assert sum(10, 15) == 6", "assert sum(100, 150) == 93"],
+    "test_setup_code": "import math",
+}
+
+
+def script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("folder", [".", "data"])
+def test_without_a_network_one_line_says_what_to_put_where(folder):
+    path = "data/download_data.py" if folder == "." else "download_data.py"
+    done = script(path, "--dataset", "AIME2024", cwd=ROOT / folder)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "huggingface.co/datasets/HuggingFaceH4/aime_2024" in line and "data/AIME2024.jsonl" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_every_set_is_named():
+    assert list(SOURCES) == NAMES.split()
+
+
+def test_a_wrong_name_is_told():
+    done = script("data/download_data.py", "--dataset", "MATH50")
+    assert done.returncode == 2 and "did you mean 'MATH500'?" in done.stderr
+
+
+def test_a_converted_file_is_used_by_name_and_path(tmp_path):
+    rows = [{"question": f"q{n}", "answer": f"so\n#### {n},000"} for n in range(1, 4)]
+    with gzip.open(tmp_path / "gsm.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "mine.jsonl"
+    done = script("data/download_data.py", "--from", str(tmp_path / "gsm.jsonl.gz"), "--out", str(out))
+    assert done.returncode == 0 and "mine.jsonl: 3 tasks" in done.stdout
+    assert [task.ground_truth_answer for task in load_tasks(str(out))] == ["1,000", "2,000", "3,000"]
+    assert list(tmp_path.glob("*.part*")) == []
+
+
+def test_math_records():
+    row = {"problem": "p", "solution": "first \\boxed{1}, then \\boxed{\\frac{1}{2}}.", "level": "Level 5"}
+    (record,) = convert_records([row])
+    assert record["question"] == "p" and record["ground_truth_answer"] == "\\frac{1}{2}"
+    assert convert_records([row | {"answer": "3"}])[0]["ground_truth_answer"] == "3"
+    with pytest.raises(UserError, match="record 2 cannot be converted: its `solution` has no"):
+        convert_records([row, row | {"solution": "none"}])
+
+
+def test_mbpp_records():
+    (record,) = convert_records([MBPP])
+    assert record["entry_point"] == "sum" and record["prefix"] == "import math" and len(record["test_list"]) == 2
+    assert "assert sum(10, 15) == 6" in record["question"] and "== 93" not in record["question"]
+
+
+def test_unknown_formats_are_told():
+    with pytest.raises(UserError, match="record 1 has the fields a, b; known are the formats of GSM8K"):
+        convert_records([{"a": 1, "b": 2}])
+
+
+BAD = {
+    "test_method": (CODE | {"test_method": "functions"}, "`test_method` 'functions'; use function or stdio"),
+    "test_list": ({"question": "q", "test_method": "function"}, "has no `test_list`"),
+    "test_list of numbers": (CODE | {"test_list": [1]}, "has no `test_list`"),
+    "test_list empty": (CODE | {"test_list": []}, "has no `test_list`"),
+    "test_list not Python": (CODE | {"test_list": ["assert f(1) = 1"]}, "`test_list` entry 1 is not valid Python"),
+    "prefix not Python": (CODE | {"prefix": "import"}, "`prefix` is not valid Python"),
+    "entry_point": (CODE | {"entry_point": 3}, "`entry_point` that is no text"),
+    "test_output": (STDIO | {"test_output": ["1"]}, "2 `test_input` but 1 `test_output`"),
+    "test_time_limit": (CODE | {"test_time_limit": "1s"}, "`test_time_limit` '1s'"),
+    "test_time_limit 0": (STDIO | {"test_time_limit": 0}, "`test_time_limit` 0"),
+    "no answer": ({"question": "q"}, "has no `ground_truth_answer`"),
+    "no question": ({"ground_truth_answer": "1"}, "has no `question`"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_first_bad_record_and_field_are_named(tmp_path, name):
+    bad, message = BAD[name]
+    path = tmp_path / "tasks.json"
+    path.write_text(json.dumps([CODE, STDIO, bad, {}]))
+    with pytest.raises(UserError) as caught:
+        check_file(str(path))
+    assert f"record 3 of '{path}'" in str(caught.value) and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_check_command(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    rows = [CODE, CODE, STDIO, {"question": "r", "ground_truth_answer": 3}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = script("-m", "data.check", str(path))
+    assert done.returncode == 0 and "4 tasks (2 function, 1 stdio, 1 answer); 2 questions" in done.stdout
+    path.write_text(json.dumps({"prompt": "p", "response": "r", "step_map": [0]}) + "\n")
+    assert "1 SFT samples, 1 with a step map" in check_file(str(path))
+    path.write_text("{}\n")
+    done = script("-m", "data.check", str(path))
+    assert done.returncode == 2 and "record 1" in done.stderr and "`question`" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("gsm8k_test.jsonl", 1319), ("math500.jsonl", 500), ("HumanEval.jsonl.gz", 164)]
+)
+def test_publishers_files(tmp_path, name, count):
+    if not (PUBLISHED / name).is_file():
+        pytest.skip(f"the publisher's file {name} is not in shared/data beside the repository")
+    shutil.copy(PUBLISHED / name, tmp_path)
+    records = convert_records(read_publisher(tmp_path / name))
+    path = tmp_path / "converted.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert len(load_tasks(str(path))) == count and f"{count} tasks" in check_file(str(path))

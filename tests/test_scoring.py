@@ -1,0 +1,218 @@
+"""Scoring in processes of their own, `python -m reward`, and the code in docs/rewards.md."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from common.errors import UserError
+from common.runtime import Stopwatch
+from common.schema import RewardConfig, Sampling
+from common.trajectory import Response, Score, Task
+from reward.score import make_scorer
+from reward.workers import Workers
+from rollout.collect import collect, template_of
+from rollout.scoring import stop_workers, submitter
+
+ROOT = Path(__file__).resolve().parents[1]
+TASK = Task("7", "4+2+8+1", "15")
+
+
+@pytest.fixture(autouse=True)
+def end_of_the_workers():
+    yield
+    stop_workers()
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """own(body): a reward section whose function is `my_reward` of a module with that body."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+
+    def make(body: str, workers: int = 1) -> RewardConfig:
+        (tmp_path / "my_rewards_for_workers.py").write_text(body)
+        return RewardConfig(function="my_rewards_for_workers:my_reward", workers=workers)
+
+    return make
+
+
+def test_workers_score_in_other_processes_and_in_order(own):
+    body = "import os\ndef my_reward(response, task):\n    print('noise')\n    return [float(response), os.getpid()]"
+    submit = submitter(make_scorer(own(body, workers=2), "math"))
+    waiting = [submit(str(n), TASK, False) for n in range(20)]
+    scores = [one.result() for one in waiting]
+    assert [score.token_rewards[0] for score in scores] == list(range(20))
+    assert os.getpid() not in {score.token_rewards[1] for score in scores}
+    assert submitter(make_scorer(own(body, workers=2), "math")).__self__ is submit.__self__, "kept from step to step"
+
+
+def test_no_workers_score_at_once(own):
+    body = "import os\ndef my_reward(response, task): return os.getpid()"
+    submit = submitter(make_scorer(own(body, workers=0), "math"))
+    assert submit("x", TASK, False).result().reward == os.getpid()
+    assert submitter(lambda text, task, truncated: Score(2.0, True, "passed"))("x", TASK, False).result().reward == 2
+
+
+def test_workers_know_the_config_and_the_tokens(own):
+    body = "def my_reward(response, task): return [len(token) for token in response.tokens]"
+    submit = submitter(make_scorer(own(body), "math"))
+    score = submit(Response.of("abbccc", ["a", "bb", "ccc"]), TASK, False).result()
+    assert score == Score(2.0, True, "passed", [1.0, 2.0, 3.0])
+    assert submit("x", TASK, True).result().verdict == "truncated"
+
+
+def test_errors_come_back(own):
+    body = "def my_reward(response, task):\n    return 'x' if response == 'user' else 1 / 0"
+    submit = submitter(make_scorer(own(body), "math"))
+    with pytest.raises(UserError, match="task '7'; it must return a finite number"):
+        submit("user", TASK, False).result()
+    with pytest.raises(RuntimeError, match=r"response to task '7' failed:(?s:.*)ZeroDivisionError"):
+        submit("own", TASK, False).result()
+
+
+def test_a_worker_that_dies_is_replaced(own, tmp_path):
+    body = (
+        "import os\ndef my_reward(response, task):\n"
+        "    if response == 'always' or not os.path.exists('died'):\n        open('died', 'w')\n        os._exit(9)\n"
+        "    return 1"
+    )
+    submit = submitter(make_scorer(own(body), "math"))
+    assert submit("once", TASK, False).result().reward == 1
+    with pytest.raises(RuntimeError, match=r"ended twice \(exit code 9\) on a response to task '7'"):
+        submit("always", TASK, False).result()
+    assert submit("x", TASK, False).result().reward == 1
+
+
+def test_workers_end(own):
+    workers = Workers(own("import os\ndef my_reward(response, task): return os.getpid()"), "math", 1)
+    pid = int(workers.submit("x", TASK, False).result().reward)
+    workers.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_lists_for_tokens_are_checked(own):
+    scorer = make_scorer(own("def my_reward(response, task): return [1, 2]", workers=0), "math")
+    with pytest.raises(UserError, match=r"returned 2 rewards for task '7'; the response has 3 tokens"):
+        scorer(Response.of("abc", list("abc")), TASK, False)
+    assert scorer("a b c", TASK, False).token_rewards == [1.0, 2.0]
+
+
+def reward_command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "reward", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_the_reward_command(tmp_path):
+    tests = ["assert f(2) == 4"]
+    tasks = [
+        {"question": "2+2", "ground_truth_answer": "4"},
+        {"question": "f", "test_method": "function", "test_list": tests, "test_time_limit": 0.5},
+        {"question": "io", "test_method": "stdio", "test_input": ["3"], "test_output": ["6"], "test_time_limit": 0.5},
+    ]
+    programs = {
+        "def f(x): return 2 * x": "passed",
+        "def f(x): return 5": "failed",
+        "def f(x):\n    while True: pass": "timeout",
+        "def f(x): return bytearray(10**10)": "memory",
+        "def f(x):\n    while True: print('x' * 10**5)": "output_limit",
+        "import os; os._exit(0)": "crashed",
+    }
+    expected = [(1, f"```python\n{program}\n```", verdict) for program, verdict in programs.items()]
+    expected += [(0, "\\boxed{4}", "passed"), (0, "\\boxed{5}", "failed"), (0, "4", "no_answer")]
+    expected += [(2, "```python\nprint(2 * int(input()))\n```", "passed"), (1, "none", "no_answer")]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    given = [{"task": task, "response": response, "note": n} for n, (task, response, _) in enumerate(expected)]
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in given))
+    files = [f"data={tmp_path}/tasks.json", f"responses={tmp_path}/responses.jsonl", f"out={tmp_path}/out.jsonl"]
+    done = reward_command(*files, "workers=2", "output_mb=1")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["verdict"] for line in lines] == [verdict for *_, verdict in expected]
+    for line, before in zip(lines, given):
+        right = line["verdict"] == "passed"
+        assert line == before | {"correct": right, "reward": float(right), "verdict": line["verdict"]}
+    assert "11 responses, 3 correct" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments", "message"),
+    [
+        ('{"task": 1, "response": "x"}', [], "line 1 of .* task 1 does not exist; data has the tasks 0 to 0"),
+        ('{"task": 0}', [], "line 1 of .* is not"),
+        ("{", [], "line 1 of .* is not valid JSON"),
+        ("", [], "has no lines"),
+        ('{"task": 0, "response": "x"}', ["kind=maths"], "kind=maths: not a value it takes"),
+        ('{"task": 0, "response": "x"}', ["memory_mb=1"], "memory_mb=1: not a value it takes"),
+        ('{"task": 0, "response": "x"}', ["speed=1"], "unknown key speed=1; keys: data, responses, out, kind"),
+        ('{"task": 0, "response": "x"}', ["out=/no/where/x"], "out: the folder /no/where does not exist"),
+    ],
+)
+def test_mistakes_of_the_reward_command(tmp_path, monkeypatch, capsys, line, arguments, message):
+    from reward.__main__ import main
+
+    (tmp_path / "tasks.jsonl").write_text('{"question": "q", "ground_truth_answer": "1"}\n')
+    (tmp_path / "responses.jsonl").write_text(line + "\n")
+    files = [f"data={tmp_path}/tasks.jsonl", f"responses={tmp_path}/responses.jsonl", f"out={tmp_path}/out.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["reward", *files, *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and re.search(message, told)
+
+
+def test_the_rewards_of_the_docs(tmp_path, monkeypatch):
+    """The module shown in docs/rewards.md, saved as it tells to, does what it says there."""
+    text = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    (module,) = re.findall(r"```python\n(# my_rewards\.py\n.*?)```", text, re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(module)
+    (tmp_path / "tasks.jsonl").write_text('{"question": "q", "ground_truth_answer": "15"}\n')
+    responses = ["so \\boxed{15}", "so \\boxed{16}", "x" * 5000 + "\\boxed{15}"]
+    lines = [json.dumps({"task": 0, "response": response}) for response in responses]
+    (tmp_path / "responses.jsonl").write_text("\n".join(lines))
+    for name, rewards in (("short_and_right", [1.0, 0.0, 0.5]), ("no_repetition", [1.0, 1.0, 1.0])):
+        done = reward_command(
+            "data=tasks.jsonl",
+            "responses=responses.jsonl",
+            "out=out.jsonl",
+            f"function=my_rewards:{name}",
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert [line["reward"] for line in found] == rewards
+
+
+def test_a_rollout_is_scored_beside_and_in_order(own):
+    """`collect` hands responses over as they finish, whatever their order, with their tokens, and counts the lost."""
+    tokenizer = SimpleNamespace(
+        decode=lambda ids, skip_special_tokens: "".join(map(str, ids)),
+        batch_decode=lambda rows: ["".join(map(str, ids)) for ids in rows],
+    )
+    loaded = SimpleNamespace(
+        stop_ids=[9], tokenizer=tokenizer, family=SimpleNamespace(instructions={"code_stdio": "S {question}"})
+    )
+    finished = [("b", 0, [4, 5]), ("a", 1, [6]), ("a", 0, [1, 2, 3]), ("b", 1, [7, 8])]
+
+    def generate(requests, settings, **others):
+        for task_id, sample, ids in finished:
+            yield SimpleNamespace(
+                task_id=task_id, sample=sample, response_ids=[*ids, 9], length=len(ids), finish_reason="stop", text=""
+            )
+
+    scorer = make_scorer(own("def my_reward(response, task): return [int(token) for token in response.tokens]"), "math")
+    prompts = [(Task("a", "q"), [0]), (Task("b", "q"), [0])]
+    settings = Sampling(num_response_per_task=2)
+    groups = collect(SimpleNamespace(generate=generate), loaded, prompts, settings, scorer, Stopwatch(), seed=0)
+    assert [[one.score.token_rewards for one in group] for group in groups] == [[[1, 2, 3], [6]], [[4, 5], [7, 8]]]
+    assert [[one.trajectory.text for one in group] for group in groups] == [["123", "6"], ["45", "78"]]
+    assert template_of(loaded, Task("c", "q", None, {"test_method": "stdio"})) == "S {question}"
+    assert template_of(loaded, Task("c", "q", "4")) == "{question}"
