@@ -259,7 +259,9 @@ class SFTTrainingConfig(TrainingBase):
     stop_at_accuracy: float | None = key(
         None, "stop when sampling accuracy on eval_dataset reaches this share", low=0, high=1
     )
-    eval_every: int = key(50, "updates between measurements of that accuracy", low=1)
+    eval_every: int = key(
+        50, "updates between measurements of that accuracy; four times as many while it is under half of it", low=1
+    )
 
 
 @dataclass

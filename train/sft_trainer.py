@@ -15,7 +15,7 @@ from common.config import dump_config, load_config, settings_of
 from common.errors import UserError
 from common.metrics import MetricsLog, draw_curves, open_metrics
 from common.runtime import Stopwatch, console, device_and_dtype, prepare_run_folder, progress, seed_everything
-from common.schema import RewardConfig, SFTConfig
+from common.schema import RewardConfig, SFTConfig, SFTTrainingConfig
 from data.tasks import load_sft_records, load_tasks
 from models import LoadedModel, load_model, save_model
 from models.prompts import encode_prompt
@@ -134,6 +134,7 @@ def train(
 ) -> None:
     """Updates over shuffled epochs, until `steps`, or until sampling accuracy reaches `stop_at_accuracy`."""
     training, watch = config.training, Stopwatch()
+    interval = next_interval(training, 0.0)
     order = np.empty(0, dtype=np.int64)
     rng = np.random.default_rng(training.seed)
     with progress("finetuning", steps) as advance:
@@ -146,16 +147,23 @@ def train(
                 figures = sft_update(learner, rows, training.tokens_per_micro_batch)
             figures["lr"] = learner.scheduler.get_last_lr()[0]
             accuracy = None
-            if tasks and (step % training.eval_every == 0 or step == steps):
+            if tasks and (step % interval == 0 or step == steps):
                 with watch("evaluation"):
                     accuracy = sampled_accuracy(config, loaded, tasks)
                 figures["eval/accuracy"] = accuracy
+                interval = next_interval(training, accuracy)
             metrics.log({"step": step} | figures)
             advance()
             if accuracy is not None:
                 console.print(f"finetuning step {step}/{steps}  loss {figures['loss']:.3f}  accuracy {accuracy:.3f}")
                 if training.stop_at_accuracy is not None and accuracy >= training.stop_at_accuracy:
                     break
+
+
+def next_interval(training: SFTTrainingConfig, accuracy: float) -> int:
+    """Updates until accuracy is measured again: four times `eval_every` while it is under half of where to stop."""
+    far = training.stop_at_accuracy is not None and accuracy < training.stop_at_accuracy / 2
+    return training.eval_every * (4 if far else 1)
 
 
 def view_rows(
