@@ -212,7 +212,7 @@ def replay_mismatch(
 def mismatch_of(trainer_logp: Tensor, engine_logp: Tensor) -> dict[str, float]:
     """Mean k3 of trainer ‖ engine, and the largest difference of a log-probability."""
     return {
-        "mismatch_kl": float(kl_estimate(trainer_logp, engine_logp).mean()),
+        "mismatch_kl": float(kl_estimate(trainer_logp.double(), engine_logp.double()).mean()),
         "logp_diff_max": float((trainer_logp - engine_logp).abs().max()),
     }
 
