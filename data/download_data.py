@@ -23,7 +23,7 @@ if str(Path(__file__).resolve().parent) in sys.path:
     sys.path.remove(str(Path(__file__).resolve().parent))  # no file of this folder stands in for a library
 
 from common.errors import UserError, one_line_errors
-from data.tasks import DATA_DIR, load_records, load_tasks
+from data.tasks import DATA_DIR, load_from_hub, load_records, load_tasks
 
 Record = dict[str, Any]
 
@@ -81,9 +81,7 @@ def download(name: str, out: Path | None) -> None:
         raise UserError(f"--dataset: '{name}' is unknown; {hint} (any other hub id: dataset.train_dataset=org/name)")
     source, out = SOURCES[name], out or DATA_DIR / f"{name}.jsonl"
     try:
-        import datasets
-
-        loaded = datasets.load_dataset(source.hub_id, source.config)
+        loaded = load_from_hub(source.hub_id, source.config)
         split = source.split if source.split in loaded else next(iter(loaded))
         rows = [dict(row) for row in loaded[split]]
     except ImportError:

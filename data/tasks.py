@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import logging
 import random
 import re
 import warnings
@@ -236,15 +237,21 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where} is nested too deeply to read; mend it") from None
 
 
+def load_from_hub(hub_id: str, *config: str | None) -> Any:
+    """`datasets.load_dataset`, without a line for every attempt at a host that is not there."""
+    import datasets
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    return datasets.load_dataset(hub_id, *config)
+
+
 def _from_hub(name: str, key: str) -> list[Record]:
     """`org/name`, or `org/name:split` where the set has several splits."""
     hub_id, _, split = name.partition(":")
     try:
-        import datasets
+        loaded = load_from_hub(hub_id)
     except ImportError:
         raise UserError(f"{key}: '{name}' is a hub id, which needs: pip install datasets; or give a file") from None
-    try:
-        loaded = datasets.load_dataset(hub_id)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{key}: '{name}' is no file here and could not be loaded from the hub: {_one_line(error)}; {_ways(name)}"
