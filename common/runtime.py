@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -95,14 +94,3 @@ def timed(iterable: Iterable, watch: Stopwatch, stage: str) -> Iterator:
             except StopIteration:
                 return
         yield item
-
-
-def import_function(key: str, name: str) -> Callable:
-    """The function that `module:function` names; UserError, naming the config key, when there is none."""
-    module_name, _, function_name = name.partition(":")
-    if not function_name:
-        raise UserError(f"{key}: {name!r} is not of the form module:function")
-    try:
-        return getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{key}: {name!r} cannot be imported ({error})") from error

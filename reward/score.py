@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 import numbers
-import os
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
 from common.schema import RewardConfig
 from common.trajectory import Response, Score, Task
+from common.user_code import load_function
 from reward.code_reward import CodeLimits, code_score
 from reward.general_reward import general_score
 from reward.judge import judged_score
 from reward.math_reward import math_score
-
-Scorer = Callable[[str, Task, bool], Score]
 
 
 def score_math(text: str, task: Task, reward: RewardConfig) -> Score:
@@ -51,6 +48,29 @@ KINDS: dict[str, Callable[[str, Task, RewardConfig], Score]] = {
 }
 
 
+@dataclass(frozen=True)
+class Scorer:
+    """Called with (response text, task, truncated), returns a Score; made by `make_scorer`."""
+
+    reward: RewardConfig  # with data_type, what a process of its own needs to make the same scorer
+    data_type: str | None
+    score: Callable[[str, Task, RewardConfig], Score]
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the text should come as a `Response`, with what each of its tokens stands for."""
+        return bool(self.reward.function or self.reward.judge.base_url)
+
+    def __call__(self, text: str, task: Task, truncated: bool) -> Score:
+        if truncated and self.reward.truncated_is_wrong:
+            return Score(0.0, False, "truncated")
+        scored = self.score(text, task, self.reward)
+        if self.score is score_judge or not self.reward.judge.base_url:
+            return scored
+        judged = judged_score(text, task, self.reward.judge)
+        return Score(judged.reward, scored.correct, scored.verdict, judged.token_rewards)
+
+
 def make_scorer(reward: RewardConfig, data_type: str | None = None) -> Scorer:
     """A function of (response text, task, truncated) as the config asks for it.
 
@@ -63,21 +83,7 @@ def make_scorer(reward: RewardConfig, data_type: str | None = None) -> Scorer:
     _check_kind(kind, "reward.kind")
     _check_judge(reward, kind)
     score = _user_score(reward.function) if reward.function else KINDS[kind]
-    judge_too = bool(reward.judge.base_url) and kind != "judge"
-
-    def scorer(text: str, task: Task, truncated: bool) -> Score:
-        if truncated and reward.truncated_is_wrong:
-            return Score(0.0, False, "truncated")
-        scored = score(text, task, reward)
-        if not judge_too:
-            return scored
-        judged = judged_score(text, task, reward.judge)
-        return Score(judged.reward, scored.correct, scored.verdict, judged.token_rewards)
-
-    # What a process of its own needs to make the same function (rollout/scoring.py).
-    scorer.made_from = (reward, data_type)  # type: ignore[attr-defined]
-    scorer.needs_tokens = bool(reward.function or reward.judge.base_url)  # type: ignore[attr-defined]
-    return scorer
+    return Scorer(reward, data_type, score)
 
 
 def _check_kind(kind: str, key: str) -> None:
@@ -100,7 +106,7 @@ def _check_judge(reward: RewardConfig, kind: str) -> None:
 
 
 def _user_score(spec: str) -> Callable[[str, Task, RewardConfig], Score]:
-    function = _load_function(spec)
+    function = load_function("reward.function", spec)
 
     def score(text: str, task: Task, reward: RewardConfig) -> Score:
         value = function(text, task)
@@ -112,30 +118,6 @@ def _user_score(spec: str) -> Callable[[str, Task, RewardConfig], Score]:
         return Score(number, number > 0, "passed" if number > 0 else "failed", tokens)
 
     return score
-
-
-def _load_function(spec: str) -> Callable[[str, Task], Any]:
-    module_name, colon, name = spec.partition(":")
-    if not (colon and module_name and name):
-        raise UserError(f"reward.function: '{spec}' is not of the form my_module:my_reward")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; what it imports is not
-        raise UserError(
-            f"reward.function: there is no module '{error.name}' ('{spec}'); put {error.name}.py into {here} "
-            "or install it"
-        ) from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        close = difflib.get_close_matches(name, [word for word in vars(module) if callable(vars(module)[word])], n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise UserError(f"reward.function: {module_name} ({module.__file__}) has no function '{name}'{hint}")
-    return function
 
 
 def _per_token(value: Any, spec: str, task: Task, text: str) -> list[float] | None:

@@ -10,6 +10,7 @@ from common.schema import Sampling
 from common.trajectory import Request, Response, Score, Task, Trajectory
 from models import LoadedModel
 from models.prompts import encode_prompt, stop_ids_of
+from reward.score import Scorer as RewardScorer
 from rollout.scoring import submitter
 from sample.engine import Engine
 
@@ -82,7 +83,7 @@ def collect(
                 task = prompts[number][0]
                 ids = trajectory.response_ids[: trajectory.length]
                 text = trajectory.text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
-                if getattr(scorer, "needs_tokens", False):
+                if isinstance(scorer, RewardScorer) and scorer.needs_tokens:
                     text = Response.of(text, loaded.tokenizer.batch_decode([[one] for one in ids]))
                 score = submit(text, task, trajectory.finish_reason == "length")
                 waiting.append((number, task, trajectory, score))

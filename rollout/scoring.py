@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from common.trajectory import Score, Task
+from reward.score import Scorer
 from reward.workers import Workers
 
 Submit = Callable[[str, Task, bool], "Future[Score]"]
@@ -16,11 +17,10 @@ _workers: dict[bytes, Workers] = {}  # kept from step to step, by the config tha
 
 def submitter(scorer: Callable[[str, Task, bool], Score]) -> Submit:
     """A function that has a response scored: by worker processes, or at once where the scorer knows of none."""
-    made_from = getattr(scorer, "made_from", None)
-    if made_from is None or made_from[0].workers == 0:
+    if not isinstance(scorer, Scorer) or scorer.reward.workers == 0:
         return lambda text, task, truncated: _at_once(scorer, text, task, truncated)
-    reward, data_type = made_from
-    key = pickle.dumps(made_from)
+    reward, data_type = scorer.reward, scorer.data_type
+    key = pickle.dumps((reward, data_type))
     if key not in _workers:
         if not _workers:
             atexit.register(stop_workers)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.runtime import import_function
 from common.schema import Sampling
+from common.user_code import load_function
 from sample.draw import Candidates
 
 Strategy = Callable[[Candidates, Tensor, Tensor, Tensor, Tensor, Tensor, Sampling], Tensor]
@@ -100,7 +100,7 @@ def find_strategy(name: str) -> Strategy:
     if ":" not in name:
         known = ", ".join(STRATEGIES)
         raise UserError(f"rollout.remasking_strategy: {name!r} is none of {known}, nor module:function")
-    return import_function("rollout.remasking_strategy", name)
+    return load_function("rollout.remasking_strategy", name)
 
 
 def even_split(total: int, parts: int | Tensor, number: Tensor) -> Tensor:

@@ -364,7 +364,7 @@ def test_a_missing_reward_function_is_told(own_reward):
         own_reward("", module="no_such_module")
     with pytest.raises(UserError, match="has no function 'my_rewards'; did you mean 'my_reward'"):
         own_reward("def my_reward(text, task): return 1", name="my_rewards")
-    with pytest.raises(UserError, match="is not of the form my_module:my_reward"):
+    with pytest.raises(UserError, match="is not of the form module:function"):
         make_scorer(RewardConfig(function="my_module.my_reward"), "math")
 
 
