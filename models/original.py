@@ -102,7 +102,7 @@ class DiffusionNetwork:
         """Raise UserError: transformers would sample left to right from a network that was not trained to."""
         raise UserError(
             f"{type(self).__name__}.generate: a diffusion language model is not sampled left to right; "
-            "call block_diffusion_generate of generate.py"
+            "call block_diffusion_generate or diffusion_generate of generate.py"
         )
 
 

@@ -99,6 +99,8 @@ def learn(
     totals = Totals()
     for number, part in enumerate(np.array_split(order, min(training.updates_per_step, len(samples)))):
         index = np.flatnonzero(np.isin(row_of, part))
+        if len(index) == 0:  # random masking left nothing to predict in this share
+            continue
         chosen = [rows[i] for i in index]
         tokens = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in index])
         weight = loss_weights(chosen, training.loss_norm, max_gen_length, noisings(training))
@@ -130,9 +132,7 @@ def sample_rows(
 
 def noisings(training: RLTrainingConfig) -> int:
     """How many noised copies of a response its losses are averaged over."""
-    return {"TraceRL": 1, "random_masking": training.mask_times_per_sample, "coupled": training.mask_times_per_sample}[
-        training.method
-    ]
+    return 1 if training.method == "TraceRL" else training.mask_times_per_sample
 
 
 def gather(rows: Sequence[Row], samples: Sequence[Sample], values: Callable[[Trajectory], list[float]]) -> Tensor:

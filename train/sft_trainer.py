@@ -96,7 +96,7 @@ def load(config: SFTConfig, folder: Path) -> LoadedModel:
 def make_examples(config: SFTConfig, loaded: LoadedModel, records: Sequence[dict]) -> list[Example]:
     """Records as ids, responses ended by the stop token and filled up with it; too long ones are counted."""
     training = config.training
-    template = config.dataset.prompt_template or loaded.family.instructions[config.dataset.data_type]
+    template = config.dataset.prompt_template or loaded.family.instructions.get(config.dataset.data_type, "{question}")
     stop = loaded.tokenizer.eos_token_id
     full = loaded.family.attention == "full"  # the canvas is as long as at sampling time, filled with the stop token
     canvas = -(-training.max_gen_length // training.block_size) * training.block_size
@@ -194,7 +194,7 @@ def sft_update(learner: Learner, rows: Sequence[Row], token_budget: int) -> dict
 def sampled_accuracy(config: SFTConfig, loaded: LoadedModel, tasks: Sequence) -> float:
     """Accuracy of sampled responses under the first evaluation setting."""
     scorer = make_scorer(RewardConfig(), config.dataset.data_type)
-    template = config.dataset.prompt_template or loaded.family.instructions[config.dataset.data_type]
+    template = config.dataset.prompt_template or loaded.family.instructions.get(config.dataset.data_type, "{question}")
     settings = settings_of(config.evaluation)[:1]
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
     training = config.training
