@@ -135,11 +135,21 @@ class ModelConfig:
 
 
 @dataclass
+class PromptsConfig:
+    """The instruction around {question}, by kind of task; null: as the family's published evaluation words it."""
+
+    math: str | None = key(None, "of a maths task")
+    code_function: str | None = key(None, "of a code task whose function is called")
+    code_stdio: str | None = key(None, "of a code task whose program reads input and prints output")
+    general: str | None = key(None, "of any other task")
+
+
+@dataclass
 class DatasetConfig:
     train_dataset: str = key("", "tasks to learn from: a name, a path (json, jsonl, parquet) or a hub id")
     eval_dataset: str = key("", "tasks to evaluate on")
     data_type: str = key("math", "how answers are checked: math, code or general", choices=KINDS)
-    prompt_template: str | None = key(None, "the instruction around {question}; null: as the family published it")
+    prompts: PromptsConfig = section(PromptsConfig)
 
 
 @dataclass
@@ -147,7 +157,7 @@ class SFTDatasetConfig:
     optimization_data: str = key("", "records with prompt and response: a name or a path (json, jsonl, parquet)")
     eval_dataset: str = key("", "tasks on which stop_at_accuracy is measured")
     data_type: str = key("math", "how answers are checked: math, code or general", choices=KINDS)
-    prompt_template: str | None = key(None, "the instruction around {question}; null: as the family published it")
+    prompts: PromptsConfig = section(PromptsConfig)
 
 
 @dataclass

@@ -41,7 +41,6 @@ class Run:
     tasks: list[Task]
     eval_tasks: list[Task]
     scorer: Scorer
-    template: str
     metrics: MetricsLog
     stages: Stopwatch  # seconds by stage of the whole run
     cursor: int = 0  # place in the endless sequence of shuffled tasks
@@ -105,15 +104,12 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
         folder = prepare_run_folder(experiment.runs_dir, experiment.project, experiment.start_from_scratch)
         (folder / "rollouts").mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(config))
-        template = config.dataset.prompt_template or loaded.family.instructions.get(config.dataset.data_type)
         engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
         resume_step = None if experiment.start_from_scratch else newest_step(folder)
         metrics = open_metrics(
             folder, experiment.trackers, experiment.project, dataclasses.asdict(config), resume_step=resume_step
         )
-        run = Run(
-            config, folder, loaded, engine, learner, reference, tasks, eval_tasks, scorer, template, metrics, stages
-        )
+        run = Run(config, folder, loaded, engine, learner, reference, tasks, eval_tasks, scorer, metrics, stages)
         resume(run)
     return run
 
@@ -195,7 +191,7 @@ def gather_samples(run: Run, number: int, watch: Stopwatch) -> tuple[list[list[R
         seen = {group[0].task.id for group in groups}
         tasks = [run.tasks[index] for index in dict.fromkeys(indices)]
         tasks = [task for task in tasks if task.id not in seen]
-        prompts = prompts_within(run.loaded, tasks, run.template, config.rollout, config.training.max_prompt_len)
+        prompts = prompts_within(run.loaded, tasks, config.dataset, config.rollout, config.training.max_prompt_len)
         groups += collect(
             run.engine,
             run.loaded,
@@ -256,14 +252,15 @@ def report_step(step: int, total: int, figures: dict[str, float]) -> None:
 def evaluate_now(run: Run) -> dict[str, Evaluation]:
     """Accuracy on the held-out tasks under each evaluation setting, by the task's own answer; logged."""
     config = run.config
+    data_type = config.evaluation.data_type or config.dataset.data_type
     with run.stages("evaluation"):
         results = evaluate(
             run.engine,
             run.loaded,
             run.eval_tasks,
             settings_of(config.evaluation),
-            make_scorer(RewardConfig(), config.evaluation.data_type or config.dataset.data_type),
-            run.template,
+            make_scorer(RewardConfig(), data_type),
+            dataclasses.replace(config.dataset, data_type=data_type),
             config.training.max_prompt_len,
             config.training.seed,
             samples_file=run.folder / "samples.jsonl",
