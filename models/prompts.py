@@ -12,10 +12,13 @@ from models.family import Family, LoadedModel
 def instruction(family: Family, kind: str, own: PromptsConfig, thinking: bool = False) -> str:
     """The text around {question} for a kind of task: the config's own, else the family's, else the bare question.
 
-    A family may word a kind in another way where the assistant's turn begins with a thought.
+    UserError where the words leave no place for the question. A family may word a kind in another way where the assistant's turn begins with a thought.
     """
     published = family.instructions
-    return getattr(own, kind) or (thinking and published.get(f"{kind}_think")) or published.get(kind, "{question}")
+    words = getattr(own, kind) or (thinking and published.get(f"{kind}_think")) or published.get(kind, "{question}")
+    if "{question}" not in words:
+        raise UserError(f"dataset.prompts.{kind}: {words!r} has no place for the task; write {{question}} there")
+    return words
 
 
 def encode_prompt(loaded: LoadedModel, question: str, template: str, start_with_think: bool = False) -> list[int]:

@@ -217,17 +217,18 @@ def test_a_rollout_is_scored_beside_and_in_order(own):
 
 def test_instructions_by_kind_of_task():
     """The config's own words come first, then the family's, a thinking wording where the turn begins with a thought."""
-    family = SimpleNamespace(instructions={"code_stdio": "S {question}", "math": "M", "math_think": "T"})
-    own = PromptsConfig(general="G {question}")
+    words = {"code_stdio": "S {question}", "math": "M {question}", "math_think": "T {question}"}
+    family, own = SimpleNamespace(instructions=words), PromptsConfig(general="G {question}")
     stdio, function = (Task("c", "q", None, {"test_method": method}) for method in ("stdio", "function"))
     assert [kind_of(task, "code") for task in (stdio, function)] == ["code_stdio", "code_function"]
     assert kind_of(stdio, "math") == "math"
-    assert (
-        instruction(family, "code_stdio", own)
-        == instruction(family, "code_stdio", own, thinking=True)
-        == "S {question}"
-    )
+    assert [instruction(family, "code_stdio", own, thinking) for thinking in (False, True)] == ["S {question}"] * 2
     assert instruction(family, "code_function", own) == "{question}"
     assert instruction(family, "general", own) == "G {question}"
-    assert [instruction(family, "math", own, thinking) for thinking in (False, True)] == ["M", "T"]
-    assert instruction(family, "math", PromptsConfig(math="O"), thinking=True) == "O"
+    assert [instruction(family, "math", own, thinking) for thinking in (False, True)] == [
+        "M {question}",
+        "T {question}",
+    ]
+    assert instruction(family, "math", PromptsConfig(math="{question}!"), thinking=True) == "{question}!"
+    with pytest.raises(UserError, match=r"dataset\.prompts\.math: 'Solve it' has no place.*\{question\}"):
+        instruction(family, "math", PromptsConfig(math="Solve it"))
