@@ -12,7 +12,8 @@ from models.family import Family, LoadedModel
 def instruction(family: Family, kind: str, own: PromptsConfig, thinking: bool = False) -> str:
     """The text around {question} for a kind of task: the config's own, else the family's, else the bare question.
 
-    UserError where the words leave no place for the question. A family may word a kind in another way where the assistant's turn begins with a thought.
+    A family may word a kind in another way where the assistant's turn begins with a thought. UserError where the words
+    leave no place for the question.
     """
     published = family.instructions
     words = getattr(own, kind) or (thinking and published.get(f"{kind}_think")) or published.get(kind, "{question}")
