@@ -126,7 +126,7 @@ class ExperimentConfig:
 @dataclass
 class ModelConfig:
     pretrained_model: str = key("", "folder or hub id of the model; `tiny`: a new small network (SFT only)")
-    model_base: str = key("sdar", "the family")
+    model_base: str = key("sdar", "the family: sdar, trado, dream, llada, mmada, or my_module:MY_FAMILY")
     optimized_name: str = key("optimized", "folder of the trained model under ckpt/")
     made_by: str | None = key(None, "an SFT config that makes pretrained_model where that folder is missing")
     dtype: str = key(
@@ -322,7 +322,7 @@ class EvalConfig:
 
     experiment: ExperimentConfig = section(ExperimentConfig)
     model: str = key("", "folder or hub id of the model")
-    model_base: str = key("sdar", "the family")
+    model_base: str = key("sdar", "the family: sdar, trado, dream, llada, mmada, or my_module:MY_FAMILY")
     made_by: str | None = key(None, "an SFT config that makes the model where that folder is missing")
     dtype: str = key("auto", "of the weights: auto, float32, bfloat16", choices=DTYPES)
     seed: int = key(10086, "of the draws", low=0)
