@@ -93,9 +93,9 @@ def read_layers(path: Path, family: str | None = None, chain: tuple[Path, ...] =
 
 
 def find_base(path: Path, base: str) -> Path:
-    """The file of a base layer that `path` names: beside it, or among the project's."""
+    """The file of a base layer that `path` names: in the folder base beside it, among the project's, or beside it."""
     here = path.parent if path.parent.name == "base" else path.parent / "base"
-    for folder in (here, ROOT / "configs" / "base"):
+    for folder in (here, ROOT / "configs" / "base", path.parent):
         if (folder / f"{base}.yaml").is_file():
             return folder / f"{base}.yaml"
     there = names_of(sorted(one.stem for one in (ROOT / "configs" / "base").glob("*.yaml")))
