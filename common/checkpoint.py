@@ -43,6 +43,12 @@ def step_folders(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
+def newest_step(run_folder: Path) -> int:
+    """The step of the newest whole checkpoint of a run, -1 if there is none."""
+    checkpoints = step_folders(run_folder / "ckpt")
+    return checkpoints[-1][0] if checkpoints else -1
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -64,10 +64,10 @@ def main(config: SFTConfig) -> Path:
     )
     learner = make_learner(
         Policy(loaded.model, loaded.mask_id),
-        config.optimizer,
+        config.optimizer.params,
         config.lr_scheduler,
         steps,
-        config.training.max_grad_norm,
+        config.training,
         mixed_precision="bf16" if device_and_dtype(config.model.dtype)[1] == torch.bfloat16 else "no",
     )
     metrics = open_metrics(folder, experiment.trackers, experiment.project, dataclasses.asdict(config))
@@ -155,7 +155,8 @@ def train(
             metrics.log({"step": step} | figures)
             advance()
             if accuracy is not None:
-                console.print(f"finetuning step {step}/{steps}  loss {figures['loss']:.3f}  accuracy {accuracy:.3f}")
+                shown = f"loss {figures.get('loss', float('nan')):.3f}  accuracy {accuracy:.3f}"
+                console.print(f"finetuning step {step}/{steps}  {shown}")
                 if training.stop_at_accuracy is not None and accuracy >= training.stop_at_accuracy:
                     break
 
@@ -179,16 +180,14 @@ def view_rows(
 def sft_update(learner: Learner, rows: Sequence[Row], token_budget: int) -> dict[str, float]:
     """One update on the mean cross-entropy of all predicted tokens."""
     count = sum(len(row.target) for row in rows)
-    total = 0.0
 
-    def loss(batch: PackedBatch, logp: Tensor) -> Tensor:
-        nonlocal total
-        value = -logp.sum() / count
-        total += float(value.detach())
-        return value
+    def loss(batch: PackedBatch) -> Tensor:
+        logp, _ = learner.network(batch)
+        return -logp.sum() / count
 
-    norm = update(learner, pack(rows, token_budget), loss)
-    return {"loss": total, "grad_norm": norm, "predicted_tokens": count}
+    done = update(learner, pack(rows, token_budget), loss)
+    figures = {"loss": done.loss, "grad_norm": done.grad_norm} if done.taken else {}
+    return figures | {"predicted_tokens": count, "bad_steps": int(not done.taken)}
 
 
 def sampled_accuracy(config: SFTConfig, loaded: LoadedModel, tasks: Sequence) -> float:
