@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from models.attention import take_block_masks
 from models.value import ValueNetwork
 from sample.draw import token_logp
-from train.packing import PackedBatch, visible
+from train.attention import attention_mask
+from train.packing import PackedBatch
 
 CHUNK_ELEMENTS = 1 << 26  # of a (positions, vocab) float32 tensor: 256 MiB
 
@@ -21,6 +23,7 @@ class Policy(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module, mask_id: int):
         super().__init__()
+        take_block_masks(model)
         self.model = model
         self.mask_id = mask_id
 
@@ -47,6 +50,7 @@ class Critic(torch.nn.Module):
 
     def __init__(self, model: ValueNetwork):
         super().__init__()
+        take_block_masks(model.network)
         self.model = model
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -57,6 +61,6 @@ class Critic(torch.nn.Module):
 def predicted_states(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
     """The network's last hidden states where the batch's tokens are predicted, (predicted, hidden)."""
     hidden = model.model(
-        input_ids=batch.ids, position_ids=batch.position, attention_mask=visible(batch), use_cache=False
+        input_ids=batch.ids, position_ids=batch.position, attention_mask=attention_mask(batch), use_cache=False
     ).last_hidden_state
     return hidden.flatten(0, 1)[batch.predict_at]
