@@ -42,17 +42,6 @@ class Network:
     stop_ids: tuple[int, ...]
 
 
-class RecordingSGD(torch.optim.SGD):
-    """Keeps the gradients of every step and changes nothing."""
-
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]):
-        super().__init__(parameters, lr=0.0)
-        self.recorded: list[list[torch.Tensor]] = []
-
-    def step(self, closure: object = None) -> None:
-        self.recorded.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
-
-
 @pytest.fixture(scope="module", params=["golden", "tiny"])
 def network(request: pytest.FixtureRequest, tiny_sdar: Path) -> Network:
     if request.param == "golden":
@@ -92,8 +81,8 @@ def plain_logp(network: Network, trajectories: Sequence[Trajectory], shrink: int
     ]
 
 
-def recording_learner(network: Network) -> tuple[Learner, RecordingSGD]:
-    optimizer = RecordingSGD(list(network.model.parameters()))
+def recording_learner(network: Network) -> tuple[Learner, plain.RecordingSGD]:
+    optimizer = plain.RecordingSGD(list(network.model.parameters()))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     return Learner(Policy(network.model, network.mask_id), optimizer, scheduler, Accelerator(), 1e9), optimizer
 
