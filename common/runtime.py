@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common.errors import UserError
 
-console = Console(stderr=False, highlight=False, soft_wrap=True)
+# one rank speaks for all
+console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -59,7 +61,7 @@ def prepare_run_folder(runs_dir: str, project: str, from_scratch: bool) -> Path:
 def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal, nothing elsewhere; calling what it yields advances it by one."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    hidden = not console.is_terminal
+    hidden = not console.is_terminal or console.quiet
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)

@@ -21,23 +21,39 @@ class Policy(torch.nn.Module):
     def __init__(self, model: torch.nn.Module, mask_id: int):
         super().__init__()
         self.model = model
-        self.mask_id = mask_id
+        self.head = Head(model.lm_head, mask_id)
 
     def forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """logp (predicted,) with gradient, as the engine defines it, and entropy (predicted,) without, in nats."""
         hidden = self.model.model(
             input_ids=batch.ids, position_ids=batch.position, attention_mask=visible(batch), use_cache=False
         ).last_hidden_state
-        hidden = hidden.flatten(0, 1)[batch.predict_at]  # (predicted, hidden)
-        size = max(1, CHUNK_ELEMENTS // self.model.lm_head.weight.shape[0])
+        return self.head(hidden.flatten(0, 1)[batch.predict_at], batch.target, temperature)
+
+
+class Head(torch.nn.Module):
+    """From hidden states to logp and entropy, chunk by chunk.
+
+    One module, whatever the number of chunks: ranks that shard its weight gather it once, all at the same time.
+    """
+
+    def __init__(self, lm_head: torch.nn.Linear, mask_id: int):
+        super().__init__()
+        self.lm_head = lm_head
+        self.mask_id = mask_id
+
+    def forward(self, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """logp and entropy (predicted,) of the targets (predicted,) given hidden (predicted, hidden)."""
+        size = max(1, CHUNK_ELEMENTS // self.lm_head.out_features)
         pairs = [
-            checkpoint(self._head, states, target, temperature, use_reentrant=False)
-            for states, target in zip(hidden.split(size), batch.target.split(size))
+            checkpoint(self.chunk, states, ids, temperature, use_reentrant=False)
+            for states, ids in zip(hidden.split(size), target.split(size))
         ]
         return torch.cat([logp for logp, _ in pairs]), torch.cat([entropy for _, entropy in pairs])
 
-    def _head(self, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logp = token_logp(self.model.lm_head(hidden), self.mask_id, temperature)  # (chunk, vocab)
+    def chunk(self, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """The same of one chunk."""
+        logp = token_logp(self.lm_head(hidden), self.mask_id, temperature)  # (chunk, vocab)
         with torch.no_grad():
             probability = logp.exp()
             entropy = -torch.where(probability > 0, probability * logp, 0).sum(-1)

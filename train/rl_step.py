@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import ranks
 from common.errors import UserError
 from common.schema import RLTrainingConfig
 from common.trajectory import Trajectory
@@ -16,8 +17,8 @@ from models import LoadedModel
 from rollout.collect import Rollout
 from train.advantages import group_advantages, keep_group
 from train.objectives import kl_estimate, loss_weights, policy_loss
-from train.optimize import Learner, batch_logp, update
-from train.packing import PackedBatch, Row, TokenFields, make_rows, pack
+from train.optimize import Learner, batch_logp, micro_batches, update
+from train.packing import PackedBatch, Row, TokenFields, make_rows
 from train.views import RL_METHODS
 
 RATIO_TOLERANCE = 1e-4  # fp32: rounding stays under 2e-5, a wrong replay or stale weights move it above 1e-2
@@ -82,7 +83,7 @@ def learn(
     old_logp, mismatch = engine_logp, None
     budget = training.tokens_per_micro_batch
     if training.old_logp == "recompute" or (training.old_logp == "auto" and not (replay and exact)):
-        old_logp = batch_logp(learner, pack(rows, budget), len(engine_logp), temperature)
+        old_logp = batch_logp(learner, micro_batches(rows, budget), len(engine_logp), temperature)
         mismatch = mismatch_of(old_logp, engine_logp) if replay else None
     if not replay:
         mismatch = replay_mismatch(learner, samples, training, layout, temperature)
@@ -90,7 +91,7 @@ def learn(
         check_ratios(mismatch["logp_diff_max"])
     reference_logp = old_logp
     if reference is not None:
-        reference_logp = batch_logp(reference, pack(rows, budget), len(engine_logp), temperature)
+        reference_logp = batch_logp(reference, micro_batches(rows, budget), len(engine_logp), temperature)
     advantage = torch.tensor([samples[row.trajectory].advantage for row in rows for _ in row.target])
 
     starts = np.cumsum([0] + [len(row.target) for row in rows])
@@ -109,7 +110,8 @@ def learn(
         )
         first = FirstLogp(engine_logp[tokens], exact) if number == 0 and mismatch is None else None
         loss = make_loss(training, fields, totals, first)
-        totals.grad_norm += update(learner, pack(chosen, budget), loss, temperature)
+        before_step = None if first is None else first.check
+        totals.grad_norm += update(learner, micro_batches(chosen, budget), loss, temperature, before_step)
         totals.updates += 1
         if first is not None:
             mismatch = mismatch_of(first.trainer, first.engine)
@@ -143,7 +145,7 @@ def gather(rows: Sequence[Row], samples: Sequence[Sample], values: Callable[[Tra
 
 @dataclass
 class Totals:
-    """Sums over the step's updates, from which its means are taken."""
+    """Sums over the step's updates, from which its means are taken; of tokens, over those of this rank."""
 
     updates: int = 0
     tokens: int = 0
@@ -153,13 +155,16 @@ class Totals:
     grad_norm: float = 0.0
 
     def means(self) -> dict[str, float]:
+        """The step's figures over all ranks. All ranks must call it."""
+        sums = torch.tensor([self.tokens, self.loss, self.kl, self.clipped], dtype=torch.float64)
+        tokens, loss, kl, clipped = ranks.add_up(sums).tolist()
         return {
-            "loss": self.loss / self.updates,
-            "kl": self.kl / self.tokens,
-            "clip_fraction": self.clipped / self.tokens,
+            "loss": loss / self.updates,
+            "kl": kl / tokens,
+            "clip_fraction": clipped / tokens,
             "grad_norm": self.grad_norm / self.updates,
             "updates": self.updates,
-            "predicted_tokens": self.tokens,
+            "predicted_tokens": int(tokens),
         }
 
 
@@ -168,13 +173,17 @@ class FirstLogp:
 
     def __init__(self, engine: Tensor, exact: bool):
         self.engine, self.exact = engine, exact
-        self.trainer = torch.empty_like(engine)
+        self.trainer = torch.zeros_like(engine)
 
     def see(self, predicted: np.ndarray, logp: Tensor) -> None:
-        """Take a micro-batch's; where the two must be equal, stop before the optimizer steps."""
+        """Take a micro-batch's."""
         self.trainer[predicted] = logp.detach().float().cpu()
+
+    def check(self) -> None:
+        """Put those of all ranks together; where the two must be equal, stop before the optimizer steps."""
+        ranks.add_up(self.trainer)
         if self.exact:
-            check_ratios(float((self.trainer[predicted] - self.engine[predicted]).abs().max()))
+            check_ratios(float((self.trainer - self.engine).abs().max()))
 
 
 def make_loss(
@@ -205,7 +214,7 @@ def replay_mismatch(
     chosen = samples[: training.mismatch_sample]
     rows = sample_rows(chosen, replace(training, method="TraceRL", shrink=1), layout, seed=[0])
     engine_logp = gather(rows, chosen, lambda trajectory: trajectory.logp)
-    batches = pack(rows, training.tokens_per_micro_batch)
+    batches = micro_batches(rows, training.tokens_per_micro_batch)
     return mismatch_of(batch_logp(learner, batches, len(engine_logp), temperature), engine_logp)
 
 

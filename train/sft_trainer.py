@@ -14,6 +14,7 @@ from common.checkpoint import write_folder
 from common.config import dump_config, load_config, settings_of
 from common.errors import UserError
 from common.metrics import MetricsLog, draw_curves, open_metrics
+from common.ranks import add_up
 from common.runtime import Stopwatch, console, device_and_dtype, prepare_run_folder, progress, seed_everything
 from common.schema import RewardConfig, SFTConfig, SFTTrainingConfig
 from data.tasks import load_sft_records, load_tasks
@@ -23,8 +24,8 @@ from models.tiny import build_tiny
 from reward.score import make_scorer
 from rollout.evaluate import evaluate
 from sample.engine import Engine
-from train.optimize import Learner, make_learner, update
-from train.packing import PackedBatch, Row, make_rows, pack
+from train.optimize import Learner, full_weights, make_accelerator, make_learner, micro_batches, update
+from train.packing import PackedBatch, Row, make_rows
 from train.policy import Policy
 from train.views import SFT_METHODS
 
@@ -179,16 +180,15 @@ def view_rows(
 def sft_update(learner: Learner, rows: Sequence[Row], token_budget: int) -> dict[str, float]:
     """One update on the mean cross-entropy of all predicted tokens."""
     count = sum(len(row.target) for row in rows)
-    total = 0.0
+    total = torch.zeros(())
 
     def loss(batch: PackedBatch, logp: Tensor) -> Tensor:
-        nonlocal total
         value = -logp.sum() / count
-        total += float(value.detach())
+        total.add_(value.detach().cpu())
         return value
 
-    norm = update(learner, pack(rows, token_budget), loss)
-    return {"loss": total, "grad_norm": norm, "predicted_tokens": count}
+    norm = update(learner, micro_batches(rows, token_budget), loss)
+    return {"loss": float(add_up(total)), "grad_norm": norm, "predicted_tokens": count}
 
 
 def sampled_accuracy(config: SFTConfig, loaded: LoadedModel, tasks: Sequence) -> float:
