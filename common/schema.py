@@ -116,6 +116,9 @@ class ExperimentConfig:
     save_every: int = key(10, "steps between checkpoints; 0: only the final model", low=0)
     eval_every: int = key(10, "steps between evaluations; 0: before and after only", low=0)
     keep_last: int = key(2, "checkpoints kept", low=1)
+    deepspeed_file: str | None = key(
+        None, "a file of accelerate_configs/, by which ranks are launched; null: one process, or as launched already"
+    )
     trackers: list[str] = key(
         ["tensorboard"],
         "where curves go besides metrics.jsonl: tensorboard, wandb, trackio",
