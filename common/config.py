@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError, one_line_errors
 from common.help import key_tables, usage
+from common.keys import default_of, keys_of
 from common.layers import (
     ENTRY_SCRIPTS,
     find_config,
@@ -32,7 +33,7 @@ from common.layers import (
     split_arguments,
 )
 from common.older_keys import UPDATE_SIZE_KEYS
-from common.schema import JOBS, RolloutConfig, Sampling, default_of, keys_of
+from common.schema import JOBS, RolloutConfig, Sampling
 
 REQUIRED = {
     "rl": ("model.pretrained_model", "dataset.train_dataset"),
@@ -55,7 +56,7 @@ COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (
         ("rl",),
-        lambda c: c.rollout.num_response_per_task < 2,
+        lambda c: c.rollout.num_response_per_task < 2 and not c.model.value_base_model,
         "rollout.num_response_per_task={c.rollout.num_response_per_task}: "
         "a task's responses are compared with each other, so it takes at least 2",
     ),
@@ -75,6 +76,24 @@ COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         ("rl",),
         lambda c: c.training.old_logp == "detach" and c.training.updates_per_step > 1,
         "training.old_logp=detach allows one update, but training.updates_per_step={c.training.updates_per_step}",
+    ),
+    (
+        ("rl",),
+        lambda c: c.model.value_base_model and c.training.method != "TraceRL",
+        "model.value_base_model with training.method={c.training.method}: a value model learns over the steps of a "
+        "trace; set training.method=TraceRL, or model.value_base_model=null",
+    ),
+    (
+        ("rl",),
+        lambda c: c.model.value_base_model and c.training.ratio_level == "sequence",
+        "model.value_base_model with training.ratio_level=sequence: a sequence has one advantage, a value model gives "
+        "one to each token; set training.ratio_level=token, or model.value_base_model=null",
+    ),
+    (
+        ("rl",),
+        lambda c: c.training.tis_cap is not None and c.training.old_logp == "engine",
+        "training.tis_cap={c.training.tis_cap} with training.old_logp=engine: the ratio holds that weight already; "
+        "set training.old_logp=auto, or training.tis_cap=null",
     ),
     (
         ("rl",),
@@ -110,7 +129,7 @@ def load_config(job: str, argv: list[str]) -> Any:
     for section in vars(cfg).values():
         if isinstance(section, Sampling):
             settings_of(section)
-    notes += filter(None, [derive_update_size(job, cfg, values)])
+    notes += filter(None, [derive_update_size(job, cfg, values), derive_keep_accuracy(job, cfg, values)])
     for jobs, is_wrong, message in COMBINATIONS:
         if job in jobs and is_wrong(cfg):
             raise UserError(message.format(c=cfg))
@@ -272,6 +291,14 @@ def derive_update_size(job: str, cfg: Any, values: dict[str, Any]) -> str:
         f"{told} an update, {responses} responses × {views} rows a step → training.updates_per_step={updates} "
         "(set it to choose another)"
     )
+
+
+def derive_keep_accuracy(job: str, cfg: Any, values: dict[str, Any]) -> str:
+    """With a value model groups are not compared, so none is dropped unless the config asks for it; tell so."""
+    if job != "rl" or not cfg.model.value_base_model or "training.keep_accuracy" in values:
+        return ""
+    cfg.training.keep_accuracy = None
+    return "model.value_base_model is set → training.keep_accuracy=null (set it to drop groups)"
 
 
 @one_line_errors

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 
+from common.keys import default_of, keys_of
 from common.layers import ENTRY_SCRIPTS, EXAMPLES, configs_of
-from common.schema import JOBS, default_of, keys_of
+from common.schema import JOBS
 
 REQUIRED_ARGUMENT = {"generate": 'model=PATH prompt="…"'}  # of jobs that need no config
 

@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError
+from common.keys import keys_of
 from common.older_keys import OBSOLETE_KEYS, RENAMED_KEYS, RENAMED_VALUES, UPDATE_SIZE_KEYS
-from common.schema import JOBS, keys_of
+from common.schema import JOBS
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY_SCRIPTS = {"rl": "rl.py", "eval": "eval.py", "sft": "train/sft_<family>.py", "generate": "generate.py"}

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from common import ranks
 from common.errors import UserError
 
 # one rank speaks for all
@@ -39,22 +40,45 @@ def seed_everything(seed: int) -> None:
 
 
 def prepare_run_folder(runs_dir: str, project: str, from_scratch: bool) -> Path:
-    """The run's folder, made; one that exists is moved aside (from scratch) or kept for resuming, never overwritten."""
+    """The run's folder, made; one that exists is moved aside (from scratch) or kept for resuming, never overwritten.
+
+    One rank does it, the others wait.
+    """
     folder = Path(runs_dir) / project
-    if folder.exists() and any(folder.iterdir()) and from_scratch:
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-            number += 1
-        folder.rename(aside)
-        console.print(
-            f"{folder} exists and experiment.start_from_scratch is True: moved it to {aside} "
-            "(experiment.start_from_scratch=False resumes instead)"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"experiment.runs_dir: {folder} cannot be made ({error.strerror}); name another") from error
+    if ranks.is_main():
+        if folder.exists() and any(folder.iterdir()) and from_scratch:
+            move_aside(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            check_writable(folder)
+        except OSError as error:
+            raise UserError(
+                f"experiment.runs_dir: {folder} cannot be written ({error.strerror}); name another"
+            ) from error
+    ranks.wait_for_all()
     return folder
+
+
+def move_aside(folder: Path) -> None:
+    """Rename a folder to the first free name beside it, and say so."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    console.print(
+        f"{folder} exists and experiment.start_from_scratch is True: moved it to {aside} "
+        "(experiment.start_from_scratch=False resumes instead)"
+    )
+
+
+def check_writable(folder: Path) -> None:
+    """OSError where a file cannot be written in the folder, as on a full or read-only disk."""
+    file = folder / ".writable"
+    with file.open("wb") as stream:
+        stream.write(b"\0" * (1 << 16))
+        stream.flush()
+        os.fsync(stream.fileno())
+    file.unlink()
 
 
 @contextmanager

@@ -8,37 +8,14 @@ command line. `Any` marks a key that takes a scalar or a list (evaluation under 
 
 from __future__ import annotations
 
-from dataclasses import Field, dataclass, field, fields, is_dataclass
-from functools import cache
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from typing import Any
+
+from common.keys import key, section
 
 KINDS = ("math", "code", "general")  # of tasks; reward/score.py has a function for each
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded")
 DTYPES = ("auto", "float32", "bfloat16")
-
-
-def key(
-    default: Any,
-    help: str,
-    choices: tuple[str, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
-    function: bool = False,
-) -> Any:
-    """A schema field with its one-line explanation; lists and dicts are copied per instance.
-
-    `choices` names the words allowed, `function` allows module:function (too), `low` and `high` bound numbers;
-    `common.config` holds each value, or each entry of a list, to them.
-    """
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "function": function}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def section(cls: type) -> Any:
-    """A nested section with the defaults of its class."""
-    return field(default_factory=cls)
 
 
 @dataclass
@@ -114,6 +91,7 @@ class ExperimentConfig:
     start_from_scratch: bool = key(True, "an existing run folder is moved aside (True) or resumed (False)")
     total_step: int = key(50, "RL steps", low=1)
     save_every: int = key(10, "steps between checkpoints; 0: only the final model", low=0)
+    train_value_every: int = key(1, "RL steps between those in which the value model learns; 1: in every one", low=1)
     eval_every: int = key(10, "steps between evaluations; 0: before and after only", low=0)
     keep_last: int = key(2, "checkpoints kept", low=1)
     deepspeed_file: str | None = key(
@@ -135,6 +113,12 @@ class ModelConfig:
     dtype: str = key(
         "auto", "of the weights: auto (bfloat16 on a GPU, float32 elsewhere), float32, bfloat16", choices=DTYPES
     )
+
+
+@dataclass
+class RLModelConfig(ModelConfig):
+    value_base_model: str | None = key(None, "folder or hub id of the value model's start; null: no value model")
+    optimized_value_name: str = key("optimized_value", "folder of the trained value model under ckpt/")
 
 
 @dataclass
@@ -201,6 +185,9 @@ class TrainingBase:
     max_prompt_len: int = key(784, "longer prompts are dropped and counted", low=1)
     tokens_per_micro_batch: int = key(16384, "packed tokens in one forward of the trainer", low=1)
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm", low=0)
+    max_bad_steps: int = key(
+        3, "updates in a row whose loss or gradient is not finite: they are skipped, so many end the run", low=1
+    )
     gradient_checkpointing_enable: bool = key(False, "recompute activations in the backward pass: less memory")
     lower_p: float = key(0.1, "lowest masking probability of a random view", low=0, high=1)
     upper_p: float = key(0.9, "highest masking probability of a random view", low=0.01, high=1)
@@ -212,16 +199,24 @@ class TrainingBase:
 class RLTrainingConfig(TrainingBase):
     method: str = key(
         "TraceRL",
-        "how views are made: TraceRL (replay the trace), random_masking, coupled (random and its complement)",
+        "how views are made: TraceRL (replay the trace), random_masking, coupled (random and its complement), or "
+        "my_module:my_views",
         choices=("TraceRL", "random_masking", "coupled"),
+        function=True,
+    )
+    ratio_level: str = key(
+        "token",
+        "what ratio is clipped: of every token, or one of the whole sequence, from its ELBO per token (ESPO)",
+        choices=("token", "sequence"),
     )
     shrink: int = key(
         1, "TraceRL: this many neighbouring steps (of a block, under block attention) are merged into one view", low=1
     )
     updates_per_step: int = key(1, "optimizer updates in one RL step", low=1)
-    eps: float = key(0.2, "clip range of the ratio", low=0, high=1)
+    eps: float = key(0.2, "clip range of the ratio, and of the value", low=0, high=1)
+    eps_high: float | None = key(None, "clip range of the ratio upwards, as in DAPO; null: eps", low=0)
     beta: float = key(0.01, "weight of the KL penalty", low=0)
-    use_kl_estimator_k3: bool = key(True, "k3 estimator of the KL; False: k1")
+    use_kl_estimator_k3: bool = key(True, "k3 estimator of the KL; False: k1, or k2 where ratio_level is sequence")
     kl_reference: str = key(
         "old",
         "the KL is to the policy at the start of the step (old) or the first model (initial)",
@@ -233,6 +228,13 @@ class RLTrainingConfig(TrainingBase):
     keep_accuracy: list[float] | None = key(
         [0.2, 0.8], "groups of other accuracy are dropped; null keeps all", low=0, high=1
     )
+    dynamic_sampling: bool = key(
+        False,
+        "drop groups of equal rewards and draw tasks until num_task_per_step groups are kept, at most "
+        "rollout.max_resample times more (DAPO)",
+    )
+    gam: float = key(1.0, "value model: discount of later steps' rewards and values (γ)", low=0, high=1)
+    lam: float = key(1.0, "value model: weight of later steps in the advantage (λ of GAE)", low=0, high=1)
     mismatch_sample: int = key(
         16, "trajectories replayed to measure mismatch_kl where the method's views are no replay", low=1
     )
@@ -240,6 +242,9 @@ class RLTrainingConfig(TrainingBase):
         "auto",
         "auto, engine, recompute or detach: whose log-probabilities the ratio starts from",
         choices=("auto", "engine", "recompute", "detach"),
+    )
+    tis_cap: float | None = key(
+        None, "largest importance weight π_trainer/π_engine of a token, for low precision; null: no weights", low=0.01
     )
 
 
@@ -277,9 +282,19 @@ class OptimizerParams:
 
 
 @dataclass
+class RLOptimizerParams(OptimizerParams):
+    value_learning_rate: float | None = key(None, "peak of the value model's; null: learning_rate", low=0)
+
+
+@dataclass
 class OptimizerConfig:
     name: str = key("adamw", "adamw", choices=("adamw",))
     params: OptimizerParams = section(OptimizerParams)
+
+
+@dataclass
+class RLOptimizerConfig(OptimizerConfig):
+    params: RLOptimizerParams = section(RLOptimizerParams)
 
 
 @dataclass
@@ -299,12 +314,12 @@ class RLConfig:
     """python rl.py config=… : reinforcement learning."""
 
     experiment: ExperimentConfig = section(ExperimentConfig)
-    model: ModelConfig = section(ModelConfig)
+    model: RLModelConfig = section(RLModelConfig)
     dataset: DatasetConfig = section(DatasetConfig)
     rollout: RolloutConfig = section(RolloutConfig)
     reward: RewardConfig = section(RewardConfig)
     training: RLTrainingConfig = section(RLTrainingConfig)
-    optimizer: OptimizerConfig = section(OptimizerConfig)
+    optimizer: RLOptimizerConfig = section(RLOptimizerConfig)
     lr_scheduler: SchedulerConfig = section(SchedulerConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)
 
@@ -351,21 +366,3 @@ class GenerateConfig(Sampling):
 
 
 JOBS: dict[str, type] = {"rl": RLConfig, "eval": EvalConfig, "sft": SFTConfig, "generate": GenerateConfig}
-
-
-@cache
-def keys_of(cls: type, prefix: str = "") -> dict[str, tuple[Any, Field]]:
-    """Every key below a section, dotted, in order: its type and its field."""
-    found: dict[str, tuple[Any, Field]] = {}
-    hints = get_type_hints(cls)
-    for one in fields(cls):
-        if is_dataclass(hints[one.name]):
-            found |= keys_of(hints[one.name], f"{prefix}{one.name}.")
-        else:
-            found[prefix + one.name] = (hints[one.name], one)
-    return found
-
-
-def default_of(one: Field) -> Any:
-    """The default value of a field made by `key`."""
-    return one.default_factory() if callable(one.default_factory) else one.default

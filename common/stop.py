@@ -1,4 +1,4 @@
-"""Stopping a run without losing anything: SIGTERM and Ctrl-C are taken note of, and acted on where nothing is half done.
+"""Stopping a run without loss: SIGTERM and Ctrl-C are taken note of, and acted on where nothing is half done.
 
 A second signal ends the process at once. Ranks have a launcher above them, which would kill them soon after it got the
 signal itself; so it keeps the signal from them and makes a file, which they look for.

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import track
 
 from common.errors import UserError, one_line_errors
-from common.schema import RewardConfig, keys_of
+from common.keys import keys_of
+from common.schema import RewardConfig
 from common.trajectory import Score, Task
 from data.tasks import load_tasks
 from reward.score import make_scorer

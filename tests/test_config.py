@@ -12,8 +12,9 @@ import yaml
 from common.config import dump_config, load_config, parse_or_help, settings_of
 from common.errors import UserError
 from common.help import key_tables, usage
+from common.keys import default_of, keys_of
 from common.layers import find_config, infer_job, read_layers
-from common.schema import JOBS, RLConfig, RolloutConfig, default_of, keys_of
+from common.schema import JOBS, RLConfig, RolloutConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RL = """# a small run

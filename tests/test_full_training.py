@@ -18,8 +18,9 @@ from sample.engine import Engine
 from train.optimize import Learner, batch_logp
 from train.packing import make_rows, pack
 from train.policy import Policy
-from train.rl_step import Sample, gather, layout_of, learn, noisings, sample_rows
+from train.rl_step import learn
 from train.rl_trainer import main as train_rl
+from train.samples import Sample, gather, layout_of, noisings, sample_rows
 from train.views import SFT_METHODS, random_views, trace_views
 
 FAMILIES = ("dream", "llada", "mmada")

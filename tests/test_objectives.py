@@ -41,7 +41,7 @@ def row(steps: list[int], trajectory: int = 0) -> Row:
 )
 def test_the_clipped_loss(ratio: float, advantage: float, loss: float, slope: float, clipped: int) -> None:
     logp = torch.tensor([-1.0], requires_grad=True)
-    result = policy_loss(logp, fields([-1.0 - math.log(ratio)], [advantage]), eps=0.2, beta=0.0, use_k3=True)
+    result = policy_loss(logp, fields([-1.0 - math.log(ratio)], [advantage]), eps=0.2, beta=0.0)
     result.loss.backward()
     assert float(result.loss.detach()) == pytest.approx(loss, rel=1e-5)
     assert float(result.policy) == pytest.approx(loss, rel=1e-5)
@@ -52,29 +52,30 @@ def test_the_clipped_loss(ratio: float, advantage: float, loss: float, slope: fl
 def test_clip_fraction_counts_flat_tokens() -> None:
     ratios, advantages = [1.5, 1.5, 0.5, 0.5, 1.0, 3.0], [1.0, -1.0, 1.0, -1.0, 1.0, 0.0]
     old = [-1.0 - math.log(ratio) for ratio in ratios]
-    result = policy_loss(torch.full((6,), -1.0), fields(old, advantages), eps=0.2, beta=0.0, use_k3=True)
+    result = policy_loss(torch.full((6,), -1.0), fields(old, advantages), eps=0.2, beta=0.0)
     assert int(result.clipped) == 2
     assert float(result.loss) == pytest.approx(-1.2 + 1.5 - 0.5 + 0.8 - 1.0, rel=1e-5)
 
 
 def test_a_ratio_is_bounded_before_it_is_exponentiated() -> None:
-    result = policy_loss(torch.tensor([0.0]), fields([-200.0], [-1.0]), eps=0.2, beta=0.0, use_k3=True)
+    result = policy_loss(torch.tensor([0.0]), fields([-200.0], [-1.0]), eps=0.2, beta=0.0)
     assert float(result.loss) == pytest.approx(math.exp(10), rel=1e-5)
 
 
 def test_kl_estimates() -> None:
     logp, reference = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -1.0 - math.log(2), -1.0 + math.log(2)])
     expected = torch.tensor([0.0, 0.5 - 1 + math.log(2), 2 - 1 - math.log(2)])
-    torch.testing.assert_close(kl_estimate(logp, reference, use_k3=True), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(kl_estimate(logp, reference, use_k3=False), logp - reference, rtol=0, atol=0)
+    torch.testing.assert_close(kl_estimate(logp, reference, "k3"), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(kl_estimate(logp, reference, "k1"), logp - reference, rtol=0, atol=0)
     assert float(kl_estimate(torch.tensor(-30.0), torch.tensor(-1.0))) == pytest.approx(math.exp(10) - 11, rel=1e-5)
 
 
-@pytest.mark.parametrize("use_k3", [True, False])
-def test_the_penalty_is_added_with_beta(use_k3: bool) -> None:
+@pytest.mark.parametrize(
+    ("estimator", "kl"), [("k1", math.log(2)), ("k2", math.log(2) ** 2 / 2), ("k3", math.log(2) - 0.5)]
+)
+def test_the_penalty_is_added_with_beta(estimator: str, kl: float) -> None:
     token = fields([-1.0], [0.5], logp_ref=[-1.0 - math.log(2)])
-    result = policy_loss(torch.tensor([-1.0]), token, eps=0.2, beta=0.1, use_k3=use_k3)
-    kl = math.log(2) - 0.5 if use_k3 else math.log(2)
+    result = policy_loss(torch.tensor([-1.0]), token, eps=0.2, beta=0.1, estimator=estimator)
     assert float(result.loss) == pytest.approx(-0.5 + 0.1 * kl, rel=1e-5)
     assert float(result.policy) == pytest.approx(-0.5, rel=1e-6)
     assert float(result.kl) == pytest.approx(kl, rel=1e-5)
@@ -93,8 +94,8 @@ def test_the_three_norms(norm: str, weights: list[float]) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(["token", "length", "step"]), st.booleans())
-def test_the_loss_equals_the_reference(seed: int, norm: str, use_k3: bool) -> None:
+@given(st.integers(0, 10**6), st.sampled_from(["token", "length", "step"]), st.sampled_from(["k1", "k3"]))
+def test_the_loss_equals_the_reference(seed: int, norm: str, estimator: str) -> None:
     rng = np.random.default_rng(seed)
     rows = [row(rng.integers(0, 4, rng.integers(1, 9)).tolist(), n) for n in range(rng.integers(1, 4))]
     count = sum(len(one.target) for one in rows)
@@ -105,10 +106,10 @@ def test_the_loss_equals_the_reference(seed: int, norm: str, use_k3: bool) -> No
     ]
     ends = np.cumsum([len(one.target) for one in rows])
     responses = [tokens[end - len(one.target) : end] for one, end in zip(rows, ends)]
-    expected = plain.update_loss(responses, norm, 20, eps=0.1, beta=0.3, estimator="k3" if use_k3 else "k1")
+    expected = plain.update_loss(responses, norm, 20, eps=0.1, beta=0.3, estimator=estimator)
     weight = torch.tensor(loss_weights(rows, norm, 20))
     given_fields = TokenFields(torch.tensor(old), torch.tensor(reference), torch.tensor(advantage), weight)
-    result = policy_loss(torch.tensor(logp), given_fields, eps=0.1, beta=0.3, use_k3=use_k3)
+    result = policy_loss(torch.tensor(logp), given_fields, eps=0.1, beta=0.3, estimator=estimator)
     torch.testing.assert_close(result.loss, expected, rtol=1e-10, atol=1e-12)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from benchmarks.coin_flip import coin_flip
 from common.config import load_config
 from common.errors import UserError
-from common.schema import OptimizerConfig, OptimizerParams, RLTrainingConfig, Sampling, SchedulerConfig
+from common.schema import OptimizerParams, RLTrainingConfig, Sampling, SchedulerConfig
 from common.trajectory import Request, Score, Task, Trajectory
 from models import load_model
 from rollout.collect import Rollout
@@ -23,7 +23,8 @@ from sample.engine import Engine
 from train import rl_trainer
 from train.optimize import Learner, make_learner
 from train.policy import Policy
-from train.rl_step import Layout, Sample, kept_samples, learn
+from train.rl_step import learn
+from train.samples import Layout, Sample, kept_samples
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "rl_tiny.yaml"
 BLOCK = 4
@@ -329,8 +330,8 @@ class Drawn:
 @pytest.fixture
 def drawn(tiny_sdar: Path) -> Drawn:
     loaded = load_model(tiny_sdar, "sdar")
-    params = OptimizerConfig(params=OptimizerParams(learning_rate=1e-3))
-    learner = make_learner(Policy(loaded.model, loaded.mask_id), params, SchedulerConfig(), 10, 1.0)
+    params = OptimizerParams(learning_rate=1e-3)
+    learner = make_learner(Policy(loaded.model, loaded.mask_id), params, SchedulerConfig(), 10, RLTrainingConfig())
     settings = Sampling(max_token=16, remasking_strategy="low_confidence_static")
     requests = [Request(str(n), list(range(5 + n)), seed=1) for n in range(4)]
     trajectories = Engine(loaded.model, loaded.mask_id, loaded.stop_ids).generate(requests, settings)
@@ -365,7 +366,7 @@ def test_a_wrong_replay_stops_the_run(drawn: Drawn, spoil: Callable[[Trajectory]
 
 def test_stale_weights_stop_the_run(drawn: Drawn) -> None:
     with torch.no_grad():
-        drawn.learner.policy.model.model.layers[2].mlp.up_proj.weight.mul_(1.05)
+        drawn.learner.network.model.model.layers[2].mlp.up_proj.weight.mul_(1.05)
     assert drawn.learn(exact=False)["logp_diff_max"] > 1e-3
     with pytest.raises(UserError, match="logp_diff_max"):
         drawn.learn()
@@ -373,7 +374,7 @@ def test_stale_weights_stop_the_run(drawn: Drawn) -> None:
 
 def test_merged_steps_start_from_their_own_logp(drawn: Drawn) -> None:
     """With shrink 2 the engine's numbers are not those of the views: `auto` takes the trainer's, so the ratio is 1."""
-    before = {name: tensor.clone() for name, tensor in drawn.learner.policy.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in drawn.learner.network.state_dict().items()}
     figures = drawn.learn(shrink=2, beta=0.0)
     assert figures["kl"] == pytest.approx(0, abs=1e-9) and figures["clip_fraction"] == 0
     lengths = [one.trajectory.length for one in drawn.samples]
@@ -382,7 +383,7 @@ def test_merged_steps_start_from_their_own_logp(drawn: Drawn) -> None:
     mean = sum(a * n for a, n in zip(advantages, lengths)) / sum(lengths)
     assert figures["loss"] == pytest.approx(-mean, abs=1e-5)
     assert figures["logp_diff_max"] <= 1e-5  # measured on exact replays all the same
-    drawn.learner.policy.load_state_dict(before)
+    drawn.learner.network.load_state_dict(before)
     assert drawn.learn(shrink=2, old_logp="engine")["kl"] > 1e-3
 
 

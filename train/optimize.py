@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
 from common import ranks
-from common.schema import OptimizerConfig, SchedulerConfig
+from common.errors import UserError
+from common.runtime import console
+from common.schema import OptimizerParams, SchedulerConfig, TrainingBase
+from train.devices import make_accelerator, with_deepspeed
 from train.packing import PackedBatch, Row, pack
-from train.policy import Policy
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -26,91 +24,88 @@ if TYPE_CHECKING:
 
 @dataclass
 class Learner:
-    """What an update needs and a checkpoint keeps."""
+    """A network, policy or value model, with what its updates need and a checkpoint keeps."""
 
-    policy: Policy
+    network: torch.nn.Module  # packed batch → what it predicts there; train.policy has the two
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     accelerator: Accelerator
     max_grad_norm: float
-    engine: DeepSpeedEngine | None = None  # around the policy, where DeepSpeed shards it
+    max_bad_steps: int = 1
+    bad_in_a_row: int = 0
+    engine: DeepSpeedEngine | None = None  # around the network, where DeepSpeed shards what belongs to it
 
     @property
     def sharded(self) -> bool:
         """Whether a rank holds but a part of every weight (ZeRO-3)."""
         return self.engine is not None and self.engine.zero_optimization_partition_weights()
 
-    def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """logp and entropy of the batch's predicted tokens, (predicted,) each."""
-        return (self.engine or self.policy)(batch.to(self.accelerator.device), temperature)
+    def forward(self, batch: PackedBatch, *options: float) -> Tensor | tuple[Tensor, ...]:
+        """What the network says of a packed batch. Under ZeRO-3 all ranks must call it."""
+        return (self.engine or self.network)(batch, *options)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the loss's gradients to those of the update's other micro-batches; `last` marks the update's last."""
+        if self.engine is None:
+            loss.backward()
+        else:
+            self.engine.set_gradient_accumulation_boundary(last)
+            self.engine.backward(loss * ranks.world())  # it takes the mean over ranks
 
     def state_dict(self) -> dict:
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "bad_in_a_row": self.bad_in_a_row,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.bad_in_a_row = state["bad_in_a_row"]
 
 
-def make_accelerator(mixed_precision: str = "no") -> Accelerator:
-    """Join the other ranks, if there are any, as the launcher's environment says."""
-    on_gpu = torch.cuda.is_available()
-    use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    if use_deepspeed and not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed.ops
+@dataclass(frozen=True)
+class Update:
+    """What came of one update."""
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled at the first launch
-    handlers = []
-    if use_deepspeed or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        handlers = [InitProcessGroupKwargs(backend=None if on_gpu else "gloo", timeout=timedelta(minutes=30))]
-    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
-    assert (accelerator.distributed_type == DistributedType.DEEPSPEED) == use_deepspeed
-    return accelerator
+    loss: float  # the sum over its micro-batches
+    grad_norm: float  # before clipping
+    taken: bool  # False: one of the two was not finite; weights, optimizer and schedule are as they were
 
 
 def make_learner(
-    policy: Policy,
-    optimizer: OptimizerConfig,
+    network: torch.nn.Module,
+    optimizer: OptimizerParams,
     schedule: SchedulerConfig,
     updates: int,
-    max_grad_norm: float,
+    training: TrainingBase,
     mixed_precision: str = "no",
+    learning_rate: float | None = None,
 ) -> Learner:
-    """AdamW over the policy and a schedule of `updates` updates, prepared by accelerate for this machine."""
+    """AdamW over what of the network is trained and a schedule of `updates` updates, prepared by accelerate.
+
+    `learning_rate` takes the place of the optimizer's own.
+    """
     accelerator = make_accelerator(mixed_precision)
-    params = optimizer.params
     adamw = torch.optim.AdamW(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
-        lr=params.learning_rate,
-        betas=(params.beta1, params.beta2),
-        eps=params.epsilon,
-        weight_decay=params.weight_decay,
+        [parameter for parameter in network.parameters() if parameter.requires_grad],
+        lr=optimizer.learning_rate if learning_rate is None else learning_rate,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.epsilon,
+        weight_decay=optimizer.weight_decay,
     )
+    limits = {"max_grad_norm": training.max_grad_norm, "max_bad_steps": training.max_bad_steps}
+    engine = None
+    if accelerator.state.deepspeed_plugin is None:
+        # not wrapped, also where ranks are many: `step` adds their gradients up
+        network = accelerator.prepare_model(network, evaluation_mode=True)
+    else:
+        engine = with_deepspeed(accelerator, network, adamw, training.max_grad_norm)
+        adamw = engine.basic_optimizer
     # not prepared: accelerate would advance it once per process and per accumulated micro-batch
     scheduler = torch.optim.lr_scheduler.LambdaLR(adamw, lambda done: rate_factor(schedule, done, updates))
-    learner = Learner(policy, adamw, scheduler, accelerator, max_grad_norm)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        learner.engine, learner.optimizer = with_deepspeed(learner)
-    else:
-        # evaluation_mode: not wrapped for many ranks, whose gradients `step` adds up
-        learner.policy = accelerator.prepare_model(policy, evaluation_mode=True)
-    return learner
-
-
-def with_deepspeed(learner: Learner) -> tuple[DeepSpeedEngine, torch.optim.Optimizer]:
-    """The policy and its optimizer in DeepSpeed's hands. It clips, and skips a step whose gradient is not finite."""
-    from deepspeed.utils import set_z3_leaf_modules
-
-    set_z3_leaf_modules(learner.policy, [type(learner.policy.head)])
-    settings = learner.accelerator.state.deepspeed_plugin.deepspeed_config
-    settings["train_micro_batch_size_per_gpu"] = settings["gradient_accumulation_steps"] = 1  # boundaries are set here
-    settings["train_batch_size"] = ranks.world()
-    settings["gradient_clipping"] = learner.max_grad_norm
-    if learner.accelerator.mixed_precision == "bf16":
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
-    engine, optimizer = learner.accelerator.prepare(learner.policy, learner.optimizer)
-    return engine, optimizer
+    return Learner(network, adamw, scheduler, accelerator, **limits, engine=engine)
 
 
 def rate_factor(schedule: SchedulerConfig, done: int, updates: int) -> float:
@@ -126,114 +121,99 @@ def rate_factor(schedule: SchedulerConfig, done: int, updates: int) -> float:
 
 
 def micro_batches(rows: Sequence[Row], token_budget: int) -> list[PackedBatch]:
-    """The rows of an update cut into micro-batches, the same on every rank, and at least one for each where rows do."""
+    """The rows of an update as micro-batches, the same on every rank; at least one for each rank where rows do."""
     return pack(rows, token_budget, at_least=ranks.world())
 
 
-def my_share(batches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, bool]]:
-    """This rank's micro-batches, as many as every other's; False marks one that only fills up, to be weighted 0.
+def my_share(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+    """This rank's micro-batches, as many as every other's: filled up with one in which nothing is predicted.
 
     They come sorted by length, so that those computed side by side are alike.
     """
-    count, number = ranks.world(), ranks.rank()
-    places = range(number, -(-len(batches) // count) * count, count)
-    return [(batches[place], True) if place < len(batches) else (batches[0], False) for place in places]
+    nothing = torch.zeros(0, dtype=torch.long)
+    filler = replace(batches[0], predict_at=nothing, target=nothing, predicted=nothing.numpy())
+    padded = [*batches, *[filler] * (-len(batches) % ranks.world())]
+    return padded[ranks.rank() :: ranks.world()]
 
 
 def update(
     learner: Learner,
     batches: Sequence[PackedBatch],
-    loss: Callable[[PackedBatch, Tensor], Tensor],
-    temperature: float = 1.0,
+    loss: Callable[[PackedBatch], Tensor],
     before_step: Callable[[], None] | None = None,
-) -> float:
-    """One optimizer step on the sum of `loss(batch, logp)` over all micro-batches; returns the gradient's norm.
+) -> Update:
+    """One optimizer step on the sum of `loss(batch)` over all micro-batches; the loss runs the learner's network.
 
-    The batches are the whole update's, the same on every rank; each rank computes its share of them. The loss holds
-    the update's denominators, so gradients just add up. `before_step` is called when they have. Raises
-    FloatingPointError on every rank, weights and optimizer untouched, where the gradient is not finite.
+    `batches` are the whole update's, on every rank; each rank computes its share. The loss holds the update's
+    denominators, so gradients just add up. `before_step` is called when they have. Where loss or gradient is not
+    finite every rank skips the step; `max_bad_steps` such in a row raise UserError.
     """
-    share, count = my_share(batches), ranks.world()
-    learner.policy.train()  # without it transformers ignores gradient checkpointing
+    total = torch.zeros((), dtype=torch.float64)
+    share = my_share(batches)
+    learner.network.train()  # without it transformers ignores gradient checkpointing
     try:
-        for number, (batch, counts) in enumerate(share, 1):
-            if learner.engine is not None:
-                learner.engine.set_gradient_accumulation_boundary(number == len(share))
-            logp, _ = learner.forward(batch, temperature)
-            value = loss(batch, logp) if counts else 0 * logp.sum()
-            if learner.engine is not None:
-                learner.engine.backward(value * count)  # it takes the mean over ranks
-            else:
-                learner.accelerator.backward(value)
+        for number, batch in enumerate(share, 1):
+            part = loss(batch.to(learner.accelerator.device))
+            total += part.detach().double().cpu()
+            last = number == len(share)
+            if last and not math.isfinite(ranks.add_up(total)):
+                part = part * math.nan  # the gradient's norm tells all ranks to skip the step
+            learner.backward(part, last)
     finally:
-        learner.policy.eval()  # the engine may share the network
+        learner.network.eval()  # the engine may share the network
     if before_step is not None:
         before_step()
     norm = step(learner)
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm}")
-    learner.scheduler.step()
-    return norm
+    taken = math.isfinite(norm)
+    if taken:
+        learner.scheduler.step()
+    learner.bad_in_a_row = 0 if taken else learner.bad_in_a_row + 1
+    if not taken:
+        console.print(f"update skipped: the loss is {float(total)}, the gradient's norm {norm}")
+    if learner.bad_in_a_row >= learner.max_bad_steps:
+        raise UserError(
+            f"training.max_bad_steps={learner.max_bad_steps}: that many updates in a row had a loss or gradient that "
+            "is not finite; lower the learning rate, or resume from the last checkpoint "
+            "(experiment.start_from_scratch=False)"
+        )
+    return Update(float(total), norm, taken)
 
 
 def step(learner: Learner) -> float:
-    """Clip and step on the gradients that have added up, unless they are not finite; returns their norm."""
+    """Clip the gradients and step, unless they are not finite, and forget them; returns their norm over all ranks."""
     if learner.engine is not None:
-        learner.engine.step()
-        norm = float(learner.engine.get_global_grad_norm())
-    else:
-        if ranks.world() > 1:
-            for parameter in learner.policy.parameters():
-                if parameter.requires_grad:
-                    torch.distributed.all_reduce(parameter.grad)
-        norm = float(torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), learner.max_grad_norm))
-        if math.isfinite(norm):
-            learner.optimizer.step()
-        learner.optimizer.zero_grad()
+        learner.engine.step()  # it clips, and skips by itself
+        return float(learner.engine.get_global_grad_norm())
+    parameters = [parameter for parameter in learner.network.parameters() if parameter.requires_grad]
+    if ranks.world() > 1:
+        for parameter in parameters:
+            torch.distributed.all_reduce(parameter.grad)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, learner.max_grad_norm))
+    if math.isfinite(norm):
+        learner.optimizer.step()
+    learner.optimizer.zero_grad()
     return norm
 
 
 @torch.no_grad()
-def batch_logp(learner: Learner, batches: Sequence[PackedBatch], count: int, temperature: float) -> Tensor:
-    """logp of the predicted tokens of all batches under the present weights, (count,) on the CPU, in row order."""
+def batch_outputs(
+    learner: Learner, batches: Sequence[PackedBatch], count: int, forward: Callable[[PackedBatch], Tensor]
+) -> Tensor:
+    """`forward` of every batch at the predicted tokens, (count,) float32 on the CPU, in the order of their rows.
+
+    Each rank computes its share of the batches, and has all the outputs.
+    """
     result = torch.zeros(count)
-    for batch, counts in my_share(batches):
-        logp, _ = learner.forward(batch, temperature)
-        if counts:
-            result[batch.predicted] = logp.float().cpu()
+    for batch in my_share(batches):
+        result[batch.predicted] = forward(batch.to(learner.accelerator.device)).float().cpu()
     return ranks.add_up(result)
 
 
-def full_weights(learner: Learner) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the network by name, whole; where ranks share it out, gathered one after another.
-
-    A gathered tensor is gone when the next is asked for. All ranks must go through all of them.
-    """
-    for name, parameter in learner.policy.model.named_parameters():
-        with gathered(learner, parameter):
-            yield name, parameter.data
+def batch_logp(learner: Learner, batches: Sequence[PackedBatch], count: int, temperature: float) -> Tensor:
+    """logp of the predicted tokens of all batches under the policy's present weights, as `batch_outputs`."""
+    return batch_outputs(learner, batches, count, lambda batch: learner.forward(batch, temperature)[0])
 
 
-@contextlib.contextmanager
-def whole_networks(accelerator: Accelerator) -> Iterator[None]:
-    """Within it networks are loaded whole on every rank, as an engine needs them, also where ZeRO-3 shards others."""
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is None:
-        yield
-        return
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()  # accelerate's zero3_init_context_manager no longer has an effect on transformers
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(plugin.dschf)
-
-
-def gathered(learner: Learner, parameter: torch.nn.Parameter) -> contextlib.AbstractContextManager:
-    """Within it the parameter is whole on every rank."""
-    if not learner.sharded:
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter])
+def batch_values(learner: Learner, batches: Sequence[PackedBatch], count: int) -> Tensor:
+    """The value model's present values at the predicted tokens of all batches, as `batch_outputs`."""
+    return batch_outputs(learner, batches, count, learner.forward)

@@ -1,4 +1,4 @@
-"""The trained network as a function from packed rows to log-probabilities at predicted positions."""
+"""The trained networks as functions of packed rows: log-probabilities, or values, at predicted positions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from models.value import ValueNetwork
 from sample.draw import token_logp
 from train.packing import PackedBatch, visible
 
@@ -25,10 +26,7 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """logp (predicted,) with gradient, as the engine defines it, and entropy (predicted,) without, in nats."""
-        hidden = self.model.model(
-            input_ids=batch.ids, position_ids=batch.position, attention_mask=visible(batch), use_cache=False
-        ).last_hidden_state
-        return self.head(hidden.flatten(0, 1)[batch.predict_at], batch.target, temperature)
+        return self.head(predicted_states(self.model, batch), batch.target, temperature)
 
 
 class Head(torch.nn.Module):
@@ -58,3 +56,23 @@ class Head(torch.nn.Module):
             probability = logp.exp()
             entropy = -torch.where(probability > 0, probability * logp, 0).sum(-1)
         return logp.gather(-1, target[:, None])[:, 0], entropy
+
+
+class Critic(torch.nn.Module):
+    """A value model whose forward returns the values of the predicted tokens of a packed batch."""
+
+    def __init__(self, model: ValueNetwork):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Values (predicted,), read where a prediction for those positions is read."""
+        return self.model.head(predicted_states(self.model.network, batch))
+
+
+def predicted_states(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
+    """The network's last hidden states where the batch's tokens are predicted, (predicted, hidden)."""
+    hidden = model.model(
+        input_ids=batch.ids, position_ids=batch.position, attention_mask=visible(batch), use_cache=False
+    ).last_hidden_state
+    return hidden.flatten(0, 1)[batch.predict_at]

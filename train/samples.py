@@ -1,0 +1,164 @@
+"""From groups of scored rollouts to the samples of an RL step, their rows, and numbers for each predicted token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.schema import RLTrainingConfig
+from common.trajectory import Trajectory
+from common.user_code import load_function
+from models import LoadedModel
+from rollout.collect import Rollout
+from train.advantages import group_advantages, keep_group, trace_advantages
+from train.packing import Row, make_rows
+from train.views import RL_METHODS, Views
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the family's attention lays a response out."""
+
+    mask_id: int
+    block_size: int | None  # None: full attention
+    logit_offset: int = 0  # the prediction for position i is at i + logit_offset
+
+
+def layout_of(loaded: LoadedModel, block_size: int) -> Layout:
+    """The layout of a family's responses."""
+    family = loaded.family
+    return Layout(loaded.mask_id, None if family.attention == "full" else block_size, family.logit_offset)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A trajectory, its advantage in the group, and its raw reward, as a whole and (process rewards) per token."""
+
+    trajectory: Trajectory
+    advantage: float
+    reward: float = 0.0
+    token_rewards: list[float] | None = None
+
+
+def kept_samples(
+    groups: Sequence[Sequence[Rollout]], bounds: Sequence[float] | None, drop_equal: bool = False
+) -> list[Sample]:
+    """Every response of the groups whose accuracy lies within `bounds`, with its advantage in the group.
+
+    Responses that could not be scored are left out: nothing is known of them. `drop_equal` leaves out groups whose
+    rewards are all equal too.
+    """
+    samples = []
+    for whole in groups:
+        group = [rollout for rollout in whole if rollout.score.verdict != "infrastructure"]
+        if not group or not keep_group([rollout.score.correct for rollout in group], bounds):
+            continue
+        rewards = [rollout.score.reward for rollout in group]
+        if drop_equal and len(set(rewards)) == 1:
+            continue
+        samples += [
+            Sample(rollout.trajectory, advantage, rollout.score.reward, rollout.score.token_rewards)
+            for rollout, advantage in zip(group, group_advantages(rewards).tolist())
+        ]
+    return samples
+
+
+def view_method(method: str) -> Callable[..., Views]:
+    """The function that makes a method's views: a row of RL_METHODS, or the user's own `module:function`."""
+    if method in RL_METHODS:
+        return RL_METHODS[method]
+    function = load_function("training.method", method)
+
+    def checked(*arguments: object) -> Views:
+        views = function(*arguments)
+        if not isinstance(views, Views):
+            raise UserError(
+                f"training.method: '{method}' returned {type(views).__name__}; it must return train.views.Views"
+            )
+        return views
+
+    return checked
+
+
+def sample_rows(
+    samples: Sequence[Sample], training: RLTrainingConfig, layout: Layout, seed: Sequence[int]
+) -> list[Row]:
+    """The packed rows of all samples, in their order, with the views of the configured method."""
+    method = view_method(training.method)
+    rows = []
+    for number, sample in enumerate(samples):
+        trajectory = sample.trajectory
+        rng = np.random.default_rng([*seed, number])
+        views = method(trajectory, layout.block_size, layout.mask_id, training, rng)
+        rows += make_rows(number, trajectory.prompt_ids, trajectory.response_ids, views, layout.logit_offset)
+    return rows
+
+
+def noisings(training: RLTrainingConfig) -> int:
+    """How many noised copies of a response its losses are averaged over."""
+    return training.mask_times_per_sample if training.method in ("random_masking", "coupled") else 1
+
+
+def predicted_count(rows: Sequence[Row]) -> int:
+    """How many tokens the rows predict."""
+    return sum(len(row.target) for row in rows)
+
+
+def trajectory_of(rows: Sequence[Row]) -> np.ndarray:
+    """The trajectory of every predicted token, (predicted,)."""
+    return np.repeat([row.trajectory for row in rows], [len(row.target) for row in rows])
+
+
+def gather(rows: Sequence[Row], samples: Sequence[Sample], values: Callable[[Trajectory], list[float]]) -> Tensor:
+    """Per-token values of the trajectories at the rows' predicted tokens, (predicted,) float32."""
+    parts = [np.asarray(values(samples[row.trajectory].trajectory))[row.response_index] for row in rows]
+    return torch.tensor(np.concatenate(parts), dtype=torch.float32)
+
+
+def value_targets(
+    rows: Sequence[Row], samples: Sequence[Sample], values: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of every predicted token, (predicted,) each, from the value model's `values`.
+
+    The rows are those of traces: the views of a trajectory, in their order, are the trace's steps. An outcome's reward
+    lies on the tokens of the last predicted step, process rewards on every token.
+    """
+    trajectory, step = trajectory_of(rows), view_of(rows)
+    index = np.concatenate([row.response_index for row in rows])
+    value = values.double().numpy()
+    advantages, returns = np.zeros_like(value), np.zeros_like(value)
+    for number in np.unique(trajectory):
+        own = np.flatnonzero(trajectory == number)
+        reward = token_rewards(samples[number], index[own], step[own])
+        advantages[own], returns[own] = trace_advantages(reward, value[own], step[own], gamma, lam)
+    return torch.tensor(advantages, dtype=torch.float32), torch.tensor(returns, dtype=torch.float32)
+
+
+def view_of(rows: Sequence[Row]) -> np.ndarray:
+    """A number for the view of every predicted token, ascending over the rows, (predicted,)."""
+    # under full attention a row is one view, its number in the row 0
+    pairs = [np.stack([np.full(len(row.target), n), row.view[row.predict_at]], 1) for n, row in enumerate(rows)]
+    return np.unique(np.concatenate(pairs), axis=0, return_inverse=True)[1].ravel()
+
+
+def token_rewards(sample: Sample, index: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """The raw reward of each predicted token of one response, (predicted,); `index` into the response.
+
+    UserError where process rewards are not one for each token of the response.
+    """
+    trajectory = sample.trajectory
+    if sample.token_rewards is None:
+        return np.where(step == step.max(), sample.reward, 0.0)
+    if len(sample.token_rewards) != trajectory.length:
+        raise UserError(
+            f"task '{trajectory.task_id}', response {trajectory.sample}: {len(sample.token_rewards)} rewards for "
+            f"{trajectory.length} tokens; process rewards are one for each token, the stop token included"
+        )
+    rewards = np.zeros(len(trajectory.response_ids))  # tokens behind the end earn nothing
+    rewards[: trajectory.length] = sample.token_rewards
+    return rewards[index]
