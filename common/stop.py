@@ -7,7 +7,9 @@ signal itself; so it keeps the signal from them and makes a file, which they loo
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +44,13 @@ def stop_requested() -> bool:
 def exit_code() -> int:
     """What a stopped program ends with: 0, as a scheduler expects after SIGTERM, or 130 after Ctrl-C."""
     return 130 if signal.SIGINT in _received else 0
+
+
+def resume_command() -> str:
+    """The command of this program, changed so that it goes on where it stopped."""
+    key = "experiment.start_from_scratch"
+    arguments = [argument for argument in sys.argv if not argument.startswith(f"{key}=")]
+    return shlex.join(["python", *arguments, f"{key}=False"])
 
 
 def _note(number: int, frame: FrameType | None) -> None:
