@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
+from common.ranks import Queue, gather
 from common.runtime import Stopwatch, console, progress, timed
 from common.schema import DatasetConfig, Sampling, SFTDatasetConfig
+from common.stop import Stopped, stop_requested
 from common.trajectory import Request, Response, Score, Task, Trajectory
 from models import LoadedModel
 from models.prompts import encode_prompt, instruction, stop_ids_of
@@ -69,18 +73,21 @@ def collect(
 ) -> list[list[Rollout]]:
     """Draw `num_response_per_task` responses to each task and score them; one group per task, in the given order.
 
+    Ranks share the requests by what is left of them, and all have all the groups in the end. Raises Stopped, on every
+    rank, where the run is to end.
     Scoring runs beside the drawing of further responses. Time goes to the stages "rollout" and "reward" of `watch`:
     the latter is what scoring held up the rollout and what was waited for at the end.
     """
     samples = settings.num_response_per_task
     requests = [Request(task.id, ids, sample, seed, step) for task, ids in prompts for sample in range(samples)]
+    queue = Queue(requests, shared=True)
     place = {task.id: number for number, (task, _) in enumerate(prompts)}
     groups: list[list[Rollout | None]] = [[None] * samples for _ in prompts]
     submit = submitter(scorer)
     waiting = []
-    with progress(description, len(requests)) as advance:
+    with progress(description, len(requests)) as advance, suppress(Stopped):
         stops = stop_ids_of(loaded, settings.stop_token_list)
-        for trajectory in timed(engine.generate(requests, settings, stop_ids=stops), watch, "rollout"):
+        for trajectory in timed(engine.generate(queue, settings, stop_if_asked, stops), watch, "rollout"):
             with watch("reward"):
                 number = place[trajectory.task_id]
                 task = prompts[number][0]
@@ -89,13 +96,26 @@ def collect(
                 if isinstance(scorer, RewardScorer) and scorer.needs_tokens:
                     text = Response.of(text, loaded.tokenizer.batch_decode([[one] for one in ids]))
                 score = submit(text, task, trajectory.finish_reason == "length")
-                waiting.append((number, task, trajectory, score))
+                waiting.append((number, trajectory, score))
             advance()
+    scored = []
     with progress("scoring", len(waiting)) as advance, watch("reward"):
-        for number, task, trajectory, score in waiting:
-            groups[number][trajectory.sample] = Rollout(task, trajectory, score.result())
+        for number, trajectory, score in [] if stop_requested() else waiting:
+            scored.append((number, trajectory, score.result()))
             advance()
+    with watch("rollout"):  # where other ranks are still at it
+        parts = gather((scored, stop_requested()))
+        if any(stopped for _, stopped in parts):
+            raise Stopped
+        for number, trajectory, score in itertools.chain.from_iterable(part for part, _ in parts):
+            groups[number][trajectory.sample] = Rollout(prompts[number][0], trajectory, score)
     unknown = sum(rollout.score.verdict == "infrastructure" for group in groups for rollout in group)
     if unknown:
         console.print(f"{unknown} of {len(requests)} responses could not be scored (infrastructure) and earn nothing")
     return groups
+
+
+def stop_if_asked() -> None:
+    """Raise Stopped where the run is to end."""
+    if stop_requested():
+        raise Stopped

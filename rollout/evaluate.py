@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.ranks import main_only
 from common.runtime import Stopwatch
 from common.schema import DatasetConfig, Sampling, SFTDatasetConfig
 from common.trajectory import Task
@@ -98,6 +99,7 @@ def name_settings(settings: Sequence[Sampling]) -> dict[str, Sampling]:
     return dict(zip(names, settings))
 
 
+@main_only
 def write_samples(path: Path, groups: Sequence[Sequence[Rollout]], about: dict[str, int | str] | None = None) -> None:
     """Append every response with its task, trace and verdict, one JSON object a line, `about` first."""
     with path.open("a", encoding="utf-8") as file:

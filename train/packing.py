@@ -130,11 +130,14 @@ def make_row(trajectory: int, prompt_ids: Sequence[int], response_ids: Sequence[
     )
 
 
-def pack(rows: Sequence[Row], token_budget: int) -> list[PackedBatch]:
+def pack(rows: Sequence[Row], token_budget: int, at_least: int = 1) -> list[PackedBatch]:
     """Cut rows into micro-batches of at most `token_budget` padded tokens, rows of like length together.
 
-    A row longer than the budget is a micro-batch of its own. Padding within a batch is masked out.
+    A row longer than the budget is a micro-batch of its own. Padding within a batch is masked out. A smaller budget
+    is taken where that makes about `at_least` micro-batches.
     """
+    if at_least > 1:
+        token_budget = min(token_budget, -(-sum(len(row) for row in rows) // at_least))
     offsets = np.cumsum([0] + [len(row.target) for row in rows])
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     batches: list[list[int]] = []

@@ -28,20 +28,36 @@ class Policy(torch.nn.Module):
         super().__init__()
         take_block_masks(model)
         self.model = model
-        self.mask_id = mask_id
+        self.head = Head(model.lm_head, mask_id)
 
     def forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """logp (predicted,) with gradient, as the engine defines it, and entropy (predicted,) without, in nats."""
-        hidden = predicted_states(self.model, batch)
-        size = max(LEAST_POSITIONS, CHUNK_ELEMENTS // self.model.lm_head.weight.shape[0])
+        return self.head(predicted_states(self.model, batch), batch.target, temperature)
+
+
+class Head(torch.nn.Module):
+    """From hidden states to logp and entropy, chunk by chunk.
+
+    One module, whatever the number of chunks: ranks that shard its weight gather it once, all at the same time.
+    """
+
+    def __init__(self, lm_head: torch.nn.Linear, mask_id: int):
+        super().__init__()
+        self.lm_head = lm_head
+        self.mask_id = mask_id
+
+    def forward(self, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """logp and entropy (predicted,) of the targets (predicted,) given hidden (predicted, hidden)."""
+        size = max(LEAST_POSITIONS, CHUNK_ELEMENTS // self.lm_head.out_features)
         pairs = [
-            checkpoint(self._head, states, target, temperature, use_reentrant=False)
-            for states, target in zip(hidden.split(size), batch.target.split(size))
+            checkpoint(self.chunk, states, ids, temperature, use_reentrant=False)
+            for states, ids in zip(hidden.split(size), target.split(size))
         ]
         return torch.cat([logp for logp, _ in pairs]), torch.cat([entropy for _, entropy in pairs])
 
-    def _head(self, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        return TargetLogp.apply(self.model.lm_head(hidden), target, self.mask_id, temperature)
+    def chunk(self, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """The same of one chunk."""
+        return TargetLogp.apply(self.lm_head(hidden), target, self.mask_id, temperature)
 
 
 class TargetLogp(torch.autograd.Function):
