@@ -62,6 +62,14 @@ class Sampling:
     )
     num_response_per_task: int = key(1, "responses drawn for each task", low=1)
     max_active: int = key(256, "sequences sampled side by side", low=1)
+    cache_tokens: int | None = key(
+        None,
+        "positions whose keys and values are kept, over all sequences; null: what is needed and memory allows",
+        low=1,
+    )
+    merge_commit: bool | None = key(
+        None, "block attention: a block's clean keys are computed in the next one's first forward; null: where it pays"
+    )
     stop_token_list: list[str] | None = key(None, "tokens that end a response; null: the tokenizer's own")
     start_with_think: bool = key(False, "begin the assistant's turn with <think>")
 
@@ -69,6 +77,7 @@ class Sampling:
 @dataclass
 class RolloutConfig(Sampling):
     num_task_per_step: int = key(64, "tasks drawn in one RL step, over all devices", low=1)
+    free_cache: bool = key(True, "give the cache's memory back while training")
     max_resample: int = key(1, "how many times more tasks are drawn when every group was filtered away", low=0)
 
 
