@@ -87,7 +87,7 @@ def sft_step(networks: Networks, number: int) -> dict[str, float]:
 def bad_step(networks: Networks, learner: Learner) -> dict[str, float]:
     """An update whose loss is not finite on the last rank only."""
     rng, before = np.random.default_rng(0), tensors(learner)
-    views = random_block_views([1, 2, 3, 4], [7] * 12, 12, BLOCK, networks.loaded.mask_id, rng, 0.1, 0.9, 1)
+    views = random_block_views(Example([1, 2, 3, 4], [7] * 12, 12), BLOCK, networks.loaded.mask_id, rng, 0.1, 0.9, 1)
     rows = [row for n in range(3) for row in make_rows(n, [1, 2, 3, 4], [7] * 12, views)]
     factor = float("nan") if ranks.rank() == ranks.world() - 1 else 1.0
 
