@@ -211,7 +211,8 @@ def run(options: argparse.Namespace, variant: str, length: int = 0, gradients: P
     command += ["--keep-activations"] if options.keep_activations else []
     command += ["--length", str(length)] if length else []
     command += ["--gradients", str(gradients)] if gradients else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # what is freed goes back at once: otherwise the C library's store of freed memory is measured
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{variant} failed:\n{done.stderr}")

@@ -321,10 +321,20 @@ class Drawn:
     samples: list[Sample]
     mask_id: int
 
-    def learn(self, samples: list[Sample] | None = None, exact: bool = True, **training: object) -> dict[str, float]:
-        settings = RLTrainingConfig(**training)
+    start: dict[str, torch.Tensor]  # the policy's weights
+
+    def learn(
+        self,
+        samples: list[Sample] | None = None,
+        exact: bool = True,
+        critic: Learner | None = None,
+        train_value: bool = True,
+        **training: object,
+    ) -> dict[str, float]:
+        settings, layout = RLTrainingConfig(**training), Layout(self.mask_id, BLOCK)
         chosen = self.samples if samples is None else samples
-        return learn(self.learner, chosen, settings, Layout(self.mask_id, BLOCK), 16, seed=[0], exact=exact)
+        values = {"critic": critic, "train_value": train_value}
+        return learn(self.learner, chosen, settings, layout, 16, seed=[0], exact=exact, **values)
 
 
 @pytest.fixture
@@ -336,7 +346,9 @@ def drawn(tiny_sdar: Path) -> Drawn:
     requests = [Request(str(n), list(range(5 + n)), seed=1) for n in range(4)]
     trajectories = Engine(loaded.model, loaded.mask_id, loaded.stop_ids).generate(requests, settings)
     ordered = sorted(trajectories, key=lambda one: one.task_id)
-    return Drawn(learner, [Sample(one, (-1.0) ** n) for n, one in enumerate(ordered)], loaded.mask_id)
+    samples = [Sample(one, (-1.0) ** n) for n, one in enumerate(ordered)]
+    start = {name: tensor.clone() for name, tensor in learner.network.state_dict().items()}
+    return Drawn(learner, samples, loaded.mask_id, start)
 
 
 def shifted(trajectory: Trajectory) -> Trajectory:
@@ -374,7 +386,6 @@ def test_stale_weights_stop_the_run(drawn: Drawn) -> None:
 
 def test_merged_steps_start_from_their_own_logp(drawn: Drawn) -> None:
     """With shrink 2 the engine's numbers are not those of the views: `auto` takes the trainer's, so the ratio is 1."""
-    before = {name: tensor.clone() for name, tensor in drawn.learner.network.state_dict().items()}
     figures = drawn.learn(shrink=2, beta=0.0)
     assert figures["kl"] == pytest.approx(0, abs=1e-9) and figures["clip_fraction"] == 0
     lengths = [one.trajectory.length for one in drawn.samples]
@@ -383,7 +394,7 @@ def test_merged_steps_start_from_their_own_logp(drawn: Drawn) -> None:
     mean = sum(a * n for a, n in zip(advantages, lengths)) / sum(lengths)
     assert figures["loss"] == pytest.approx(-mean, abs=1e-5)
     assert figures["logp_diff_max"] <= 1e-5  # measured on exact replays all the same
-    drawn.learner.network.load_state_dict(before)
+    drawn.learner.network.load_state_dict(drawn.start)
     assert drawn.learn(shrink=2, old_logp="engine")["kl"] > 1e-3
 
 
