@@ -10,21 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn_policy import Drawn
 from safetensors.torch import load_file
 
 from benchmarks.coin_flip import coin_flip
 from common.config import load_config
 from common.errors import UserError
-from common.schema import OptimizerParams, RLTrainingConfig, Sampling, SchedulerConfig
-from common.trajectory import Request, Score, Task, Trajectory
+from common.trajectory import Score, Task, Trajectory
 from models import load_model
 from rollout.collect import Rollout
-from sample.engine import Engine
 from train import rl_trainer
-from train.optimize import Learner, make_learner
-from train.policy import Policy
-from train.rl_step import learn
-from train.samples import Layout, Sample, kept_samples
+from train.samples import kept_samples
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "rl_tiny.yaml"
 BLOCK = 4
@@ -311,44 +307,6 @@ def test_kl_to_the_initial_model(tiny_sdar: Path, tmp_path: Path) -> None:
 
 
 # ---- the check that the trainer reproduces the engine
-
-
-@dataclass
-class Drawn:
-    """A policy and responses it drew at temperature 1."""
-
-    learner: Learner
-    samples: list[Sample]
-    mask_id: int
-
-    start: dict[str, torch.Tensor]  # the policy's weights
-
-    def learn(
-        self,
-        samples: list[Sample] | None = None,
-        exact: bool = True,
-        critic: Learner | None = None,
-        train_value: bool = True,
-        **training: object,
-    ) -> dict[str, float]:
-        settings, layout = RLTrainingConfig(**training), Layout(self.mask_id, BLOCK)
-        chosen = self.samples if samples is None else samples
-        values = {"critic": critic, "train_value": train_value}
-        return learn(self.learner, chosen, settings, layout, 16, seed=[0], exact=exact, **values)
-
-
-@pytest.fixture
-def drawn(tiny_sdar: Path) -> Drawn:
-    loaded = load_model(tiny_sdar, "sdar")
-    params = OptimizerParams(learning_rate=1e-3)
-    learner = make_learner(Policy(loaded.model, loaded.mask_id), params, SchedulerConfig(), 10, RLTrainingConfig())
-    settings = Sampling(max_token=16, remasking_strategy="low_confidence_static")
-    requests = [Request(str(n), list(range(5 + n)), seed=1) for n in range(4)]
-    trajectories = Engine(loaded.model, loaded.mask_id, loaded.stop_ids).generate(requests, settings)
-    ordered = sorted(trajectories, key=lambda one: one.task_id)
-    samples = [Sample(one, (-1.0) ** n) for n, one in enumerate(ordered)]
-    start = {name: tensor.clone() for name, tensor in learner.network.state_dict().items()}
-    return Drawn(learner, samples, loaded.mask_id, start)
 
 
 def shifted(trajectory: Trajectory) -> Trajectory:
