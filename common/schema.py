@@ -97,6 +97,11 @@ class ExperimentConfig:
     deepspeed_file: str | None = key(
         None, "a file of accelerate_configs/, by which ranks are launched; null: one process, or as launched already"
     )
+    join_timeout: float = key(600.0, "many nodes: seconds to wait for those that are to join", low=1)
+    max_failures: int = key(3, "many nodes: how often a run goes on after it lost a node", low=0)
+    ssh: list[str] | None = key(
+        None, "many nodes: node 0 starts the others by this, as [ssh, -i, KEY]; null: each runs the same command"
+    )
     trackers: list[str] = key(
         ["tensorboard"],
         "where curves go besides metrics.jsonl: tensorboard, wandb, trackio",
