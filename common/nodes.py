@@ -1,4 +1,4 @@
-"""Which node of a job this is, and where the first one is, from what schedulers and launchers put in the environment."""
+"""Which node of a job this is, and where the first one is, by what schedulers and launchers put in the environment."""
 
 from __future__ import annotations
 

@@ -110,6 +110,17 @@ class ExperimentConfig:
 
 
 @dataclass
+class LoraSettings:
+    """Low-rank adapters, trained in place of the weights; used where r is above 0."""
+
+    r: int = key(0, "rank of the adapters; 0 trains the weights themselves", low=0)
+    alpha: float = key(32.0, "what an adapter adds is scaled by alpha / r", low=0)
+    targets: list[str] = key(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "layers that get one, by name"
+    )
+
+
+@dataclass
 class ModelConfig:
     pretrained_model: str = key("", "folder or hub id of the model; `tiny`: a new small network (SFT only)")
     model_base: str = key("sdar", "the family")
@@ -118,6 +129,7 @@ class ModelConfig:
     dtype: str = key(
         "auto", "of the weights: auto (bfloat16 on a GPU, float32 elsewhere), float32, bfloat16", choices=DTYPES
     )
+    lora: LoraSettings = section(LoraSettings)
 
 
 @dataclass

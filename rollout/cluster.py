@@ -9,6 +9,7 @@ import contextlib
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,11 +114,11 @@ def wait_for_nodes(wanted: int, patience: float, place: Place | None = None) -> 
 @contextlib.contextmanager
 def head_node(place: Place, experiment: ExperimentConfig, token: str) -> Iterator[None]:
     """Ray's head on this node, and this process connected to it; its token where the other nodes find it."""
-    import ray
-
     with tempfile.TemporaryDirectory() as folder, private_token(token, Path(folder) / "token"):
+        import ray  # it reads how to show its token as it is imported
+
         if place.nodes == 1:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=os.cpu_count())
+            ray.init(address="local", namespace=JOB, include_dashboard=False, num_cpus=os.cpu_count())
             try:
                 yield
             finally:
@@ -137,21 +138,16 @@ def head_node(place: Place, experiment: ExperimentConfig, token: str) -> Iterato
 
 def follow(place: Place, experiment: ExperimentConfig, token: str | None = None) -> int:
     """Join the first node's cluster, stay until the job is over, and return its exit code."""
-    import ray
-
     limit = time.monotonic() + experiment.join_timeout
     address = f"{place.head}:{place.port}"
     while True:
-        found = token or read_token(experiment)
-        with tempfile.TemporaryDirectory() as folder:
-            if found and reachable(place.head, place.port):
-                with private_token(found, Path(folder) / "token"):
-                    arguments = [f"--address={address}", f"--node-ip-address={own_address(place)}"]
-                    with ray_process(arguments, Path(folder)) as process:
-                        if connect(address, process, limit - time.monotonic()):
-                            code = stay(place, process)
-                            ray.shutdown()
-                            return code
+        # the first node writes the token before it listens, so that one of an older job is not taken
+        if reachable(place.head, place.port) and (found := token or read_token(experiment)):
+            with tempfile.TemporaryDirectory() as folder, private_token(found, Path(folder) / "token"):
+                arguments = [f"--address={address}", f"--node-ip-address={own_address(place)}"]
+                with ray_process(arguments, Path(folder)) as process:
+                    if connect(address, process, limit - time.monotonic()):
+                        return stay(place, process)
         if time.monotonic() > limit:
             raise UserError(
                 f"experiment.join_timeout={experiment.join_timeout:g}: no cluster at {address} in that time; is node 0 "
@@ -168,6 +164,7 @@ def stay(place: Place, process: subprocess.Popen) -> int:
         try:
             code = ray.get(ray.get_actor(JOB).status.remote(place.role), timeout=20)
             if code is not None:
+                ray.shutdown()
                 return code
         except ValueError:  # the job is not there yet
             pass
@@ -181,7 +178,12 @@ def stay(place: Place, process: subprocess.Popen) -> int:
 @contextlib.contextmanager
 def ray_process(arguments: Sequence[str], folder: Path) -> Iterator[subprocess.Popen]:
     """`ray start` with those arguments; it and all that it started end with the context."""
-    fixed = ["--block", "--disable-usage-stats", f"--num-cpus={os.cpu_count()}", f"--num-gpus={torch.cuda.device_count()}"]
+    fixed = [
+        "--block",
+        "--disable-usage-stats",
+        f"--num-cpus={os.cpu_count()}",
+        f"--num-gpus={torch.cuda.device_count()}",
+    ]
     # a short folder: Ray makes sockets in it, whose names may have 107 characters
     temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     if "--head" in arguments:
@@ -197,6 +199,7 @@ def ray_process(arguments: Sequence[str], folder: Path) -> Iterator[subprocess.P
             process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             process.kill()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def connect(address: str, process: subprocess.Popen, patience: float) -> bool:
@@ -206,7 +209,7 @@ def connect(address: str, process: subprocess.Popen, patience: float) -> bool:
     limit = time.monotonic() + max(patience, 1)
     while process.poll() is None:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, namespace=JOB, logging_level="ERROR")
             return True
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             if time.monotonic() > limit:

@@ -1,4 +1,4 @@
-"""A node that the first one starts by ssh: python -m rollout.join NODES PORT PATIENCE ROLE HEAD HOST, token on stdin."""
+"""A node that the first starts by ssh: python -m rollout.join NODES PORT PATIENCE ROLE HEAD HOST, token on stdin."""
 
 from __future__ import annotations
 

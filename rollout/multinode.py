@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,7 +14,6 @@ from models import LoadedModel, find_family, load_model, load_tokenizer
 from models.family import local_folder
 from rollout import evaluate_job
 from rollout.cluster import live_nodes
-from rollout.evaluate import Evaluation
 from sample.engine import Engine
 
 LOOK_EVERY = 2.0  # seconds after which nodes that have come are looked for
@@ -48,6 +46,7 @@ class RemoteEngines:
         self.config = config
         self.workers: dict[Any, str] = {}  # actor → its node's address
         self.used: set[str] = set()  # nodes that have workers
+        self.heard: set[str] = set()  # nodes that have returned responses
         self.look()
 
     def look(self) -> None:
@@ -99,16 +98,23 @@ class RemoteEngines:
                 worker, chunk = running.pop(result)
                 try:
                     trajectories = ray.get(result)
-                except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError, ray.exceptions.ObjectLostError):
+                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
                     waiting.extendleft(reversed(chunk))
                     where = self.workers.pop(worker)
                     console.print(f"the worker on {where} is lost; its {len(chunk)} responses are drawn by others")
                 else:
+                    self.hear(self.workers[worker])
                     yield from trajectories
             if on_step is not None:
                 on_step()
             if not ready:
                 self.look()
+
+    def hear(self, node: str) -> None:
+        """Say once that a node works."""
+        if node not in self.heard:
+            self.heard.add(node)
+            console.print(f"first responses from {node}")
 
     def take(self, waiting: deque[Request], most_active: int) -> list[Request]:
         """The next requests for one worker: half of an even share, so that the last ones end at about the same time."""
@@ -116,10 +122,15 @@ class RemoteEngines:
         return [waiting.popleft() for _ in range(min(share, 4 * most_active))]
 
 
-def evaluate_over_nodes(config: EvalConfig) -> dict[str, Evaluation]:
-    """As `rollout.evaluate_job.main`, by the engines of all nodes."""
+def load_everywhere(config: EvalConfig) -> tuple[LoadedModel, RemoteEngines]:
+    """The engines of all nodes, and what this process needs of the model beside them: no weights."""
     engines = RemoteEngines(config)
     mask_id, stop_ids = engines.ids()
-    folder = local_folder(config.model)
-    loaded = LoadedModel(None, load_tokenizer(folder), find_family(config.model_base), mask_id, stop_ids)
-    return evaluate_job.main(config, lambda: (loaded, engines))
+    tokenizer = load_tokenizer(local_folder(config.model))
+    return LoadedModel(None, tokenizer, find_family(config.model_base), mask_id, stop_ids), engines
+
+
+def evaluate_over_nodes(config: EvalConfig) -> int:
+    """As `rollout.evaluate_job.main`, by the engines of all nodes; returns the exit code."""
+    evaluate_job.main(config, load_everywhere)
+    return 0
