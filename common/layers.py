@@ -94,9 +94,9 @@ def read_layers(path: Path, family: str | None = None, chain: tuple[Path, ...] =
 
 
 def find_base(path: Path, base: str) -> Path:
-    """The file of a base layer that `path` names: beside it, or among the project's."""
+    """The file of a base layer that `path` names: in the folder base beside it, among the project's, or beside it."""
     here = path.parent if path.parent.name == "base" else path.parent / "base"
-    for folder in (here, ROOT / "configs" / "base"):
+    for folder in (here, ROOT / "configs" / "base", path.parent):
         if (folder / f"{base}.yaml").is_file():
             return folder / f"{base}.yaml"
     there = names_of(sorted(one.stem for one in (ROOT / "configs" / "base").glob("*.yaml")))
@@ -141,9 +141,9 @@ def infer_job(values: dict[str, Any]) -> str | None:
 
 
 def configs_of(job: str) -> dict[str, str]:
-    """The shipped configs that fit a job: path → first comment line."""
+    """The shipped configs that fit a job, those for one node first: path → first comment line."""
     found = {}
-    for path in sorted((ROOT / "configs").glob("*.yaml")):
+    for path in sorted((ROOT / "configs").glob("*.yaml"), key=lambda path: ("multinode" in path.stem, path)):
         try:
             written = {key: value for _, layer in read_layers(path) for key, value in layer.items()}
         except UserError:  # a broken file must not keep others from being listed

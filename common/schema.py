@@ -123,13 +123,23 @@ class LoraSettings:
 @dataclass
 class ModelConfig:
     pretrained_model: str = key("", "folder or hub id of the model; `tiny`: a new small network (SFT only)")
-    model_base: str = key("sdar", "the family")
+    model_base: str = key("sdar", "the family: sdar, trado, dream, llada, mmada, or my_module:MY_FAMILY")
     optimized_name: str = key("optimized", "folder of the trained model under ckpt/")
     made_by: str | None = key(None, "an SFT config that makes pretrained_model where that folder is missing")
     dtype: str = key(
         "auto", "of the weights: auto (bfloat16 on a GPU, float32 elsewhere), float32, bfloat16", choices=DTYPES
     )
     lora: LoraSettings = section(LoraSettings)
+
+
+@dataclass
+class PromptsConfig:
+    """The instruction around {question}, by kind of task; null: as the family's published evaluation words it."""
+
+    math: str | None = key(None, "of a maths task")
+    code_function: str | None = key(None, "of a code task whose function is called")
+    code_stdio: str | None = key(None, "of a code task whose program reads input and prints output")
+    general: str | None = key(None, "of any other task")
 
 
 @dataclass
@@ -143,7 +153,7 @@ class DatasetConfig:
     train_dataset: str = key("", "tasks to learn from: a name, a path (json, jsonl, parquet) or a hub id")
     eval_dataset: str = key("", "tasks to evaluate on")
     data_type: str = key("math", "how answers are checked: math, code or general", choices=KINDS)
-    prompt_template: str | None = key(None, "the instruction around {question}; null: as the family published it")
+    prompts: PromptsConfig = section(PromptsConfig)
 
 
 @dataclass
@@ -151,7 +161,7 @@ class SFTDatasetConfig:
     optimization_data: str = key("", "records with prompt and response: a name or a path (json, jsonl, parquet)")
     eval_dataset: str = key("", "tasks on which stop_at_accuracy is measured")
     data_type: str = key("math", "how answers are checked: math, code or general", choices=KINDS)
-    prompt_template: str | None = key(None, "the instruction around {question}; null: as the family published it")
+    prompts: PromptsConfig = section(PromptsConfig)
 
 
 @dataclass
@@ -347,7 +357,7 @@ class EvalConfig:
 
     experiment: ExperimentConfig = section(ExperimentConfig)
     model: str = key("", "folder or hub id of the model")
-    model_base: str = key("sdar", "the family")
+    model_base: str = key("sdar", "the family: sdar, trado, dream, llada, mmada, or my_module:MY_FAMILY")
     made_by: str | None = key(None, "an SFT config that makes the model where that folder is missing")
     dtype: str = key("auto", "of the weights: auto, float32, bfloat16", choices=DTYPES)
     seed: int = key(10086, "of the draws", low=0)

@@ -1,14 +1,7 @@
 """The table of model families, and how a checkpoint becomes a network and a tokenizer, and a checkpoint again.
 
-A family is a row: its classes are small subclasses of transformers', its manner is data. One of your own:
-
-    class MineConfig(OriginalConfig, Qwen3Config):
-        model_type = "mine"
-
-    class MineForCausalLM(DiffusionNetwork, Qwen3ForCausalLM):
-        config_class = MineConfig
-
-    models.register(Family("mine", "mine", "block", 0, "<mask>", MineConfig, MineForCausalLM, {"math": "{question}"}))
+A family is a row: its classes are small subclasses of transformers', its manner is data. docs/families.md adds one
+from outside.
 """
 
 from __future__ import annotations
@@ -27,8 +20,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from common.errors import UserError
+from common.user_code import load_object
 from models.tokenizer import load_tokenizer, no_code_for, save_tokenizer, special_token_id
 
 # Instructions around a task; `{question}` is replaced by it.
@@ -72,18 +68,27 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Add a family to the table and make transformers' Auto classes know it, the head included in AutoModel's."""
+    """Add a family to the table; transformers' Auto classes know it then, and its tensors by the publisher's names."""
     FAMILIES[family.name] = family
     AutoConfig.register(family.model_type, family.config_class, exist_ok=True)
     for auto_class in (AutoModel, AutoModelForCausalLM):
         auto_class.register(family.config_class, family.model_class, exist_ok=True)
+    renamings = [WeightRenaming(re.escape(theirs), re.escape(ours)) for theirs, ours in family.model_class.tensor_names]
+    register_checkpoint_conversion_mapping(family.model_type, renamings, overwrite=True)
     no_code_for(family.model_type)
 
 
 def find_family(name: str) -> Family:
-    """Return the family of that name; UserError if there is none."""
+    """Return the family of that name, or register the one that `my_module:MY_FAMILY` names; UserError for neither."""
+    if ":" in name:
+        family = load_object("model.model_base", name, "family", lambda found: isinstance(found, Family))
+        register(family)
+        return family
     if name not in FAMILIES:
-        raise UserError(f"model.model_base: {name!r} is no model family; choose one of {', '.join(FAMILIES)}")
+        raise UserError(
+            f"model.model_base: {name!r} is no model family; choose one of {', '.join(FAMILIES)}, "
+            "or name one of your own as my_module:MY_FAMILY"
+        )
     return FAMILIES[name]
 
 

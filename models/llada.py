@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from common.errors import UserError
 from models.family import CODE, MATH_FINAL, Family
@@ -98,13 +95,6 @@ class MMadaModelLM(LLaDAModelLM):
 
     config_class = MMaDAConfig
 
-
-for _model_type in (LLaDAConfig.model_type, MMaDAConfig.model_type):
-    register_checkpoint_conversion_mapping(
-        _model_type,
-        [WeightRenaming(re.escape(theirs), re.escape(ours)) for theirs, ours in LLaDAModelLM.tensor_names],
-        overwrite=True,
-    )
 
 LLADA = Family(
     name="llada",

@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common.errors import UserError
-from models.family import LoadedModel
+from common.schema import PromptsConfig
+from models.family import Family, LoadedModel
+
+
+def instruction(family: Family, kind: str, own: PromptsConfig, thinking: bool = False) -> str:
+    """The text around {question} for a kind of task: the config's own, else the family's, else the bare question.
+
+    A family may word a kind in another way where the assistant's turn begins with a thought. UserError where the words
+    leave no place for the question.
+    """
+    published = family.instructions
+    words = getattr(own, kind) or (thinking and published.get(f"{kind}_think")) or published.get(kind, "{question}")
+    if "{question}" not in words:
+        raise UserError(f"dataset.prompts.{kind}: {words!r} has no place for the task; write {{question}} there")
+    return words
 
 
 def encode_prompt(loaded: LoadedModel, question: str, template: str, start_with_think: bool = False) -> list[int]:

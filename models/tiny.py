@@ -107,7 +107,8 @@ def _qwen_keys(family: Family) -> dict[str, Any]:
     }
     if family.attention == "block":
         keys |= {"attention_bias": False, "block_size": 4, "head_dim": WIDTH // HEADS}
-    return keys
+    names = {ours: theirs for theirs, ours in family.config_class.attribute_map.items()}
+    return {names.get(key, key): value for key, value in keys.items()}
 
 
 def _llada_keys(family: Family, vocabulary: int) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from common.ranks import Queue, gather
 from common.runtime import Stopwatch, console, progress, timed
-from common.schema import Sampling
+from common.schema import DatasetConfig, Sampling, SFTDatasetConfig
 from common.stop import Stopped, stop_requested
 from common.trajectory import Request, Response, Score, Task, Trajectory
 from models import LoadedModel
-from models.prompts import encode_prompt, stop_ids_of
+from models.prompts import encode_prompt, instruction, stop_ids_of
 from reward.score import Scorer as RewardScorer
 from rollout.scoring import submitter
 from sample.engine import Engine
@@ -31,17 +31,20 @@ class Rollout:
 
 
 def prompts_within(
-    loaded: LoadedModel, tasks: Sequence[Task], template: str | None, settings: Sampling, max_prompt_len: int
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    dataset: DatasetConfig | SFTDatasetConfig,
+    settings: Sampling,
+    max_prompt_len: int,
 ) -> list[tuple[Task, list[int]]]:
-    """Tasks with their prompt ids; those whose prompt is longer than `max_prompt_len` are left out, and said.
+    """Tasks with their prompt ids; those whose prompt is longer than `max_prompt_len` are left out, and said."""
+    thinking = settings.start_with_think
 
-    Without a template each task has the one of its kind.
-    """
-    templates = [template or template_of(loaded, task) for task in tasks]
-    encoded = [
-        (task, encode_prompt(loaded, task.question, template, settings.start_with_think))
-        for task, template in zip(tasks, templates)
-    ]
+    def encode(task: Task) -> list[int]:
+        around = instruction(loaded.family, kind_of(task, dataset.data_type), dataset.prompts, thinking)
+        return encode_prompt(loaded, task.question, around, thinking)
+
+    encoded = [(task, encode(task)) for task in tasks]
     kept = [(task, ids) for task, ids in encoded if len(ids) <= max_prompt_len]
     if len(kept) < len(encoded):
         longest = max(len(ids) for _, ids in encoded)
@@ -52,9 +55,9 @@ def prompts_within(
     return kept
 
 
-def template_of(loaded: LoadedModel, task: Task) -> str:
-    """The family's instruction for a code task, by how its program is tested; the bare question for others."""
-    return loaded.family.instructions.get(f"code_{task.record.get('test_method')}", "{question}")
+def kind_of(task: Task, data_type: str) -> str:
+    """Which instruction a task has: its data type's, code tasks by how their program is tested."""
+    return f"code_{task.record.get('test_method', 'function')}" if data_type == "code" else data_type
 
 
 def collect(

@@ -11,7 +11,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.ranks import main_only
 from common.runtime import Stopwatch
-from common.schema import Sampling
+from common.schema import DatasetConfig, Sampling, SFTDatasetConfig
 from common.trajectory import Task
 from models import LoadedModel
 from rollout.collect import Rollout, Scorer, collect, prompts_within
@@ -39,7 +39,7 @@ def evaluate(
     tasks: Sequence[Task],
     settings: Sequence[Sampling],
     scorer: Scorer,
-    template: str | None,
+    dataset: DatasetConfig | SFTDatasetConfig,
     max_prompt_len: int,
     seed: int,
     samples_file: Path | None = None,
@@ -52,7 +52,7 @@ def evaluate(
     """
     results = {}
     for name, setting in name_settings(settings).items():
-        prompts = prompts_within(loaded, tasks, template, setting, max_prompt_len)
+        prompts = prompts_within(loaded, tasks, dataset, setting, max_prompt_len)
         if not prompts:
             raise UserError(f"max_prompt_len: every prompt of the evaluation is longer than {max_prompt_len}; raise it")
         watch = Stopwatch()

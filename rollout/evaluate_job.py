@@ -34,7 +34,7 @@ def main(
         tasks,
         settings_of(config.rollout),
         scorer,
-        config.dataset.prompt_template or loaded.family.instructions.get(config.dataset.data_type),
+        config.dataset,
         config.max_prompt_len,
         config.seed,
         samples_file=folder / "samples.jsonl",

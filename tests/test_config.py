@@ -69,7 +69,7 @@ def test_text_that_looks_like_a_number_stays_as_typed(load):
     assert load("rl", "experiment.project='1 #'").experiment.project == "1 #"
     assert load("rl", "reward.function=null").reward.function is None
     template = "[INST] a={question}: {b} # c"
-    assert load("rl", f"dataset.prompt_template={template}").dataset.prompt_template == template
+    assert load("rl", f"dataset.prompts.math={template}").dataset.prompts.math == template
 
 
 def test_lists_on_the_command_line(load):

@@ -15,7 +15,7 @@ import pytest
 
 import eval as eval_script
 from common.errors import UserError
-from common.schema import Sampling
+from common.schema import DatasetConfig, Sampling
 from common.trajectory import Score, Task, Trajectory
 from models import load_model
 from rollout.collect import Rollout
@@ -163,4 +163,4 @@ def test_all_prompts_too_long(tiny_sdar: Path) -> None:
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
     tasks = [Task("0", "1+2+3", "6")]
     with pytest.raises(UserError, match="max_prompt_len: every prompt of the evaluation is longer than 3"):
-        evaluate(engine, loaded, tasks, [Sampling()], lambda *_: Score(0.0, False, ""), "{question}", 3, seed=1)
+        evaluate(engine, loaded, tasks, [Sampling()], lambda *_: Score(0.0, False, ""), DatasetConfig(), 3, seed=1)

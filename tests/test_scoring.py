@@ -12,11 +12,12 @@ import pytest
 
 from common.errors import UserError
 from common.runtime import Stopwatch
-from common.schema import RewardConfig, Sampling
+from common.schema import PromptsConfig, RewardConfig, Sampling
 from common.trajectory import Response, Score, Task
+from models.prompts import instruction
 from reward.score import make_scorer
 from reward.workers import Workers
-from rollout.collect import collect, template_of
+from rollout.collect import collect, kind_of
 from rollout.scoring import stop_workers, submitter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,9 +198,7 @@ def test_a_rollout_is_scored_beside_and_in_order(own):
         decode=lambda ids, skip_special_tokens: "".join(map(str, ids)),
         batch_decode=lambda rows: ["".join(map(str, ids)) for ids in rows],
     )
-    loaded = SimpleNamespace(
-        stop_ids=[9], tokenizer=tokenizer, family=SimpleNamespace(instructions={"code_stdio": "S {question}"})
-    )
+    loaded = SimpleNamespace(stop_ids=[9], tokenizer=tokenizer)
     finished = [("b", 0, [4, 5]), ("a", 1, [6]), ("a", 0, [1, 2, 3]), ("b", 1, [7, 8])]
 
     def generate(requests, settings, **others):
@@ -214,5 +213,22 @@ def test_a_rollout_is_scored_beside_and_in_order(own):
     groups = collect(SimpleNamespace(generate=generate), loaded, prompts, settings, scorer, Stopwatch(), seed=0)
     assert [[one.score.token_rewards for one in group] for group in groups] == [[[1, 2, 3], [6]], [[4, 5], [7, 8]]]
     assert [[one.trajectory.text for one in group] for group in groups] == [["123", "6"], ["45", "78"]]
-    assert template_of(loaded, Task("c", "q", None, {"test_method": "stdio"})) == "S {question}"
-    assert template_of(loaded, Task("c", "q", "4")) == "{question}"
+
+
+def test_instructions_by_kind_of_task():
+    """The config's own words come first, then the family's, a thinking wording where the turn begins with a thought."""
+    words = {"code_stdio": "S {question}", "math": "M {question}", "math_think": "T {question}"}
+    family, own = SimpleNamespace(instructions=words), PromptsConfig(general="G {question}")
+    stdio, function = (Task("c", "q", None, {"test_method": method}) for method in ("stdio", "function"))
+    assert [kind_of(task, "code") for task in (stdio, function)] == ["code_stdio", "code_function"]
+    assert kind_of(stdio, "math") == "math"
+    assert [instruction(family, "code_stdio", own, thinking) for thinking in (False, True)] == ["S {question}"] * 2
+    assert instruction(family, "code_function", own) == "{question}"
+    assert instruction(family, "general", own) == "G {question}"
+    assert [instruction(family, "math", own, thinking) for thinking in (False, True)] == [
+        "M {question}",
+        "T {question}",
+    ]
+    assert instruction(family, "math", PromptsConfig(math="{question}!"), thinking=True) == "{question}!"
+    with pytest.raises(UserError, match=r"dataset\.prompts\.math: 'Solve it' has no place.*\{question\}"):
+        instruction(family, "math", PromptsConfig(math="Solve it"))

@@ -194,7 +194,7 @@ def test_a_missing_model_is_made(tmp_path: Path) -> None:
     recipe.write_text(
         f"experiment: {{project: made, trackers: []}}\n"
         f"model: {{pretrained_model: tiny}}\n"
-        f"dataset: {{optimization_data: {tmp_path}/records.json, prompt_template: '{{question}}'}}\n"
+        f"dataset: {{optimization_data: {tmp_path}/records.json, prompts: {{math: '{{question}}'}}}}\n"
         f"training: {{max_steps: 1}}\n"
     )
     runs = tmp_path / "runs"

@@ -150,20 +150,18 @@ def pack(rows: Sequence[Row], token_budget: int, at_least: int = 1) -> list[Pack
     return [_batch([rows[i] for i in chosen], offsets[chosen]) for chosen in batches]
 
 
+def sees(query: Sequence[Tensor], key: Sequence[Tensor]) -> Tensor:
+    """Whether queries see keys, bool; each (trajectory, block, view), of shapes that broadcast with one another."""
+    same = query[0] == key[0]
+    earlier = (key[2] == 0) & (key[1] < query[1])
+    own = (query[2] == key[2]) & (query[1] == key[1])
+    return same & (earlier | own)
+
+
 def visible(batch: PackedBatch) -> Tensor:
-    """The attention mask of a batch: bool (rows, 1, tokens, tokens), True where the query sees the key."""
-
-    def query(name: str) -> Tensor:
-        return getattr(batch, name)[:, :, None]
-
-    def key(name: str) -> Tensor:
-        return getattr(batch, name)[:, None, :]
-
-    same = query("trajectory") == key("trajectory")
-    clean_key = key("view") == 0
-    earlier = clean_key & (key("block") < query("block"))
-    own = (query("view") == key("view")) & (query("block") == key("block"))
-    return (same & (earlier | own))[:, None]
+    """The dense attention mask of a batch: bool (rows, 1, tokens, tokens), True where the query sees the key."""
+    integers = (batch.trajectory, batch.block, batch.view)
+    return sees([one[:, :, None] for one in integers], [one[:, None, :] for one in integers])[:, None]
 
 
 def _batch(rows: Sequence[Row], offsets: np.ndarray) -> PackedBatch:

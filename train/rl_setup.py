@@ -45,7 +45,6 @@ class Run:
     tasks: list[Task]
     eval_tasks: list[Task]
     scorer: Scorer
-    template: str
     metrics: MetricsLog
     stages: Stopwatch  # seconds by stage of the whole run
     cursor: int = 0  # place in the endless sequence of shuffled tasks
@@ -86,7 +85,6 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
         if is_main():
             (folder / "rollouts").mkdir(exist_ok=True)
             (folder / "config.yaml").write_text(dump_config(config))
-        template = config.dataset.prompt_template or loaded.family.instructions.get(config.dataset.data_type)
         engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
         resume_step = None if experiment.start_from_scratch else newest_step(folder)
         metrics = open_metrics(
@@ -103,7 +101,6 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
         tasks=tasks,
         eval_tasks=eval_tasks,
         scorer=scorer,
-        template=template,
         metrics=metrics,
         stages=stages,
     )

@@ -143,7 +143,7 @@ def gather_samples(run: Run, number: int, watch: Stopwatch) -> tuple[list[list[R
         seen = {group[0].task.id for group in groups}
         tasks = [run.tasks[index] for index in dict.fromkeys(indices)]
         tasks = [task for task in tasks if task.id not in seen]
-        prompts = prompts_within(run.loaded, tasks, run.template, config.rollout, training.max_prompt_len)
+        prompts = prompts_within(run.loaded, tasks, config.dataset, config.rollout, training.max_prompt_len)
         groups += collect(
             run.engine,
             run.loaded,
@@ -166,14 +166,15 @@ def gather_samples(run: Run, number: int, watch: Stopwatch) -> tuple[list[list[R
 def evaluate_now(run: Run) -> dict[str, Evaluation]:
     """Accuracy on the held-out tasks under each evaluation setting, by the task's own answer; logged."""
     config = run.config
+    data_type = config.evaluation.data_type or config.dataset.data_type
     with run.stages("evaluation"):
         results = evaluate(
             run.engine,
             run.loaded,
             run.eval_tasks,
             settings_of(config.evaluation),
-            make_scorer(RewardConfig(), config.evaluation.data_type or config.dataset.data_type),
-            run.template,
+            make_scorer(RewardConfig(), data_type),
+            dataclasses.replace(config.dataset, data_type=data_type),
             config.training.max_prompt_len,
             config.training.seed,
             samples_file=run.folder / "samples.jsonl",

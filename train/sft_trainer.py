@@ -19,7 +19,7 @@ from common.runtime import Stopwatch, console, device_and_dtype, prepare_run_fol
 from common.schema import RewardConfig, SFTConfig, SFTTrainingConfig
 from data.tasks import load_sft_records, load_tasks
 from models import LoadedModel, load_model, save_model
-from models.prompts import encode_prompt
+from models.prompts import encode_prompt, instruction
 from models.tiny import build_tiny
 from reward.score import make_scorer
 from rollout.evaluate import evaluate
@@ -110,13 +110,13 @@ def load(config: SFTConfig, folder: Path) -> LoadedModel:
 def make_examples(config: SFTConfig, loaded: LoadedModel, records: Sequence[dict]) -> list[Example]:
     """Records as ids, responses ended by the stop token and filled up with it; too long ones are counted."""
     training = config.training
-    template = config.dataset.prompt_template or loaded.family.instructions.get(config.dataset.data_type, "{question}")
+    around = instruction(loaded.family, config.dataset.data_type, config.dataset.prompts)
     stop = loaded.tokenizer.eos_token_id
     full = loaded.family.attention == "full"  # the canvas is as long as at sampling time, filled with the stop token
     canvas = -(-training.max_gen_length // training.block_size) * training.block_size
     examples, long_prompts, long_responses = [], 0, 0
     for record in records:
-        prompt = encode_prompt(loaded, record["prompt"], template)
+        prompt = encode_prompt(loaded, record["prompt"], around)
         response = [*loaded.tokenizer.encode(record["response"], add_special_tokens=False), stop]
         if len(prompt) > training.max_prompt_len:
             long_prompts += 1
@@ -221,11 +221,10 @@ def whole_model(loaded: LoadedModel, learner: Learner) -> LoadedModel:
 def sampled_accuracy(config: SFTConfig, loaded: LoadedModel, tasks: Sequence) -> float:
     """Accuracy of sampled responses under the first evaluation setting."""
     scorer = make_scorer(RewardConfig(), config.dataset.data_type)
-    template = config.dataset.prompt_template or loaded.family.instructions.get(config.dataset.data_type, "{question}")
     settings = settings_of(config.evaluation)[:1]
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
     training = config.training
-    results = evaluate(engine, loaded, tasks, settings, scorer, template, training.max_prompt_len, training.seed)
+    results = evaluate(engine, loaded, tasks, settings, scorer, config.dataset, training.max_prompt_len, training.seed)
     return next(iter(results.values())).accuracy
 
 
