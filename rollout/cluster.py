@@ -26,6 +26,7 @@ from common.nodes import Place
 from common.runtime import console
 from common.schema import ExperimentConfig
 
+AGENTS = ("dashboard-agent-grpc", "metrics-export", "dashboard-agent-listen", "runtime-env-agent")
 JOB = "dllm-rl-job"  # the actor that knows how the job stands
 
 
@@ -128,7 +129,7 @@ def head_node(place: Place, experiment: ExperimentConfig, token: str) -> Iterato
         write_private(shared, token)
         arguments = ["--head", f"--node-ip-address={place.head}", f"--port={place.port}", "--include-dashboard=false"]
         try:
-            with ray_process(arguments, Path(folder)) as process:
+            with ray_process(arguments, place.port, Path(folder)) as process:
                 connect(f"{place.head}:{place.port}", process, experiment.join_timeout)
                 yield
                 ray.shutdown()
@@ -145,7 +146,7 @@ def follow(place: Place, experiment: ExperimentConfig, token: str | None = None)
         if reachable(place.head, place.port) and (found := token or read_token(experiment)):
             with tempfile.TemporaryDirectory() as folder, private_token(found, Path(folder) / "token"):
                 arguments = [f"--address={address}", f"--node-ip-address={own_address(place)}"]
-                with ray_process(arguments, Path(folder)) as process:
+                with ray_process(arguments, place.port, Path(folder)) as process:
                     if connect(address, process, limit - time.monotonic()):
                         return stay(place, process)
         if time.monotonic() > limit:
@@ -176,13 +177,15 @@ def stay(place: Place, process: subprocess.Popen) -> int:
 
 
 @contextlib.contextmanager
-def ray_process(arguments: Sequence[str], folder: Path) -> Iterator[subprocess.Popen]:
+def ray_process(arguments: Sequence[str], port: int, folder: Path) -> Iterator[subprocess.Popen]:
     """`ray start` with those arguments; it and all that it started end with the context."""
     fixed = [
         "--block",
         "--disable-usage-stats",
         f"--num-cpus={os.cpu_count()}",
         f"--num-gpus={torch.cuda.device_count()}",
+        # named, for a raylet waits but 15 s for its agents to say which they took
+        *(f"--{name}-port={port + number}" for number, name in enumerate(AGENTS, 11)),
     ]
     # a short folder: Ray makes sockets in it, whose names may have 107 characters
     temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
