@@ -2,7 +2,9 @@
 
 RUN is the folder of an RL run; the denoising steps of its responses (rollouts/*.jsonl) are the distribution drawn
 from. Without one it is that of step_maps.json beside this file, responses of the tiny model. A slot takes one unit of
-time per denoising step, however many slots of its rank are busy, as a sampler bound by memory does. Printed is the share of slot time spent waiting, over the steps of a simulated run:
+time per denoising step, however many slots of its rank are busy, as a sampler bound by memory does.
+
+Printed is the share of slot time spent waiting, over the steps of a simulated run:
 
   fixed split     every rank has an even share of a step's responses
   shared queue    a slot that becomes free takes the next response of the step, whoever has it (what this project does)

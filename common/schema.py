@@ -97,6 +97,9 @@ class ExperimentConfig:
     deepspeed_file: str | None = key(
         None, "a file of accelerate_configs/, by which ranks are launched; null: one process, or as launched already"
     )
+    hang_timeout: float = key(
+        1800.0, "a rank that has not moved for so many seconds is reported with its stack; 0: never", low=0
+    )
     join_timeout: float = key(600.0, "many nodes: seconds to wait for those that are to join", low=1)
     max_failures: int = key(3, "many nodes: how often a run goes on after it lost a node", low=0)
     ssh: list[str] | None = key(

@@ -27,6 +27,7 @@ from common.runtime import console
 from common.schema import ExperimentConfig
 
 AGENTS = ("dashboard-agent-grpc", "metrics-export", "dashboard-agent-listen", "runtime-env-agent")
+STARTS = 3  # of Ray: on a busy machine its raylet may find its agents late and give up
 JOB = "dllm-rl-job"  # the actor that knows how the job stands
 
 
@@ -129,8 +130,15 @@ def head_node(place: Place, experiment: ExperimentConfig, token: str) -> Iterato
         write_private(shared, token)
         arguments = ["--head", f"--node-ip-address={place.head}", f"--port={place.port}", "--include-dashboard=false"]
         try:
-            with ray_process(arguments, place.port, Path(folder)) as process:
-                connect(f"{place.head}:{place.port}", process, experiment.join_timeout)
+            with contextlib.ExitStack() as stack:
+                for _ in range(STARTS):
+                    process = stack.enter_context(ray_process(arguments, place.port, Path(folder)))
+                    if connect(f"{place.head}:{place.port}", process, experiment.join_timeout):
+                        break
+                    stack.close()
+                else:
+                    last = (Path(folder) / "ray.log").read_text().strip().splitlines()[-1:]
+                    raise UserError(f"Ray does not start at {place.head}:{place.port}: {' '.join(last)}")
                 yield
                 ray.shutdown()
         finally:
