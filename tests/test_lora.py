@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from test_rl import rows_of, run_rl
+from test_sft import RECORDS, finetune, sft_config
 
 from common.errors import UserError
 from common.schema import LoraSettings
@@ -60,6 +61,17 @@ def test_a_run_saves_both_forms_and_resumes_exactly(tiny_sdar: Path, tmp_path: P
     changed = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(first.get_parameter(changed), merged.get_parameter(changed))
     adapted = peft.PeftModel.from_pretrained(first, whole / "ckpt" / "optimized_adapter").merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        assert torch.allclose(adapted.get_parameter(name), parameter, atol=1e-6), name
+
+
+def test_finetuning_trains_adapters_alone(tmp_path: Path) -> None:
+    changes = {"training__max_steps": 2, "dataset__eval_dataset": "", "model__lora__r": 4}
+    target, rows = finetune(sft_config(tmp_path, RECORDS, lr_scheduler__params__warmup_steps=0, **changes))
+    assert len(rows) == 2 and (target.parent / "optimized_adapter" / "adapter_config.json").exists()
+    first, merged = load_network(target.parents[1] / "untrained", "sdar"), load_network(target, "sdar")
+    assert torch.equal(first.lm_head.weight, merged.lm_head.weight)
+    adapted = peft.PeftModel.from_pretrained(first, target.parent / "optimized_adapter").merge_and_unload()
     for name, parameter in merged.named_parameters():
         assert torch.allclose(adapted.get_parameter(name), parameter, atol=1e-6), name
 

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common import ranks
-from common.checkpoint import Writer
-from models.lora import is_adapter
+from common.checkpoint import Writer, write_folder
+from common.schema import ModelConfig
+from models.lora import is_adapter, save_adapter
 from train.devices import whole, whole_weights
 from train.optimize import Learner
 
@@ -180,11 +181,16 @@ def whole_state_dict(network: torch.nn.Module) -> dict[str, Tensor] | None:
     return {name: tensor.to("cpu", copy=True) for name, tensor in whole_weights(network) if ranks.is_main()}
 
 
-def adapter_weights(network: torch.nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors on the CPU of rank 0. All ranks must call it."""
-    found = {}
+def write_adapter(network: torch.nn.Module, names: ModelConfig, folder: Path) -> None:
+    """The adapters in peft's format, where there are any, beside the merged model. All ranks must call it."""
+    if not names.lora.r:
+        return
+    weights = {}
     for name, parameter in network.named_parameters():
         if is_adapter(name):
             with whole(parameter):
-                found[name] = parameter.detach().to("cpu", copy=True)
-    return found
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    write_folder(
+        folder / f"{names.optimized_name}_adapter",
+        lambda writer: writer.do(save_adapter, names.lora, names.pretrained_model, weights, writer.folder),
+    )

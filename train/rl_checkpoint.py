@@ -11,16 +11,15 @@ from common.errors import UserError
 from common.metrics import truncate_after
 from common.runtime import console
 from models import load_network, save_model
-from models.lora import save_adapter
 from models.value import load_value, save_value
 from train.devices import whole_networks, whole_weights
 from train.learner_state import (
-    adapter_weights,
     load_learner,
     load_random_state,
     save_learner,
     save_random_state,
     whole_state_dict,
+    write_adapter,
 )
 from train.rl_setup import Run
 
@@ -69,12 +68,7 @@ def export(run: Run) -> None:
     """The trained model in the family's own format, and the value model beside it. All ranks must call it."""
     names, folder = run.config.model, run.folder / "ckpt"
     write_folder(folder / names.optimized_name, lambda writer: write_policy(run, writer))
-    if names.lora.r:
-        weights = adapter_weights(run.learner.network.model)
-        write_folder(
-            folder / f"{names.optimized_name}_adapter",
-            lambda writer: writer.do(save_adapter, names.lora, names.pretrained_model, weights, writer.folder),
-        )
+    write_adapter(run.learner.network.model, names, folder)
     if run.critic is not None:
         write_folder(folder / names.optimized_value_name, lambda writer: write_value(run, writer))
 

@@ -19,13 +19,14 @@ from common.runtime import Stopwatch, console, device_and_dtype, prepare_run_fol
 from common.schema import RewardConfig, SFTConfig, SFTTrainingConfig
 from data.tasks import load_sft_records, load_tasks
 from models import LoadedModel, load_model, save_model
+from models.lora import add_lora
 from models.prompts import encode_prompt, instruction
 from models.tiny import build_tiny
 from reward.score import make_scorer
 from rollout.evaluate import evaluate
 from sample.engine import Engine
 from train.devices import make_accelerator, whole_networks, whole_weights
-from train.learner_state import whole_state_dict
+from train.learner_state import whole_state_dict, write_adapter
 from train.optimize import Learner, make_learner, micro_batches, update
 from train.packing import PackedBatch, Row, make_rows
 from train.policy import Policy
@@ -83,6 +84,7 @@ def main(config: SFTConfig) -> Path:
         draw_curves(folder / "metrics.jsonl", folder / "curves.png")
     target = folder / "ckpt" / config.model.optimized_name
     write_folder(target, lambda writer: write_model(loaded, writer))
+    write_adapter(loaded.model, config.model, target.parent)
     console.print(f"finetuned model: {target}")
     return target
 
@@ -102,6 +104,8 @@ def load(config: SFTConfig, folder: Path) -> LoadedModel:
         ranks.wait_for_all()
     device, _ = device_and_dtype(config.model.dtype)
     loaded = load_model(path, config.model.model_base, torch.float32, device)
+    if config.model.lora.r:
+        add_lora(loaded.model, config.model.lora)
     if config.training.gradient_checkpointing_enable:
         loaded.model.gradient_checkpointing_enable()
     return loaded
