@@ -156,7 +156,10 @@ def follow(place: Place, experiment: ExperimentConfig, token: str | None = None)
                 arguments = [f"--address={address}", f"--node-ip-address={own_address(place)}"]
                 with ray_process(arguments, place.port, Path(folder)) as process:
                     if connect(address, process, limit - time.monotonic()):
-                        return stay(place, process)
+                        code = stay(place, process)
+                        if code is not None:
+                            return code
+                        limit = time.monotonic() + experiment.join_timeout
         if time.monotonic() > limit:
             raise UserError(
                 f"experiment.join_timeout={experiment.join_timeout:g}: no cluster at {address} in that time; is node 0 "
@@ -165,8 +168,8 @@ def follow(place: Place, experiment: ExperimentConfig, token: str | None = None)
         time.sleep(0.5)
 
 
-def stay(place: Place, process: subprocess.Popen) -> int:
-    """Wait until the job is over or gone; its exit code."""
+def stay(place: Place, process: subprocess.Popen) -> int | None:
+    """Wait until the job is over; its exit code, None where the connection to it is lost."""
     import ray
 
     while process.poll() is None:
@@ -180,8 +183,9 @@ def stay(place: Place, process: subprocess.Popen) -> int:
         except (ray.exceptions.RayError, ConnectionError, OSError):
             break
         time.sleep(0.5)
-    console.print(f"node {place.role}: the first node is gone; the job ends here")
-    return 1
+    console.print(f"node {place.role}: lost the first node; trying to join again")
+    ray.shutdown()
+    return None
 
 
 @contextlib.contextmanager
