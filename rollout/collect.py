@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from common.errors import UserError
 from common.health import beat
 from common.ranks import Queue, gather
 from common.runtime import Stopwatch, console, progress, timed
@@ -75,7 +76,8 @@ def collect(
     """Draw `num_response_per_task` responses to each task and score them; one group per task, in the given order.
 
     Ranks share the requests by what is left of them, and all have all the groups in the end. Raises Stopped, on every
-    rank, where the run is to end.
+    rank, where the run is to end. Tasks that the engine refuses, because its cache could never hold them, have no
+    group; UserError if all are.
     Scoring runs beside the drawing of further responses. Time goes to the stages "rollout" and "reward" of `watch`:
     the latter is what scoring held up the rollout and what was waited for at the end.
     """
@@ -89,6 +91,9 @@ def collect(
     with progress(description, len(requests)) as advance, suppress(Stopped):
         stops = stop_ids_of(loaded, settings.stop_token_list)
         for trajectory in timed(engine.generate(queue, settings, stop_if_asked, stops), watch, "rollout"):
+            advance()
+            if trajectory.finish_reason == "refused":
+                continue
             with watch("reward"):
                 number = place[trajectory.task_id]
                 task = prompts[number][0]
@@ -98,7 +103,6 @@ def collect(
                     text = Response.of(text, loaded.tokenizer.batch_decode([[one] for one in ids]))
                 score = submit(text, task, trajectory.finish_reason == "length")
                 waiting.append((number, trajectory, score))
-            advance()
     scored = []
     with progress("scoring", len(waiting)) as advance, watch("reward"):
         for number, trajectory, score in [] if stop_requested() else waiting:
@@ -111,6 +115,9 @@ def collect(
             raise Stopped
         for number, trajectory, score in itertools.chain.from_iterable(part for part, _ in parts):
             groups[number][trajectory.sample] = Rollout(prompts[number][0], trajectory, score)
+    groups = [group for group in groups if None not in group]  # a prompt is refused with all its samples
+    if prompts and not groups:
+        raise UserError("rollout.cache_tokens: every request was refused; allow more, or set it to null")
     unknown = sum(rollout.score.verdict == "infrastructure" for group in groups for rollout in group)
     if unknown:
         console.print(f"{unknown} of {len(requests)} responses could not be scored (infrastructure) and earn nothing")

@@ -97,6 +97,8 @@ def rl_step(run: Run) -> dict[str, float]:
         file.unlink(missing_ok=True)  # a run that stopped after its last checkpoint wrote this step before
     write_samples(file, groups)
     figures: dict[str, float] = {"updates": 0, "lr": run.learner.scheduler.get_last_lr()[0]}
+    if config.rollout.free_cache:
+        run.engine.sleep()
     if samples:
         with watch("train"):
             figures |= learn(
