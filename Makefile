@@ -1,10 +1,10 @@
-# make setup | demo [SEED=1] [ARGS="key=value …"] | test | lint
+# make setup | demo [SEED=1] [ARGS="key=value …"] | test | test-cluster | lint
 
 PYTHON ?= python3
 SEED ?= 1
 BIN := .venv/bin
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-cluster lint
 
 setup: .venv/.ready
 
@@ -18,6 +18,9 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-cluster: setup  # two hosts as network namespaces: needs root, iproute2, openssh-server
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/cluster -m cluster -rs
 
 lint: setup
 	$(BIN)/ruff check .

@@ -116,10 +116,29 @@ class ExperimentConfig(ExperimentBase):
     deepspeed_file: str | None = key(
         None, "a file of accelerate_configs/, by which ranks are launched; null: one process, or as launched already"
     )
+    hang_timeout: float = key(
+        1800.0, "a rank that has not moved for so many seconds is reported with its stack; 0: never", low=0
+    )
+    join_timeout: float = key(600.0, "many nodes: seconds to wait for those that are to join", low=1)
+    max_failures: int = key(3, "many nodes: how often a run goes on after it lost a node", low=0)
+    ssh: list[str] | None = key(
+        None, "many nodes: node 0 starts the others by this, as [ssh, -i, KEY]; null: each runs the same command"
+    )
     total_step: int = key(50, "RL steps", low=1)
     save_every: int = key(10, "steps between checkpoints; 0: only the final model", low=0)
     train_value_every: int = key(1, "RL steps between those in which the value model learns; 1: in every one", low=1)
     eval_every: int = key(10, "steps between evaluations; 0: before and after only", low=0)
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters, trained in place of the weights; used where r is above 0."""
+
+    r: int = key(0, "rank of the adapters; 0 trains the weights themselves", low=0)
+    alpha: float = key(32.0, "what an adapter adds is scaled by alpha / r", low=0)
+    targets: list[str] = key(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "layers that get one, by name"
+    )
 
 
 @dataclass
@@ -131,6 +150,7 @@ class ModelConfig:
     dtype: str = key(
         "auto", "of the weights: auto (bfloat16 on a GPU, float32 elsewhere), float32, bfloat16", choices=DTYPES
     )
+    lora: LoraSettings = section(LoraSettings)
 
 
 @dataclass

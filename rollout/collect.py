@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from common.errors import UserError
+from common.health import beat
 from common.ranks import Queue, gather
 from common.runtime import Stopwatch, console, progress, timed
 from common.schema import DatasetConfig, Sampling, SFTDatasetConfig
@@ -106,6 +107,7 @@ def collect(
     with progress("scoring", len(waiting)) as advance, watch("reward"):
         for number, trajectory, score in [] if stop_requested() else waiting:
             scored.append((number, trajectory, score.result()))
+            beat()
             advance()
     with watch("rollout"):  # where other ranks are still at it
         parts = gather((scored, stop_requested()))
@@ -123,6 +125,7 @@ def collect(
 
 
 def stop_if_asked() -> None:
-    """Raise Stopped where the run is to end."""
+    """Called at every denoising step. Raises Stopped where the run is to end."""
+    beat()
     if stop_requested():
         raise Stopped

@@ -14,6 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from common import ranks
+from models.lora import adapted_layer, is_adapter, merged, plain_name
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -76,19 +77,24 @@ def whole_networks(accelerator: Accelerator) -> Iterator[None]:
 
 
 def whole_weights(network: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by name; under ZeRO-3 made whole one after another. All ranks must go through all of them.
+    """Every weight by name, adapters merged; under ZeRO-3 made whole one after another. All ranks must go through all.
 
     A tensor that was made whole is gone when the next is asked for: one weight more is all the memory it takes.
     """
     for name, parameter in network.named_parameters():
-        with whole(parameter):
-            yield name, parameter.data
+        layer = adapted_layer(network, name)
+        if layer is not None:
+            with whole(*layer.parameters()):
+                yield plain_name(name), merged(layer)
+        elif not is_adapter(name):
+            with whole(parameter):
+                yield plain_name(name), parameter.data
 
 
-def whole(parameter: torch.nn.Parameter, changed: bool = False) -> contextlib.AbstractContextManager:
-    """Within it the parameter is whole on every rank; `changed`: what rank 0 writes to it there is kept."""
-    if not hasattr(parameter, "ds_id"):
+def whole(*parameters: torch.nn.Parameter, changed: bool = False) -> contextlib.AbstractContextManager:
+    """Within it the parameters are whole on every rank; `changed`: what rank 0 writes to them there is kept."""
+    if not hasattr(parameters[0], "ds_id"):
         return contextlib.nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if changed else None)
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if changed else None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common import ranks
-from common.checkpoint import Writer
-from train.devices import whole
+from common.checkpoint import Writer, write_folder
+from common.schema import ModelConfig
+from models.lora import is_adapter, save_adapter
+from train.devices import whole, whole_weights
 from train.optimize import Learner
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, float32 as the weights
@@ -29,7 +30,11 @@ def save_learner(learner: Learner, writer: Writer, folder: str) -> None:
     number = 0
     states = optimizer_states(learner)
     for name, parameter in learner.network.model.named_parameters():
-        for key, tensor in whole_state(learner, parameter, bool(states)).items():
+        own = whole_state(learner, parameter, bool(states))
+        if is_adapter(name) and "weight" not in own:  # in the model's own files adapters are merged
+            with whole(parameter):
+                own["weight"] = parameter.detach().clone()
+        for key, tensor in own.items():
             if ranks.is_main():
                 shard[f"{name}:{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
         if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
@@ -105,8 +110,10 @@ def make_states(learner: Learner, steps: int) -> None:
 
 
 @torch.no_grad()
-def set_weight(learner: Learner, parameter: torch.nn.Parameter, value: Tensor) -> None:
+def set_weight(learner: Learner, parameter: torch.nn.Parameter, value: Tensor | None) -> None:
     """Give the parameter a whole tensor's values, and DeepSpeed its float32 copy of them. All ranks must call it."""
+    if value is None:  # frozen, beside an adapter: as it was loaded
+        return
     with whole(parameter, changed=True):
         parameter.data.copy_(value)
     if learner.engine is None or not parameter.requires_grad:
@@ -165,18 +172,25 @@ def load_random_state(file: Path) -> None:
 
 
 def whole_state_dict(network: torch.nn.Module) -> dict[str, Tensor] | None:
-    """The network's tensors on the CPU of rank 0, where ZeRO-3 shards them; None where it does not.
+    """The network's tensors on the CPU of rank 0, where ZeRO-3 shards them or adapters are to be merged; else None.
 
     All ranks must call it.
     """
-    parameters = list(network.named_parameters())
-    if not any(hasattr(parameter, "ds_id") for _, parameter in parameters):
+    if not any(hasattr(parameter, "ds_id") or is_adapter(name) for name, parameter in network.named_parameters()):
         return None
-    return dict(_to_main(parameters))
+    return {name: tensor.to("cpu", copy=True) for name, tensor in whole_weights(network) if ranks.is_main()}
 
 
-def _to_main(parameters: list[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in parameters:
-        with whole(parameter):
-            if ranks.is_main():
-                yield name, parameter.data.to("cpu", copy=True)
+def write_adapter(network: torch.nn.Module, names: ModelConfig, folder: Path) -> None:
+    """The adapters in peft's format, where there are any, beside the merged model. All ranks must call it."""
+    if not names.lora.r:
+        return
+    weights = {}
+    for name, parameter in network.named_parameters():
+        if is_adapter(name):
+            with whole(parameter):
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    write_folder(
+        folder / f"{names.optimized_name}_adapter",
+        lambda writer: writer.do(save_adapter, names.lora, names.pretrained_model, weights, writer.folder),
+    )

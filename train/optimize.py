@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common import ranks
 from common.errors import UserError
+from common.health import beat
 from common.runtime import console
 from common.schema import OptimizerParams, SchedulerConfig, TrainingBase
 from train.devices import make_accelerator, with_deepspeed
@@ -42,6 +43,7 @@ class Learner:
 
     def forward(self, batch: PackedBatch, *options: float) -> Tensor | tuple[Tensor, ...]:
         """What the network says of a packed batch. Under ZeRO-3 all ranks must call it."""
+        beat()
         return (self.engine or self.network)(batch, *options)
 
     def backward(self, loss: Tensor, last: bool) -> None:

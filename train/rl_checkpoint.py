@@ -19,6 +19,7 @@ from train.learner_state import (
     save_learner,
     save_random_state,
     whole_state_dict,
+    write_adapter,
 )
 from train.rl_setup import Run
 
@@ -67,6 +68,7 @@ def export(run: Run) -> None:
     """The trained model in the family's own format, and the value model beside it. All ranks must call it."""
     names, folder = run.config.model, run.folder / "ckpt"
     write_folder(folder / names.optimized_name, lambda writer: write_policy(run, writer))
+    write_adapter(run.learner.network.model, names, folder)
     if run.critic is not None:
         write_folder(folder / names.optimized_value_name, lambda writer: write_value(run, writer))
 

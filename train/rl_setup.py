@@ -19,6 +19,7 @@ from common.schema import RLConfig
 from common.trajectory import Task
 from data.tasks import load_tasks
 from models import LoadedModel, load_model, load_network
+from models.lora import add_lora
 from models.value import load_value
 from reward.score import make_scorer
 from rollout.collect import Scorer
@@ -113,6 +114,8 @@ def load_networks(config: RLConfig) -> tuple[LoadedModel, Learner, Learner | Non
     names, (device, dtype) = config.model, device_and_dtype(config.model.dtype)
     accelerator = make_accelerator(mixed_precision(dtype))  # before any network: ZeRO-3 shards it as it is loaded
     trained = load_model(names.pretrained_model, names.model_base, torch.float32, device)
+    if names.lora.r:
+        add_lora(trained.model, names.lora)
     if config.training.gradient_checkpointing_enable:
         trained.model.gradient_checkpointing_enable()
     updates = config.experiment.total_step * config.training.updates_per_step
@@ -126,7 +129,7 @@ def load_networks(config: RLConfig) -> tuple[LoadedModel, Learner, Learner | Non
             return load_network(names.pretrained_model, names.model_base, dtype, device)
 
     loaded, reference = trained, None
-    if learner.sharded or next(trained.model.parameters()).dtype != dtype:
+    if learner.sharded or names.lora.r or next(trained.model.parameters()).dtype != dtype:
         loaded = dataclasses.replace(trained, model=copy_of_first())
     if config.training.kl_reference == "initial":
         first = Policy(copy_of_first(), trained.mask_id) if learner.engine else copy.deepcopy(learner.network)

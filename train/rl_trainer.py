@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import ExitStack
 
 import torch
 
 from common.checkpoint import newest_step
 from common.config import settings_of
+from common.health import watched
 from common.metrics import draw_curves
-from common.ranks import any_rank, from_main, is_main
+from common.ranks import any_rank, from_main, is_main, rank
 from common.runtime import Stopwatch, console
 from common.schema import RewardConfig, RLConfig
 from common.stop import Stopped, exit_code, resume_command, signals_noted, stop_requested
@@ -32,8 +34,9 @@ def main(config: RLConfig) -> int:
     Returns the program's exit code: 130 where Ctrl-C stopped it, else 0. All ranks must call it.
     """
     stages = Stopwatch()
-    with signals_noted():
+    with signals_noted(), ExitStack() as stack:
         run = set_up(config, stages)
+        stack.enter_context(watched(config.experiment.hang_timeout, run.folder / f"hang-rank-{rank()}.txt", rank()))
         with stages("load"):
             resume(run)
         try:

@@ -20,12 +20,13 @@ from common.schema import RewardConfig, SFTConfig, SFTTrainingConfig
 from common.trajectory import Task
 from data.tasks import load_tasks
 from models import LoadedModel, load_model, load_network, save_model
+from models.lora import add_lora
 from models.tiny import build_tiny
 from reward.score import make_scorer
 from rollout.evaluate import evaluate
 from sample.engine import Engine
 from train.devices import make_accelerator, whole_networks, whole_weights
-from train.learner_state import load_learner, save_learner, whole_state_dict
+from train.learner_state import load_learner, save_learner, whole_state_dict, write_adapter
 from train.optimize import Learner, make_learner
 from train.policy import Policy
 from train.sft_data import Conversation, Samples, make_samples, read_samples, split, told_reasons
@@ -66,6 +67,7 @@ def main(config: SFTConfig) -> Path:
     run.metrics.close()
     target = run.folder / "ckpt" / config.model.optimized_name
     write_folder(target, lambda writer: write_model(run.loaded, writer))
+    write_adapter(run.loaded.model, config.model, target.parent)
     results = {
         "samples": {"learned": len(run.train), "validation": len(run.held_out), "left_out": dict(samples.left_out)},
         "updates": run.step,
@@ -133,6 +135,8 @@ def load(config: SFTConfig, folder: Path | None) -> LoadedModel:
         ranks.wait_for_all()
     device, _ = device_and_dtype(config.model.dtype)
     loaded = load_model(path, config.model.model_base, torch.float32, device)
+    if config.model.lora.r:
+        add_lora(loaded.model, config.model.lora)
     if config.training.gradient_checkpointing_enable:
         loaded.model.gradient_checkpointing_enable()
     return loaded

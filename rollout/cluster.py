@@ -1,0 +1,311 @@
+"""A Ray cluster of a job's nodes: the first one starts it and drives, the others join it and leave with the job.
+
+Nothing outside the job is touched: Ray's processes are this process's children, and end with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+from common.nodes import Place
+from common.runtime import console
+from common.schema import ExperimentConfig
+
+AGENTS = ("dashboard-agent-grpc", "metrics-export", "dashboard-agent-listen", "runtime-env-agent")
+STARTS = 3  # of Ray: on a busy machine its raylet may find its agents late and give up
+JOB = "dllm-rl-job"  # the actor that knows how the job stands
+
+
+class Job:
+    """Runs on the first node: whether the job is over, and with which exit code."""
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        self.told: set[int] = set()
+
+    def status(self, role: int) -> int | None:
+        """The job's exit code once it is over; a role that has been told leaves."""
+        if self.code is not None:
+            self.told.add(role)
+        return self.code
+
+    def finish(self, code: int) -> None:
+        self.code = code
+
+    def left(self) -> int:
+        """How many nodes have been told that the job is over."""
+        return len(self.told)
+
+
+def drive_or_follow(place: Place, experiment: ExperimentConfig, drive: Any, script: Path) -> int:
+    """Run `drive()` on the first node of a cluster of all of them, and nothing but Ray on the others.
+
+    Returns the job's exit code, on every node. With experiment.ssh the first node starts the others.
+    """
+    if place.role > 0:
+        return follow(place, experiment)
+    token = secrets.token_hex(32)
+    code = 1
+    with head_node(place, experiment, token), contextlib.ExitStack() as stack:
+        import ray
+
+        if experiment.ssh:
+            stack.enter_context(started_by_ssh(place, experiment, token, script))
+        job = ray.remote(Job).options(name=JOB, num_cpus=0, resources={"node:__internal_head__": 0.001}).remote()
+        ray.get(job.left.remote())
+        try:
+            wait_for_nodes(place.nodes, experiment.join_timeout, place)
+            code = drive()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+        finally:
+            farewell(job, code, len(live_nodes()) - 1)
+    return code
+
+
+def farewell(job: Any, code: int, others: int, patience: float = 10.0) -> None:
+    """Tell the other nodes that the job is over, and give them a moment to leave."""
+    import ray
+
+    ray.get(job.finish.remote(code))
+    limit = time.monotonic() + patience
+    while ray.get(job.left.remote()) < others and time.monotonic() < limit:
+        time.sleep(0.2)
+
+
+def live_nodes() -> list[dict]:
+    """Ray's records of the nodes that are there, the head first."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return sorted(nodes, key=lambda node: ("node:__internal_head__" not in node["Resources"], node["NodeID"]))
+
+
+def wait_for_nodes(wanted: int, patience: float, place: Place | None = None) -> int:
+    """Wait until so many nodes are there; returns how many came in time. With `place`, too few are a UserError."""
+    limit = time.monotonic() + patience
+    while (count := len(live_nodes())) < wanted and time.monotonic() < limit:
+        time.sleep(0.3)
+    if count < wanted and place is not None:
+        here = {node["NodeManagerAddress"] for node in live_nodes()}
+        missing = [host for host in place.hosts if host not in here]
+        who = f"missing {', '.join(missing)}" if len(place.hosts) == wanted else f"there are {', '.join(sorted(here))}"
+        raise UserError(
+            f"experiment.join_timeout={patience:g}: {count} of {wanted} nodes came in that time ({who}); "
+            "start the same command on them, or raise it"
+        )
+    return count
+
+
+@contextlib.contextmanager
+def head_node(place: Place, experiment: ExperimentConfig, token: str) -> Iterator[None]:
+    """Ray's head on this node, and this process connected to it; its token where the other nodes find it."""
+    with tempfile.TemporaryDirectory() as folder, private_token(token, Path(folder) / "token"):
+        import ray  # it reads how to show its token as it is imported
+
+        if place.nodes == 1:
+            ray.init(address="local", namespace=JOB, include_dashboard=False, num_cpus=os.cpu_count())
+            try:
+                yield
+            finally:
+                ray.shutdown()
+            return
+        shared = token_file(experiment)
+        write_private(shared, token)
+        arguments = ["--head", f"--node-ip-address={place.head}", f"--port={place.port}", "--include-dashboard=false"]
+        try:
+            with contextlib.ExitStack() as stack:
+                for _ in range(STARTS):
+                    process = stack.enter_context(ray_process(arguments, place.port, Path(folder)))
+                    if connect(f"{place.head}:{place.port}", process, experiment.join_timeout):
+                        break
+                    stack.close()
+                else:
+                    last = (Path(folder) / "ray.log").read_text().strip().splitlines()[-1:]
+                    raise UserError(f"Ray does not start at {place.head}:{place.port}: {' '.join(last)}")
+                yield
+                ray.shutdown()
+        finally:
+            shared.unlink(missing_ok=True)
+
+
+def follow(place: Place, experiment: ExperimentConfig, token: str | None = None) -> int:
+    """Join the first node's cluster, stay until the job is over, and return its exit code."""
+    limit = time.monotonic() + experiment.join_timeout
+    address = f"{place.head}:{place.port}"
+    while True:
+        # the first node writes the token before it listens, so that one of an older job is not taken
+        if reachable(place.head, place.port) and (found := token or read_token(experiment)):
+            with tempfile.TemporaryDirectory() as folder, private_token(found, Path(folder) / "token"):
+                arguments = [f"--address={address}", f"--node-ip-address={own_address(place)}"]
+                with ray_process(arguments, place.port, Path(folder)) as process:
+                    if connect(address, process, limit - time.monotonic()):
+                        code = stay(place, process)
+                        if code is not None:
+                            return code
+                        limit = time.monotonic() + experiment.join_timeout
+        if time.monotonic() > limit:
+            raise UserError(
+                f"experiment.join_timeout={experiment.join_timeout:g}: no cluster at {address} in that time; is node 0 "
+                f"running, and {token_file(experiment)} on storage that all nodes share?"
+            )
+        time.sleep(0.5)
+
+
+def stay(place: Place, process: subprocess.Popen) -> int | None:
+    """Wait until the job is over; its exit code, None where the connection to it is lost."""
+    import ray
+
+    while process.poll() is None:
+        try:
+            code = ray.get(ray.get_actor(JOB).status.remote(place.role), timeout=20)
+            if code is not None:
+                ray.shutdown()
+                return code
+        except ValueError:  # the job is not there yet
+            pass
+        except (ray.exceptions.RayError, ConnectionError, OSError):
+            break
+        time.sleep(0.5)
+    console.print(f"node {place.role}: lost the first node; trying to join again")
+    ray.shutdown()
+    return None
+
+
+@contextlib.contextmanager
+def ray_process(arguments: Sequence[str], port: int, folder: Path) -> Iterator[subprocess.Popen]:
+    """`ray start` with those arguments; it and all that it started end with the context."""
+    fixed = [
+        "--block",
+        "--disable-usage-stats",
+        f"--num-cpus={os.cpu_count()}",
+        f"--num-gpus={torch.cuda.device_count()}",
+        # named, for a raylet waits but 15 s for its agents to say which they took
+        *(f"--{name}-port={port + number}" for number, name in enumerate(AGENTS, 11)),
+    ]
+    # a short folder: Ray makes sockets in it, whose names may have 107 characters
+    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    if "--head" in arguments:
+        fixed.append(f"--temp-dir={temporary}")
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments, *fixed]
+    with open(folder / "ray.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def connect(address: str, process: subprocess.Popen, patience: float) -> bool:
+    """Connect this process to the cluster once it is up; False where `ray start` ended before."""
+    import ray
+
+    limit = time.monotonic() + max(patience, 1)
+    while process.poll() is None:
+        try:
+            ray.init(address=address, namespace=JOB, logging_level="ERROR")
+            return True
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            if time.monotonic() > limit:
+                raise UserError(f"Ray at {address} cannot be reached ({str(error).splitlines()[0]})") from error
+            time.sleep(0.5)
+    return False
+
+
+@contextlib.contextmanager
+def started_by_ssh(place: Place, experiment: ExperimentConfig, token: str, script: Path) -> Iterator[None]:
+    """The other nodes joined by ssh, for jobs whose other nodes wait idly; the token goes through standard input."""
+    module = [sys.executable, "-m", "rollout.join", str(place.nodes), str(place.port), str(experiment.join_timeout)]
+    processes = []
+    for role, host in enumerate(place.hosts[1:], 1):
+        remote = ["cd", str(script.parent)], ["exec", *module, str(role), place.head, host]
+        command = [*experiment.ssh, host, " && ".join(shlex.join(part) for part in remote)]  # ssh takes one line
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        process.stdin.write(token + "\n")
+        process.stdin.close()
+        processes.append(process)
+    try:
+        yield
+    finally:
+        for process in processes:
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+
+
+def token_file(experiment: ExperimentConfig) -> Path:
+    """Where the first node leaves the cluster's token for the others, on the storage that they share."""
+    return Path(experiment.runs_dir) / f".{experiment.project}.ray-token"
+
+
+def read_token(experiment: ExperimentConfig) -> str | None:
+    file = token_file(experiment)
+    return file.read_text() if file.exists() else None
+
+
+def write_private(file: Path, text: str) -> None:
+    """Write a file that only its owner can read, in one rename."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(file.name + ".writing")
+    beside.unlink(missing_ok=True)
+    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        stream.write(text)
+    beside.rename(file)
+
+
+@contextlib.contextmanager
+def private_token(token: str, file: Path) -> Iterator[None]:
+    """Within it Ray, here and in child processes, demands and shows the token."""
+    write_private(file, token)
+    before = dict(os.environ)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
+    try:
+        yield
+    finally:
+        for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+            os.environ.pop(key)
+            if key in before:
+                os.environ[key] = before[key]
+
+
+def reachable(host: str, port: int) -> bool:
+    """Whether something listens there."""
+    import socket
+
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def own_address(place: Place) -> str:
+    """The address by which the first node sees this one."""
+    import socket
+
+    if len(place.hosts) > place.role:
+        return socket.gethostbyname(place.hosts[place.role])
+    with socket.create_connection((place.head, place.port), timeout=10) as connection:
+        return connection.getsockname()[0]

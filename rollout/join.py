@@ -1,0 +1,24 @@
+"""A node that the first starts by ssh: python -m rollout.join NODES PORT PATIENCE ROLE HEAD HOST, token on stdin."""
+
+from __future__ import annotations
+
+import sys
+
+from common.errors import one_line_errors
+from common.nodes import Place
+from common.schema import ExperimentConfig
+from rollout.cluster import follow
+
+
+@one_line_errors
+def main(arguments: list[str]) -> None:
+    """Join, stay until the job is over, and end with its exit code."""
+    nodes, port, patience, role, head, host = arguments
+    hosts = (head, *[host] * int(role))
+    place = Place(int(role), int(nodes), hosts, int(port))
+    experiment = ExperimentConfig(join_timeout=float(patience))
+    sys.exit(follow(place, experiment, token=sys.stdin.readline().strip()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,136 @@
+"""Evaluation over nodes: one engine on every device, prompts handed out as they become free, each result taken once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from common.ranks import Queue
+from common.runtime import console, device_and_dtype
+from common.schema import EvalConfig, Sampling
+from common.trajectory import Request, Trajectory
+from models import LoadedModel, find_family, load_model, load_tokenizer
+from models.family import local_folder
+from rollout import evaluate_job
+from rollout.cluster import live_nodes
+from sample.engine import Engine
+
+LOOK_EVERY = 2.0  # seconds after which nodes that have come are looked for
+
+
+class EngineWorker:
+    """An engine of its own on one device."""
+
+    def __init__(self, model: str, model_base: str, dtype: str):
+        device, kind = device_and_dtype(dtype)
+        self.loaded = load_model(model, model_base, kind, device)
+        self.engine = Engine(self.loaded.model, self.loaded.mask_id, self.loaded.stop_ids)
+
+    def ids(self) -> tuple[int, tuple[int, ...]]:
+        """The mask token and the stop tokens."""
+        return self.loaded.mask_id, self.loaded.stop_ids
+
+    def generate(self, requests: list[Request], settings: Sampling, stop_ids: list[int]) -> list[Trajectory]:
+        """A trajectory for every request."""
+        return list(self.engine.generate(requests, settings, stop_ids=stop_ids))
+
+
+class RemoteEngines:
+    """Engines on all nodes behind the face of one: `generate` yields every request's trajectory once.
+
+    What a lost worker had is drawn again by others, to the same response; a node that comes later is used too.
+    """
+
+    def __init__(self, config: EvalConfig):
+        self.config = config
+        self.workers: dict[Any, str] = {}  # actor → its node's address
+        self.used: set[str] = set()  # nodes that have workers
+        self.heard: set[str] = set()  # nodes that have returned responses
+        self.look()
+
+    def look(self) -> None:
+        """Start a worker on every device of nodes that have none."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = live_nodes()
+        self.used &= {node["NodeID"] for node in nodes}
+        for node in nodes:
+            if node["NodeID"] in self.used:
+                continue
+            self.used.add(node["NodeID"])
+            gpus = int(node["Resources"].get("GPU", 0))
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            for _ in range(gpus or 1):
+                needs = {"num_gpus": 1} if gpus else {"num_cpus": 1}
+                kind = ray.remote(EngineWorker).options(scheduling_strategy=there, **needs)
+                worker = kind.remote(self.config.model, self.config.model_base, self.config.dtype)
+                self.workers[worker] = node["NodeManagerAddress"]
+
+    def ids(self) -> tuple[int, tuple[int, ...]]:
+        """The model's mask token and stop tokens, by the first worker."""
+        import ray
+
+        return ray.get(next(iter(self.workers)).ids.remote())
+
+    def generate(
+        self,
+        requests: Iterable[Request],
+        settings: Sampling,
+        on_step: Callable[[], None] | None = None,
+        stop_ids: Iterable[int] | None = None,
+    ) -> Iterator[Trajectory]:
+        """Yield a trajectory for every request, in the order in which the workers return them."""
+        import ray
+
+        waiting = deque(requests.items if isinstance(requests, Queue) else requests)
+        stops = sorted(stop_ids or [])
+        running: dict[Any, tuple[Any, list[Request]]] = {}  # what a worker will return → the worker, its requests
+        while waiting or running:
+            busy = {worker for worker, _ in running.values()}
+            for worker in [one for one in self.workers if one not in busy]:
+                if waiting:
+                    chunk = self.take(waiting, settings.max_active)
+                    running[worker.generate.remote(chunk, settings, stops)] = worker, chunk
+            ready, _ = ray.wait(list(running), timeout=LOOK_EVERY) if running else ([], [])
+            for result in ready:
+                worker, chunk = running.pop(result)
+                try:
+                    trajectories = ray.get(result)
+                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
+                    waiting.extendleft(reversed(chunk))
+                    where = self.workers.pop(worker)
+                    console.print(f"the worker on {where} is lost; its {len(chunk)} responses are drawn by others")
+                else:
+                    self.hear(self.workers[worker])
+                    yield from trajectories
+            if on_step is not None:
+                on_step()
+            if not ready:
+                self.look()
+
+    def hear(self, node: str) -> None:
+        """Say once that a node works."""
+        if node not in self.heard:
+            self.heard.add(node)
+            console.print(f"first responses from {node}")
+
+    def take(self, waiting: deque[Request], most_active: int) -> list[Request]:
+        """The next requests for one worker: half of an even share, so that the last ones end at about the same time."""
+        share = -(-len(waiting) // (2 * len(self.workers)))
+        return [waiting.popleft() for _ in range(min(share, 4 * most_active))]
+
+
+def load_everywhere(config: EvalConfig) -> tuple[LoadedModel, RemoteEngines]:
+    """The engines of all nodes, and what this process needs of the model beside them: no weights."""
+    engines = RemoteEngines(config)
+    mask_id, stop_ids = engines.ids()
+    tokenizer = load_tokenizer(local_folder(config.model))
+    return LoadedModel(None, tokenizer, find_family(config.model_base), mask_id, stop_ids), engines
+
+
+def evaluate_over_nodes(config: EvalConfig) -> int:
+    """As `rollout.evaluate_job.main`, by the engines of all nodes; returns the exit code."""
+    evaluate_job.main(config, load_everywhere)
+    return 0

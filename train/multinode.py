@@ -1,0 +1,164 @@
+"""RL over nodes: a rank on every device, and after a loss new ranks that go on from the last checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.checkpoint import newest_step
+from common.launch import accelerate_config
+from common.runtime import console
+from common.schema import RLConfig
+from common.stop import STOP_FILE, exit_code, signals_noted, stop_requested
+from rollout.cluster import live_nodes, wait_for_nodes
+from train.sft_trainer import make_model_if_missing
+
+SETTLE = 5.0  # seconds until Ray knows that a lost node is gone
+DEEPSPEED_KEYS = {
+    "zero_stage": "ACCELERATE_DEEPSPEED_ZERO_STAGE",
+    "offload_optimizer_device": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+    "offload_param_device": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+}
+
+
+class Rank:
+    """One process of the trainer; its environment says which."""
+
+    def address(self) -> tuple[str, int]:
+        """Where the first rank can be found: this node's address and a free port."""
+        import socket
+
+        import ray
+
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            return ray.util.get_node_ip_address(), listener.getsockname()[1]
+
+    def run(self, arguments: list[str], host: str, port: int) -> int:
+        """Train to the end; returns the exit code."""
+        import ray
+
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+        # by the host's name gloo may find 127.0.0.1
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(ray.util.get_node_ip_address()))
+        from common.config import load_config
+        from train.rl_trainer import main
+
+        return main(load_config("rl", arguments))
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has the address."""
+    import psutil
+
+    found = psutil.net_if_addrs().items()
+    return next(name for name, addresses in found if any(one.address == address for one in addresses))
+
+
+def train_over_nodes(config: RLConfig, arguments: Sequence[str], nodes: int) -> int:
+    """Run rl.py's job on all devices of the cluster; returns the exit code.
+
+    Where a node or a rank is lost, the run goes on from its last checkpoint, up to `max_failures` times: with the node
+    if it is back within `join_timeout`, else with those that are left.
+    """
+    experiment, names = config.experiment, config.model
+    make_model_if_missing(
+        names.pretrained_model, names.made_by, names.model_base, config.training.seed, experiment.runs_dir
+    )
+    folder, arguments = Path(experiment.runs_dir) / experiment.project, list(arguments)
+    with signals_noted():
+        for failures in range(experiment.max_failures + 1):
+            here = wait_for_nodes(nodes, experiment.join_timeout)
+            if here < nodes:
+                console.print(f"{here} of {nodes} nodes are there: the run goes on with them")
+            lost = attempt(config, arguments)
+            time.sleep(0 if lost is None else SETTLE)
+            if lost is None:
+                return exit_code()
+            step = max(newest_step(folder), 0)
+            left = experiment.max_failures - failures
+            console.print(f"lost {lost} (experiment.max_failures allows {left} more); going on after step {step}")
+            # what was there before this job is aside by now; the run itself is resumed
+            key = "experiment.start_from_scratch"
+            arguments = [one for one in arguments if not one.startswith(f"{key}=")] + [f"{key}=False"]
+    return 1
+
+
+def attempt(config: RLConfig, arguments: list[str]) -> str | None:
+    """Run with the nodes that are there; None where it came to its end, else what was lost."""
+    import ray
+
+    with stop_file(Path(config.experiment.runs_dir)) as stop:
+        ranks = start_ranks(config.experiment.deepspeed_file, stop)
+        actors = [actor for actor, _ in ranks]
+        try:
+            host, port = ray.get(actors[0].address.remote())
+            running = {actor.run.remote(arguments, host, port): where for actor, where in ranks}
+            while running:
+                ready, _ = ray.wait(list(running), timeout=0.5)
+                for result in ready:
+                    where = running.pop(result)
+                    ray.get(result)
+                if stop_requested():
+                    stop.touch()
+        except ray.exceptions.RayTaskError as error:
+            if "UserError" in type(error).__name__ or isinstance(error.cause, ValueError):
+                raise error.cause from None
+            return culprit(running, where, error)
+        except ray.exceptions.RayError as error:
+            return culprit(running, where, error)
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+    return None
+
+
+def culprit(running: dict[Any, str], where: str, error: Exception) -> str:
+    """What to call the loss: the nodes that are gone, else the rank that failed first."""
+    alive = {node["NodeManagerAddress"] for node in live_nodes()}
+    gone = sorted({address for address in [where, *running.values()] if address not in alive})
+    return f"node {', '.join(gone)}" if gone else f"a rank on {where} ({str(error).strip().splitlines()[-1]})"
+
+
+def start_ranks(deepspeed_file: str | None, stop: Path) -> list[tuple[Any, str]]:
+    """A Rank on every device of every node, with the address of its node, rank 0 on the first node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    places = [node for node in live_nodes() for _ in range(int(node["Resources"].get("GPU", 0)) or 1)]
+    shared = deepspeed_environment(deepspeed_file) | {"WORLD_SIZE": str(len(places)), STOP_FILE: str(stop)}
+    ranks = []
+    for number, node in enumerate(places):
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        needs = {"num_gpus": 1} if node["Resources"].get("GPU") else {"num_cpus": 1}
+        # a device of its own is all that a rank sees, so its local rank is 0
+        variables = shared | {"RANK": str(number), "LOCAL_RANK": "0"}
+        kind = ray.remote(Rank).options(scheduling_strategy=there, runtime_env={"env_vars": variables}, **needs)
+        ranks.append((kind.remote(), node["NodeManagerAddress"]))
+    return ranks
+
+
+def deepspeed_environment(name: str | None) -> dict[str, str]:
+    """What `accelerate launch` would put into the ranks' environment for that file; nothing for none."""
+    if not name:
+        return {}
+    settings = yaml.safe_load(accelerate_config(name).read_text()).get("deepspeed_config")
+    if not settings:
+        return {}
+    found = {variable: str(settings[key]) for key, variable in DEEPSPEED_KEYS.items() if key in settings}
+    return {"ACCELERATE_USE_DEEPSPEED": "true"} | found
+
+
+@contextlib.contextmanager
+def stop_file(folder: Path) -> Iterator[Path]:
+    """The name of a file, not made yet, that all nodes see; gone in the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".stop-") as name:
+        yield Path(name).resolve() / "stop"
