@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from common.runtime import Stopwatch, console, progress, timed
@@ -15,6 +17,7 @@ from rollout.scoring import submitter
 from sample.engine import Engine
 
 Scorer = Callable[[str, Task, bool], Score]  # (response text, task, truncated) -> Score
+UNSCORED = Score(0.0, False, "infrastructure")
 
 
 @dataclass
@@ -24,6 +27,7 @@ class Rollout:
     task: Task
     trajectory: Trajectory
     score: Score
+    seconds: float = 0.0  # of the rollout, since the response that finished before
 
 
 def prompts_within(
@@ -34,13 +38,7 @@ def prompts_within(
     max_prompt_len: int,
 ) -> list[tuple[Task, list[int]]]:
     """Tasks with their prompt ids; those whose prompt is longer than `max_prompt_len` are left out, and said."""
-    thinking = settings.start_with_think
-
-    def encode(task: Task) -> list[int]:
-        around = instruction(loaded.family, kind_of(task, dataset.data_type), dataset.prompts, thinking)
-        return encode_prompt(loaded, task.question, around, thinking)
-
-    encoded = [(task, encode(task)) for task in tasks]
+    encoded = [(task, encode_task(loaded, task, dataset, settings.start_with_think)) for task in tasks]
     kept = [(task, ids) for task, ids in encoded if len(ids) <= max_prompt_len]
     if len(kept) < len(encoded):
         longest = max(len(ids) for _, ids in encoded)
@@ -49,6 +47,14 @@ def prompts_within(
             f"{max_prompt_len} (longest {longest})"
         )
     return kept
+
+
+def encode_task(
+    loaded: LoadedModel, task: Task, dataset: DatasetConfig | SFTDatasetConfig, thinking: bool
+) -> list[int]:
+    """A task's prompt ids, within the instruction of its kind."""
+    around = instruction(loaded.family, kind_of(task, dataset.data_type), dataset.prompts, thinking)
+    return encode_prompt(loaded, task.question, around, thinking)
 
 
 def kind_of(task: Task, data_type: str) -> str:
@@ -66,18 +72,35 @@ def collect(
     seed: int,
     step: int = 0,
     description: str = "rollout",
+    known: Mapping[tuple[str, int], Rollout] | None = None,
+    keep: Callable[[Rollout], None] | None = None,
 ) -> list[list[Rollout]]:
     """Draw `num_response_per_task` responses to each task and score them; one group per task, in the given order.
 
     Scoring runs beside the drawing of further responses. Time goes to the stages "rollout" and "reward" of `watch`:
-    the latter is what scoring held up the rollout and what was waited for at the end.
+    the latter is what scoring held up the rollout and what was waited for at the end. Responses `known` already, by
+    (task id, sample), are not drawn again; `keep` is called with every other one once it is scored.
     """
-    samples = settings.num_response_per_task
-    requests = [Request(task.id, ids, sample, seed, step) for task, ids in prompts for sample in range(samples)]
+    samples, known = settings.num_response_per_task, known or {}
+    groups = [[known.get((task.id, sample)) for sample in range(samples)] for task, _ in prompts]
+    requests = [
+        Request(task.id, ids, sample, seed, step)
+        for (task, ids), group in zip(prompts, groups)
+        for sample in range(samples)
+        if group[sample] is None
+    ]
     place = {task.id: number for number, (task, _) in enumerate(prompts)}
-    groups: list[list[Rollout | None]] = [[None] * samples for _ in prompts]
     submit = submitter(scorer)
-    waiting = []
+    waiting: deque[tuple[int, Rollout, Future[Score]]] = deque()
+    before = watch.seconds.get("rollout", 0.0)
+
+    def settle() -> None:
+        number, rollout, score = waiting.popleft()
+        rollout.score = score.result()
+        groups[number][rollout.trajectory.sample] = rollout
+        if keep is not None:
+            keep(rollout)
+
     with progress(description, len(requests)) as advance:
         stops = stop_ids_of(loaded, settings.stop_token_list)
         for trajectory in timed(engine.generate(requests, settings, stop_ids=stops), watch, "rollout"):
@@ -89,13 +112,19 @@ def collect(
                 if isinstance(scorer, RewardScorer) and scorer.needs_tokens:
                     text = Response.of(text, loaded.tokenizer.batch_decode([[one] for one in ids]))
                 score = submit(text, task, trajectory.finish_reason == "length")
-                waiting.append((number, task, trajectory, score))
+                now = watch.seconds["rollout"]
+                waiting.append((number, Rollout(task, trajectory, UNSCORED, now - before), score))
+                before = now
+                while waiting and waiting[0][-1].done():
+                    settle()
             advance()
     with progress("scoring", len(waiting)) as advance, watch("reward"):
-        for number, task, trajectory, score in waiting:
-            groups[number][trajectory.sample] = Rollout(task, trajectory, score.result())
+        while waiting:
+            settle()
             advance()
     unknown = sum(rollout.score.verdict == "infrastructure" for group in groups for rollout in group)
     if unknown:
-        console.print(f"{unknown} of {len(requests)} responses could not be scored (infrastructure) and earn nothing")
+        console.print(
+            f"{unknown} of {sum(map(len, groups))} responses could not be scored (infrastructure) and earn nothing"
+        )
     return groups

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 from common.config import dump_config, settings_of
@@ -12,40 +11,39 @@ from common.schema import EvalConfig
 from data.tasks import load_tasks
 from models import load_model
 from reward.score import make_scorer
-from rollout.evaluate import Evaluation, evaluate
+from rollout.evaluate import Evaluation, evaluate, name_settings
+from rollout.fingerprint import check_resumable, fingerprint_of
+from rollout.results import table_rows, write_results
 from sample.engine import Engine
 
 
 def main(config: EvalConfig) -> dict[str, Evaluation]:
-    """Evaluate; results.json and samples.jsonl lie in runs/<project>/."""
+    """Evaluate; results.json, results.md, fingerprint.json, samples.jsonl and trace.html lie in runs/<project>/."""
     seed_everything(config.seed)
     tasks = load_tasks(config.dataset.eval_dataset, key="dataset.eval_dataset")[: config.rollout.num_task or None]
     scorer = make_scorer(config.reward, config.dataset.data_type)
     device, dtype = device_and_dtype(config.dtype)
     loaded = load_model(config.model, config.model_base, dtype, device)
+    settings = settings_of(config.rollout)
     experiment = config.experiment
     folder = prepare_run_folder(experiment.runs_dir, experiment.project, experiment.start_from_scratch)
+    about = fingerprint_of(config, loaded, tasks, name_settings(settings))
+    check_resumable(folder, about)
     (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "fingerprint.json").write_text(json.dumps(about, indent=2, ensure_ascii=False))
     results = evaluate(
         Engine(loaded.model, loaded.mask_id, loaded.stop_ids),
         loaded,
         tasks,
-        settings_of(config.rollout),
+        settings,
         scorer,
         config.dataset,
         config.max_prompt_len,
         config.seed,
         samples_file=folder / "samples.jsonl",
+        resume=not experiment.start_from_scratch,
     )
-    rows = {name: dataclasses.asdict(result) for name, result in results.items()}
-    (folder / "results.json").write_text(json.dumps(rows, indent=2))
-    print_table([round_row(row) for row in rows.values()], title=f"{config.model} on {config.dataset.eval_dataset}")
-    console.print(f"written: {folder}/results.json, samples.jsonl")
+    write_results(folder, results, about)
+    print_table(table_rows(results), title=f"{config.model} on {config.dataset.eval_dataset}")
+    console.print(f"written: {folder}/results.md, results.json, samples.jsonl, fingerprint.json ({about['id']})")
     return results
-
-
-def round_row(row: dict) -> dict:
-    """Figures as they are read: shares in percent, the rest to three digits."""
-    percent = ("accuracy", "standard_error", "truncated")
-    shown = {key: f"{100 * row[key]:.1f} %" if key in percent else row[key] for key in row}
-    return {key: round(value, 3) if isinstance(value, float) else value for key, value in shown.items()}
