@@ -40,6 +40,7 @@ REQUIRED = {
     "eval": ("model", "dataset.eval_dataset"),
     "sft": ("model.pretrained_model", "dataset.optimization_data"),
     "generate": ("model", "prompt"),
+    "trace": ("model",),
 }
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 # The keys that take a list in evaluation: entry i of every list makes setting i.

@@ -372,4 +372,19 @@ class GenerateConfig(Sampling):
     dtype: str = key("auto", "of the weights: auto, float32, bfloat16", choices=DTYPES)
 
 
-JOBS: dict[str, type] = {"rl": RLConfig, "eval": EvalConfig, "sft": SFTConfig, "generate": GenerateConfig}
+@dataclass
+class TraceConfig(GenerateConfig):
+    """python sample/get_trace_viewer.py model=PATH prompt="…" : a page on which to watch responses being denoised."""
+
+    out: str = key("trace.html", "the page to write")
+    samples: str = key("", "show responses of this samples.jsonl or rollouts/step-0001.jsonl instead of new ones")
+    task_id: str = key("", "samples: those of one task; empty: the first ones")
+
+
+JOBS: dict[str, type] = {
+    "rl": RLConfig,
+    "eval": EvalConfig,
+    "sft": SFTConfig,
+    "generate": GenerateConfig,
+    "trace": TraceConfig,
+}

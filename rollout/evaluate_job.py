@@ -14,6 +14,7 @@ from reward.score import make_scorer
 from rollout.evaluate import Evaluation, evaluate, name_settings
 from rollout.fingerprint import check_resumable, fingerprint_of
 from rollout.results import table_rows, write_results
+from rollout.show import write_evaluation_traces
 from sample.engine import Engine
 
 
@@ -25,9 +26,10 @@ def main(config: EvalConfig) -> dict[str, Evaluation]:
     device, dtype = device_and_dtype(config.dtype)
     loaded = load_model(config.model, config.model_base, dtype, device)
     settings = settings_of(config.rollout)
+    named = name_settings(settings)
     experiment = config.experiment
     folder = prepare_run_folder(experiment.runs_dir, experiment.project, experiment.start_from_scratch)
-    about = fingerprint_of(config, loaded, tasks, name_settings(settings))
+    about = fingerprint_of(config, loaded, tasks, named)
     check_resumable(folder, about)
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "fingerprint.json").write_text(json.dumps(about, indent=2, ensure_ascii=False))
@@ -44,6 +46,10 @@ def main(config: EvalConfig) -> dict[str, Evaluation]:
         resume=not experiment.start_from_scratch,
     )
     write_results(folder, results, about)
-    print_table(table_rows(results), title=f"{config.model} on {config.dataset.eval_dataset}")
-    console.print(f"written: {folder}/results.md, results.json, samples.jsonl, fingerprint.json ({about['id']})")
+    title = f"{config.model} on {config.dataset.eval_dataset}"
+    samples_file, page = folder / "samples.jsonl", folder / "trace.html"
+    shown = write_evaluation_traces(page, samples_file, loaded, tasks, named, title, f"fingerprint {about['id']}")
+    print_table(table_rows(results), title=title)
+    files = "results.md, results.json, samples.jsonl, fingerprint.json" + (", trace.html" if shown else "")
+    console.print(f"written: {folder}/{files}; fingerprint {about['id']}")
     return results
