@@ -40,7 +40,7 @@ class Evaluation:
     tokens_per_forward: float  # response tokens over denoising steps; commit and prefill forwards apart
     response_length: float  # mean tokens through the stop token
     truncated: float  # share cut at the limit
-    tokens_per_second: float
+    tokens_per_second: float  # of the responses drawn now; 0 where all were there before
     pass_at: dict[int, float] = field(default_factory=dict)  # k → unbiased pass@k
     majority_at: dict[int, float] = field(default_factory=dict)  # k → majority@k, where answers can be compared
     categories: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # field → value → its figures
@@ -74,8 +74,7 @@ def evaluate(
 
         def keep(rollout: Rollout, name: str = name) -> None:
             if samples_file is not None:
-                about = {"step": step, "setting": name, "seconds": rollout.seconds}
-                append_sample(samples_file, sample_line(rollout, about))
+                append_sample(samples_file, sample_line(rollout, {"step": step, "setting": name}))
 
         known = {}
         if resume and samples_file is not None and samples_file.is_file():
@@ -92,8 +91,10 @@ def evaluate(
             known=known,
             keep=keep,
         )
-        seconds = sum(rollout.seconds for group in groups for rollout in group)
-        results[name] = summarize(name, groups, seconds, answer_of(scorer))
+        drawn = [one for group in groups for one in group if (one.task.id, one.trajectory.sample) not in known]
+        seconds = sum(rollout.seconds for rollout in drawn)
+        tokens = sum(rollout.trajectory.length for rollout in drawn)
+        results[name] = summarize(name, groups, seconds, answer_of(scorer), tokens)
     return results
 
 
@@ -102,8 +103,12 @@ def summarize(
     groups: Sequence[Sequence[Rollout]],
     seconds: float,
     answer: Callable[[str], str | None] | None = None,
+    drawn: int | None = None,
 ) -> Evaluation:
-    """Count one setting's responses, one group per task; `answer` reads a text's answer, for majority@k."""
+    """Count one setting's responses, one group per task; `answer` reads a text's answer, for majority@k.
+
+    `drawn` is how many of the tokens took those `seconds`, where some were there before.
+    """
     rollouts = [rollout for group in groups for rollout in group]
     mean, error = accuracy_of(groups)
     tokens = sum(rollout.trajectory.length for rollout in rollouts)
@@ -116,7 +121,7 @@ def summarize(
         tokens_per_forward=tokens_per_forward(rollouts),
         response_length=tokens / len(rollouts),
         truncated=sum(rollout.trajectory.finish_reason == "length" for rollout in rollouts) / len(rollouts),
-        tokens_per_second=tokens / seconds if seconds else 0.0,
+        tokens_per_second=(tokens if drawn is None else drawn) / seconds if seconds else 0.0,
         pass_at=pass_at(groups),
         majority_at=majority_at(groups, answer) if answer else {},
         categories=by_category(groups),

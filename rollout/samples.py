@@ -71,4 +71,4 @@ def rollout_of(line: Line, task: Task) -> Rollout:
     """A response as it was before it was written; lists of its trace that were left out are empty."""
     trace = {name: line.get(name, [] if "list" in str(field.type) else None) for name, field in OF_TRAJECTORY.items()}
     score = Score(**{name: line[name] for name in OF_SCORE})
-    return Rollout(task, Trajectory(**trace), score, line.get("seconds", 0.0))
+    return Rollout(task, Trajectory(**trace), score)

@@ -20,6 +20,7 @@ from models import LoadedModel, load_model
 from models.value import load_value
 from reward.score import make_scorer
 from rollout.collect import Scorer
+from rollout.report import RunPage
 from sample.engine import Engine
 from train.optimize import Learner, make_learner
 from train.policy import Critic, Policy
@@ -43,6 +44,7 @@ class Run:
     scorer: Scorer
     metrics: MetricsLog
     stages: Stopwatch  # seconds by stage of the whole run
+    page: RunPage
     cursor: int = 0  # place in the endless sequence of shuffled tasks
     step: int = 0  # RL steps done
 
@@ -98,6 +100,7 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
         scorer=scorer,
         metrics=metrics,
         stages=stages,
+        page=RunPage(folder, loaded, config.rollout.block_size, experiment.total_step),
     )
 
 

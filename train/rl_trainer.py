@@ -35,6 +35,7 @@ def main(config: RLConfig) -> None:
         run.step += 1
         run.metrics.log({"step": run.step} | figures)
         report_step(run.step, experiment.total_step, figures)
+        run.page.refresh()
         last = run.step == experiment.total_step
         if experiment.eval_every and run.step % experiment.eval_every == 0 and not last:
             evaluate_now(run)
@@ -47,6 +48,7 @@ def main(config: RLConfig) -> None:
         export(run)
     run.metrics.close()
     draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+    run.page.refresh(done=True)
     write_results(run, before, after)
 
 
@@ -58,6 +60,7 @@ def rl_step(run: Run) -> dict[str, float]:
     file = run.folder / "rollouts" / f"step-{number:04d}.jsonl"
     file.unlink(missing_ok=True)  # a run that stopped after its last checkpoint wrote this step before
     write_samples(file, groups)
+    run.page.note(number, groups)
     figures: dict[str, float] = {"updates": 0, "lr": run.learner.scheduler.get_last_lr()[0]}
     if samples:
         with watch("train"):
