@@ -9,7 +9,15 @@ from common.keys import default_of, keys_of
 from common.layers import ENTRY_SCRIPTS, EXAMPLES, configs_of
 from common.schema import JOBS
 
-REQUIRED_ARGUMENT = {job: 'model=PATH prompt="…"' for job in ("generate", "trace")}  # of jobs that need no config
+REQUIRED_ARGUMENT = {  # of jobs that need no config
+    "generate": 'model=PATH [prompt="…"]',
+    "trace": 'model=PATH prompt="…"',
+    "serve": "model=PATH",
+}
+    "generate": 'model=PATH [prompt="…"]',
+    "trace": 'model=PATH prompt="…"',
+    "serve": "model=PATH",
+}  # of jobs that need no config
 
 README_HEAD = """# Config keys
 

@@ -26,10 +26,11 @@ ENTRY_SCRIPTS = {
     "sft": "train/sft_<family>.py",
     "generate": "generate.py",
     "trace": "sample/get_trace_viewer.py",
+    "serve": "serve.py",
 }
-CONFIG_IS_OPTIONAL = {"generate", "trace"}
+CONFIG_IS_OPTIONAL = {"generate", "trace", "serve"}
 EXAMPLES = {"rl": "training.seed=1", "eval": "seed=1", "sft": "training.seed=1"}
-EXAMPLES |= {"generate": "temperature=0", "trace": "out=trace.html"}
+EXAMPLES |= {"generate": "temperature=0", "trace": "out=trace.html", "serve": "port=8001"}
 DEFAULT_FAMILY = "sdar"
 Layer = tuple[str, dict[str, Any]]  # where it was written, its keys
 
