@@ -14,10 +14,6 @@ REQUIRED_ARGUMENT = {  # of jobs that need no config
     "trace": 'model=PATH prompt="…"',
     "serve": "model=PATH",
 }
-    "generate": 'model=PATH [prompt="…"]',
-    "trace": 'model=PATH prompt="…"',
-    "serve": "model=PATH",
-}  # of jobs that need no config
 
 README_HEAD = """# Config keys
 
