@@ -387,8 +387,6 @@ class TraceConfig(GenerateConfig):
 
 @dataclass
 class ServeConfig(OneModel):
-    """python serve.py model=PATH : an OpenAI-compatible server."""
-
     served_name: str = key("", "name by which clients know the model; empty: the last part of `model`")
     max_active: int = key(32, "responses drawn side by side; others wait", low=1)
     max_prompt_len: int = key(4096, "longer conversations are refused", low=1)

@@ -14,6 +14,7 @@ from common.config import fault_of
 from common.keys import keys_of
 from common.schema import Sampling, ServeConfig
 from models import LoadedModel
+from models.prompts import encode_turns
 
 # Sampling keys that a request may set; the last three are no part of OpenAI's interface.
 PER_REQUEST = ("temperature", "top_p", "top_k", "remasking_strategy", "dynamic_threshold")
@@ -132,9 +133,7 @@ def _prompt(messages: Any, config: ServeConfig, loaded: LoadedModel) -> list[int
         if not isinstance(content, str):
             raise ApiError(f"{where}.content must be text", f"{where}.content")
         turns.append({"role": message["role"], "content": content})
-    text = loaded.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    text += "<think>" if config.start_with_think else ""
-    ids = loaded.tokenizer.encode(text, add_special_tokens=False)
+    ids = encode_turns(loaded, turns, config.start_with_think)
     if len(ids) > config.max_prompt_len:
         raise ApiError(
             f"the messages come to {len(ids)} tokens; this server takes {config.max_prompt_len} (max_prompt_len)",
