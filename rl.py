@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from common.config import parse_or_help
 from common.errors import one_line_errors
+from common.launch import launched
 
 
 @one_line_errors
 def main() -> None:
     config = parse_or_help("rl", sys.argv[1:], __doc__)
+    if config.experiment.deepspeed_file and not launched():
+        from train.rl_launch import launch_ranks
+
+        sys.exit(launch_ranks(config, Path(__file__), sys.argv[1:]))
     from train.rl_trainer import main as train  # torch and transformers, which --help does without
 
-    train(config)
+    sys.exit(train(config))
 
 
 if __name__ == "__main__":

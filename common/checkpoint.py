@@ -1,22 +1,115 @@
-"""Checkpoints that are whole or absent: written beside, synced, renamed."""
+"""Checkpoints that are whole or absent: written beside, synced, renamed, and checked before they are read."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from common import ranks
+from common.errors import UserError
+from common.runtime import console
+
 STEP_FOLDER = re.compile(r"step-(\d+)")
+MANIFEST = "files.json"  # of a checkpoint: every other file with its size
 
 
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder, then put it at `target` in one rename; an older folder there is replaced."""
+class Writer:
+    """Writes a folder's files from one rank, and remembers the first failure: the others may be in mid-collective."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.error: OSError | None = None
+
+    def path(self, *parts: str) -> Path:
+        """A file's place in the folder, its parent made."""
+        path = self.folder.joinpath(*parts)
+        self.do(path.parent.mkdir, parents=True, exist_ok=True)
+        return path
+
+    def do(self, function: Callable, *args: object, **kwargs: object) -> None:
+        """Call what writes, on one rank, unless something failed before."""
+        if ranks.is_main() and self.error is None:
+            try:
+                function(*args, **kwargs)
+            except OSError as error:
+                self.error = error
+            except Exception as error:  # safetensors has an error of its own for a full disk
+                if "No space left" not in str(error):
+                    raise
+                self.error = OSError(str(error))
+
+
+def write_folder(target: Path, write: Callable[[Writer], None]) -> bool:
+    """Let `write` fill a folder, then put it at `target` in one rename; an older folder there is replaced.
+
+    All ranks must call it. Where the disk is full or fails, says so, leaves `target` as it was, and returns False.
+    """
     beside = target.with_name(f"{target.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    write(beside)
+    writer = Writer(beside)
+    writer.do(shutil.rmtree, beside, ignore_errors=True)
+    writer.do(beside.mkdir, parents=True)
+    write(writer)
+    writer.do(_finish, beside, target)
+    error = ranks.from_main(None if writer.error is None else str(writer.error))
+    if error is not None:
+        if ranks.is_main():
+            shutil.rmtree(beside, ignore_errors=True)
+        console.print(f"{target} could not be written ({error}); the run goes on without it")
+    return error is None
+
+
+def save_step(folder: Path, step: int, write: Callable[[Writer], None], keep_last: int) -> None:
+    """Write `folder/step-0001` and remove all but the newest `keep_last`. All ranks must call it."""
+    if write_folder(folder / f"step-{step:04d}", write) and ranks.is_main():
+        for _, old in step_folders(folder)[:-keep_last]:
+            shutil.rmtree(old)
+
+
+def step_folders(folder: Path) -> list[tuple[int, Path]]:
+    """The whole checkpoints of a run, oldest first; a torn one is skipped, and said."""
+    if not folder.exists():
+        return []
+    found = [(STEP_FOLDER.fullmatch(path.name), path) for path in folder.iterdir()]
+    steps = sorted((int(match[1]), path) for match, path in found if match)
+    return [(step, path) for step, path in steps if _is_whole(path)]
+
+
+def newest_step(run_folder: Path) -> int:
+    """The step of the newest whole checkpoint of a run, -1 if there is none."""
+    checkpoints = step_folders(run_folder / "ckpt")
+    return checkpoints[-1][0] if checkpoints else -1
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """UserError where the disk has less room than `needed` bytes, as for a checkpoint."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"experiment.runs_dir: {folder} has {free / 1e9:.1f} GB free, a checkpoint takes {needed / 1e9:.1f} GB: "
+            "make room, name another folder, or set experiment.save_every=0"
+        )
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text())
+        torn = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
+    except (OSError, ValueError):
+        torn = [MANIFEST]
+    if torn:
+        console.print(f"{folder} is not whole ({torn[0]}): skipped")
+    return not torn
+
+
+def _finish(beside: Path, target: Path) -> None:
+    files = [path for path in beside.rglob("*") if path.is_file()]
+    sizes = {str(path.relative_to(beside)): path.stat().st_size for path in files}
+    if STEP_FOLDER.fullmatch(target.name):  # others are a publisher's format, in which nothing is added
+        (beside / MANIFEST).write_text(json.dumps(sizes, indent=1))
     for path in [*beside.rglob("*"), beside]:
         _sync(path)
     old = target.with_name(f"{target.name}.replaced")
@@ -26,27 +119,6 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     beside.rename(target)
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def save_step(folder: Path, step: int, write: Callable[[Path], None], keep_last: int) -> None:
-    """Write `folder/step-0001` and remove all but the newest `keep_last`."""
-    write_folder(folder / f"step-{step:04d}", write)
-    for _, old in step_folders(folder)[:-keep_last]:
-        shutil.rmtree(old)
-
-
-def step_folders(folder: Path) -> list[tuple[int, Path]]:
-    """The whole checkpoints of a run, oldest first."""
-    if not folder.exists():
-        return []
-    found = [(STEP_FOLDER.fullmatch(path.name), path) for path in folder.iterdir()]
-    return sorted((int(match[1]), path) for match, path in found if match)
-
-
-def newest_step(run_folder: Path) -> int:
-    """The step of the newest whole checkpoint of a run, -1 if there is none."""
-    checkpoints = step_folders(run_folder / "ckpt")
-    return checkpoints[-1][0] if checkpoints else -1
 
 
 def _sync(path: Path) -> None:

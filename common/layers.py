@@ -149,9 +149,9 @@ def infer_job(values: dict[str, Any]) -> str | None:
 
 
 def configs_of(job: str) -> dict[str, str]:
-    """The shipped configs that fit a job: path → first comment line."""
+    """The shipped configs that fit a job, those for one node first: path → first comment line."""
     found = {}
-    for path in sorted((ROOT / "configs").glob("*.yaml")):
+    for path in sorted((ROOT / "configs").glob("*.yaml"), key=lambda path: ("multinode" in path.stem, path)):
         try:
             written = {key: value for _, layer in read_layers(path) for key, value in layer.items()}
         except UserError:  # a broken file must not keep others from being listed

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.ranks import is_main
 
 Row = dict[str, Any]
 SECRET = re.compile(r"(^|_)(api_?key|key|secret|password|credentials?)$|(hf|hub|auth|access|api)_token$", re.IGNORECASE)
@@ -58,10 +59,13 @@ def open_metrics(
 ) -> MetricsLog:
     """Open `folder`/metrics.jsonl and the trackers; `resume_step` drops what was logged after that step.
 
-    `config` (nested dicts) goes to the trackers that show one; what looks like a credential is left out.
+    `config` (nested dicts) goes to the trackers that show one; what looks like a credential is left out. What any
+    rank but the first logs is forgotten.
     """
     folder = Path(folder)
     check_trackers(trackers)
+    if not is_main():
+        return MetricsLog(Path(os.devnull))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
     if resume_step is not None:

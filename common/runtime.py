@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +14,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from common import ranks
 from common.errors import UserError
 
-console = Console(stderr=False, highlight=False, soft_wrap=True)
+# one rank speaks for all
+console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -37,29 +40,52 @@ def seed_everything(seed: int) -> None:
 
 
 def prepare_run_folder(runs_dir: str, project: str, from_scratch: bool) -> Path:
-    """The run's folder, made; one that exists is moved aside (from scratch) or kept for resuming, never overwritten."""
+    """The run's folder, made; one that exists is moved aside (from scratch) or kept for resuming, never overwritten.
+
+    One rank does it, the others wait.
+    """
     folder = Path(runs_dir) / project
-    if folder.exists() and any(folder.iterdir()) and from_scratch:
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-            number += 1
-        folder.rename(aside)
-        console.print(
-            f"{folder} exists and experiment.start_from_scratch is True: moved it to {aside} "
-            "(experiment.start_from_scratch=False resumes instead)"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"experiment.runs_dir: {folder} cannot be made ({error.strerror}); name another") from error
+    if ranks.is_main():
+        if folder.exists() and any(folder.iterdir()) and from_scratch:
+            move_aside(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            check_writable(folder)
+        except OSError as error:
+            raise UserError(
+                f"experiment.runs_dir: {folder} cannot be written ({error.strerror}); name another"
+            ) from error
+    ranks.wait_for_all()
     return folder
+
+
+def move_aside(folder: Path) -> None:
+    """Rename a folder to the first free name beside it, and say so."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    console.print(
+        f"{folder} exists and experiment.start_from_scratch is True: moved it to {aside} "
+        "(experiment.start_from_scratch=False resumes instead)"
+    )
+
+
+def check_writable(folder: Path) -> None:
+    """OSError where a file cannot be written in the folder, as on a full or read-only disk."""
+    file = folder / ".writable"
+    with file.open("wb") as stream:
+        stream.write(b"\0" * (1 << 16))
+        stream.flush()
+        os.fsync(stream.fileno())
+    file.unlink()
 
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal, nothing elsewhere; calling what it yields advances it by one."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    hidden = not console.is_terminal
+    hidden = not console.is_terminal or console.quiet
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)

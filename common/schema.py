@@ -94,6 +94,9 @@ class ExperimentConfig:
     train_value_every: int = key(1, "RL steps between those in which the value model learns; 1: in every one", low=1)
     eval_every: int = key(10, "steps between evaluations; 0: before and after only", low=0)
     keep_last: int = key(2, "checkpoints kept", low=1)
+    deepspeed_file: str | None = key(
+        None, "a file of accelerate_configs/, by which ranks are launched; null: one process, or as launched already"
+    )
     trackers: list[str] = key(
         ["tensorboard"],
         "where curves go besides metrics.jsonl: tensorboard, wandb, trackio",
@@ -378,8 +381,6 @@ class GenerateConfig(OneModel):
 
 @dataclass
 class TraceConfig(GenerateConfig):
-    """python sample/get_trace_viewer.py model=PATH prompt="…" : a page on which to watch responses being denoised."""
-
     out: str = key("trace.html", "the page to write")
     samples: str = key("", "show responses of this samples.jsonl or rollouts/step-0001.jsonl instead of new ones")
     task_id: str = key("", "samples: those of one task; empty: the first ones")

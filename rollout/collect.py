@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 
+from common.ranks import Queue, gather
 from common.runtime import Stopwatch, console, progress, timed
 from common.schema import DatasetConfig, Sampling, SFTDatasetConfig
+from common.stop import Stopped, stop_requested
 from common.trajectory import Request, Response, Score, Task, Trajectory
 from models import LoadedModel
 from models.prompts import encode_prompt, instruction, stop_ids_of
@@ -77,9 +81,11 @@ def collect(
 ) -> list[list[Rollout]]:
     """Draw `num_response_per_task` responses to each task and score them; one group per task, in the given order.
 
+    Ranks share the requests by what is left of them, and all have all the groups in the end. Raises Stopped, on every
+    rank, where the run is to end.
     Scoring runs beside the drawing of further responses. Time goes to the stages "rollout" and "reward" of `watch`:
     the latter is what scoring held up the rollout and what was waited for at the end. Responses `known` already, by
-    (task id, sample), are not drawn again; `keep` is called with every other one once it is scored.
+    (task id, sample), are not drawn again; `keep` is called with every other one, this rank's own once they are scored.
     """
     samples, known = settings.num_response_per_task, known or {}
     groups = [[known.get((task.id, sample)) for sample in range(samples)] for task, _ in prompts]
@@ -89,42 +95,58 @@ def collect(
         for sample in range(samples)
         if group[sample] is None
     ]
+    queue = Queue(requests, shared=True)
     place = {task.id: number for number, (task, _) in enumerate(prompts)}
     submit = submitter(scorer)
-    waiting: deque[tuple[int, Rollout, Future[Score]]] = deque()
+    waiting: deque[tuple[Rollout, Future[Score]]] = deque()
     before = watch.seconds.get("rollout", 0.0)
+    scored: list[Rollout] = []
 
     def settle() -> None:
-        number, rollout, score = waiting.popleft()
+        rollout, score = waiting.popleft()
         rollout.score = score.result()
-        groups[number][rollout.trajectory.sample] = rollout
+        scored.append(rollout)
         if keep is not None:
             keep(rollout)
 
-    with progress(description, len(requests)) as advance:
+    with progress(description, len(requests)) as advance, suppress(Stopped):
         stops = stop_ids_of(loaded, settings.stop_token_list)
-        for trajectory in timed(engine.generate(requests, settings, stop_ids=stops), watch, "rollout"):
+        drawn = engine.generate(queue, settings, on_step=stop_if_asked, stop_ids=stops)
+        for trajectory in timed(drawn, watch, "rollout"):
             with watch("reward"):
-                number = place[trajectory.task_id]
-                task = prompts[number][0]
+                task = prompts[place[trajectory.task_id]][0]
                 ids = trajectory.response_ids[: trajectory.length]
                 text = trajectory.text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
                 if isinstance(scorer, RewardScorer) and scorer.needs_tokens:
                     text = Response.of(text, loaded.tokenizer.batch_decode([[one] for one in ids]))
                 score = submit(text, task, trajectory.finish_reason == "length")
                 now = watch.seconds["rollout"]
-                waiting.append((number, Rollout(task, trajectory, UNSCORED, now - before), score))
+                waiting.append((Rollout(task, trajectory, UNSCORED, now - before), score))
                 before = now
                 while waiting and waiting[0][-1].done():
                     settle()
             advance()
     with progress("scoring", len(waiting)) as advance, watch("reward"):
-        while waiting:
+        while waiting and not stop_requested():
             settle()
             advance()
+    with watch("rollout"):  # where other ranks are still at it
+        parts = gather((scored, stop_requested()))
+        if any(stopped for _, stopped in parts):
+            raise Stopped
+    own = {(rollout.task.id, rollout.trajectory.sample) for rollout in scored}
+    for rollout in itertools.chain.from_iterable(part for part, _ in parts):
+        groups[place[rollout.task.id]][rollout.trajectory.sample] = rollout
+        if keep is not None and (rollout.task.id, rollout.trajectory.sample) not in own:
+            keep(rollout)
     unknown = sum(rollout.score.verdict == "infrastructure" for group in groups for rollout in group)
     if unknown:
-        console.print(
-            f"{unknown} of {sum(map(len, groups))} responses could not be scored (infrastructure) and earn nothing"
-        )
+        total = sum(map(len, groups))
+        console.print(f"{unknown} of {total} responses could not be scored (infrastructure) and earn nothing")
     return groups
+
+
+def stop_if_asked() -> None:
+    """Raise Stopped where the run is to end."""
+    if stop_requested():
+        raise Stopped

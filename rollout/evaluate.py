@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
+from common.ranks import from_main, is_main, world
 from common.runtime import Stopwatch
 from common.schema import DatasetConfig, Sampling, SFTDatasetConfig
 from common.trajectory import Task
@@ -16,11 +17,9 @@ from reward.general_reward import extract_answer
 from reward.math_reward import extract_boxed
 from reward.score import Scorer as RewardScorer
 from rollout.collect import Rollout, Scorer, collect, prompts_within
-from rollout.samples import append_sample, drop_torn_lines, known_rollouts, sample_line, write_samples
+from rollout.samples import append_sample, drop_torn_lines, known_rollouts, sample_line
 from rollout.statistics import majority_at_k, mean_and_error, pass_at_k, shown_ks
 from sample.engine import Engine
-
-__all__ = ["Evaluation", "evaluate", "name_settings", "summarize", "tokens_per_forward", "write_samples"]
 
 # Fields of a task's record by which accuracy is told apart, where a data set has them.
 CATEGORY_FIELDS = ("level", "subject", "category", "type", "difficulty")
@@ -77,8 +76,10 @@ def evaluate(
                 append_sample(samples_file, sample_line(rollout, {"step": step, "setting": name}))
 
         known = {}
-        if resume and samples_file is not None and samples_file.is_file():
-            known = known_rollouts(samples_file, tasks, name, step)
+        if resume and samples_file is not None and from_main(samples_file.is_file()):
+            known = from_main(
+                known_rollouts(samples_file, tasks, name, step) if is_main() else {}
+            )  # before the first rank adds to it
         groups = collect(
             engine,
             loaded,
@@ -92,7 +93,7 @@ def evaluate(
             keep=keep,
         )
         drawn = [one for group in groups for one in group if (one.task.id, one.trajectory.sample) not in known]
-        seconds = sum(rollout.seconds for rollout in drawn)
+        seconds = sum(rollout.seconds for rollout in drawn) / world()
         tokens = sum(rollout.trajectory.length for rollout in drawn)
         results[name] = summarize(name, groups, seconds, answer_of(scorer), tokens)
     return results

@@ -19,6 +19,7 @@ import yaml
 from common.errors import UserError, one_line_errors
 from common.metrics import PANELS, Row, curves_of, read_rows
 from common.page import fill_page, write_page
+from common.ranks import is_main
 from common.runtime import console
 from models import LoadedModel
 from rollout.collect import Rollout
@@ -51,9 +52,12 @@ class RunPage:
         self.responses = [("best", step, one) for one in best] + [("worst", step, one) for one in worst]
 
     def refresh(self, done: bool = False) -> bool:
-        """Rewrite the page if enough time has passed, or the run is done; returns whether it was rewritten."""
+        """Rewrite the page if enough time has passed, or the run is done; returns whether it was rewritten.
+
+        One rank writes it.
+        """
         begin = time.monotonic()
-        if not done and begin - self.written < RARELY * self.cost:
+        if not is_main() or (not done and begin - self.written < RARELY * self.cost):
             return False
         traces = self.traces()
         if traces:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.ranks import main_only
 from common.trajectory import Score, Task, Trajectory
 from rollout.collect import Rollout
 
@@ -24,12 +25,14 @@ def sample_line(rollout: Rollout, about: Mapping[str, Any] | None = None) -> Lin
     return line | vars(rollout.score) | rollout.trajectory.to_json()
 
 
+@main_only
 def append_sample(path: Path, line: Line) -> None:
     """Add a line in one write: a run that is killed leaves at most its last line torn."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+@main_only
 def write_samples(path: Path, groups: Sequence[Sequence[Rollout]], about: Mapping[str, Any] | None = None) -> None:
     """Append every response of the groups."""
     with path.open("a", encoding="utf-8") as file:
@@ -49,6 +52,7 @@ def read_lines(path: Path) -> Iterator[Line]:
                 yield line
 
 
+@main_only
 def drop_torn_lines(path: Path) -> None:
     """Rewrite the file without what a killed run left half written."""
     lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in read_lines(path)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranks import Queue
 from common.runtime import console
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
@@ -95,13 +95,15 @@ class Engine:
         on_step: Callable[[], None] | None = None,
         stop_ids: Iterable[int] | None = None,
     ) -> Iterator[Trajectory]:
-        """Yield a trajectory for every request, in the order in which they finish.
+        """Yield a trajectory for every request, in the order in which they finish; of a shared queue, for this rank's.
 
         `on_step` is called after every step; `stop_ids` take the place of the engine's own.
         """
         self.start(requests, settings, self.own_stop_ids if stop_ids is None else stop_ids)
         while self.queue or self.requests:
             self.admit()
+            if not self.requests:  # other ranks took what was left
+                return
             self.step()
             if on_step is not None:
                 on_step()
@@ -109,7 +111,7 @@ class Engine:
 
     def start(self, requests: Iterable[Request], settings: Sampling, stop_ids: Iterable[int]) -> None:
         """Queue requests and make room for the longest of them."""
-        self.queue = deque(requests)
+        self.queue = requests if isinstance(requests, Queue) else Queue(requests, shared=False)
         self.requests: list[Request] = []  # of the active slots, row by row
         self.settings = settings
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=self.device)
@@ -129,7 +131,7 @@ class Engine:
             )
         longest = max(len(request.prompt_ids) for request in self.queue)
         capacity = int(self.canvas(torch.tensor(longest))[1])
-        rows = min(settings.max_active, len(self.queue))
+        self.most_active = rows = min(settings.max_active, self.queue.share())
         cached = settings.use_cache or not self.full_attention
         small = self.slots is None or self.slots.tokens.shape[0] < rows or self.slots.tokens.shape[1] < capacity
         if small or (cached and self.cache is None):
@@ -142,8 +144,8 @@ class Engine:
     def admit(self) -> None:
         """Fill free slots from the queue and prefill their prompts."""
         slots, first = self.slots, len(self.requests)
-        free = min(self.settings.max_active, slots.tokens.shape[0]) - first
-        new = [self.queue.popleft() for _ in range(min(free, len(self.queue)))]
+        free = self.most_active - first
+        new = self.queue.take(free) if free and self.queue else []
         if not new:
             return
         ids = torch.full((len(new), slots.tokens.shape[1]), self.mask_id)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from common.ranks import Queue
 from common.schema import Sampling
 from common.trajectory import Request
 from models import LoadedModel
@@ -130,13 +131,13 @@ class EngineLoop:
         for stream in fitting:
             self.waiting.remove(stream)
             self.active[id(stream.request)] = stream
-            self.engine.queue.append(stream.request)
+        self.engine.queue = Queue([stream.request for stream in fitting], shared=False)  # all find a free slot
 
     def open(self, settings: Sampling) -> None:
         """Set the engine up for these settings, with room for as many of the longest requests as it may hold."""
         longest = Request("", [0] * self.max_prompt_len)
         self.engine.start([longest] * self.room.max_active, settings, self.stop_ids)
-        self.engine.queue.clear()
+        self.engine.queue = Queue([], shared=False)
         self.settings = settings
 
     def step(self) -> list[tuple[Stream, Event]]:

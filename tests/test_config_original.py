@@ -124,9 +124,32 @@ ORIGINAL = {
 }
 
 
-def load_original(load, job, *arguments, family="trado"):
+def with_value(process_reward):
+    """The original's rl_{family}_with_value.yaml, or ..._process_reward_rlhf_with_value.yaml."""
+    rl = ORIGINAL["rl"]
+    random_views = ("lower_p", "upper_p")
+    rates = {"policy_learning_rate": "1e-6", "value_learning_rate": "5e-6"}
+    schedule = rl["lr_scheduler"]["params"] | {"learning_rate": "${optimizer.params.policy_learning_rate}"}
+    result = rl | {
+        "experiment": rl["experiment"] | {"train_value_every": 1, "deepspeed_file": "1_node_4_gpus_deepspeed_zero3"},
+        "model": rl["model"] | {"value_base_model": "/abs/path/of/value", "optimized_value_name": "optimized_value"},
+        "training": {key: one for key, one in rl["training"].items() if key not in random_views}
+        | {"gam": 1.0, "lam": 1.0},
+        "optimizer": {"name": "adamw", "params": ADAMW | rates},
+        "lr_scheduler": rl["lr_scheduler"] | {"params": schedule},
+    }
+    if process_reward:
+        judge = {"reward_chunk_length": 200, "k_sample": 3, "max_model_len": 15000, "max_generation_token": 10000}
+        result["experiment"] |= {"total_step": 100, "save_every": 30, "eval_every": 5}
+        result["model"] |= {"process_reward_model": "/abs/path/of/reward/model"}
+        result["rollout"] = rl["rollout"] | {"num_task_per_step": 32, "reward_model": judge | {"temperature": 0.6}}
+        result["training"] |= {"gam": 0.99, "gradient_accumulation_steps": 16}
+    return result
+
+
+def load_original(load, job, *arguments, family="trado", content=None):
     """The original's file of this job, loaded."""
-    return load(job, *arguments, text=yaml.safe_dump(ORIGINAL[job]).replace("{family}", family))
+    return load(job, *arguments, text=yaml.safe_dump(content or ORIGINAL[job]).replace("{family}", family))
 
 
 @pytest.mark.parametrize("family", ["trado", "sdar"])
@@ -196,3 +219,44 @@ def test_original_names_carry_the_published_numbers(load):
         assert vars(ours.evaluation) == vars(cfg.evaluation) | {"eval_dataset": "", "data_type": None}
         assert [one.top_k for one in settings_of(ours.evaluation)] == [0, 1]
         assert vars(ours.training) == vars(cfg.training) | {"loss_norm": "length"}
+
+
+@pytest.mark.parametrize("family", ["trado", "sdar"])
+@pytest.mark.parametrize("process_reward", [False, True], ids=["outcome", "process"])
+def test_original_files_with_a_value_model(load, capsys, monkeypatch, family, process_reward):
+    """They load, keep their meaning, and are what the shipped configs of their names say."""
+    monkeypatch.setenv("WORLD_SIZE", "8" if process_reward else "4")
+    cfg = load_original(load, "rl", family=family, content=with_value(process_reward))
+    assert cfg.model.value_base_model == "/abs/path/of/value" and cfg.model.optimized_value_name == "optimized_value"
+    assert cfg.optimizer.params.learning_rate == 1e-6 and cfg.optimizer.params.value_learning_rate == 5e-6
+    assert (cfg.training.gam, cfg.training.lam) == (0.99 if process_reward else 1.0, 1.0)
+    assert cfg.training.keep_accuracy is None  # no group is dropped unless the file says so
+    assert cfg.training.updates_per_step == (16 if process_reward else 32)
+    assert "training.keep_accuracy=null" in capsys.readouterr().err
+    asked = load_original(load, "rl", "training.keep_accuracy=[0.1,0.9]", content=with_value(process_reward))
+    assert asked.training.keep_accuracy == [0.1, 0.9]
+
+    name = f"rl_{family}{'_process_reward_rlhf' * process_reward}_with_value"
+    ours = load_config("rl", [f"config={ROOT}/configs/{name}.yaml", "experiment.project=x"])
+    assert ours.model.value_base_model == ours.model.pretrained_model
+    assert vars(ours.training) == vars(cfg.training) | {"loss_norm": "length"}
+    for section in ("rollout", "optimizer", "lr_scheduler"):
+        assert getattr(ours, section) == getattr(cfg, section)
+    judge = vars(cfg.reward.judge)
+    if process_reward:
+        assert judge["model"] == "/abs/path/of/reward/model" and judge["reward_chunk_length"] == 200
+        judge = judge | {"model": "process_reward_model", "base_url": "http://127.0.0.1:8000/v1"}
+    assert vars(ours.reward.judge) == judge
+
+
+def test_a_value_model_needs_traces_and_token_ratios(load):
+    value = "model.value_base_model=some/model"
+    with pytest.raises(UserError, match=r"value_base_model with training.method=coupled: .*training.method=TraceRL"):
+        load("rl", value, "training.method=coupled")
+    with pytest.raises(UserError, match=r"value_base_model with training.ratio_level=sequence: .*ratio_level=token"):
+        load("rl", value, "training.ratio_level=sequence")
+    with pytest.raises(UserError, match=r"training.tis_cap=2.0 with training.old_logp=engine: .*old_logp=auto"):
+        load("rl", "training.tis_cap=2", "training.old_logp=engine")
+    assert load("rl", value, "rollout.num_response_per_task=1").rollout.num_response_per_task == 1
+    with pytest.raises(UserError, match=r"unknown key model.value_base_model"):
+        load("sft", value, text="model: {pretrained_model: m}\ndataset: {optimization_data: d}\n")

@@ -159,7 +159,7 @@ MISTAKES: list[tuple[str, Callable[[Place], Any], str]] = [
         lambda p: make_scorer(RewardConfig(judge=JudgeConfig(model="Qwen/Qwen3-8B"))),
         r"reward.judge.model=Qwen/Qwen3-8B without reward.judge.base_url",
     ),
-    ("runs where none can be written", lambda p: prepare_run_folder(p.file("runs", ""), "x", True), r"experiment.runs_dir: .*cannot be made"),
+    ("runs where none can be written", lambda p: prepare_run_folder(p.file("runs", ""), "x", True), r"experiment.runs_dir: .*cannot be written"),
     ("an evaluation resumed with other settings", evaluated, r"holds an evaluation that differs \(seed: 1 → 2\)"),
     ("a run that is not there, compared", lambda p: compare(str(p.folder), "runs/absent"), r"no .*samples.jsonl; give the folder of a run"),
     ("a port in use", taken_port, r"port=\d+: 127.0.0.1 cannot be listened on \(Address already in use\); give another port"),

@@ -6,7 +6,7 @@ Nothing here imports the trainer. Tests hold the packed forward, the vectorised 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,17 @@ class PlainToken:
     logp_ref: float
     advantage: float
     step: int
+
+
+class RecordingSGD(torch.optim.SGD):
+    """Keeps the gradients of every step and changes nothing."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]):
+        super().__init__(parameters, lr=0.0)
+        self.recorded: list[list[torch.Tensor]] = []
+
+    def step(self, closure: object = None) -> None:
+        self.recorded.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
 
 
 def random_trajectory(
@@ -130,13 +141,14 @@ def view_logp(
     return torch.stack(result)
 
 
-def policy_term(token: PlainToken, eps: float, beta: float, estimator: str) -> Tensor:
+def policy_term(token: PlainToken, eps: float, beta: float, estimator: str, eps_high: float | None = None) -> Tensor:
     """The clipped objective and the KL penalty of one token."""
     ratio = (token.logp - token.old_logp).clamp(-10, 10).exp()
-    low, high = ratio * token.advantage, ratio.clamp(1 - eps, 1 + eps) * token.advantage
+    upper = 1 + (eps if eps_high is None else eps_high)
+    low, high = ratio * token.advantage, ratio.clamp(1 - eps, upper) * token.advantage
     policy = -(low if low < high else high)
     d = (token.logp - token.logp_ref).clamp(-10, 10)
-    kl = {"k1": d, "k3": (-d).exp() - 1 + d}[estimator]
+    kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[estimator]
     return policy + beta * kl
 
 
@@ -147,9 +159,12 @@ def update_loss(
     eps: float = 0.2,
     beta: float = 0.01,
     estimator: str = "k3",
+    eps_high: float | None = None,
 ) -> Tensor:
     """The loss of one update over its responses' predicted tokens."""
-    terms = [[(policy_term(token, eps, beta, estimator), token.step) for token in tokens] for tokens in responses]
+    terms = [
+        [(policy_term(token, eps, beta, estimator, eps_high), token.step) for token in tokens] for tokens in responses
+    ]
     if loss_norm == "token":
         flat = [term for one in terms for term, _ in one]
         return sum(flat) / len(flat)
@@ -161,6 +176,58 @@ def update_loss(
             of_step = [term for term, other in one if other == step]
             total = total + sum(of_step) / len(of_step)
     return total / len(terms)
+
+
+def sequence_loss(
+    responses: Sequence[Sequence[PlainToken]],
+    by_noising: bool,
+    eps: float = 0.2,
+    eps_high: float | None = None,
+    beta: float = 0.01,
+    estimator: str = "k3",
+) -> Tensor:
+    """One clipped term for each response: its ratio is that of the ELBOs per token (ESPO); their mean.
+
+    by_noising: tokens of one `step` are one noising, whose mean estimates the ELBO per token.
+    """
+
+    def elbo(tokens: Sequence[PlainToken], logp: Callable[[PlainToken], Tensor | float]) -> Tensor | float:
+        noisings = {token.step if by_noising else 0 for token in tokens}
+        groups = [[logp(token) for token in tokens if not by_noising or token.step == one] for one in noisings]
+        return sum(sum(group) / len(group) for group in groups) / len(groups)
+
+    total = 0
+    for tokens in responses:
+        new, old, reference = (elbo(tokens, lambda t, n=n: getattr(t, n)) for n in ("logp", "old_logp", "logp_ref"))
+        whole = PlainToken(new, old, reference, tokens[0].advantage, 0)
+        total = total + policy_term(whole, eps, beta, estimator, eps_high)
+    return total / len(responses)
+
+
+def gae(
+    rewards: Sequence[float], values: Sequence[float], steps: Sequence[int], gamma: float, lam: float
+) -> tuple[list[float], list[float]]:
+    """Advantages and returns of one response's predicted tokens, the sums written out over all later steps."""
+    times = sorted(set(steps))
+    sets = [[j for j, step in enumerate(steps) if step == time] for time in times]
+    reward = [statistics.fmean(rewards[j] for j in one) for one in sets] + [0.0]
+    value = [statistics.fmean(values[j] for j in one) for one in sets] + [0.0]
+    delta = [reward[t] - value[t] + gamma * value[t + 1] for t in range(len(sets))]
+    advantages, returns = [], []
+    for j, step in enumerate(steps):
+        after = range(times.index(step) + 1, len(sets))
+        later_advantage = sum((gamma * lam) ** (t - after.start) * delta[t] for t in after)
+        later_return = sum(gamma ** (t - after.start) * reward[t] for t in after)
+        advantages.append(rewards[j] - values[j] + gamma * value[after.start] + gamma * lam * later_advantage)
+        returns.append(rewards[j] + gamma * later_return)
+    return advantages, returns
+
+
+def value_term(value: Tensor, old_value: float, goal: float, eps: float) -> Tensor:
+    """The clipped squared error of one token."""
+    held = old_value + (value - old_value).clamp(-eps, eps)
+    plain_error, held_error = (value - goal) ** 2, (held - goal) ** 2
+    return 0.5 * (plain_error if plain_error > held_error else held_error)
 
 
 def z_scores(rewards: Sequence[float]) -> list[float]:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import ranks
 from common.errors import UserError
 from common.schema import RLTrainingConfig
 from train.objectives import kl_estimate
-from train.optimize import Learner, batch_logp
-from train.packing import Row, pack
+from train.optimize import Learner, batch_logp, micro_batches
+from train.packing import Row
 from train.samples import Layout, Sample, gather, predicted_count, sample_rows, trajectory_of
 
 RATIO_TOLERANCE = 1e-4  # fp32: rounding stays under 2e-5, a wrong replay or stale weights move it above 1e-2
@@ -41,13 +42,17 @@ class FirstLogp:
 
     def __init__(self, engine: Tensor, exact: bool):
         self.engine, self.exact = engine, exact
-        self.trainer = torch.empty_like(engine)
+        self.trainer = torch.zeros_like(engine)
 
     def see(self, predicted: np.ndarray, logp: Tensor) -> None:
-        """Take a micro-batch's; where the two must be equal, stop before the optimizer steps."""
+        """Take a micro-batch's."""
         self.trainer[predicted] = logp.detach().float().cpu()
+
+    def check(self) -> None:
+        """Put those of all ranks together; where the two must be equal, stop before the optimizer steps."""
+        ranks.add_up(self.trainer)
         if self.exact:
-            check_ratios(float((self.trainer[predicted] - self.engine[predicted]).abs().max()))
+            check_ratios(float((self.trainer - self.engine).abs().max()))
 
 
 def replay(
@@ -55,7 +60,7 @@ def replay(
 ) -> tuple[list[Row], Tensor, Tensor]:
     """The exact replays of the trajectories: their rows, and the trainer's and the engine's logp, (predicted,) each."""
     rows = sample_rows(samples, replace(training, method="TraceRL", shrink=1), layout, seed=[0])
-    batches = pack(rows, training.tokens_per_micro_batch)
+    batches = micro_batches(rows, training.tokens_per_micro_batch)
     temperature = samples[0].trajectory.temperature
     trainer_logp = batch_logp(learner, batches, predicted_count(rows), temperature)
     return rows, trainer_logp, gather(rows, samples, lambda trajectory: trajectory.logp)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from common import ranks
 from common.errors import UserError
 from common.runtime import console
 from common.schema import OptimizerParams, SchedulerConfig, TrainingBase
-from train.packing import PackedBatch
+from train.devices import make_accelerator, with_deepspeed
+from train.packing import PackedBatch, Row, pack
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 @dataclass
@@ -27,6 +33,24 @@ class Learner:
     max_grad_norm: float
     max_bad_steps: int = 1
     bad_in_a_row: int = 0
+    engine: DeepSpeedEngine | None = None  # around the network, where DeepSpeed shards what belongs to it
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a rank holds but a part of every weight (ZeRO-3)."""
+        return self.engine is not None and self.engine.zero_optimization_partition_weights()
+
+    def forward(self, batch: PackedBatch, *options: float) -> Tensor | tuple[Tensor, ...]:
+        """What the network says of a packed batch. Under ZeRO-3 all ranks must call it."""
+        return (self.engine or self.network)(batch, *options)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the loss's gradients to those of the update's other micro-batches; `last` marks the update's last."""
+        if self.engine is None:
+            loss.backward()
+        else:
+            self.engine.set_gradient_accumulation_boundary(last)
+            self.engine.backward(loss * ranks.world())  # it takes the mean over ranks
 
     def state_dict(self) -> dict:
         return {
@@ -63,7 +87,7 @@ def make_learner(
 
     `learning_rate` takes the place of the optimizer's own.
     """
-    accelerator = Accelerator(mixed_precision=mixed_precision)
+    accelerator = make_accelerator(mixed_precision)
     adamw = torch.optim.AdamW(
         [parameter for parameter in network.parameters() if parameter.requires_grad],
         lr=optimizer.learning_rate if learning_rate is None else learning_rate,
@@ -71,10 +95,17 @@ def make_learner(
         eps=optimizer.epsilon,
         weight_decay=optimizer.weight_decay,
     )
-    network, adamw = accelerator.prepare(network, adamw)
+    limits = {"max_grad_norm": training.max_grad_norm, "max_bad_steps": training.max_bad_steps}
+    engine = None
+    if accelerator.state.deepspeed_plugin is None:
+        # not wrapped, also where ranks are many: `step` adds their gradients up
+        network = accelerator.prepare_model(network, evaluation_mode=True)
+    else:
+        engine = with_deepspeed(accelerator, network, adamw, training.max_grad_norm)
+        adamw = engine.basic_optimizer
     # not prepared: accelerate would advance it once per process and per accumulated micro-batch
     scheduler = torch.optim.lr_scheduler.LambdaLR(adamw, lambda done: rate_factor(schedule, done, updates))
-    return Learner(network, adamw, scheduler, accelerator, training.max_grad_norm, training.max_bad_steps)
+    return Learner(network, adamw, scheduler, accelerator, **limits, engine=engine)
 
 
 def rate_factor(schedule: SchedulerConfig, done: int, updates: int) -> float:
@@ -89,55 +120,100 @@ def rate_factor(schedule: SchedulerConfig, done: int, updates: int) -> float:
     return lowest + (1 - lowest) * left
 
 
-def update(learner: Learner, batches: Iterable[PackedBatch], loss: Callable[[PackedBatch], Tensor]) -> Update:
+def micro_batches(rows: Sequence[Row], token_budget: int) -> list[PackedBatch]:
+    """The rows of an update as micro-batches, the same on every rank; at least one for each rank where rows do."""
+    return pack(rows, token_budget, at_least=ranks.world())
+
+
+def my_share(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+    """This rank's micro-batches, as many as every other's: filled up with one in which nothing is predicted.
+
+    They come sorted by length, so that those computed side by side are alike.
+    """
+    nothing = torch.zeros(0, dtype=torch.long)
+    filler = replace(batches[0], predict_at=nothing, target=nothing, predicted=nothing.numpy())
+    padded = [*batches, *[filler] * (-len(batches) % ranks.world())]
+    return padded[ranks.rank() :: ranks.world()]
+
+
+def update(
+    learner: Learner,
+    batches: Sequence[PackedBatch],
+    loss: Callable[[PackedBatch], Tensor],
+    before_step: Callable[[], None] | None = None,
+) -> Update:
     """One optimizer step on the sum of `loss(batch)` over all micro-batches; the loss runs the learner's network.
 
-    The loss holds the update's denominators, so gradients just add up. Where loss or gradient is not finite the step
-    is skipped; `max_bad_steps` such in a row raise UserError.
+    `batches` are the whole update's, on every rank; each rank computes its share. The loss holds the update's
+    denominators, so gradients just add up. `before_step` is called when they have. Where loss or gradient is not
+    finite every rank skips the step; `max_bad_steps` such in a row raise UserError.
     """
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
+    share = my_share(batches)
     learner.network.train()  # without it transformers ignores gradient checkpointing
     try:
-        for batch in batches:
+        for number, batch in enumerate(share, 1):
             part = loss(batch.to(learner.accelerator.device))
-            learner.accelerator.backward(part)
-            total += float(part.detach())
+            total += part.detach().double().cpu()
+            last = number == len(share)
+            if last and not math.isfinite(ranks.add_up(total)):
+                part = part * math.nan  # the gradient's norm tells all ranks to skip the step
+            learner.backward(part, last)
     finally:
         learner.network.eval()  # the engine may share the network
-    norm = float(learner.accelerator.clip_grad_norm_(learner.network.parameters(), learner.max_grad_norm))
-    taken = math.isfinite(total) and math.isfinite(norm)
+    if before_step is not None:
+        before_step()
+    norm = step(learner)
+    taken = math.isfinite(norm)
     if taken:
-        learner.optimizer.step()
         learner.scheduler.step()
-    learner.optimizer.zero_grad()
     learner.bad_in_a_row = 0 if taken else learner.bad_in_a_row + 1
     if not taken:
-        console.print(f"update skipped: the loss is {total}, the gradient's norm {norm}")
+        console.print(f"update skipped: the loss is {float(total)}, the gradient's norm {norm}")
     if learner.bad_in_a_row >= learner.max_bad_steps:
         raise UserError(
             f"training.max_bad_steps={learner.max_bad_steps}: that many updates in a row had a loss or gradient that "
             "is not finite; lower the learning rate, or resume from the last checkpoint "
             "(experiment.start_from_scratch=False)"
         )
-    return Update(total, norm, taken)
+    return Update(float(total), norm, taken)
+
+
+def step(learner: Learner) -> float:
+    """Clip the gradients and step, unless they are not finite, and forget them; returns their norm over all ranks."""
+    if learner.engine is not None:
+        learner.engine.step()  # it clips, and skips by itself
+        return float(learner.engine.get_global_grad_norm())
+    parameters = [parameter for parameter in learner.network.parameters() if parameter.requires_grad]
+    if ranks.world() > 1:
+        for parameter in parameters:
+            torch.distributed.all_reduce(parameter.grad)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, learner.max_grad_norm))
+    if math.isfinite(norm):
+        learner.optimizer.step()
+    learner.optimizer.zero_grad()
+    return norm
 
 
 @torch.no_grad()
 def batch_outputs(
-    learner: Learner, batches: Iterable[PackedBatch], count: int, forward: Callable[[PackedBatch], Tensor]
+    learner: Learner, batches: Sequence[PackedBatch], count: int, forward: Callable[[PackedBatch], Tensor]
 ) -> Tensor:
-    """`forward` of every batch at the predicted tokens, (count,) float32 on the CPU, in the order of their rows."""
-    result = torch.empty(count)
-    for batch in batches:
+    """`forward` of every batch at the predicted tokens, (count,) float32 on the CPU, in the order of their rows.
+
+    Each rank computes its share of the batches, and has all the outputs.
+    """
+    result = torch.zeros(count)
+    for batch in my_share(batches):
         result[batch.predicted] = forward(batch.to(learner.accelerator.device)).float().cpu()
-    return result
+    return ranks.add_up(result)
 
 
-def batch_logp(learner: Learner, batches: Iterable[PackedBatch], count: int, temperature: float) -> Tensor:
+def batch_logp(learner: Learner, batches: Sequence[PackedBatch], count: int, temperature: float) -> Tensor:
     """logp of the predicted tokens of all batches under the policy's present weights, as `batch_outputs`."""
-    return batch_outputs(learner, batches, count, lambda batch: learner.network(batch, temperature)[0])
+    return batch_outputs(learner, batches, count, lambda batch: learner.forward(batch, temperature)[0])
 
 
-def batch_values(learner: Learner, batches: Iterable[PackedBatch], count: int) -> Tensor:
+def batch_values(learner: Learner, batches: Sequence[PackedBatch], count: int) -> Tensor:
     """The value model's present values at the predicted tokens of all batches, as `batch_outputs`."""
-    return batch_outputs(learner, batches, count, learner.network)
+    return batch_outputs(learner, batches, count, learner.forward)

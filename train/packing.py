@@ -130,11 +130,14 @@ def make_row(trajectory: int, prompt_ids: Sequence[int], response_ids: Sequence[
     )
 
 
-def pack(rows: Sequence[Row], token_budget: int) -> list[PackedBatch]:
+def pack(rows: Sequence[Row], token_budget: int, at_least: int = 1) -> list[PackedBatch]:
     """Cut rows into micro-batches of at most `token_budget` padded tokens, rows of like length together.
 
-    A row longer than the budget is a micro-batch of its own. Padding within a batch is masked out.
+    A row longer than the budget is a micro-batch of its own. Padding within a batch is masked out. A smaller budget
+    is taken where that makes about `at_least` micro-batches.
     """
+    if at_least > 1:
+        token_budget = min(token_budget, -(-sum(len(row) for row in rows) // at_least))
     offsets = np.cumsum([0] + [len(row.target) for row in rows])
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     batches: list[list[int]] = []
@@ -147,20 +150,18 @@ def pack(rows: Sequence[Row], token_budget: int) -> list[PackedBatch]:
     return [_batch([rows[i] for i in chosen], offsets[chosen]) for chosen in batches]
 
 
+def sees(query: Sequence[Tensor], key: Sequence[Tensor]) -> Tensor:
+    """Whether queries see keys, bool; each (trajectory, block, view), of shapes that broadcast with one another."""
+    same = query[0] == key[0]
+    earlier = (key[2] == 0) & (key[1] < query[1])
+    own = (query[2] == key[2]) & (query[1] == key[1])
+    return same & (earlier | own)
+
+
 def visible(batch: PackedBatch) -> Tensor:
-    """The attention mask of a batch: bool (rows, 1, tokens, tokens), True where the query sees the key."""
-
-    def query(name: str) -> Tensor:
-        return getattr(batch, name)[:, :, None]
-
-    def key(name: str) -> Tensor:
-        return getattr(batch, name)[:, None, :]
-
-    same = query("trajectory") == key("trajectory")
-    clean_key = key("view") == 0
-    earlier = clean_key & (key("block") < query("block"))
-    own = (query("view") == key("view")) & (query("block") == key("block"))
-    return (same & (earlier | own))[:, None]
+    """The dense attention mask of a batch: bool (rows, 1, tokens, tokens), True where the query sees the key."""
+    integers = (batch.trajectory, batch.block, batch.view)
+    return sees([one[:, :, None] for one in integers], [one[:, None, :] for one in integers])[:, None]
 
 
 def _batch(rows: Sequence[Row], offsets: np.ndarray) -> PackedBatch:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from models.attention import take_block_masks
 from models.value import ValueNetwork
-from sample.draw import token_logp
-from train.packing import PackedBatch, visible
+from train.attention import attention_mask
+from train.packing import PackedBatch
 
-CHUNK_ELEMENTS = 1 << 26  # of a (positions, vocab) float32 tensor: 256 MiB
+CHUNK_ELEMENTS = 1 << 23  # of a (positions, vocab) float32 tensor: 32 MiB
+LEAST_POSITIONS = 256  # in a chunk: fewer leave a GPU waiting for the head's weights
 
 
 class Policy(torch.nn.Module):
@@ -21,25 +26,71 @@ class Policy(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module, mask_id: int):
         super().__init__()
+        take_block_masks(model)
         self.model = model
-        self.mask_id = mask_id
+        self.head = Head(model.lm_head, mask_id)
 
     def forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """logp (predicted,) with gradient, as the engine defines it, and entropy (predicted,) without, in nats."""
-        hidden = predicted_states(self.model, batch)
-        size = max(1, CHUNK_ELEMENTS // self.model.lm_head.weight.shape[0])
+        return self.head(predicted_states(self.model, batch), batch.target, temperature)
+
+
+class Head(torch.nn.Module):
+    """From hidden states to logp and entropy, chunk by chunk.
+
+    One module, whatever the number of chunks: ranks that shard its weight gather it once, all at the same time.
+    """
+
+    def __init__(self, lm_head: torch.nn.Linear, mask_id: int):
+        super().__init__()
+        self.lm_head = lm_head
+        self.mask_id = mask_id
+
+    def forward(self, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """logp and entropy (predicted,) of the targets (predicted,) given hidden (predicted, hidden)."""
+        size = max(LEAST_POSITIONS, CHUNK_ELEMENTS // self.lm_head.out_features)
         pairs = [
-            checkpoint(self._head, states, target, temperature, use_reentrant=False)
-            for states, target in zip(hidden.split(size), batch.target.split(size))
+            checkpoint(self.chunk, states, ids, temperature, use_reentrant=False)
+            for states, ids in zip(hidden.split(size), target.split(size))
         ]
         return torch.cat([logp for logp, _ in pairs]), torch.cat([entropy for _, entropy in pairs])
 
-    def _head(self, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logp = token_logp(self.model.lm_head(hidden), self.mask_id, temperature)  # (chunk, vocab)
-        with torch.no_grad():
-            probability = logp.exp()
-            entropy = -torch.where(probability > 0, probability * logp, 0).sum(-1)
-        return logp.gather(-1, target[:, None])[:, 0], entropy
+    def chunk(self, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """The same of one chunk."""
+        return TargetLogp.apply(self.lm_head(hidden), target, self.mask_id, temperature)
+
+
+class TargetLogp(torch.autograd.Function):
+    """`sample.draw.token_logp` of the targets, and the entropy without gradient, (chunk,) each.
+
+    Written out because autograd keeps five tensors of the logits' size alive where two do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, mask_id: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """logits (chunk, vocab), target (chunk,)."""
+        scaled = logits.float() / temperature  # a new tensor: what follows is in place
+        scaled[:, mask_id] = torch.finfo(torch.float32).min  # not -inf: times a probability of 0 it would be NaN
+        scaled -= scaled.amax(-1, keepdim=True)
+        chosen = scaled.gather(-1, target[:, None])[:, 0]
+        scaled.clamp_(min=-1e4)  # the mask token's again, for the product below
+        probability = scaled.exp()
+        total = probability.sum(-1)
+        entropy = total.log() - torch.linalg.vecdot(probability, scaled) / total
+        ctx.save_for_backward(probability.div_(total[:, None]), target)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        ctx.mark_non_differentiable(entropy)
+        return chosen - total.log(), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        """d logp / d logits = (1 at the target − probability) / T."""
+        probability, target = ctx.saved_tensors
+        slope = slope / ctx.temperature
+        gradient = probability * -slope[:, None]
+        gradient.scatter_add_(-1, target[:, None], slope[:, None])
+        return gradient.to(ctx.dtype), None, None, None
 
 
 class Critic(torch.nn.Module):
@@ -47,6 +98,7 @@ class Critic(torch.nn.Module):
 
     def __init__(self, model: ValueNetwork):
         super().__init__()
+        take_block_masks(model.network)
         self.model = model
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -57,6 +109,6 @@ class Critic(torch.nn.Module):
 def predicted_states(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
     """The network's last hidden states where the batch's tokens are predicted, (predicted, hidden)."""
     hidden = model.model(
-        input_ids=batch.ids, position_ids=batch.position, attention_mask=visible(batch), use_cache=False
+        input_ids=batch.ids, position_ids=batch.position, attention_mask=attention_mask(batch), use_cache=False
     ).last_hidden_state
     return hidden.flatten(0, 1)[batch.predict_at]

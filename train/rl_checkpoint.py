@@ -2,63 +2,82 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-import torch
-
-from common.checkpoint import newest_step, save_step, step_folders, write_folder
+from common import ranks
+from common.checkpoint import Writer, newest_step, save_step, step_folders, write_folder
 from common.errors import UserError
 from common.metrics import truncate_after
 from common.runtime import console
-from models import load_model, save_model
+from models import load_network, save_model
 from models.value import load_value, save_value
+from train.devices import whole_networks, whole_weights
+from train.learner_state import (
+    load_learner,
+    load_random_state,
+    save_learner,
+    save_random_state,
+    whole_state_dict,
+)
 from train.rl_setup import Run
 
 
 def save(run: Run) -> None:
-    """A checkpoint from which the run goes on as if it had not stopped."""
+    """A checkpoint from which the run goes on as if it had not stopped. All ranks must call it."""
 
-    def write(folder: Path) -> None:
-        save_model(run.learner.network.model, run.loaded.tokenizer, folder / "model")
-        state = {"step": run.step, "cursor": run.cursor, "learner": run.learner.state_dict()}
+    def write(writer: Writer) -> None:
+        write_policy(run, writer, "model")
+        save_learner(run.learner, writer, "learner")
         if run.critic is not None:
-            save_value(run.critic.network.model, run.loaded.tokenizer, folder / "value")
-            state["critic"] = run.critic.state_dict()
-        torch.save(state, folder / "trainer.pt")
+            write_value(run, writer, "value")
+            save_learner(run.critic, writer, "critic")
+        save_random_state(writer, "random.pt")
+        writer.do(writer.path("trainer.json").write_text, json.dumps({"step": run.step, "cursor": run.cursor}))
 
     save_step(run.folder / "ckpt", run.step, write, run.config.experiment.keep_last)
 
 
 def resume(run: Run) -> None:
-    """Take up the newest checkpoint of the run's folder, if there is one."""
+    """Take up the newest whole checkpoint of the run's folder, if there is one; also one by another number of ranks."""
     checkpoints = step_folders(run.folder / "ckpt")
-    truncate_after(run.folder / "samples.jsonl", newest_step(run.folder))
+    if ranks.is_main():
+        truncate_after(run.folder / "samples.jsonl", newest_step(run.folder))
     if not checkpoints:
         return
     step, folder = checkpoints[-1]
-    state = torch.load(folder / "trainer.pt", weights_only=True)
-    saved = load_model(folder / "model", run.config.model.model_base, torch.float32, "cpu").model
-    run.learner.network.model.load_state_dict(saved.state_dict())
-    run.engine.load_weights(run.learner.network.model.named_parameters())
-    run.learner.load_state_dict(state["learner"])
-    if run.critic is not None:
-        if "critic" not in state:
-            raise UserError(
-                f"model.value_base_model is set, but {folder} holds no value model: the run was started without one; "
-                "give another experiment.project, or experiment.start_from_scratch=True"
-            )
-        value = load_value(folder / "value", run.config.model.model_base, torch.float32, "cpu")
-        run.critic.network.model.load_state_dict(value.state_dict())
-        run.critic.load_state_dict(state["critic"])
+    if run.critic is not None and not (folder / "critic").exists():
+        raise UserError(
+            f"model.value_base_model is set, but {folder} holds no value model: the run was started without one; "
+            "give another experiment.project, or experiment.start_from_scratch=True"
+        )
+    family = run.config.model.model_base
+    with whole_networks(run.learner.accelerator):
+        load_learner(run.learner, folder / "learner", load_network(folder / "model", family).state_dict())
+        if run.critic is not None:
+            load_learner(run.critic, folder / "critic", load_value(folder / "value", family).state_dict())
+    run.engine.load_weights(whole_weights(run.learner.network.model))
+    load_random_state(folder / "random.pt")
+    state = json.loads((folder / "trainer.json").read_text())
     run.step, run.cursor = state["step"], state["cursor"]
     console.print(f"resumed from {folder} after step {step}")
 
 
 def export(run: Run) -> None:
-    """The trained model in the family's own format, and the value model beside it."""
-    names, tokenizer = run.config.model, run.loaded.tokenizer
-    target = run.folder / "ckpt" / names.optimized_name
-    write_folder(target, lambda folder: save_model(run.learner.network.model, tokenizer, folder))
+    """The trained model in the family's own format, and the value model beside it. All ranks must call it."""
+    names, folder = run.config.model, run.folder / "ckpt"
+    write_folder(folder / names.optimized_name, lambda writer: write_policy(run, writer))
     if run.critic is not None:
-        target = run.folder / "ckpt" / names.optimized_value_name
-        write_folder(target, lambda folder: save_value(run.critic.network.model, tokenizer, folder))
+        write_folder(folder / names.optimized_value_name, lambda writer: write_value(run, writer))
+
+
+def write_policy(run: Run, writer: Writer, folder: str = "") -> None:
+    """The policy in the family's own format. All ranks must call it."""
+    network = run.learner.network.model
+    writer.do(save_model, network, run.loaded.tokenizer, Path(writer.folder, folder), whole_state_dict(network))
+
+
+def write_value(run: Run, writer: Writer, folder: str = "") -> None:
+    """The value model likewise."""
+    network = run.critic.network.model
+    writer.do(save_value, network, run.loaded.tokenizer, Path(writer.folder, folder), whole_state_dict(network))

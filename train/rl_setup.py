@@ -7,21 +7,24 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from common.checkpoint import newest_step
 from common.config import dump_config
 from common.errors import UserError
 from common.metrics import MetricsLog, open_metrics
+from common.ranks import is_main
 from common.runtime import Stopwatch, device_and_dtype, prepare_run_folder, seed_everything
 from common.schema import RLConfig
 from common.trajectory import Task
 from data.tasks import load_tasks
-from models import LoadedModel, load_model
+from models import LoadedModel, load_model, load_network
 from models.value import load_value
 from reward.score import make_scorer
 from rollout.collect import Scorer
 from rollout.report import RunPage
 from sample.engine import Engine
+from train.devices import make_accelerator, whole_networks
 from train.optimize import Learner, make_learner
 from train.policy import Critic, Policy
 from train.samples import view_method
@@ -80,8 +83,9 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
         experiment = config.experiment
         # last, so that a mistake above leaves an older run where it is
         folder = prepare_run_folder(experiment.runs_dir, experiment.project, experiment.start_from_scratch)
-        (folder / "rollouts").mkdir(exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config))
+        if is_main():
+            (folder / "rollouts").mkdir(exist_ok=True)
+            (folder / "config.yaml").write_text(dump_config(config))
         engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
         resume_step = None if experiment.start_from_scratch else newest_step(folder)
         metrics = open_metrics(
@@ -107,22 +111,29 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
 def load_networks(config: RLConfig) -> tuple[LoadedModel, Learner, Learner | None]:
     """The engine's network, the learner, and the frozen first model where the KL refers to it.
 
-    The learner's weights are float32; the engine's network is the same one, or a copy of lower precision.
+    The learner's weights are float32, or sharded; the engine's network is the same one, or a whole copy in its dtype.
     """
-    device, dtype = device_and_dtype(config.model.dtype)
-    trained = load_model(config.model.pretrained_model, config.model.model_base, torch.float32, device)
+    names, (device, dtype) = config.model, device_and_dtype(config.model.dtype)
+    accelerator = make_accelerator(mixed_precision(dtype))  # before any network: ZeRO-3 shards it as it is loaded
+    trained = load_model(names.pretrained_model, names.model_base, torch.float32, device)
+    if config.training.gradient_checkpointing_enable:
+        trained.model.gradient_checkpointing_enable()
     updates = config.experiment.total_step * config.training.updates_per_step
     policy = Policy(trained.model, trained.mask_id)
     learner = make_learner(
         policy, config.optimizer.params, config.lr_scheduler, updates, config.training, mixed_precision(dtype)
     )
-    if config.training.gradient_checkpointing_enable:
-        trained.model.gradient_checkpointing_enable()
+
+    def copy_of_first() -> PreTrainedModel:
+        with whole_networks(accelerator):
+            return load_network(names.pretrained_model, names.model_base, dtype, device)
+
     loaded, reference = trained, None
-    if dtype != torch.float32:
-        loaded = dataclasses.replace(trained, model=copy.deepcopy(trained.model).to(dtype))
+    if learner.sharded or next(trained.model.parameters()).dtype != dtype:
+        loaded = dataclasses.replace(trained, model=copy_of_first())
     if config.training.kl_reference == "initial":
-        reference = dataclasses.replace(learner, network=copy.deepcopy(learner.network).requires_grad_(False))
+        first = Policy(copy_of_first(), trained.mask_id) if learner.engine else copy.deepcopy(learner.network)
+        reference = dataclasses.replace(learner, network=first.requires_grad_(False), engine=None)
     return loaded, learner, reference
 
 

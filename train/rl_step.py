@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import ranks
 from common.runtime import console
 from common.schema import RLTrainingConfig
 from train.advantages import explained_variance
 from train.mismatch import FirstLogp, check_ratios, importance_weights, mismatch_of, replay
 from train.objectives import PolicyLoss, loss_weights, policy_loss, sequence_shares, value_loss
-from train.optimize import Learner, batch_logp, batch_values, update
-from train.packing import PackedBatch, Row, TokenFields, pack
+from train.optimize import Learner, batch_logp, batch_values, micro_batches, update
+from train.packing import PackedBatch, Row, TokenFields
 from train.samples import (
     Layout,
     Sample,
@@ -65,6 +66,15 @@ class Totals:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
+    def of_all_ranks(self) -> Totals:
+        """The sums of one update over all ranks. All ranks must call it."""
+        whole = Totals()
+        for tokens, terms, sums in ranks.gather((self.tokens, self.terms, self.sums)):
+            whole.tokens += tokens
+            whole.terms += terms
+            whole.add(**sums)
+        return whole
+
     def take(self, other: Totals) -> None:
         """Add the figures of one update that was taken."""
         self.updates += 1
@@ -106,10 +116,10 @@ def learn(
     temperature = samples[0].trajectory.temperature
     step = starting_point(learner, rows, samples, training, layout, exact)
     if reference is not None:
-        batches = pack(rows, training.tokens_per_micro_batch)
+        batches = micro_batches(rows, training.tokens_per_micro_batch)
         step.logp_ref = batch_logp(reference, batches, len(step.old_logp), temperature)
     if critic is not None:
-        step.old_value = batch_values(critic, pack(rows, training.tokens_per_micro_batch), len(step.old_logp))
+        step.old_value = batch_values(critic, micro_batches(rows, training.tokens_per_micro_batch), len(step.old_logp))
         step.advantage, step.returns = value_targets(rows, samples, step.old_value, training.gam, training.lam)
     figures: dict[str, float] = {}
     if training.tis_cap is not None:
@@ -142,7 +152,8 @@ def starting_point(
     old_logp, mismatch = engine_logp, None
     if recomputed:
         temperature = samples[0].trajectory.temperature
-        old_logp = batch_logp(learner, pack(rows, training.tokens_per_micro_batch), len(engine_logp), temperature)
+        batches = micro_batches(rows, training.tokens_per_micro_batch)
+        old_logp = batch_logp(learner, batches, len(engine_logp), temperature)
         mismatch = mismatch_of(old_logp, engine_logp) if replays else None
     if not replays:
         _, *logp = replay(learner, samples[: training.mismatch_sample], training, layout)
@@ -202,7 +213,7 @@ def update_policy(
         first = None
         if number == 0 and step.mismatch is None:
             first = FirstLogp(step.engine_logp[part.tokens], exact)
-        batches, now = pack(part.rows, training.tokens_per_micro_batch), Totals()
+        batches, now = micro_batches(part.rows, training.tokens_per_micro_batch), Totals()
         if training.ratio_level == "sequence":
             present = part.fields.old_logp
             if number > 0 or not step.recomputed:
@@ -210,10 +221,11 @@ def update_policy(
             loss = sequence_step_loss(learner, part, present, training, temperature, now, first)
         else:
             loss = token_step_loss(learner, part, training, temperature, now, first)
-        done = update(learner, batches, loss)
+        done = update(learner, batches, loss, before_step=first.check if first else None)
         if first is not None:
             step.mismatch = mismatch_of(first.trainer, first.engine)
         if done.taken:
+            now = now.of_all_ranks()
             now.add(grad_norm=done.grad_norm)
             totals.take(now)
         else:
@@ -232,7 +244,7 @@ def token_step_loss(
     """The loss of a micro-batch with a ratio for every token; its figures go to `totals`, its logp to `first`."""
 
     def loss(batch: PackedBatch) -> Tensor:
-        logp, entropy = learner.network(batch, temperature)
+        logp, entropy = learner.forward(batch, temperature)
         fields = part.fields.select(torch.from_numpy(batch.predicted)).to(logp.device)
         if training.old_logp == "detach":
             fields = replace(fields, old_logp=logp.detach())
@@ -277,11 +289,12 @@ def sequence_step_loss(
     elbo = per_response(present).requires_grad_()
     result = clipped_loss(elbo, fields, training)
     slope = torch.autograd.grad(result.loss, elbo)[0][response] * share  # (predicted,)
-    totals.terms += count
-    totals.add(loss=result.loss.detach(), kl=result.kl, clip_fraction=result.clipped)
+    if ranks.is_main():  # all ranks know it of all responses
+        totals.terms += count
+        totals.add(loss=result.loss.detach(), kl=result.kl, clip_fraction=result.clipped)
 
     def loss(batch: PackedBatch) -> Tensor:
-        logp, entropy = learner.network(batch, temperature)
+        logp, entropy = learner.forward(batch, temperature)
         if first is not None:
             first.see(batch.predicted, logp)
         totals.tokens += len(logp)
@@ -308,15 +321,16 @@ def update_value(
         now = Totals()
 
         def loss(batch: PackedBatch, old: Tensor = old_value, goal: Tensor = returns, part: Part = part) -> Tensor:
-            value = critic.network(batch)
+            value = critic.forward(batch)
             tensors = (one[batch.predicted].to(value.device) for one in (old, goal, part.fields.weight))
             result, clipped = value_loss(value, *tensors, training.eps)
             now.tokens += len(value)  # noqa: B023 — called before `now` is another
             now.add(loss=result.detach(), clip=clipped)  # noqa: B023
             return result
 
-        done = update(critic, pack(part.rows, training.tokens_per_micro_batch), loss)
+        done = update(critic, micro_batches(part.rows, training.tokens_per_micro_batch), loss)
         if done.taken:
+            now = now.of_all_ranks()
             now.add(grad_norm=done.grad_norm)
             totals.take(now)
         else:

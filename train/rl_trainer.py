@@ -7,14 +7,19 @@ import json
 
 import torch
 
+from common.checkpoint import newest_step
 from common.config import settings_of
 from common.metrics import draw_curves
+from common.ranks import any_rank, from_main, is_main
 from common.runtime import Stopwatch, console
 from common.schema import RewardConfig, RLConfig
+from common.stop import Stopped, exit_code, resume_command, signals_noted, stop_requested
 from data.tasks import task_batch
 from reward.score import make_scorer
 from rollout.collect import Rollout, collect, prompts_within
-from rollout.evaluate import Evaluation, evaluate, write_samples
+from rollout.evaluate import Evaluation, evaluate
+from rollout.samples import write_samples
+from train.devices import whole_weights
 from train.rl_checkpoint import export, resume, save
 from train.rl_report import report_step, rollout_figures, step_times, write_results
 from train.rl_setup import Run, set_up
@@ -22,14 +27,37 @@ from train.rl_step import learn
 from train.samples import Sample, kept_samples, layout_of
 
 
-def main(config: RLConfig) -> None:
-    """Run reinforcement learning as the config says; everything it makes lies in runs/<project>/."""
+def main(config: RLConfig) -> int:
+    """Run reinforcement learning as the config says; everything it makes lies in runs/<project>/.
+
+    Returns the program's exit code: 130 where Ctrl-C stopped it, else 0. All ranks must call it.
+    """
     stages = Stopwatch()
-    run = set_up(config, stages)
-    with stages("load"):
-        resume(run)
-    experiment = config.experiment
-    before = first_evaluation(run)
+    with signals_noted():
+        run = set_up(config, stages)
+        with stages("load"):
+            resume(run)
+        try:
+            before = first_evaluation(run)
+            train(run)
+            after = evaluate_now(run)
+        except Stopped:
+            stop(run)
+            return exit_code()
+    with stages("checkpoint"):
+        save(run)
+        export(run)
+    run.metrics.close()
+    if is_main():
+        draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+        run.page.refresh(done=True)
+        write_results(run, before, after)
+    return 0
+
+
+def train(run: Run) -> None:
+    """The RL steps that are left, with evaluations and checkpoints between them. Stopped where the run is to end."""
+    experiment = run.config.experiment
     while run.step < experiment.total_step:
         figures = rl_step(run)
         run.step += 1
@@ -40,25 +68,34 @@ def main(config: RLConfig) -> None:
         if experiment.eval_every and run.step % experiment.eval_every == 0 and not last:
             evaluate_now(run)
         if experiment.save_every and run.step % experiment.save_every == 0 and not last:
-            with stages("checkpoint"):
+            with run.stages("checkpoint"):
                 save(run)
-    after = evaluate_now(run)
-    with stages("checkpoint"):
+        if any_rank(stop_requested()):
+            raise Stopped
+
+
+def stop(run: Run) -> None:
+    """Save what is done and say how to go on."""
+    if run.step > 0 and newest_step(run.folder) < run.step:
         save(run)
-        export(run)
     run.metrics.close()
-    draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
     run.page.refresh(done=True)
-    write_results(run, before, after)
+    console.print(f"stopped after step {run.step}; to go on: {resume_command()}")
 
 
 def rl_step(run: Run) -> dict[str, float]:
     """Sample, score, learn, and hand the new weights to the engine; returns the step's figures."""
     config, watch = run.config, Stopwatch()
     number = run.step + 1
-    groups, samples = gather_samples(run, number, watch)
+    cursor = run.cursor
+    try:
+        groups, samples = gather_samples(run, number, watch)
+    except Stopped:
+        run.cursor = cursor  # the step is done again when the run is resumed
+        raise
     file = run.folder / "rollouts" / f"step-{number:04d}.jsonl"
-    file.unlink(missing_ok=True)  # a run that stopped after its last checkpoint wrote this step before
+    if is_main():
+        file.unlink(missing_ok=True)  # a run that stopped after its last checkpoint wrote this step before
     write_samples(file, groups)
     run.page.note(number, groups)
     figures: dict[str, float] = {"updates": 0, "lr": run.learner.scheduler.get_last_lr()[0]}
@@ -83,7 +120,7 @@ def rl_step(run: Run) -> dict[str, float]:
             f"{config.training.keep_accuracy}; no update"
         )
     with watch("sync"):
-        run.engine.load_weights(run.learner.network.model.named_parameters())
+        run.engine.load_weights(whole_weights(run.learner.network.model))
     for stage, seconds in watch.seconds.items():
         run.stages.seconds[stage] = run.stages.seconds.get(stage, 0.0) + seconds
     means = rollout_figures(groups, samples)
@@ -157,6 +194,9 @@ def evaluate_now(run: Run) -> dict[str, Evaluation]:
 def first_evaluation(run: Run) -> dict[str, dict[str, float]]:
     """The evaluation before the first step, kept in before.json so that a resumed run still has it."""
     path = run.folder / "before.json"
-    if run.step == 0 or not path.exists():
-        path.write_text(json.dumps({name: dataclasses.asdict(r) for name, r in evaluate_now(run).items()}))
-    return json.loads(path.read_text())
+    if run.step > 0 and from_main(path.exists()):
+        return json.loads(path.read_text())
+    before = {name: dataclasses.asdict(result) for name, result in evaluate_now(run).items()}
+    if is_main():
+        path.write_text(json.dumps(before))
+    return before

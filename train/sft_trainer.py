@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoint import write_folder
+from common import ranks
+from common.checkpoint import Writer, write_folder
 from common.config import dump_config, load_config, settings_of
 from common.errors import UserError
 from common.metrics import MetricsLog, draw_curves, open_metrics
@@ -23,8 +24,10 @@ from models.tiny import build_tiny
 from reward.score import make_scorer
 from rollout.evaluate import evaluate
 from sample.engine import Engine
-from train.optimize import Learner, make_learner, update
-from train.packing import PackedBatch, Row, make_rows, pack
+from train.devices import make_accelerator, whole_networks, whole_weights
+from train.learner_state import whole_state_dict
+from train.optimize import Learner, make_learner, micro_batches, update
+from train.packing import PackedBatch, Row, make_rows
 from train.policy import Policy
 from train.views import SFT_METHODS
 
@@ -43,6 +46,8 @@ class Example:
 def main(config: SFTConfig) -> Path:
     """Finetune as the config says; returns the folder of the finetuned model."""
     seed_everything(config.training.seed)
+    bf16 = device_and_dtype(config.model.dtype)[1] == torch.bfloat16
+    make_accelerator("bf16" if bf16 else "no")  # before any network: ZeRO-3 shards it as it is loaded
     records = load_sft_records(config.dataset.optimization_data)
     tasks = load_tasks(config.dataset.eval_dataset, "dataset.eval_dataset") if config.dataset.eval_dataset else []
     tasks = tasks[: config.evaluation.num_task or None]
@@ -50,7 +55,8 @@ def main(config: SFTConfig) -> Path:
         raise UserError("dataset.eval_dataset: empty, but training.stop_at_accuracy needs tasks to measure it on")
     experiment = config.experiment
     folder = prepare_run_folder(experiment.runs_dir, experiment.project, experiment.start_from_scratch)
-    (folder / "config.yaml").write_text(dump_config(config))
+    if ranks.is_main():
+        (folder / "config.yaml").write_text(dump_config(config))
     loaded = load(config, folder)
     methods = SFT_METHODS[loaded.family.attention]
     if config.training.method not in methods:
@@ -68,16 +74,22 @@ def main(config: SFTConfig) -> Path:
         config.lr_scheduler,
         steps,
         config.training,
-        mixed_precision="bf16" if device_and_dtype(config.model.dtype)[1] == torch.bfloat16 else "no",
+        mixed_precision="bf16" if bf16 else "no",
     )
     metrics = open_metrics(folder, experiment.trackers, experiment.project, dataclasses.asdict(config))
     train(config, loaded, learner, examples, tasks, steps, metrics)
     metrics.close()
-    draw_curves(folder / "metrics.jsonl", folder / "curves.png")
+    if ranks.is_main():
+        draw_curves(folder / "metrics.jsonl", folder / "curves.png")
     target = folder / "ckpt" / config.model.optimized_name
-    write_folder(target, lambda path: save_model(loaded.model, loaded.tokenizer, path))
+    write_folder(target, lambda writer: write_model(loaded, writer))
     console.print(f"finetuned model: {target}")
     return target
+
+
+def write_model(loaded: LoadedModel, writer: Writer) -> None:
+    """The network in the family's own format. All ranks must call it."""
+    writer.do(save_model, loaded.model, loaded.tokenizer, writer.folder, whole_state_dict(loaded.model))
 
 
 def load(config: SFTConfig, folder: Path) -> LoadedModel:
@@ -85,7 +97,9 @@ def load(config: SFTConfig, folder: Path) -> LoadedModel:
     path = config.model.pretrained_model
     if path == TINY:
         path = folder / "untrained"
-        build_tiny(config.model.model_base, path, config.training.seed)
+        if ranks.is_main():
+            build_tiny(config.model.model_base, path, config.training.seed)
+        ranks.wait_for_all()
     device, _ = device_and_dtype(config.model.dtype)
     loaded = load_model(path, config.model.model_base, torch.float32, device)
     if config.training.gradient_checkpointing_enable:
@@ -149,7 +163,7 @@ def train(
             accuracy = None
             if tasks and (step % interval == 0 or step == steps):
                 with watch("evaluation"):
-                    accuracy = sampled_accuracy(config, loaded, tasks)
+                    accuracy = sampled_accuracy(config, whole_model(loaded, learner), tasks)
                 figures["eval/accuracy"] = accuracy
                 interval = next_interval(training, accuracy)
             metrics.log({"step": step} | figures)
@@ -182,12 +196,26 @@ def sft_update(learner: Learner, rows: Sequence[Row], token_budget: int) -> dict
     count = sum(len(row.target) for row in rows)
 
     def loss(batch: PackedBatch) -> Tensor:
-        logp, _ = learner.network(batch)
+        logp, _ = learner.forward(batch)
         return -logp.sum() / count
 
-    done = update(learner, pack(rows, token_budget), loss)
+    done = update(learner, micro_batches(rows, token_budget), loss)
     figures = {"loss": done.loss, "grad_norm": done.grad_norm} if done.taken else {}
     return figures | {"predicted_tokens": count, "bad_steps": int(not done.taken)}
+
+
+def whole_model(loaded: LoadedModel, learner: Learner) -> LoadedModel:
+    """The model as it is, or where ranks share its weights out, a whole copy for an engine. All ranks must call it."""
+    if not learner.sharded:
+        return loaded
+    with whole_networks(learner.accelerator):
+        copy = type(loaded.model)(loaded.model.config)
+    copy = copy.to(loaded.model.device, loaded.model.dtype).eval()
+    own = dict(copy.named_parameters())
+    with torch.no_grad():
+        for name, tensor in whole_weights(loaded.model):
+            own[name].copy_(tensor)
+    return dataclasses.replace(loaded, model=copy)
 
 
 def sampled_accuracy(config: SFTConfig, loaded: LoadedModel, tasks: Sequence) -> float:

@@ -1,0 +1,255 @@
+"""The packed training step against the plain one: tokens, seconds and memory, and growth with the response's length.
+
+    python -m benchmarks.training                # both, on one thread; ratios within this run
+    python -m benchmarks.training --part growth  # the packed step alone, responses of 128 to 4,096 tokens
+    python -m benchmarks.training --part gpu     # on a GPU: 1.7B, 4B and 8B shapes, see benchmarks/training_gpu.py
+
+The network is tiny with a head of 32,000 words; prompts have 64 tokens, responses 256 ± 50 %, ids are random. Blocks
+are unmasked as in rollouts of the tiny model (step_maps.json: the order within each block of 60 responses, drawn at
+threshold 0.97 after finetuning with seed 1). Every variant runs in a process of its own; its memory is the highest
+resident set less that of the loaded model. Plain is benchmarks/plain_training.py, under the same budget of 8,192 tokens
+in a micro-batch and, as the published configs ask, with activation checkpointing as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from benchmarks.plain_training import plain_batches, plain_logp, plain_rows
+from common.metrics import print_table
+from common.schema import RLTrainingConfig
+from common.trajectory import Trajectory
+from models.sdar import SDARConfig, SDARForCausalLM
+from train import policy as policy_module
+from train.objectives import policy_loss
+from train.optimize import Learner
+from train.packing import TokenFields
+from train.policy import Policy
+from train.rl_step import learn
+from train.samples import Layout, Sample, sample_rows
+from train.views import trace_views
+
+VOCABULARY, PROMPT, RESPONSE, BLOCK = 32_000, 64, 256, 4
+LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+MASK = VOCABULARY - 1
+LAYOUT = Layout(MASK, BLOCK)
+BUDGET = 8192  # tokens in a micro-batch
+
+
+class KeepGradients(torch.optim.SGD):
+    """Keeps the gradients of its one step and changes nothing."""
+
+    def step(self, closure: object = None) -> None:
+        self.kept = [one.grad.clone() for one in self.param_groups[0]["params"]]
+
+
+def main() -> None:
+    options = parse()
+    if options.part == "gpu":
+        from benchmarks.training_gpu import measure_shapes
+
+        measure_shapes()
+    elif options.variant:
+        print(json.dumps(VARIANTS[options.variant](options)))
+    else:
+        if options.part in ("all", "cost"):
+            compare(options)
+        if options.part in ("all", "growth"):
+            grow(options)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("all", "cost", "growth", "gpu"), default="all")
+    parser.add_argument("--trajectories", type=int, default=8)
+    parser.add_argument("--keep-activations", action="store_true", help="no activation checkpointing, in both ways")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="growth: tokens of the response")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--gradients", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# ---- what is measured
+
+
+def make_model() -> torch.nn.Module:
+    """The tiny network under a head of 32,000 words."""
+    torch.manual_seed(0)
+    config = SDARConfig(
+        vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, max_position_embeddings=8192,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    return SDARForCausalLM(config).eval()
+
+
+def make_trajectories(count: int, lengths: list[int]) -> list[Trajectory]:
+    """Random ids whose blocks are unmasked as in real rollouts, one response after another."""
+    rng = np.random.default_rng(0)
+    orders = json.loads(Path(__file__).with_name("step_maps.json").read_text())
+    blocks = [[int(digit) for digit in block] for order in orders for block in order.split()]
+    result, place = [], 0
+    for number in range(count):
+        size = lengths[number % len(lengths)] // BLOCK * BLOCK
+        step_map, first = [], 0
+        while len(step_map) < size:
+            order = blocks[place % len(blocks)]
+            step_map += [first + step for step in order]
+            first, place = first + max(order) + 1, place + 1
+        ids = rng.integers(0, MASK, PROMPT + size).tolist()
+        logp = (-np.log(VOCABULARY) + rng.normal(0, 0.3, size)).tolist()
+        result.append(
+            Trajectory("t", number, ids[:PROMPT], ids[PROMPT:], step_map, logp, [], 1.0, "stop", size, first, 0, 1.0)
+        )
+    return result
+
+
+def some_lengths(count: int) -> list[int]:
+    """Lengths of 256 ± 50 %, evenly spread."""
+    return np.linspace(RESPONSE // 2, RESPONSE * 3 // 2, count).astype(int).tolist()
+
+
+def packed_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple[KeepGradients, int]:
+    """The product's own update; returns the optimizer with the gradients, and the tokens of the forward."""
+    network = Policy(model, MASK)
+    optimizer = KeepGradients(network.parameters(), lr=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    learner = Learner(network, optimizer, schedule, Accelerator(cpu=True), 1e9)
+    samples = [Sample(one, (-1.0) ** number) for number, one in enumerate(trajectories)]
+    training = RLTrainingConfig(old_logp="engine", tokens_per_micro_batch=BUDGET)
+    learn(learner, samples, training, LAYOUT, RESPONSE, [0], exact=False)
+    return optimizer, sum(len(row) for row in sample_rows(samples, training, LAYOUT, [0]))
+
+
+def plain_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple[KeepGradients, int]:
+    """The same update, one row for each denoising round."""
+    optimizer = KeepGradients(model.parameters(), lr=0.0)
+    views = [trace_views(one, BLOCK, MASK) for one in trajectories]
+    rows = plain_rows(trajectories, views, BLOCK)
+    width = max(len(row) for row in rows)
+    old = torch.tensor(
+        np.concatenate([np.array(t.logp)[v.response_index[v.predict]] for t, v in zip(trajectories, views)])
+    )
+    advantage = torch.tensor([(-1.0) ** n for n, one in enumerate(views) for _ in range(int(one.predict.sum()))])
+    fields = TokenFields(old.float(), old.float(), advantage, torch.full_like(advantage, 1 / len(advantage)))
+    model.train()
+    for batch in plain_batches(rows, BUDGET):
+        logp = plain_logp(model, batch, width, MASK)
+        own = fields.select(torch.from_numpy(np.concatenate([row.place for row in batch])).long())
+        policy_loss(logp, own, eps=0.2, beta=0.01).loss.backward()
+    optimizer.step()
+    return optimizer, width * len(rows)
+
+
+def measured(step: Callable, options: argparse.Namespace) -> dict[str, float]:
+    """One variant in this process: tokens, seconds, and memory above the loaded model's."""
+    torch.set_num_threads(1)
+    model = make_model()
+    if not options.keep_activations:
+        model.gradient_checkpointing_enable()
+    lengths = [options.length] if options.length else some_lengths(options.trajectories)
+    trajectories = make_trajectories(options.trajectories, lengths)
+    step(model, make_trajectories(1, [8]))  # first calls allocate and import
+    model.zero_grad()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    start = time.perf_counter()
+    optimizer, tokens = step(model, trajectories)
+    seconds = time.perf_counter() - start
+    result = {"tokens": tokens, "seconds": seconds, "memory": resident("VmHWM") - before}
+    if options.gradients:
+        torch.save(optimizer.kept, options.gradients)
+    return result
+
+
+def resident(field: str) -> float:
+    """MiB of this process's memory: VmRSS now, VmHWM at most."""
+    line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def without_attention(options: argparse.Namespace) -> dict[str, float]:
+    """The packed step with every token seeing itself alone: what does not grow with the square of the length."""
+
+    def itself(module: object, query: torch.Tensor, key: object, value: torch.Tensor, *_: object, **__: object):
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
+
+    policy_module.attention_mask = lambda batch: torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    from models import attention
+
+    attention.AttentionInterface.register(attention.NAME, itself)
+    return measured(packed_step, options)
+
+
+VARIANTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
+    "packed": lambda options: measured(packed_step, options),
+    "plain": lambda options: measured(plain_step, options),
+    "packed_without_attention": without_attention,
+}
+
+
+# ---- how it is told
+
+
+def run(options: argparse.Namespace, variant: str, length: int = 0, gradients: Path | None = None) -> dict[str, float]:
+    """A variant in a process of its own, on one thread."""
+    command = [sys.executable, "-m", "benchmarks.training", "--variant", variant]
+    command += ["--trajectories", "1" if length else str(options.trajectories)]
+    command += ["--keep-activations"] if options.keep_activations else []
+    command += ["--length", str(length)] if length else []
+    command += ["--gradients", str(gradients)] if gradients else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{variant} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Packed against plain, on the same trajectories, with the difference of their gradients."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / name for name in ("packed", "plain")}
+        found = {name: run(options, name, gradients=file) for name, file in files.items()}
+        kept = {name: torch.load(file) for name, file in files.items()}
+    apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(kept["packed"], kept["plain"]))
+    rows = [{"": name} | found[name] for name in ("plain", "packed")]
+    rows.append({"": "plain / packed"} | {key: found["plain"][key] / found["packed"][key] for key in found["plain"]})
+    print_table(rows, title=f"{options.trajectories} trajectories, one update (memory in MiB)")
+    print(f"largest difference of a gradient, relative to its tensor's largest: {apart:.1e}\n")
+
+
+def grow(options: argparse.Namespace) -> None:
+    """Seconds of the packed step for one trajectory of growing length, with and without attention."""
+    rows = []
+    for length in options.lengths:
+        packed, rest = run(options, "packed", length), run(options, "packed_without_attention", length)
+        rows.append(
+            {
+                "response": length,
+                "tokens": packed["tokens"],
+                "seconds": packed["seconds"],
+                "apart from attention": rest["seconds"],
+                "memory": packed["memory"],
+            }
+        )
+    print_table(rows, title="the packed step for one trajectory (memory in MiB)")
+    seconds = {row["response"]: row["apart from attention"] for row in rows}
+    if {1024, 4096} <= seconds.keys():
+        print(f"t(4096) / t(1024) apart from attention: {seconds[4096] / seconds[1024]:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Starting one process per device by `accelerate launch`, and passing on the wish to stop."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from common.errors import UserError
+from common.stop import STOP_FILE, exit_code, signals_noted, stop_requested
+
+FOLDER = Path(__file__).resolve().parents[1] / "accelerate_configs"
+
+
+def launched() -> bool:
+    """Whether a launcher started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def accelerate_config(name: str) -> Path:
+    """The file that experiment.deepspeed_file names: of accelerate_configs/, or a path; UserError if there is none."""
+    for path in (Path(name), FOLDER / name, FOLDER / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    near = difflib.get_close_matches(name, names, 1, cutoff=0)
+    raise UserError(f"experiment.deepspeed_file={name}: no such file in accelerate_configs/; did you mean {near[0]}?")
+
+
+def check_devices(name: str, file: Path, gpus: int) -> None:
+    """UserError unless the file is for one node that has as many GPUs as it asks for."""
+    asked = yaml.safe_load(file.read_text())
+    if asked["num_machines"] > 1:
+        raise UserError(
+            f"experiment.deepspeed_file={name} is for {asked['num_machines']} nodes: start multinode_rl.py on each of "
+            "them, or name a file for one node"
+        )
+    if "cpu" not in file.stem and asked["num_processes"] > gpus:
+        raise UserError(
+            f"experiment.deepspeed_file={name} is for {asked['num_processes']} GPUs, but this machine has {gpus}: "
+            "name another file of accelerate_configs/, or null for one process"
+        )
+
+
+def launch(file: Path, script: Path, arguments: Sequence[str], options: Sequence[str] = ()) -> int:
+    """Run `accelerate launch` once and wait; returns the exit code. SIGTERM and Ctrl-C let the ranks save first.
+
+    `options` are of accelerate launch, such as --machine_rank.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(file), *options, str(script), *arguments]
+    with tempfile.TemporaryDirectory() as folder, signals_noted():
+        stop_file = Path(folder) / "stop"
+        # a session of its own: Ctrl-C reaches this process alone
+        job = subprocess.Popen(command, env=os.environ | {STOP_FILE: str(stop_file)}, start_new_session=True)
+        while True:
+            try:
+                code = job.wait(timeout=0.5)
+                break
+            except subprocess.TimeoutExpired:
+                if stop_requested() and not stop_file.exists():
+                    stop_file.touch()
+        return exit_code() if stop_requested() and code == 0 else code

@@ -1,0 +1,136 @@
+"""The ranks of a job: one process per device, started by accelerate; everything here does for one process too.
+
+What ranks agree on travels over gloo, apart from the gradients, so that records and CPU tensors need no device.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number among the ranks, 0 where it is alone."""
+    return dist.get_rank() if _many() else int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if _many() else 1
+
+
+def is_main() -> bool:
+    """Whether this rank writes files and speaks."""
+    return rank() == 0
+
+
+def main_only(function: Callable[..., None]) -> Callable[..., None]:
+    """Wrap what writes a file, so that one rank does it."""
+
+    @functools.wraps(function)
+    def wrapped(*args: object, **kwargs: object) -> None:
+        if is_main():
+            function(*args, **kwargs)
+
+    return wrapped
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, by rank, on every rank. All ranks must call it."""
+    if not _many():
+        return [value]
+    values: list[T | None] = [None] * world()
+    dist.all_gather_object(values, value, group=_control())
+    return values
+
+
+def from_main(value: T) -> T:
+    """Rank 0's value, on every rank. All ranks must call it."""
+    if not _many():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_control())
+    return box[0]
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """The sum over ranks of a CPU tensor, in place. All ranks must call it."""
+    if _many():
+        dist.all_reduce(tensor, group=_control())
+    return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on some rank. All ranks must call it."""
+    return bool(add_up(torch.tensor(float(flag))))
+
+
+def wait_for_all() -> None:
+    """Return once every rank has called it."""
+    if _many():
+        dist.barrier(group=_control())
+
+
+class Queue(Generic[T]):
+    """Items taken until none is left, each once. A shared one is made by all ranks, and each item goes to one of them.
+
+    Every rank then holds all the items, in one order; a counter that the ranks share says which are taken.
+    """
+
+    def __init__(self, items: Iterable[T], shared: bool):
+        self.items: Sequence[T] = list(items)
+        self.next = 0  # the place of the next free item, as far as this rank knows
+        self.counter = next(_numbers) if shared and _many() else None
+
+    def __len__(self) -> int:
+        """How many items were left when this rank last looked."""
+        return max(0, len(self.items) - self.next)
+
+    def __iter__(self) -> Iterator[T]:
+        """All the items, taken or not."""
+        return iter(self.items)
+
+    def share(self) -> int:
+        """How many items are a rank's when they are dealt out evenly."""
+        return len(self.items) if self.counter is None else -(-len(self.items) // world())
+
+    def take(self, count: int) -> Sequence[T]:
+        """Up to `count` items that nobody has taken."""
+        before = self.next if self.counter is None else _store().add(f"queue-{self.counter}", count) - count
+        self.next = before + count
+        return self.items[before : self.next]
+
+
+def _many() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+@functools.cache
+def _control() -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo")
+
+
+@functools.cache
+def _store() -> dist.TCPStore:
+    """A store of this job's own; rank 0 serves it on a free port."""
+    host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=300)
+    store, port = None, 0
+    if is_main():
+        store = dist.TCPStore(host, 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
+        port = store.port
+    port = from_main(port)
+    return store or dist.TCPStore(host, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+# of shared queues: the same on every rank, since all ranks make the same ones in the same order
+_numbers = itertools.count(1)

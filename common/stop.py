@@ -1,0 +1,60 @@
+"""Stopping a run without loss: SIGTERM and Ctrl-C are taken note of, and acted on where nothing is half done.
+
+A second signal ends the process at once. Ranks have a launcher above them, which would kill them soon after it got the
+signal itself; so it keeps the signal from them and makes a file, which they look for.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+STOP_FILE = "DLLM_RL_STOP_FILE"  # environment variable: the file that says that the job is to stop
+_received: list[int] = []
+
+
+class Stopped(Exception):
+    """The run was asked to stop; what was not finished is to be done again when it is resumed."""
+
+
+@contextmanager
+def signals_noted() -> Iterator[None]:
+    """Within it SIGTERM and SIGINT make `stop_requested` true instead of ending the process."""
+    _received.clear()
+    before = {number: signal.signal(number, _note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_requested() -> bool:
+    """Whether a signal came, here or to the launcher."""
+    file = os.environ.get(STOP_FILE)
+    return bool(_received) or bool(file and Path(file).exists())
+
+
+def exit_code() -> int:
+    """What a stopped program ends with: 0, as a scheduler expects after SIGTERM, or 130 after Ctrl-C."""
+    return 130 if signal.SIGINT in _received else 0
+
+
+def resume_command() -> str:
+    """The command of this program, changed so that it goes on where it stopped."""
+    key = "experiment.start_from_scratch"
+    arguments = [argument for argument in sys.argv if not argument.startswith(f"{key}=")]
+    return shlex.join(["python", *arguments, f"{key}=False"])
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    if _received:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    _received.append(number)

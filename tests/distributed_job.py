@@ -1,0 +1,156 @@
+"""What several ranks do in a test: finetuning and RL steps, a step that is not finite on one rank only, checkpoints.
+
+Launched as `accelerate launch … --module tests.distributed_job MODEL FOLDER`; the same functions run in one process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import ranks
+from common.checkpoint import write_folder
+from common.schema import OptimizerParams, RLTrainingConfig, Sampling, SchedulerConfig
+from common.trajectory import Request
+from models import LoadedModel, load_model, load_network
+from models.value import load_value
+from sample.engine import Engine
+from train.devices import make_accelerator, whole_networks, whole_weights
+from train.learner_state import load_learner, save_learner
+from train.optimize import Learner, make_learner, micro_batches, update
+from train.packing import make_rows
+from train.policy import Critic, Policy
+from train.rl_step import learn
+from train.samples import Layout, Sample
+from train.sft_trainer import sft_update
+from train.views import random_block_views
+
+BLOCK, LENGTH, RESPONSES = 4, 8, 5
+TRAINING = RLTrainingConfig(tokens_per_micro_batch=100, updates_per_step=2, max_bad_steps=2)
+
+
+@dataclass
+class Networks:
+    """A policy, a value model and an engine, as the ranks hold them."""
+
+    loaded: LoadedModel
+    learner: Learner
+    critic: Learner
+    engine: Engine
+
+
+def set_up(folder: Path) -> Networks:
+    accelerator = make_accelerator()
+    loaded = load_model(folder, "sdar")
+    # epsilon above the gradients' rounding, which Adam would blow up to whole steps
+    schedule, params = SchedulerConfig("linear"), OptimizerParams(learning_rate=1e-3, epsilon=1e-5)
+    learner = make_learner(Policy(loaded.model, loaded.mask_id), params, schedule, 100, TRAINING)
+    critic = make_learner(Critic(load_value(folder, "sdar")), params, schedule, 100, TRAINING)
+    with whole_networks(accelerator):
+        network = load_network(folder, "sdar")
+    return Networks(loaded, learner, critic, Engine(network, loaded.mask_id, loaded.stop_ids))
+
+
+def rl_step(networks: Networks, number: int) -> dict[str, float]:
+    """One RL step on five responses to prompts of different lengths, with a value model."""
+    settings = Sampling(max_token=LENGTH, remasking_strategy="low_confidence_static")
+    requests = [Request(str(n), list(range(5 + 3 * n)), seed=1, step=number) for n in range(RESPONSES)]
+    drawn = list(networks.engine.generate(ranks.Queue(requests, shared=True), settings))
+    together = [trajectory for part in ranks.gather(drawn) for trajectory in part]
+    together.sort(key=lambda trajectory: int(trajectory.task_id))
+    samples = [Sample(one, (-1.0) ** n, (-1.0) ** n, None) for n, one in enumerate(together)]
+    layout = Layout(networks.loaded.mask_id, BLOCK)
+    figures = learn(
+        networks.learner, samples, TRAINING, layout, LENGTH, seed=[number], exact=True, critic=networks.critic
+    )
+    networks.engine.load_weights(whole_weights(networks.learner.network.model))
+    return figures | {"own_responses": len(drawn)}
+
+
+def sft_step(networks: Networks, number: int) -> dict[str, float]:
+    """One finetuning update on three samples."""
+    rng, rows = np.random.default_rng(number), []
+    for n in range(3):
+        prompt, response = list(range(4 + n)), [7] * (BLOCK * (n + 1) - n)
+        views = random_block_views(prompt, response, len(response), BLOCK, networks.loaded.mask_id, rng, 0.1, 0.9, 1)
+        rows += make_rows(n, prompt, response, views)
+    return sft_update(networks.learner, rows, 60)
+
+
+def bad_step(networks: Networks, learner: Learner) -> dict[str, float]:
+    """An update whose loss is not finite on the last rank only."""
+    rng, before = np.random.default_rng(0), tensors(learner)
+    views = random_block_views([1, 2, 3, 4], [7] * 12, 12, BLOCK, networks.loaded.mask_id, rng, 0.1, 0.9, 1)
+    rows = [row for n in range(3) for row in make_rows(n, [1, 2, 3, 4], [7] * 12, views)]
+    factor = float("nan") if ranks.rank() == ranks.world() - 1 else 1.0
+
+    def loss(batch: object) -> torch.Tensor:
+        result = learner.forward(batch)
+        return factor * (result[0] if isinstance(result, tuple) else result).sum()
+
+    done = update(learner, micro_batches(rows, 40), loss)
+    after = tensors(learner)
+    unchanged = all(torch.equal(before[name], after[name]) for name in before)
+    return {"taken": done.taken, "unchanged": unchanged, "bad_in_a_row": learner.bad_in_a_row}
+
+
+def tensors(learner: Learner) -> dict[str, torch.Tensor]:
+    """Whole copies of the network's weights."""
+    return {name: tensor.clone() for name, tensor in whole_weights(learner.network.model)}
+
+
+def run(model: Path, folder: Path) -> dict:
+    """All of it; what is compared between one process and several. Checkpoints go to `folder`."""
+    networks = set_up(model)
+    steps = [rl_step(networks, 1), sft_step(networks, 2)]
+    networks.engine.load_weights(whole_weights(networks.learner.network.model))
+    both = (networks.learner, networks.critic)
+    bad = [bad_step(networks, learner) for learner in both]
+    for learner, name in zip(both, ("learner", "critic")):
+        write_folder(folder / name, lambda writer, learner=learner: save_learner(learner, writer, ""))
+    saved = [tensors(learner) for learner in both]
+    steps += [rl_step(networks, 3)]
+    end = [tensors(learner) for learner in both]
+    engine = {name: tensor.clone() for name, tensor in networks.engine.model.named_parameters()}
+    return {
+        "steps": steps,
+        "bad": bad,
+        "saved": saved,
+        "end": end,
+        "engine": engine,
+        "sharded": networks.learner.sharded,
+        "world": ranks.world(),
+        "resumed": resumed(model, folder, saved),
+    }
+
+
+def resumed(model: Path, folder: Path, weights: list[dict[str, torch.Tensor]]) -> dict:
+    """The step after a checkpoint, by fresh networks that read it."""
+    networks = set_up(model)
+    load_learner(networks.learner, folder / "learner", weights[0])
+    load_learner(networks.critic, folder / "critic", weights[1])
+    networks.engine.load_weights(whole_weights(networks.learner.network.model))
+    return {"step": rl_step(networks, 3), "end": [tensors(networks.learner), tensors(networks.critic)]}
+
+
+def stage(number: int, model: Path, folder: Path) -> None:
+    """`run` under a ZeRO stage; rank 0 writes what came of it."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # the process group stays
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(number)
+    folder = folder / f"zero{number}"
+    result = run(model, folder)
+    if ranks.is_main():
+        torch.save(result, folder / "result.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for zero in (3, 2):
+        stage(zero, Path(sys.argv[1]), Path(sys.argv[2]))

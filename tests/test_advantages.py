@@ -1,0 +1,195 @@
+"""GAE over a trace, the value loss, sequences' ELBOs and importance weights: by hand, by identity, by reference."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import training_reference as plain
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from common.trajectory import Trajectory
+from train.advantages import explained_variance, trace_advantages
+from train.mismatch import importance_weights
+from train.objectives import policy_loss, sequence_shares, value_loss
+from train.packing import Row, TokenFields
+from train.samples import Sample, token_rewards, value_targets
+
+EMPTY = np.zeros(0, dtype=np.int64)
+
+
+def row(index: list[int], steps: list[int], trajectory: int = 0, views: list[int] | None = None) -> Row:
+    """A row that predicts response tokens `index`, unmasked at `steps`; its tokens' views ascend with the steps."""
+    view = np.array(views if views is not None else steps)
+    return Row(
+        trajectory,
+        EMPTY,
+        EMPTY,
+        EMPTY,
+        view,
+        np.arange(len(index)),
+        np.zeros(len(index)),
+        np.array(index),
+        np.array(steps),
+    )
+
+
+def trajectory(length: int, total: int | None = None) -> Trajectory:
+    count = total or length
+    return Trajectory("t", 0, [1], [5] * count, [0] * count, [], [], 1.0, "stop", length, 1, 1, 1.0)
+
+
+@st.composite
+def traces(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rewards, values and steps of up to twelve tokens, steps with gaps and several tokens each."""
+    count = draw(st.integers(1, 12))
+    numbers = st.lists(st.floats(-3, 3), min_size=count, max_size=count)
+    steps = draw(st.lists(st.integers(0, 8), min_size=count, max_size=count))
+    return np.array(draw(numbers)), np.array(draw(numbers)), np.array(steps)
+
+
+# ---- generalised advantage estimation
+
+
+def test_gae_by_hand() -> None:
+    """Two steps of two tokens and one: γ = 1/2, λ = 1/2.
+
+    Last step (one token, r 4, V 2): δ = A = 2, R = 4. First: r* = 1, V* = 2, δ = 1 − 2 + ½·2 = 0, A = 0 + ¼·2 = ½.
+    Its tokens: r 2, V 1: A = 1 + 1 + ½ = 2½, R = 2 + 2; r 0, V 3: A = −3 + 1 + ½ = −1½, R = 0 + 2.
+    """
+    rewards, values, steps = np.array([2.0, 4.0, 0.0]), np.array([1.0, 2.0, 3.0]), np.array([3, 7, 3])
+    advantages, returns = trace_advantages(rewards, values, steps, gamma=0.5, lam=0.5)
+    assert advantages.tolist() == pytest.approx([2.5, 2.0, -1.5])
+    assert returns.tolist() == pytest.approx([4.0, 4.0, 2.0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(traces(), st.floats(0, 1), st.floats(0, 1))
+def test_gae_equals_the_reference(trace: tuple, gamma: float, lam: float) -> None:
+    found = trace_advantages(*trace, gamma, lam)
+    for one, other in zip(found, plain.gae(*(list(part) for part in trace), gamma, lam)):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(traces())
+def test_without_discount_advantages_are_returns_less_values(trace: tuple) -> None:
+    advantages, returns = trace_advantages(*trace, gamma=1.0, lam=1.0)
+    np.testing.assert_allclose(advantages, returns - trace[1], rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(traces())
+def test_with_lambda_zero_one_step_is_looked_ahead(trace: tuple) -> None:
+    rewards, values, steps = trace
+    advantages, _ = trace_advantages(rewards, values, steps, gamma=1.0, lam=0.0)
+    for advantage, reward, value, step in zip(advantages, rewards, values, steps):
+        later = sorted({other for other in steps if other > step})
+        following = values[steps == later[0]].mean() if later else 0.0
+        assert advantage == pytest.approx(reward - value + following, abs=1e-9)
+
+
+def test_an_outcome_s_reward_lies_on_the_last_step() -> None:
+    """Two trajectories, the second with process rewards; the tokens behind its end earn nothing."""
+    rows = [row([2, 0, 1], [4, 4, 5]), row([0, 1, 2], [0, 1, 1], trajectory=1)]
+    samples = [Sample(trajectory(3), 9.0, reward=2.0), Sample(trajectory(2, 4), 9.0, 0.5, [1.0, -1.0])]
+    advantages, returns = value_targets(rows, samples, torch.zeros(6), gamma=0.5, lam=1.0)
+    assert returns.tolist() == [1.0, 1.0, 2.0, 1 - 0.25, -1.0, 0.0]
+    assert torch.equal(advantages, returns)
+
+
+def test_views_are_the_steps_of_a_merged_trace() -> None:
+    """Steps 0 and 1 share a view, so they are one step of time; under full attention every row is one."""
+    merged = [row([0, 1, 2], [0, 1, 2], views=[1, 1, 2])]
+    rows = [row([0, 1], [0, 1], views=[0, 0]), row([2], [2], views=[0])]
+    samples = [Sample(trajectory(3), 0.0, reward=1.0)]
+    values = torch.tensor([0.0, 1.0, 0.0])
+    for one in (merged, rows):
+        advantages, _ = value_targets(one, samples, values, gamma=1.0, lam=0.0)
+        assert advantages.tolist() == [0.0, -1.0, 1.0]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_process_rewards_must_match_the_tokens(count: int) -> None:
+    sample = Sample(trajectory(3, 5), 0.0, 0.0, [1.0] * count)
+    with pytest.raises(UserError, match=rf"^task 't', response 0: {count} rewards for 3 tokens; .* one for each token"):
+        token_rewards(sample, np.array([0]), np.array([0]))
+
+
+def test_explained_variance() -> None:
+    returns = np.array([0.0, 1.0, 2.0])
+    assert explained_variance(returns + 5, returns) == 1.0 and explained_variance(np.zeros(3), returns) == 0.0
+    assert explained_variance(2 - returns, returns) == pytest.approx(-3.0)
+    assert explained_variance(returns, np.ones(3)) == 0.0
+
+
+# ---- the value loss
+
+
+@pytest.mark.parametrize(
+    ("value", "goal", "loss", "slope", "clipped"),
+    [
+        (0.1, 1.0, 0.405, -0.9, 0),  # within ε of the old value 0
+        (0.5, 1.0, 0.32, 0.0, 1),  # towards the goal and beyond ε: flat, at (0.2 − 1)² / 2
+        (-0.5, 1.0, 1.125, -1.5, 0),  # away from the goal: pulled back
+        (2.0, 1.0, 0.5, 1.0, 0),  # past the goal, and further from it than the clip is
+    ],
+)
+def test_the_clipped_value_loss(value: float, goal: float, loss: float, slope: float, clipped: int) -> None:
+    now = torch.tensor([value], requires_grad=True)
+    result, count = value_loss(now, torch.zeros(1), torch.tensor([goal]), torch.ones(1), eps=0.2)
+    result.backward()
+    assert float(result.detach()) == pytest.approx(loss) and int(count) == clipped
+    assert float(now.grad) == pytest.approx(slope, abs=1e-6)
+    assert loss == pytest.approx(float(plain.value_term(now.detach(), 0.0, goal, 0.2)))
+
+
+# ---- sequences
+
+
+def test_shares_of_a_sequence() -> None:
+    """A trace weighs its tokens alike; noisings of two tokens and of one weigh alike, each over its own."""
+    rows = [row([0, 1, 2], [0, 0, 1]), row([1], [4], trajectory=3)]
+    response, share = sequence_shares(rows, by_noising=False)
+    assert response.tolist() == [0, 0, 0, 1] and share.tolist() == pytest.approx([1 / 3] * 3 + [1])
+    _, share = sequence_shares(rows, by_noising=True)
+    assert share.tolist() == pytest.approx([1 / 4, 1 / 4, 1 / 2, 1])
+
+
+def test_a_sequence_s_ratio_by_hand() -> None:
+    """Three tokens' logp rise by 0.3, 0.6 and 0: the ratio is e^0.3, clipped at 1.2; the KL k2 of 0.3 per token."""
+    new, old = torch.tensor([-0.7, -0.4, -1.0]), torch.full((3,), -1.0)
+    _, share = sequence_shares([row([0, 1, 2], [0, 1, 2])], by_noising=False)
+    elbos = [(share * one).sum()[None] for one in (new, old)]
+    fields = TokenFields(elbos[1], elbos[1], torch.tensor([2.0]), torch.ones(1))
+    result = policy_loss(elbos[0], fields, eps=0.2, beta=0.5, estimator="k2")
+    assert float(result.loss) == pytest.approx(-1.2 * 2 + 0.5 * 0.3**2 / 2, rel=1e-5) and int(result.clipped) == 1
+    assert math.exp(0.3) > 1.2
+
+
+@pytest.mark.parametrize(("ratio", "eps_high", "loss"), [(1.25, None, -1.2), (1.25, 0.28, -1.25), (0.7, 0.28, -0.7)])
+def test_the_upper_clip_has_a_range_of_its_own(ratio: float, eps_high: float | None, loss: float) -> None:
+    fields = TokenFields(*(torch.tensor([one]) for one in (-math.log(ratio), 0.0, 1.0, 1.0)))
+    result = policy_loss(torch.zeros(1), fields, eps=0.2, beta=0.0, eps_high=eps_high)
+    assert float(result.loss) == pytest.approx(loss, rel=1e-5)
+    below = TokenFields(*(torch.tensor([one]) for one in (-math.log(0.7), 0.0, -1.0, 1.0)))
+    assert float(policy_loss(torch.zeros(1), below, 0.2, 0.0, eps_high=0.28).loss) == pytest.approx(0.8, rel=1e-5)
+
+
+# ---- truncated importance weights
+
+
+def test_importance_weights_find_their_tokens() -> None:
+    """Two views predict a token twice, in another order than the replay; one token the replay does not know."""
+    replayed = [row([0, 1, 2], [0, 1, 2]), row([0], [0], trajectory=1)]
+    difference = torch.tensor([math.log(0.5), math.log(1.5), math.log(4), math.log(3)])
+    rows = [row([2, 0], [0, 0]), row([0, 1], [1, 1]), row([0, 5], [0, 0], trajectory=1)]
+    weights = importance_weights(rows, replayed, difference, cap=2.0, by_sequence=False)
+    assert weights.tolist() == pytest.approx([2.0, 0.5, 0.5, 1.5, 2.0, 1.0])
+    weights = importance_weights(rows[:2], replayed, difference, cap=2.0, by_sequence=True)
+    assert weights.tolist() == pytest.approx([3 ** (1 / 3)] * 4)
+    assert importance_weights(rows[:1], replayed, difference, cap=1.0, by_sequence=True).tolist() == [1.0, 1.0]

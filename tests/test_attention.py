@@ -1,0 +1,134 @@
+"""The mask by tiles against the dense one: the same pairs on any device, the same outputs and gradients on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import training_reference as plain
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
+
+from common.schema import RLTrainingConfig
+from models import load_network
+from models.attention import NAME, flex_or_sdpa
+from train import policy as policy_module
+from train.attention import attention_mask, block_mask, mask_function, visible_tiles
+from train.packing import PackedBatch, Row, make_rows, pack, visible
+from train.policy import Policy
+from train.views import RL_METHODS
+
+GOLDEN = Path(__file__).parent / "golden" / "sdar"
+BLOCK, VOCABULARY, MASK = 4, 40, 7
+
+
+def random_rows(seed: int, count: int, full: bool = False) -> list[Row]:
+    """Rows of random trajectories, of their traces under block attention or of random views under full attention."""
+    rng, rows = np.random.default_rng(seed), []
+    training = RLTrainingConfig(mask_times_per_sample=2)
+    for number in range(count):
+        prompt, blocks = int(rng.integers(1, 14)), int(rng.integers(1, 8))
+        one = plain.random_trajectory(rng, prompt, blocks, BLOCK, VOCABULARY, MASK)
+        method = RL_METHODS["random_masking" if full else "TraceRL"]
+        views = method(one, None if full else BLOCK, MASK, training, rng)
+        rows += make_rows(number, one.prompt_ids, one.response_ids, views)
+    return rows
+
+
+def joined(batch: PackedBatch) -> PackedBatch:
+    """The batch's rows one after another in a single one, padding and all, as they lie on CUDA."""
+    rows, tokens = batch.ids.shape
+    fields = {name: getattr(batch, name).reshape(1, -1) for name in ("ids", "position", "block", "view")}
+    number = torch.arange(rows).repeat_interleave(tokens).reshape(1, -1)  # two views may be of one trajectory
+    trajectory = torch.where(batch.trajectory.reshape(1, -1) < 0, -1, number)
+    return PackedBatch(
+        **fields, trajectory=trajectory, predict_at=batch.predict_at, target=batch.target, predicted=batch.predicted
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([8, 16, 32]), st.booleans(), st.booleans())
+def test_every_pair_is_the_dense_mask_s(seed: int, tile: int, together: bool, full: bool) -> None:
+    """What FlexAttention asks of the function, and which tiles it asks it for, give the dense mask again."""
+    (batch,) = pack(random_rows(seed, 3, full), 10**6)
+    batch = joined(batch) if together else batch
+    dense = visible(batch)
+    rows, length = batch.ids.shape
+    index = torch.arange(length)
+    rule = mask_function(batch)
+    pairs = torch.stack([rule(torch.tensor(row), None, index[:, None], index) for row in range(rows)])[:, None]
+    assert torch.equal(pairs, dense)
+    mask = block_mask(batch, tile)
+    assert mask.shape == (rows, 1, length, length)
+    for row in range(rows):
+        for query in range(-(-length // tile)):
+            full_keys = mask.full_kv_indices[row, 0, query, : mask.full_kv_num_blocks[row, 0, query]].tolist()
+            some_keys = mask.kv_indices[row, 0, query, : mask.kv_num_blocks[row, 0, query]].tolist()
+            for key in range(-(-length // tile)):
+                seen = dense[row, 0, query * tile : (query + 1) * tile, key * tile : (key + 1) * tile]
+                whole = seen.shape == (tile, tile) and bool(seen.all())
+                assert (key in full_keys) == whole
+                assert (key in some_keys) == (bool(seen.any()) and not whole)
+
+
+def test_rows_longer_than_one_look_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    (batch,) = pack(random_rows(5, 3), 10**6)
+    at_once = visible_tiles(batch, 8)
+    monkeypatch.setattr("train.attention.QUERIES", 16)
+    for found, wanted in zip(visible_tiles(batch, 8), at_once):
+        assert torch.equal(found, wanted)
+
+
+def test_flex_attention_follows_the_mask() -> None:
+    """Torch's own kernel, forward, on whatever device: its backward exists on CUDA only."""
+    (batch,) = pack(random_rows(3, 3), 10**6)
+    batch, generator = joined(batch), torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, batch.ids.shape[1], 16, generator=generator) for _ in range(3))
+    found = flex_attention(query, key, value, block_mask=block_mask(batch, 16))
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, visible(batch))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
+
+
+def test_a_network_takes_dense_masks_as_before() -> None:
+    model = load_network(GOLDEN, "sdar")
+    (batch,) = pack(random_rows(4, 2), 10**6)
+    inputs = {"input_ids": batch.ids, "position_ids": batch.position, "attention_mask": visible(batch)}
+    with torch.no_grad():
+        before = model.model(**inputs).last_hidden_state
+        policy = Policy(model, MASK)
+        assert model.config._attn_implementation == NAME and attention_mask(batch).dtype == torch.bool
+        assert torch.equal(model.model(**inputs).last_hidden_state, before)
+        assert policy(batch)[0].isfinite().all()
+    assert "attn_implementation" not in str(model.config.to_dict())
+
+
+def test_the_mask_s_kind_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr("models.attention.flex_attention_forward", lambda *_, **__: called.append("flex"))
+    monkeypatch.setattr("models.attention.sdpa_attention_forward", lambda *_, **__: called.append("sdpa"))
+    (batch,) = pack(random_rows(4, 2), 10**6)
+    for mask in (block_mask(batch), visible(batch), None):
+        flex_or_sdpa(None, None, None, None, mask)
+    assert called == ["flex", "sdpa", "sdpa"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("full", [False, True], ids=["block", "full"])
+def test_dense_and_flex_agree_on_a_gpu(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities and gradients of the golden network, several trajectories joined in one row."""
+    model = load_network(GOLDEN, "sdar", device="cuda")
+    torch.set_float32_matmul_precision("highest")
+    (batch,) = pack(random_rows(6, 12, full), 10**6)
+    batch, results = joined(batch).to(torch.device("cuda")), []
+    policy = Policy(model, MASK)
+    for mask in (visible, block_mask):
+        monkeypatch.setattr(policy_module, "attention_mask", mask)
+        logp, _ = policy(batch)
+        results.append((logp.detach(), torch.autograd.grad(logp.sum(), list(model.parameters()))))
+    (dense, wanted), (flex, found) = results
+    torch.testing.assert_close(flex, dense, rtol=0, atol=1e-4)
+    for one, other in zip(found, wanted):
+        assert (one - other).abs().max() <= 1e-3 * other.abs().max()

@@ -1,0 +1,182 @@
+"""A learner in a checkpoint: weights and moments by parameter name, whole, so that any number of ranks reads them."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common import ranks
+from common.checkpoint import Writer
+from train.devices import whole
+from train.optimize import Learner
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, float32 as the weights
+SHARD_BYTES = 4 << 30  # of host memory that writing takes
+
+
+def save_learner(learner: Learner, writer: Writer, folder: str) -> None:
+    """Write optimizer, schedule and, where the network's are of lower precision, float32 weights. All ranks call it."""
+    shard: dict[str, Tensor] = {}
+    number = 0
+    states = optimizer_states(learner)
+    for name, parameter in learner.network.model.named_parameters():
+        for key, tensor in whole_state(learner, parameter, bool(states)).items():
+            if ranks.is_main():
+                shard[f"{name}:{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
+        if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+            number += 1
+            writer.do(save_file, shard, writer.path(folder, f"{number:05d}.safetensors"))
+            shard = {}
+    writer.do(save_file, shard, writer.path(folder, f"{number + 1:05d}.safetensors"))
+    scheduler = {key: value for key, value in learner.scheduler.state_dict().items() if key != "lr_lambdas"}
+    about = {"scheduler": scheduler, "bad_in_a_row": learner.bad_in_a_row}
+    about["optimizer_steps"] = max((int(state["step"]) for state in states), default=0)
+    writer.do(writer.path(folder, "learner.json").write_text, json.dumps(about))
+
+
+def load_learner(learner: Learner, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Take up what `save_learner` wrote. `weights`: the network's by name, for those that it did not."""
+    about = json.loads((folder / "learner.json").read_text())
+    files = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
+    place = {key: file for file in files for key in file.keys()}  # noqa: SIM118 — safe_open has no iterator
+    if about["optimizer_steps"]:
+        make_states(learner, about["optimizer_steps"])
+    for name, parameter in learner.network.model.named_parameters():
+        saved = {
+            key: place[f"{name}:{key}"].get_tensor(f"{name}:{key}")
+            for key in (*MOMENTS, "weight")
+            if f"{name}:{key}" in place
+        }
+        set_weight(learner, parameter, saved.pop("weight", weights.get(name)))
+        for key, tensor in saved.items():
+            set_moment(learner, parameter, key, tensor)
+    learner.scheduler.load_state_dict(about["scheduler"] | {"lr_lambdas": [None]})
+    for group, rate in zip(learner.optimizer.param_groups, learner.scheduler.get_last_lr()):
+        group["lr"] = rate
+    learner.bad_in_a_row = about["bad_in_a_row"]
+
+
+def optimizer_states(learner: Learner) -> list[dict]:
+    """The optimizer's state of every parameter, or of every flat part of them; none before its first step."""
+    return [state for state in learner.optimizer.state.values() if "step" in state]
+
+
+def whole_state(learner: Learner, parameter: torch.nn.Parameter, stepped: bool) -> dict[str, Tensor]:
+    """The parameter's moments, and its float32 weight where it has another, whole. All ranks must call it."""
+    if not parameter.requires_grad:
+        return {}
+    if learner.engine is None:
+        state = learner.optimizer.state.get(parameter, {})
+        return {key: state[key] for key in MOMENTS if key in state}
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    found = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS if stepped}
+    if parameter.dtype != torch.float32:
+        found["weight"] = safe_get_full_fp32_param(parameter)
+    return found
+
+
+def make_states(learner: Learner, steps: int) -> None:
+    """Room for the moments, which the optimizer would make at its first step."""
+    optimizer = learner.optimizer
+    if learner.engine is None:
+        flat = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    elif learner.sharded:
+        flat = learner.engine.optimizer.fp32_partitioned_groups_flat
+    else:
+        flat = learner.engine.optimizer.single_partition_of_fp32_groups
+    for parameter in flat:
+        moments = {key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(float(steps))} | moments
+    if learner.engine is not None and not learner.sharded:
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        for low, high in zip(learner.engine.optimizer.bit16_groups, flat):
+            lazy_init_hp_params_optimizer_state(low, high, optimizer.state)
+
+
+@torch.no_grad()
+def set_weight(learner: Learner, parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Give the parameter a whole tensor's values, and DeepSpeed its float32 copy of them. All ranks must call it."""
+    with whole(parameter, changed=True):
+        parameter.data.copy_(value)
+    if learner.engine is None or not parameter.requires_grad:
+        return
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if learner.sharded:
+        safe_set_local_fp32_param(parameter, own_part(parameter, value.float()))
+    else:
+        safe_set_full_fp32_param(parameter, value.float())
+
+
+@torch.no_grad()
+def set_moment(learner: Learner, parameter: torch.nn.Parameter, key: str, value: Tensor) -> None:
+    """Put a whole tensor in the place of one of the parameter's moments, or this rank's part of it."""
+    if learner.engine is None:
+        learner.optimizer.state[parameter][key].copy_(value)
+        return
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    if learner.sharded:
+        safe_set_local_optimizer_state(parameter, own_part(parameter, value), key)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)
+
+
+def own_part(parameter: torch.nn.Parameter, value: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, as ZeRO-3 cuts the parameter: equal parts, the last one filled up."""
+    size = parameter.ds_tensor.numel()
+    padded = torch.nn.functional.pad(value.flatten(), (0, size * ranks.world() - value.numel()))
+    return padded[ranks.rank() * size :][:size]
+
+
+def save_random_state(writer: Writer, name: str) -> None:
+    """Write the generators of every rank. All ranks must call it."""
+    kind, keys, *rest = np.random.get_state()
+    mine = {"torch": torch.get_rng_state(), "numpy": (kind, keys.tolist(), *rest), "python": random.getstate()}
+    if torch.cuda.is_available():
+        mine["cuda"] = torch.cuda.get_rng_state()
+    buffer = io.BytesIO()
+    torch.save(ranks.gather(mine), buffer)
+    writer.do(writer.path(name).write_bytes, buffer.getvalue())
+
+
+def load_random_state(file: Path) -> None:
+    """Take up this rank's generators; a rank that the run did not have before keeps its own."""
+    states = torch.load(file, weights_only=True)
+    if ranks.rank() < len(states):
+        mine = states[ranks.rank()]
+        torch.set_rng_state(mine["torch"])
+        np.random.set_state(mine["numpy"])
+        version, numbers, gauss = mine["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        if "cuda" in mine and torch.cuda.is_available():
+            torch.cuda.set_rng_state(mine["cuda"])
+
+
+def whole_state_dict(network: torch.nn.Module) -> dict[str, Tensor] | None:
+    """The network's tensors on the CPU of rank 0, where ZeRO-3 shards them; None where it does not.
+
+    All ranks must call it.
+    """
+    parameters = list(network.named_parameters())
+    if not any(hasattr(parameter, "ds_id") for _, parameter in parameters):
+        return None
+    return dict(_to_main(parameters))
+
+
+def _to_main(parameters: list[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in parameters:
+        with whole(parameter):
+            if ranks.is_main():
+                yield name, parameter.data.to("cpu", copy=True)
