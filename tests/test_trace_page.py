@@ -88,6 +88,7 @@ def test_driven_by_keys(browser: Any, tmp_path: Path) -> None:
     page.keyboard.press("?")
     assert page.is_visible("#keys")
     page.keyboard.press("Escape")
+    page.locator("#keys").wait_for(state="hidden")
     page.keyboard.press("Space")
     page.locator("#play[aria-label=Play]").wait_for()
     assert page.inner_text("#now") == "4"
