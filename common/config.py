@@ -57,6 +57,12 @@ COMBINATIONS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "training.lower_p={c.training.lower_p} is above training.upper_p={c.training.upper_p}",
     ),
     (
+        ("sft",),
+        lambda c: c.training.loss_weight == "elbo" and c.training.method in ("trace", "ar"),
+        "training.loss_weight=elbo weighs by a masking probability, which training.method={c.training.method} "
+        "does not have; set it to none",
+    ),
+    (
         ("rl",),
         lambda c: c.rollout.num_response_per_task < 2 and not c.model.value_base_model,
         "rollout.num_response_per_task={c.rollout.num_response_per_task}: "

@@ -234,6 +234,7 @@ PANELS = [
     Panel("response length (tokens)", r"response_length|eval/.+/response_length"),
     Panel("truncated share", r"truncated|eval/.+/truncated"),
     Panel("tokens per forward", r"tokens_per_forward|eval/.+/tokens_per_forward"),
+    Panel("tokens per second", r"tokens_per_second"),
     Panel("gradient norm", r"grad_norm"),
     Panel("clipped share", r"clip_fraction"),
     Panel("learning rate", r"lr"),

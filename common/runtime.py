@@ -82,13 +82,13 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal, nothing elsewhere; calling what it yields advances it by one."""
+def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal, nothing elsewhere; calling what it yields advances it by one, with a note."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     hidden = not console.is_terminal or console.quiet
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)
+        task = bar.add_task(description, total=total, completed=done)
+        yield lambda note="": bar.update(task, advance=1, description=f"{description}  {note}".strip())
 
 
 class Stopwatch:

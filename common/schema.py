@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.keys import key, section
+from common.reward_schema import KINDS, RewardConfig
 
-KINDS = ("math", "code", "general")  # of tasks; reward/score.py has a function for each
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded")
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -62,6 +62,14 @@ class Sampling:
     )
     num_response_per_task: int = key(1, "responses drawn for each task", low=1)
     max_active: int = key(256, "sequences sampled side by side", low=1)
+    cache_tokens: int | None = key(
+        None,
+        "positions whose keys and values are kept, over all sequences; null: what is needed and memory allows",
+        low=1,
+    )
+    merge_commit: bool | None = key(
+        None, "block attention: a block's clean keys are computed in the next one's first forward; null: where it pays"
+    )
     stop_token_list: list[str] | None = key(None, "tokens that end a response; null: the tokenizer's own")
     start_with_think: bool = key(False, "begin the assistant's turn with <think>")
 
@@ -69,6 +77,7 @@ class Sampling:
 @dataclass
 class RolloutConfig(Sampling):
     num_task_per_step: int = key(64, "tasks drawn in one RL step, over all devices", low=1)
+    free_cache: bool = key(True, "give the cache's memory back while training")
     max_resample: int = key(1, "how many times more tasks are drawn when every group was filtered away", low=0)
 
 
@@ -85,23 +94,32 @@ class EvalRolloutConfig(Sampling):
 
 
 @dataclass
-class ExperimentConfig:
+class ExperimentBase:
     project: str = key("", "name of the run's folder; empty: the config file's stem")
     runs_dir: str = key("runs", "folder of all runs")
     start_from_scratch: bool = key(True, "an existing run folder is moved aside (True) or resumed (False)")
-    total_step: int = key(50, "RL steps", low=1)
-    save_every: int = key(10, "steps between checkpoints; 0: only the final model", low=0)
-    train_value_every: int = key(1, "RL steps between those in which the value model learns; 1: in every one", low=1)
-    eval_every: int = key(10, "steps between evaluations; 0: before and after only", low=0)
     keep_last: int = key(2, "checkpoints kept", low=1)
-    deepspeed_file: str | None = key(
-        None, "a file of accelerate_configs/, by which ranks are launched; null: one process, or as launched already"
-    )
     trackers: list[str] = key(
         ["tensorboard"],
         "where curves go besides metrics.jsonl: tensorboard, wandb, trackio",
         choices=("tensorboard", "wandb", "trackio"),
     )
+
+
+@dataclass
+class SFTExperimentConfig(ExperimentBase):
+    save_every: int = key(500, "updates between checkpoints to resume from; 0: only the final model", low=0)
+
+
+@dataclass
+class ExperimentConfig(ExperimentBase):
+    deepspeed_file: str | None = key(
+        None, "a file of accelerate_configs/, by which ranks are launched; null: one process, or as launched already"
+    )
+    total_step: int = key(50, "RL steps", low=1)
+    save_every: int = key(10, "steps between checkpoints; 0: only the final model", low=0)
+    train_value_every: int = key(1, "RL steps between those in which the value model learns; 1: in every one", low=1)
+    eval_every: int = key(10, "steps between evaluations; 0: before and after only", low=0)
 
 
 @dataclass
@@ -141,52 +159,20 @@ class DatasetConfig:
 
 @dataclass
 class SFTDatasetConfig:
-    optimization_data: str = key("", "records with prompt and response: a name or a path (json, jsonl, parquet)")
-    eval_dataset: str = key("", "tasks on which stop_at_accuracy is measured")
+    optimization_data: str = key("", "samples to learn: a name, a path (json, jsonl, parquet) or a hub id")
+    prompt_key: str = key("prompt", "the field of a record that holds the prompt")
+    response_key: str = key("response", "the field of a record that holds the response")
+    apply_chat_template: bool = key(True, "False: prompts stand in the chat template already")
+    correct_only: bool = key(False, "use only records whose `correct` is true, as eval.py writes it")
+    bad_samples: str = key(
+        "refuse", "samples that cannot be learned: refuse (stop) or skip (and count)", choices=("refuse", "skip")
+    )
+    validation_share: float = key(
+        0.0, "share of the prompts whose samples are kept out and give the validation loss", low=0, high=0.9
+    )
+    eval_dataset: str = key("", "tasks on which accuracy is measured by sampling; empty: it is not")
     data_type: str = key("math", "how answers are checked: math, code or general", choices=KINDS)
     prompts: PromptsConfig = section(PromptsConfig)
-
-
-@dataclass
-class JudgeConfig:
-    """A model behind an OpenAI-compatible endpoint that scores responses; used where base_url is given."""
-
-    base_url: str = key("", "of the endpoint, as http://127.0.0.1:8000/v1; empty: no judge")
-    model: str = key("", "name by which the endpoint knows the model")
-    api_key_env: str = key("OPENAI_API_KEY", "environment variable that holds the key; it may be unset")
-    reward_chunk_length: int | None = key(
-        None, "score every chunk of so many tokens (process rewards); null: the response as a whole", low=1
-    )
-    k_sample: int = key(1, "votes on each score; the reward is their mean", low=1)
-    temperature: float = key(0.6, "of the judge", low=0)
-    max_generation_token: int = key(10000, "longest answer of the judge in tokens", low=1)
-    timeout: float = key(600.0, "seconds to wait for one answer", low=0.01)
-    retries: int = key(5, "further attempts after a failed request, each after twice the wait", low=0)
-    first_wait: float = key(1.0, "seconds before the first further attempt", low=0)
-    parallel: int = key(8, "requests at once from one scoring process", low=1)
-    prompt: str | None = key(
-        None, "instruction with {question}, {response}, {chunk}, {reference}; null: as in reward/judge.py"
-    )
-
-
-@dataclass
-class RewardConfig:
-    kind: str | None = key(
-        None,
-        "math, code, general or judge: what decides whether a response is correct; null: dataset.data_type",
-        choices=(*KINDS, "judge"),
-    )
-    function: str | None = key(
-        None, "my_module:my_reward, called with (response, task), returns a number or one for each token", function=True
-    )
-    truncated_is_wrong: bool = key(True, "a response cut at the length limit earns nothing")
-    workers: int = key(1, "processes that score beside the rollout; 0 scores in the rollout's own", low=0)
-    time_limit: float = key(5.0, "code: seconds of processor time where a task has no test_time_limit", low=0.01)
-    memory_mb: int = key(1024, "code: memory of a program", low=64)
-    output_mb: int = key(16, "code: what a program may write to stdout and stderr", low=1)
-    match: str = key("exact", "general: exact, or fuzzy (the reward is the similarity)", choices=("exact", "fuzzy"))
-    fuzzy_threshold: float = key(0.8, "general, fuzzy: similarity from which a response is correct", low=0, high=1)
-    judge: JudgeConfig = section(JudgeConfig)
 
 
 @dataclass
@@ -262,8 +248,17 @@ class RLTrainingConfig(TrainingBase):
 class SFTTrainingConfig(TrainingBase):
     method: str = key(
         "semi-ar",
-        "how views are made: semi-ar (block by block), random_masking (the whole response; full attention)",
-        choices=("semi-ar", "random_masking"),
+        "how views are made: semi-ar (block by block), trace (replays the samples' step_map), random_masking (the "
+        "whole response; full attention), ar (next token; families with shifted logits)",
+        choices=("semi-ar", "trace", "random_masking", "ar"),
+    )
+    shrink: int = key(
+        1, "trace: this many neighbouring steps (of a block, under block attention) are merged into one view", low=1
+    )
+    loss_weight: str = key(
+        "none",
+        "none: mean over predicted tokens; elbo: each weighted by 1/t, t its masking probability",
+        choices=("none", "elbo"),
     )
     block_size: int = key(4, "tokens denoised together", low=1)
     batch_size: int = key(32, "samples in one update, over all devices", low=1)
@@ -278,7 +273,10 @@ class SFTTrainingConfig(TrainingBase):
         None, "stop when sampling accuracy on eval_dataset reaches this share", low=0, high=1
     )
     eval_every: int = key(
-        50, "updates between measurements of that accuracy; four times as many while it is under half of it", low=1
+        50,
+        "updates between measurements of accuracy and validation loss; four times as many while accuracy is under "
+        "half of stop_at_accuracy",
+        low=1,
     )
 
 
@@ -354,7 +352,7 @@ class EvalConfig:
 class SFTConfig:
     """train/sft_*.py config=… : supervised finetuning."""
 
-    experiment: ExperimentConfig = section(ExperimentConfig)
+    experiment: SFTExperimentConfig = section(SFTExperimentConfig)
     model: ModelConfig = section(ModelConfig)
     dataset: SFTDatasetConfig = section(SFTDatasetConfig)
     training: SFTTrainingConfig = section(SFTTrainingConfig)

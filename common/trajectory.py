@@ -49,7 +49,7 @@ class Trajectory:
     logp: list[float]
     confidence: list[float]
     kept_mass: float  # mean probability that top-k and top-p left to draw from
-    finish_reason: str  # "stop": a stop token; "length": the limit
+    finish_reason: str  # "stop": a stop token; "length": the limit; "refused": never drawn, the cache is too small
     length: int  # response tokens through the stop token, at most the limit
     steps: int  # denoising forwards
     forwards: int  # denoising and commit forwards, prefill apart

@@ -1,7 +1,8 @@
 """Is a file fit for use? python -m data.check FILE
 
-Reads it as tasks (question with ground_truth_answer or tests), or as SFT samples where its first record has `prompt`
-and `response` and no `question`; names the first record and field that are wrong. Exit code 0 or 2.
+Reads it as tasks (question with ground_truth_answer or tests), or as SFT samples where its first record has no
+`question` but `response`, `response_ids` or `messages`; names the first record and field that are wrong. Exit code 0
+or 2.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import collections
 import sys
 
-from common.errors import one_line_errors
-from data.tasks import load_records, load_sft_records, load_tasks
+from common.errors import UserError, one_line_errors
+from data.sft_records import Answer, BadSample, Chat, Ids, load_samples
+from data.tasks import load_records, load_tasks
+
+KINDS = {Answer: "answers", Chat: "conversations", Ids: "token ids"}
 
 
 @one_line_errors
@@ -24,9 +28,15 @@ def main() -> None:
 def check_file(name: str) -> str:
     """A line on what a good file holds; UserError for the first bad record."""
     first = load_records(name, "file")[0]
-    if "question" not in first and {"prompt", "response"} <= first.keys():
-        records = load_sft_records(name, "file")
-        return f"{name}: {len(records)} SFT samples, {sum('step_map' in one for one in records)} with a step map"
+    if "question" not in first and {"response", "response_ids", "messages", "conversations"} & first.keys():
+        samples = [sample for _, sample in load_samples(name, "file")]
+        for sample in samples:
+            if isinstance(sample, BadSample):
+                raise UserError(f"file: {sample}")
+        kinds = collections.Counter(KINDS[type(sample)] for sample in samples)
+        traced = sum(getattr(sample, "step_map", None) is not None for sample in samples)
+        told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        return f"{name}: {len(samples)} SFT samples ({told}), {traced} with a step map"
     tasks = load_tasks(name, "file")
     kinds = collections.Counter(task.record.get("test_method") or "answer" for task in tasks)
     repeated = len(tasks) - len({task.question for task in tasks})

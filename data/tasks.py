@@ -1,4 +1,4 @@
-"""Tasks and SFT records by name: arithmetic made on the spot, a file, or a set on the hub; and the data order of RL."""
+"""Tasks and records by name: arithmetic made on the spot, a file, or a set on the hub; and the data order of RL."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import random
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,18 @@ def load_tasks(name_or_path: str, key: str = "dataset.train_dataset") -> list[Ta
     return tasks
 
 
-def load_sft_records(name_or_path: str, key: str = "dataset.optimization_data") -> list[Record]:
-    """The samples of an SFT set: records with prompt, response and, optionally, step_map."""
-    records = load_records(name_or_path, key)
-    for index, record in enumerate(records):
-        where = f"{key}: record {index + 1} of '{name_or_path}'"
-        _text(record, "prompt", where)
-        _text(record, "response", where)
-        steps = record.get("step_map")
-        if steps is not None and not (isinstance(steps, list) and all(type(step) is int for step in steps)):
-            raise UserError(f"{where} has a `step_map` that is not a list of whole numbers; correct it or leave it out")
+def load_records(name_or_path: str, key: str) -> list[Record]:
+    """The raw records of a set, in its own order; UserError for the first that cannot be read."""
+    records = []
+    for _, record in located_records(name_or_path, key):
+        if isinstance(record, UserError):
+            raise record
+        records.append(record)
     return records
 
 
-def load_records(name_or_path: str, key: str) -> list[Record]:
-    """The raw records of a set, in its own order."""
+def located_records(name_or_path: str, key: str) -> list[tuple[str, Record | UserError]]:
+    """The raw records of a set, each with words for its place; one that cannot be read is the UserError about it."""
     name = str(name_or_path).strip()
     if not name:
         raise UserError(f"{key} is empty: give a name such as arithmetic_4_train, a path or a hub id")
@@ -75,10 +73,15 @@ def load_records(name_or_path: str, key: str) -> list[Record]:
         raise UserError(f"{key}: '{name}' was not found{_nearest(name)}; {_ways(name)}")
     if not records:
         raise UserError(f"{key}: '{name}' has no records; choose a set that is not empty")
+    located = []
     for index, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise UserError(f"{key}: record {index + 1} of '{name}' is a {type(record).__name__}, not an object")
-    return records
+        place = f"record {index + 1} of '{name}'"
+        if isinstance(record, _Line):
+            place, record = f"line {record.number} of '{name}'", record.content
+        if not isinstance(record, (dict, UserError)):
+            record = UserError(f"{key}: {place} is a {type(record).__name__}, not an object")
+        located.append((place, record))
+    return located
 
 
 def task_batch(num_tasks: int, batch: int, cursor: int, seed: int) -> tuple[list[int], int]:
@@ -211,13 +214,25 @@ def _read_file(path: Path, key: str) -> list[Any]:
     return _read_lines(text, path, key) if path.suffix == ".jsonl" else _read_json(text, path, key)
 
 
-def _read_lines(text: str, path: Path, key: str) -> list[Any]:
-    records = []
+@dataclass(frozen=True)
+class _Line:
+    """A line of a .jsonl file, read: what stands there, or the error that it gave."""
+
+    number: int
+    content: Any
+
+
+def _read_lines(text: str, path: Path, key: str) -> list[_Line]:
+    lines = []
     # Not splitlines: it also splits at U+2028, which JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            records.append(_parse(line, f"{key}: line {number} of '{path}'"))
-    return records
+            try:
+                content = _parse(line, f"{key}: line {number} of '{path}'")
+            except UserError as error:
+                content = error
+            lines.append(_Line(number, content))
+    return lines
 
 
 def _read_json(text: str, path: Path, key: str) -> list[Any]:

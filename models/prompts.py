@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from common.errors import UserError
 from common.schema import PromptsConfig
 from models.family import Family, LoadedModel
@@ -30,10 +32,28 @@ def encode_prompt(loaded: LoadedModel, question: str, template: str, start_with_
 
 def encode_turns(loaded: LoadedModel, turns: Sequence[dict[str, str]], start_with_think: bool = False) -> list[int]:
     """Ids of a conversation, turns of `role` and `content`, up to where the assistant begins."""
-    text = loaded.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+    text = turns_text(loaded.tokenizer, list(turns))
     if start_with_think:
         text += "<think>"
     return loaded.tokenizer.encode(text, add_special_tokens=False)
+
+
+def turns_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], whole: bool = False) -> str:
+    """A conversation in the tokenizer's chat template: up to where the assistant answers, or (`whole`) as it stands."""
+    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=not whole)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id with which the chat template ends an assistant's turn; the end of sequence where there is no such."""
+    if tokenizer.chat_template:
+        answer = "7"
+        turns = [{"role": "user", "content": answer}, {"role": "assistant", "content": answer}]
+        _, said, behind = turns_text(tokenizer, turns, whole=True).rpartition(answer)
+        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        for id in tokenizer.encode(behind, add_special_tokens=False):
+            if said and id in special:
+                return id
+    return tokenizer.eos_token_id
 
 
 def stop_ids_of(loaded: LoadedModel, tokens: Sequence[str] | None) -> tuple[int, ...]:

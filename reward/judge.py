@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from common.errors import UserError
-from common.schema import JudgeConfig
+from common.reward_schema import JudgeConfig
 from common.trajectory import Response, Score, Task
 from reward.math_reward import extract_boxed
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 
+from common.errors import UserError
 from common.ranks import Queue, gather
 from common.runtime import Stopwatch, console, progress, timed
 from common.schema import DatasetConfig, Sampling, SFTDatasetConfig
@@ -82,7 +83,8 @@ def collect(
     """Draw `num_response_per_task` responses to each task and score them; one group per task, in the given order.
 
     Ranks share the requests by what is left of them, and all have all the groups in the end. Raises Stopped, on every
-    rank, where the run is to end.
+    rank, where the run is to end. Tasks that the engine refuses, because its cache could never hold them, have no
+    group; UserError if all are.
     Scoring runs beside the drawing of further responses. Time goes to the stages "rollout" and "reward" of `watch`:
     the latter is what scoring held up the rollout and what was waited for at the end. Responses `known` already, by
     (task id, sample), are not drawn again; `keep` is called with every other one, this rank's own once they are scored.
@@ -113,6 +115,9 @@ def collect(
         stops = stop_ids_of(loaded, settings.stop_token_list)
         drawn = engine.generate(queue, settings, on_step=stop_if_asked, stop_ids=stops)
         for trajectory in timed(drawn, watch, "rollout"):
+            advance()
+            if trajectory.finish_reason == "refused":
+                continue
             with watch("reward"):
                 task = prompts[place[trajectory.task_id]][0]
                 ids = trajectory.response_ids[: trajectory.length]
@@ -125,7 +130,6 @@ def collect(
                 before = now
                 while waiting and waiting[0][-1].done():
                     settle()
-            advance()
     with progress("scoring", len(waiting)) as advance, watch("reward"):
         while waiting and not stop_requested():
             settle()
@@ -139,6 +143,9 @@ def collect(
         groups[place[rollout.task.id]][rollout.trajectory.sample] = rollout
         if keep is not None and (rollout.task.id, rollout.trajectory.sample) not in own:
             keep(rollout)
+    groups = [group for group in groups if None not in group]  # a prompt is refused with all its samples
+    if prompts and not groups:
+        raise UserError("rollout.cache_tokens: every request was refused; allow more, or set it to null")
     unknown = sum(rollout.score.verdict == "infrastructure" for group in groups for rollout in group)
     if unknown:
         total = sum(map(len, groups))

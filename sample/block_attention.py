@@ -1,8 +1,9 @@
 """Block attention (SDAR, TraDo): the forward of each sequence's current block against an exact key-value cache.
 
 A token sees its own block and all earlier ones, so every query of the current block sees the positions up to the
-block's end. The block's keys and values are written at its own positions by every forward; those of the clean block
-come last and stay. Nothing has to be copied to commit a block.
+block's end. Every forward writes the block's keys and values at its own positions; those of the clean block come last
+and stay. That last writing, the commit, either has a forward of its own or rides in the next block's first one, as a
+second line of tokens of the same sequence.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sample.cache import SlotCache
+from sample.attention import Attention, Rotary, bias_of, forward
+from sample.cache import KeyValueCache
+from sample.slots import Slots
+
+PREFILL_TOKENS = 16384  # in one forward, so that its mask and activations stay small
 
 
 def block_causal_mask(positions: Tensor, valid: Tensor, block_size: int) -> Tensor:
@@ -22,41 +27,85 @@ def block_causal_mask(positions: Tensor, valid: Tensor, block_size: int) -> Tens
     return ((block[:, None, :] <= block[:, :, None]) & valid[:, None, :])[:, None]
 
 
-def prefill(model: torch.nn.Module, cache: SlotCache, rows: slice, prompts: list[list[int]], block_size: int) -> None:
-    """Write the keys and values of each prompt's full blocks into its slot, one of `rows`."""
-    full = [len(prompt) // block_size * block_size for prompt in prompts]
-    longest = max(full)
-    if longest == 0:
-        return
-    device = cache.keys[0].device
-    ids = torch.tensor([prompt[:n] + [0] * (longest - n) for prompt, n in zip(prompts, full)], device=device)
-    positions = torch.arange(longest, device=device).expand_as(ids)
-    valid = positions < torch.tensor(full, device=device)[:, None]
-    cache.place(rows, positions, seen=None)
-    # padding lies behind the prompt: no real token sees it, and the response's own keys overwrite it
-    model.model(
-        input_ids=ids,
-        position_ids=positions,
-        attention_mask=block_causal_mask(positions, valid | (positions == 0), block_size),
-        past_key_values=cache,
-        use_cache=False,
-    )
+def prefill(
+    model: torch.nn.Module,
+    rotary: Rotary,
+    cache: KeyValueCache,
+    prefixes: list[tuple[int, ...]],
+    rows: list[int],
+    block_size: int,
+) -> None:
+    """Write the keys and values of each prefix, whole blocks of tokens, into the slot of its row."""
+    order = sorted((i for i in range(len(rows)) if prefixes[i]), key=lambda i: len(prefixes[i]))
+    while order:
+        count = max(1, min(len(order), PREFILL_TOKENS // len(prefixes[order[-1]])))  # the longest come first
+        chunk, order = order[-count:], order[:-count]
+        _prefill(model, rotary, cache, [prefixes[i] for i in chunk], [rows[i] for i in chunk], block_size)
 
 
-def denoise(model: torch.nn.Module, cache: SlotCache, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Logits of each row's current block, (batch, block, vocab); tokens and positions (batch, block).
+def _prefill(
+    model: torch.nn.Module,
+    rotary: Rotary,
+    cache: KeyValueCache,
+    prefixes: list[tuple[int, ...]],
+    rows: list[int],
+    block_size: int,
+) -> None:
+    longest = max(map(len, prefixes))
+    weight = next(model.parameters())
+    ids = torch.tensor([[*prefix, *[0] * (longest - len(prefix))] for prefix in prefixes], device=weight.device)
+    positions = torch.arange(longest, device=weight.device).expand_as(ids)
+    valid = positions < torch.tensor([len(prefix) for prefix in prefixes], device=weight.device)[:, None]
+    visible = block_causal_mask(positions, valid | (positions == 0), block_size)
+    # padding lies behind the prefix: no real token sees it, and the response's own keys overwrite it
+    places = cache.places(torch.tensor(rows, device=weight.device), positions)
+    forward(model, rotary, ids, positions, Attention(bias_of(visible, weight.dtype), cache, places))
 
-    Rows are the cache's first slots. The block's keys and values are written on the way.
+
+def denoise(
+    model: torch.nn.Module,
+    rotary: Rotary,
+    cache: KeyValueCache,
+    slots: Slots,
+    positions: Tensor,
+    tokens: Tensor,
+    seen: int,
+    extra: Tensor | None,
+    flash: bool,
+) -> Tensor:
+    """Hidden states of each row's current block, (rows, block, width); positions and tokens (rows, block).
+
+    Rows are the cache's first slots, `seen` is at or behind the end of every block. Rows in `extra` carry their
+    previous block along, whose commit is due; of those that it is not due for, nothing is kept.
     """
-    ends = positions[:, -1] + 1
-    seen = int(ends.max())
-    visible = torch.arange(seen, device=tokens.device) < ends[:, None]  # (batch, seen)
-    cache.place(slice(0, len(tokens)), positions, seen)
-    hidden = model.model(
-        input_ids=tokens,
-        position_ids=positions,
-        attention_mask=visible[:, None, None, :].expand(-1, 1, tokens.shape[1], -1),
-        past_key_values=cache,
-        use_cache=False,
-    ).last_hidden_state
-    return model.lm_head(hidden)
+    rows, block = positions.shape
+    starts = positions[:, 0]
+    reach = torch.arange(seen, device=tokens.device)
+    visible = reach < (starts + block)[:, None]  # (rows, seen)
+    line_rows, ends = torch.arange(rows, device=tokens.device), starts + block
+    ids, at, keep = tokens, positions, None
+    if extra is None:
+        visible = visible[:, None, None]
+    else:
+        before = (positions[extra] - block).clamp_(min=0)
+        ids = torch.cat((tokens, slots.tokens[extra[:, None], before]))
+        at = torch.cat((positions, before))
+        both = torch.stack((visible, reach < starts.clamp(min=1)[:, None]), 1)  # (rows, 2, seen)
+        visible = both.repeat_interleave(block, dim=1)[:, None]
+        line_rows, ends = torch.cat((line_rows, extra)), torch.cat((ends, starts[extra].clamp(min=1)))
+        due = torch.cat((torch.ones_like(line_rows[:rows], dtype=torch.bool), (slots.cached < starts)[extra]))
+        keep = due.repeat_interleave(block)
+    places = cache.places(line_rows, at)
+    if keep is not None:
+        places = torch.where(keep, places, cache.tokens)
+    attention = Attention(
+        bias_of(visible, next(model.parameters()).dtype) if not flash else None,
+        cache,
+        places,
+        rows,
+        seen,
+        extra,
+        line_rows.int() if flash else None,
+        ends.int() if flash else None,
+    )
+    return forward(model, rotary, ids, at, attention)[:rows]

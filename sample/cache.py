@@ -1,48 +1,85 @@
-"""The key-value cache of all slots."""
+"""The key-value cache: one pool of tokens per layer, cut into slots of equal width."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sample.parallel import local
 
 
-class SlotCache:
-    """Keys and values of all slots, (slots, capacity, kv_heads, head_dim) per layer, written in place.
+class KeyValueCache:
+    """Keys and values of `tokens` positions per layer, seen as (slots, width, kv_heads, head_dim).
 
-    transformers' attention calls `update` with the new keys and values and attends to what it returns.
+    `resize` cuts the same memory into fewer wide slots or more narrow ones; the first rows are kept.
     """
 
-    def __init__(self, config: object, slots: int, capacity: int, dtype: torch.dtype, device: torch.device):
-        heads = config.num_key_value_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (slots, capacity, heads, width)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self._rows: Tensor | slice = slice(0)
-        self._place: tuple[Tensor, Tensor] | None = None
-        self._seen: int | None = None
+    def __init__(self, model: torch.nn.Module, tokens: int, width: int):
+        shape = (tokens + 1, *heads_and_width(model))  # the last place is for keys that nobody reads
+        weight = next(model.parameters())
+        layers = range(model.config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.tokens = tokens
+        self.cut(width)
 
-    def place(self, rows: Tensor | slice, positions: Tensor, seen: int | None) -> None:
-        """Say where the next forward writes: one slot of `rows` for each line of positions (batch, length).
+    def places(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Indices into the pool of positions (lines, length) of slots `rows` (lines,), flat."""
+        return (rows[:, None] * self.width + positions).reshape(-1)
 
-        With `seen`, attention goes over the first `seen` positions of these slots (a slice is read without a copy);
-        without, over the new keys alone.
-        """
-        numbers = rows
-        if isinstance(rows, slice):
-            numbers = torch.arange(rows.start, rows.stop, device=positions.device)
-        self._rows, self._place, self._seen = rows, (numbers[:, None], positions), seen
+    def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write (lines, kv_heads, length, head_dim) at `places`."""
+        self.keys[layer].index_copy_(0, places, keys.transpose(1, 2).flatten(0, 1))
+        self.values[layer].index_copy_(0, places, values.transpose(1, 2).flatten(0, 1))
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Write (batch, kv_heads, length, head_dim) and return the keys and values to attend to, in that layout."""
-        self.keys[layer][self._place] = keys.transpose(1, 2)
-        self.values[layer][self._place] = values.transpose(1, 2)
-        if self._seen is None:
-            return keys, values
-        return tuple(store[layer][self._rows, : self._seen].transpose(1, 2) for store in (self.keys, self.values))
+    def cut(self, width: int) -> None:
+        """See the pool as slots of that width: `slots` holds each layer's keys and values."""
+        self.width, count = width, self.tokens // width
 
-    def move(self, source: int, target: int) -> None:
-        """Copy one slot's row over another's."""
+        def view(store: Tensor) -> Tensor:  # (slots, width, kv_heads, head_dim)
+            return store[: count * width].view(count, width, *store.shape[1:])
+
+        self.slots = [(view(keys), view(values)) for keys, values in zip(self.keys, self.values)]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a slot over another's."""
+        for store in (store for layer in self.slots for store in layer):
+            store[target, :length] = store[source, :length]
+
+    def resize(self, width: int, rows: int) -> None:
+        """Cut the pool into slots of another width, moving the first `rows` slots with it."""
+        kept = min(width, self.width)
+        order = range(rows) if width < self.width else reversed(range(rows))  # no row is overwritten before it moved
+        moves = [(row * self.width, row * width) for row in order if row]
         for store in (*self.keys, *self.values):
-            store[target] = store[source]
+            for source, target in moves:
+                store[target : target + kept] = store[source : source + kept].clone()
+        self.cut(width)
+
+
+def heads_and_width(model: torch.nn.Module) -> tuple[int, int]:
+    """Key-value heads on this device, fewer than the network's where it is divided, and the width of one."""
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return local(model.model.layers[0].self_attn.k_proj.weight).shape[0] // width, width
+
+
+def bytes_per_token(model: torch.nn.Module) -> int:
+    """What one position's keys and values take in all layers."""
+    heads, width = heads_and_width(model)
+    return 2 * model.config.num_hidden_layers * heads * width * next(model.parameters()).element_size()
+
+
+def affordable_tokens(model: torch.nn.Module, wanted: int) -> int:
+    """As many of the wanted tokens as fit four fifths of the device's free memory; all of them on the CPU."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return wanted
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    tokens = torch.tensor(min(wanted, int(0.8 * free) // bytes_per_token(model)), device=device)
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    if isinstance(weight, DTensor):  # processes that sample together must admit the same requests
+        torch.distributed.all_reduce(tokens, torch.distributed.ReduceOp.MIN, weight.device_mesh.get_group())
+    return int(tokens)

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.schema import Sampling
 
+Words = Tensor | np.ndarray
 STREAMS = {"token": 1, "alg_temp": 2, "random": 3}
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What was drawn; every field is (batch, block)."""
+    """What was drawn; every field has the shape of what it was drawn for, (batch, block) for a strategy."""
 
     tokens: Tensor
     probability: Tensor  # of the token; `confidence_from` says under which softmax
     logp: Tensor  # log_softmax(logits / T) with the mask token at minus infinity, before top-k and top-p
-    entropy: Tensor  # of the raw softmax, nats
+    entropy: Tensor  # of the raw softmax, nats; 0 unless strategy or target ask
     margin: Tensor  # likeliest over second likeliest, under the softmax of `probability`; 0 unless target asks
     kept_mass: Tensor  # probability that top-k and top-p left
+
+    def spread(self, where: Tensor, shape: torch.Size) -> Candidates:
+        """These, drawn for the flat positions `where` alone, in a tensor of that shape; 0 elsewhere."""
+        floats = torch.stack((self.probability, self.logp, self.entropy, self.margin, self.kept_mass))
+        floats = floats.new_zeros(5, shape.numel()).index_copy_(1, where, floats).view(5, *shape)
+        tokens = self.tokens.new_zeros(shape.numel()).index_copy_(0, where, self.tokens).view(shape)
+        return Candidates(tokens, *floats)
 
 
 def uniforms(key: Tensor, position: Tensor, step: Tensor, stream: str) -> Tensor:
@@ -29,44 +39,68 @@ def uniforms(key: Tensor, position: Tensor, step: Tensor, stream: str) -> Tensor
 
     key (batch,) int64, position (batch, block), step (batch,) -> (batch, block). The finaliser is splitmix64's.
     """
-    hashed = _mix(key[:, None] + _signed(0x9E3779B97F4A7C15) * (position + 1))
-    hashed = _mix(hashed + _signed(0xD1B54A32D192ED03) * (step[:, None] + 1))
-    hashed = _mix(hashed + STREAMS[stream])
+    if key.device.type == "cpu":  # a small operation costs numpy a fraction of what it costs torch
+        words = (tensor.numpy().view(np.uint64) for tensor in (key, position, step))
+        hashed = _hash(*words, STREAMS[stream], _mix_words, int)
+        return torch.from_numpy((hashed >> 40).astype(np.float32) * np.float32(2.0**-24))
+    hashed = _hash(key, position, step, STREAMS[stream], _mix, _signed)
     return _shift_right(hashed, 40).to(torch.float32) * 2.0**-24
 
 
-def draw(logits: Tensor, uniform: Tensor, mask_id: int, settings: Sampling) -> Candidates:
+def _hash(key: Words, position: Words, step: Words, stream: int, mix: Callable, constant: Callable) -> Words:
+    """The hash of `uniforms` in torch's signed or numpy's unsigned words."""
+    hashed = mix(key[:, None] + constant(0x9E3779B97F4A7C15) * (position + 1))
+    hashed = mix(hashed + constant(0xD1B54A32D192ED03) * (step[:, None] + 1))
+    return mix(hashed + stream)
+
+
+def draw(logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Sampling) -> Candidates:
     """Draw a token per position by the inverse CDF in id order; temperature 0 or top_k 1 takes the argmax.
 
-    logits (batch, block, vocab), uniform (batch, block). The mask token is never drawn. Filters come in the order
-    temperature, top-k, top-p. Confidence under `raw` is that of the untouched softmax over the whole vocabulary.
+    logits (…, vocab), uniform (…), unused where the draw is greedy. The mask token is never drawn. Filters come in
+    the order temperature, top-k, top-p. Confidence under `raw` is that of the untouched softmax over the whole
+    vocabulary. Entropy and margin are 0 where the settings name nothing that reads them.
     """
-    raw_logp = torch.log_softmax(logits.float(), dim=-1)  # (batch, block, vocab)
-    raw_probability = raw_logp.exp()
-    entropy = -(raw_probability * raw_logp).sum(-1)
-
+    logits = logits.float()
+    total = logits.logsumexp(-1)  # of the raw softmax
     logp = token_logp(logits, mask_id, rollout_temperature(settings))
-    kept = filter_top(logp.exp(), settings.top_k, settings.top_p)
-    if is_greedy(settings):
-        tokens = logp.argmax(-1)
+    if is_greedy(settings) and settings.confidence_from == "raw" and not is_filtered(settings):
+        kept, tokens, kept_mass = None, logp.argmax(-1), torch.ones_like(total)
     else:
-        tokens = inverse_cdf(kept, uniform)
-    index = tokens[..., None]
-    weight = raw_probability if settings.confidence_from == "raw" else kept / kept.sum(-1, keepdim=True)
-    probability = weight.gather(-1, index)
+        kept = filter_top(logp.exp(), settings.top_k, settings.top_p)
+        tokens = logp.argmax(-1) if is_greedy(settings) else inverse_cdf(kept, uniform)
+        kept_mass = kept.sum(-1)
+
+    def at_token(values: Tensor) -> Tensor:
+        return values.gather(-1, tokens[..., None])[..., 0]
+
+    raw = settings.confidence_from == "raw"
+    margin = entropy = torch.zeros_like(total)
     if settings.target == "margin_confidence":
-        best = weight.topk(2, dim=-1).values
+        best = ((logits - total[..., None]).exp() if raw else kept / kept_mass[..., None]).topk(2, dim=-1).values
         margin = best[..., 0] - best[..., 1]
-    else:
-        margin = torch.zeros_like(probability[..., 0])
+    if reads_entropy(settings):
+        raw_logp = logits - total[..., None]
+        entropy = -(raw_logp.exp() * raw_logp).sum(-1)
     return Candidates(
         tokens=tokens,
-        probability=probability[..., 0],
-        logp=logp.gather(-1, index)[..., 0],
+        probability=(at_token(logits) - total).exp() if raw else at_token(kept) / kept_mass,
+        logp=at_token(logp),
         entropy=entropy,
         margin=margin,
-        kept_mass=kept.sum(-1),
+        kept_mass=kept_mass,
     )
+
+
+def is_filtered(settings: Sampling) -> bool:
+    """Whether top-k or top-p leave something out."""
+    return settings.top_k > 0 or settings.top_p < 1
+
+
+def reads_entropy(settings: Sampling) -> bool:
+    """Whether the strategy, which may be the user's own, or the target goes by entropy."""
+    by_confidence = ("low_confidence_static", "low_confidence_dynamic", "sequential")
+    return settings.remasking_strategy not in by_confidence or settings.target == "neg_entropy"
 
 
 def is_greedy(settings: Sampling) -> bool:
@@ -84,10 +118,9 @@ def token_logp(logits: Tensor, mask_id: int, temperature: float) -> Tensor:
 
     logits (…, vocab) -> (…, vocab).
     """
-    scaled = logits.float() / temperature
-    forbidden = torch.zeros(scaled.shape[-1], dtype=torch.bool, device=scaled.device)
-    forbidden[mask_id] = True
-    return torch.log_softmax(scaled.masked_fill(forbidden, float("-inf")), dim=-1)
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    forbidden = torch.full((1,), mask_id, device=scaled.device)
+    return torch.log_softmax(scaled.index_fill(-1, forbidden, float("-inf")), dim=-1)
 
 
 def filter_top(probability: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -131,3 +164,9 @@ def _mix(value: Tensor) -> Tensor:
     value = (value ^ _shift_right(value, 30)) * _signed(0xBF58476D1CE4E5B9)
     value = (value ^ _shift_right(value, 27)) * _signed(0x94D049BB133111EB)
     return value ^ _shift_right(value, 31)
+
+
+def _mix_words(value: np.ndarray) -> np.ndarray:
+    value = (value ^ (value >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> 27)) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> 31)

@@ -12,99 +12,92 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sample.cache import SlotCache
+from sample.attention import Attention, Rotary, bias_of, forward
+from sample.cache import KeyValueCache
+from sample.slots import Slots
 
 
 def denoise(
-    model: torch.nn.Module,
-    tokens: Tensor,
-    canvas_end: Tensor,
-    positions: Tensor,
-    logit_offset: int,
+    model: torch.nn.Module, rotary: Rotary, slots: Slots, positions: Tensor, logit_offset: int, longest: int
 ) -> Tensor:
-    """Logits of each row's current block from a forward of all its tokens, (batch, block, vocab).
+    """Hidden states that predict each row's current block, (batch, block, width), from a forward of all its tokens.
 
-    tokens (batch, capacity), canvas_end (batch,), positions (batch, block) absolute.
+    positions (batch, block) absolute; `longest` is at or behind the end of every canvas.
     """
-    hidden = _forward_all(model, tokens, canvas_end, cache=None, rows=None)
-    return _block_logits(model, hidden, positions + logit_offset)
+    hidden = _forward_all(model, rotary, slots.tokens, slots.canvas_end, longest, None, None)
+    return _at(hidden, positions + logit_offset)
 
 
 def denoise_cached(
     model: torch.nn.Module,
-    cache: SlotCache,
-    tokens: Tensor,
-    canvas_end: Tensor,
+    rotary: Rotary,
+    cache: KeyValueCache,
+    slots: Slots,
     positions: Tensor,
     logit_offset: int,
-    first: Tensor,
+    longest: int,
     further_horizon: int | None,
 ) -> Tensor:
-    """As `denoise`, with the prefix kept from each block's first forward; `first` (batch,) marks the rows in theirs.
-
-    Rows are the cache's first slots.
-    """
-    logits = None
+    """As `denoise`, with the prefix kept from each block's first forward. Rows are the cache's first slots."""
+    states = None
+    first = slots.block_step == 0
     for chosen, window in ((first, False), (~first, True)):
         rows = chosen.nonzero()[:, 0]
         if len(rows) == 0:
             continue
+        tokens, end = slots.tokens[rows], slots.canvas_end[rows]
         if window:
             start = positions[rows, 0] + logit_offset  # (rows,)
-            hidden = _forward_window(
-                model, cache, tokens[rows], canvas_end[rows], start, positions[rows, -1] + 1, rows, further_horizon
-            )
+            if further_horizon is not None:
+                end = torch.minimum(positions[rows, -1] + 1 + further_horizon, end)
+            hidden = _forward_window(model, rotary, cache, tokens, start, end, rows)
             index = positions[rows] + logit_offset - start[:, None]
         else:
-            hidden = _forward_all(model, tokens[rows], canvas_end[rows], cache, rows)
+            hidden = _forward_all(model, rotary, tokens, end, longest, cache, rows)
             index = positions[rows] + logit_offset
-        part = _block_logits(model, hidden, index)
-        logits = part.new_empty(*positions.shape, part.shape[-1]) if logits is None else logits
-        logits[rows] = part
-    return logits
+        part = _at(hidden, index)
+        states = part.new_empty(*positions.shape, part.shape[-1]) if states is None else states
+        states[rows] = part
+    return states
 
 
 def _forward_all(
-    model: torch.nn.Module, tokens: Tensor, canvas_end: Tensor, cache: SlotCache | None, rows: Tensor | None
+    model: torch.nn.Module,
+    rotary: Rotary,
+    tokens: Tensor,
+    canvas_end: Tensor,
+    longest: int,
+    cache: KeyValueCache | None,
+    rows: Tensor | None,
 ) -> Tensor:
-    longest = int(canvas_end.max())
     ids = tokens[:, :longest]
     position = torch.arange(longest, device=ids.device).expand_as(ids)
-    if cache is not None:
-        cache.place(rows, position, seen=None)
-    return _hidden(model, ids, position, position < canvas_end[:, None], cache)
+    places = None if cache is None else cache.places(rows, position)
+    bias = _bias(model, position < canvas_end[:, None])
+    return forward(model, rotary, ids, position, Attention(bias, cache, places))
 
 
 def _forward_window(
     model: torch.nn.Module,
-    cache: SlotCache,
+    rotary: Rotary,
+    cache: KeyValueCache,
     tokens: Tensor,
-    canvas_end: Tensor,
     start: Tensor,
-    block_end: Tensor,
+    end: Tensor,
     rows: Tensor,
-    further_horizon: int | None,
 ) -> Tensor:
-    end = canvas_end if further_horizon is None else torch.minimum(block_end + further_horizon, canvas_end)
     width, seen = int((end - start).max()), int(end.max())
     position = start[:, None] + torch.arange(width, device=tokens.device)
-    inside = position < end[:, None]
     # rows with a shorter window repeat their last position, whose keys come out the same
-    position = torch.where(inside, position, end[:, None] - 1)
-    cache.place(rows, position, seen)
+    position = torch.minimum(position, end[:, None] - 1)
     visible = torch.arange(seen, device=tokens.device) < end[:, None]
-    return _hidden(model, tokens.gather(1, position), position, visible, cache)
+    attention = Attention(_bias(model, visible), cache, cache.places(rows, position), rows, seen)
+    return forward(model, rotary, tokens.gather(1, position), position, attention)
 
 
-def _hidden(model: torch.nn.Module, ids: Tensor, position: Tensor, visible: Tensor, cache: SlotCache | None) -> Tensor:
-    return model.model(
-        input_ids=ids,
-        position_ids=position,
-        attention_mask=visible[:, None, None, :].expand(-1, 1, ids.shape[1], -1),
-        past_key_values=cache,
-        use_cache=False,
-    ).last_hidden_state
+def _bias(model: torch.nn.Module, visible: Tensor) -> Tensor:
+    return bias_of(visible, next(model.parameters()).dtype)[:, None, None]
 
 
-def _block_logits(model: torch.nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
-    return model.lm_head(hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])))
+def _at(hidden: Tensor, index: Tensor) -> Tensor:
+    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))

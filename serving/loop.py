@@ -18,6 +18,7 @@ from common.ranks import Queue
 from common.schema import Sampling
 from common.trajectory import Request
 from models import LoadedModel
+from sample.attention import engine_attention
 from sample.engine import Engine
 
 PATIENCE = 2.0  # seconds
@@ -104,6 +105,11 @@ class EngineLoop:
     @torch.inference_mode()
     def run(self) -> None:
         """Step until closed; a step that fails ends the streams in it and nothing else."""
+        with engine_attention(self.engine.model):
+            self.serve()
+
+    def serve(self) -> None:
+        """What `run` does within torch's and the engine's contexts."""
         while True:
             with self.changed:
                 while not (self.closing or self.waiting or self.active):
@@ -131,7 +137,8 @@ class EngineLoop:
         for stream in fitting:
             self.waiting.remove(stream)
             self.active[id(stream.request)] = stream
-        self.engine.queue = Queue([stream.request for stream in fitting], shared=False)  # all find a free slot
+        left = self.engine.queue.take(len(self.engine.queue))
+        self.engine.queue = Queue([*left, *(stream.request for stream in fitting)], shared=False)
 
     def open(self, settings: Sampling) -> None:
         """Set the engine up for these settings, with room for as many of the longest requests as it may hold."""
@@ -143,15 +150,18 @@ class EngineLoop:
     def step(self) -> list[tuple[Stream, Event]]:
         """One step of the engine, and what it brought each stream."""
         engine = self.engine
-        engine.admit()
-        seated = list(engine.requests)
+        refused = len(list(engine.admit()))
+        events = self.refusals() if refused else []
+        if not engine.active:
+            return events
         engine.step()
-        events = self.progress(seated)
+        seated = [ticket.request for ticket in engine.active]
+        events += self.progress(seated)
         for row, request in enumerate(seated):
             if self.active[id(request)].cancelled:
                 engine.slots.finished[row] = True  # the engine then frees the slot as after any response
         done = engine.collect()
-        still = {id(request) for request in engine.requests}
+        still = {id(ticket.request) for ticket in engine.active}
         for request, trajectory in zip([one for one in seated if id(one) not in still], done):
             stream = self.active.pop(id(request))
             if not stream.cancelled:
@@ -160,6 +170,13 @@ class EngineLoop:
                 ids, logp = trajectory.response_ids[stream.sent : end], trajectory.logp[stream.sent : end]
                 events.append((stream, Event(ids, logp, finish=finish)))
         return events
+
+    def refusals(self) -> list[tuple[Stream, Event]]:
+        """An error for each stream that the engine turned away, because its cache could never hold it."""
+        held = [ticket.request for ticket in (*self.engine.active, *self.engine.waiting)]
+        held = {id(request) for request in (*held, *self.engine.queue.items[self.engine.queue.next :])}
+        gone = [self.active.pop(key) for key in list(self.active) if key not in held]
+        return [(stream, Event(error="the cache cannot hold so long a response (cache_tokens)")) for stream in gone]
 
     def progress(self, seated: list[Request]) -> list[tuple[Stream, Event]]:
         """What each stream gained: the tokens of blocks that were finished, and the present block for who watches."""
@@ -171,7 +188,7 @@ class EngineLoop:
             if stream.cancelled or (clean <= stream.sent and not stream.watched):
                 continue
             end, new = min(clean, stream.limit), slice(prompt + stream.sent, prompt + min(clean, stream.limit))
-            ids, logp = slots.tokens[row, new].tolist(), slots.logp[row, new].tolist()
+            ids, logp = slots.tokens[row, new].tolist(), slots.figures[row, new, 0].tolist()
             stop = next((index for index, token in enumerate(ids) if token in self.stop_ids), None)
             if stop is not None:  # the engine has seen it too, and gives the rest with the finished response
                 continue

@@ -27,8 +27,8 @@ from train.packing import make_rows
 from train.policy import Critic, Policy
 from train.rl_step import learn
 from train.samples import Layout, Sample
-from train.sft_trainer import sft_update
-from train.views import random_block_views
+from train.sft_step import sft_update
+from train.views import Example, random_block_views
 
 BLOCK, LENGTH, RESPONSES = 4, 8, 5
 TRAINING = RLTrainingConfig(tokens_per_micro_batch=100, updates_per_step=2, max_bad_steps=2)
@@ -77,7 +77,9 @@ def sft_step(networks: Networks, number: int) -> dict[str, float]:
     rng, rows = np.random.default_rng(number), []
     for n in range(3):
         prompt, response = list(range(4 + n)), [7] * (BLOCK * (n + 1) - n)
-        views = random_block_views(prompt, response, len(response), BLOCK, networks.loaded.mask_id, rng, 0.1, 0.9, 1)
+        views = random_block_views(
+            Example(prompt, response, len(response)), BLOCK, networks.loaded.mask_id, rng, 0.1, 0.9, 1
+        )
         rows += make_rows(n, prompt, response, views)
     return sft_update(networks.learner, rows, 60)
 
@@ -85,7 +87,7 @@ def sft_step(networks: Networks, number: int) -> dict[str, float]:
 def bad_step(networks: Networks, learner: Learner) -> dict[str, float]:
     """An update whose loss is not finite on the last rank only."""
     rng, before = np.random.default_rng(0), tensors(learner)
-    views = random_block_views([1, 2, 3, 4], [7] * 12, 12, BLOCK, networks.loaded.mask_id, rng, 0.1, 0.9, 1)
+    views = random_block_views(Example([1, 2, 3, 4], [7] * 12, 12), BLOCK, networks.loaded.mask_id, rng, 0.1, 0.9, 1)
     rows = [row for n in range(3) for row in make_rows(n, [1, 2, 3, 4], [7] * 12, views)]
     factor = float("nan") if ranks.rank() == ranks.world() - 1 else 1.0
 

@@ -78,7 +78,8 @@ def sample_block_attention(
         stops = [position for position in range(prompt, min(end, limit)) if canvas[position] in stop_ids]
         if stops or end >= limit:
             break
-        trace.forwards += 1  # the commit: the clean block's keys and values, for the blocks that follow
+        if settings.merge_commit is False:
+            trace.forwards += 1  # the clean block's keys and values, for the blocks that follow; else in their first
         start = end
     response = range(prompt, end)
     trace.response_ids = [canvas[position] for position in response]

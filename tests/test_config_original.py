@@ -260,3 +260,25 @@ def test_a_value_model_needs_traces_and_token_ratios(load):
     assert load("rl", value, "rollout.num_response_per_task=1").rollout.num_response_per_task == 1
     with pytest.raises(UserError, match=r"unknown key model.value_base_model"):
         load("sft", value, text="model: {pretrained_model: m}\ndataset: {optimization_data: d}\n")
+
+
+def test_finetuning_configs_carry_the_published_numbers(load, monkeypatch):
+    """Leaf and base together say what the original's files say on the GPUs that those are for."""
+    block = ORIGINAL["sft"]
+    full = {"gradient_checkpointing_enable": False, "gradient_accumulation_steps": 2, "batch_size_lm": 2}
+    full |= {"block_size": 16, "max_gen_length": 1024, "mask_times_per_sample": 1, "method": "random_masking"}
+    full = block | {"training": block["training"] | full}
+    full["training"].pop("shrink")
+    for family, content, devices in (("trado", block, 8), ("sdar", block, 8), ("llada", full, 32)):
+        monkeypatch.setenv("WORLD_SIZE", str(devices))
+        theirs = load("sft", text=yaml.safe_dump(content).replace("{family}", family))
+        ours = load_config("sft", [f"config={ROOT}/configs/sft_{family}.yaml"])
+        assert theirs.training.batch_size == ours.training.batch_size == 128
+        assert vars(ours.training) == vars(theirs.training) | {"eval_every": ours.training.eval_every}, family
+        assert (ours.optimizer, ours.lr_scheduler) == (theirs.optimizer, theirs.lr_scheduler)
+    dream = load_config("sft", [f"config={ROOT}/configs/sft_dream.yaml"]).training
+    assert (dream.method, dream.block_size, dream.max_gen_length, dream.post_num) == ("semi-ar", 16, 1024, 0)
+    mmada = load_config("sft", [f"config={ROOT}/configs/sft_mmada.yaml"])
+    assert vars(mmada.training) == vars(ours.training) and mmada.model.model_base == "mmada"
+    long = load_config("sft", [f"config={ROOT}/configs/sft_trado_longcot.yaml"])
+    assert long.training.max_gen_length == long.evaluation.max_token == 30_000 and long.evaluation.start_with_think

@@ -13,7 +13,7 @@ import pytest
 from common.errors import UserError
 from data import tasks as tasks_module
 from data.arithmetic import arithmetic_tasks
-from data.tasks import load_sft_records, load_tasks, task_batch
+from data.tasks import load_records, load_tasks, task_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = {"question": "2+2", "ground_truth_answer": "4"}
@@ -73,7 +73,7 @@ def test_the_arithmetic_command_writes_files_that_load(tmp_path):
 
 def test_arithmetic_by_name():
     assert len(load_tasks("arithmetic_4_test")) == 640
-    assert load_sft_records("arithmetic_4_dev") == arithmetic_tasks(4, "dev")
+    assert load_records("arithmetic_4_dev", "x") == arithmetic_tasks(4, "dev")
     assert [t.question for t in load_tasks("arithmetic_2_30_test")] == [
         r["question"] for r in arithmetic_tasks(2, "test", largest=30)
     ]
@@ -200,16 +200,6 @@ def test_hub_ids(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
         load_tasks("org/one")
-
-
-def test_sft_records(tmp_path):
-    good = {"prompt": "a", "response": "b", "step_map": [0, 1]}
-    assert load_sft_records(write(tmp_path / "x.jsonl", [good])) == [good]
-    with pytest.raises(UserError, match=r"record 2 of .* has no `response`"):
-        load_sft_records(write(tmp_path / "x.jsonl", [good, {"prompt": "a"}]))
-    for steps in ("01", [0.5], [True]):
-        with pytest.raises(UserError, match=r"record 1 of .* `step_map` that is not a list of whole numbers"):
-            load_sft_records(write(tmp_path / "x.jsonl", [good | {"step_map": steps}]))
 
 
 def draw(num_tasks: int, batches: list[int], seed: int = 1, cursor: int = 0) -> list[list[int]]:

@@ -37,7 +37,7 @@ def logits_of(*probability: float) -> torch.Tensor:
 
 def drawn(logits: torch.Tensor, u: float | torch.Tensor = 0.5, **sampling: object) -> Candidates:
     uniform = torch.as_tensor(u, dtype=torch.float32).expand(logits.shape[:2])
-    return draw(logits, uniform, MASK, Sampling(**sampling))
+    return draw(logits, uniform, MASK, Sampling(remasking_strategy="entropy_bounded", **sampling))
 
 
 # ---- random numbers
@@ -115,7 +115,13 @@ def test_numbers_depend_neither_on_the_batch_nor_on_the_prompt() -> None:
 def test_a_draw_is_the_plain_one(
     values: list[float], u: float, temperature: float, top_k: int, top_p: float, confidence_from: str
 ) -> None:
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, confidence_from=confidence_from)
+    sampling = Sampling(
+        remasking_strategy="entropy_bounded",
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        confidence_from=confidence_from,
+    )
     logits = torch.tensor(values)
     # a sum that lands within rounding of a border may be told either way
     logp = token_logp(logits, MASK, temperature or 1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import sample.block_attention
+import sample.step
 from common.errors import UserError
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
@@ -288,7 +288,9 @@ def test_static_takes_a_step_per_token(tiny: LoadedModel) -> None:
     settings = Sampling(max_token=12, remasking_strategy="low_confidence_static")
     got = one(engine_of(tiny), prompt(8), settings)
     assert got.steps == 12
-    assert got.forwards == 12 + 2  # the last of three blocks is not committed
+    assert got.forwards == 12  # commits ride along
+    apart = one(engine_of(tiny), prompt(8), replace(settings, merge_commit=False))
+    assert apart.forwards == 12 + 2  # the last of three blocks is not committed
     assert sorted(got.step_map) == list(range(12))
     assert [sorted(got.step_map[i : i + 4]) for i in (0, 4, 8)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert one(engine_of(tiny), prompt(8), replace(settings, denoising_steps_per_block=2)).steps == 6
@@ -298,7 +300,7 @@ def test_static_takes_a_step_per_token(tiny: LoadedModel) -> None:
 def test_dynamic_without_a_threshold_takes_a_step_per_block(tiny: LoadedModel) -> None:
     settings = Sampling(max_token=12, dynamic_threshold=0.0)
     got = one(engine_of(tiny), prompt(8), settings)
-    assert (got.steps, got.forwards) == (3, 5)
+    assert (got.steps, got.forwards) == (3, 3)
     assert got.step_map == [0] * 4 + [1] * 4 + [2] * 4
 
 
@@ -319,12 +321,12 @@ def test_responses_are_yielded_as_they_finish(tiny: LoadedModel) -> None:
 @pytest.mark.parametrize("draw", DRAWS)
 def test_the_mask_token_is_never_drawn(tiny: LoadedModel, draw: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def wants_the_mask(*arguments: object) -> torch.Tensor:
-        logits = denoise(*arguments)
+        logits = logits_of(*arguments)
         logits[..., tiny.mask_id] += 20
         return logits
 
-    denoise = sample.block_attention.denoise
-    monkeypatch.setattr(sample.block_attention, "denoise", wants_the_mask)
+    logits_of = sample.step.logits_of
+    monkeypatch.setattr(sample.step, "logits_of", wants_the_mask)
     for trajectory in run(engine_of(tiny), requests_of(5, 8), Sampling(max_token=12, **DRAWS[draw])).values():
         assert tiny.mask_id not in trajectory.response_ids
         assert max(trajectory.confidence) < 1e-3  # the raw softmax still holds the mask token
@@ -412,7 +414,7 @@ def test_an_engine_is_used_again_with_other_prompts_and_settings(tiny: LoadedMod
 def test_an_engine_is_used_again_after_its_caller_left_early(tiny: LoadedModel) -> None:
     engine, settings = engine_of(tiny), Sampling(max_token=12, max_active=2)
     next(engine.generate(requests_of(7, 4, 5), settings))
-    assert engine.requests and engine.queue  # work is left over
+    assert engine.active and engine.queue  # work is left over
     fresh = run(engine_of(tiny), requests_of(9, 6, seed=1), settings)
     for task, trajectory in run(engine, requests_of(9, 6, seed=1), settings).items():
         check(trajectory, fresh[task])

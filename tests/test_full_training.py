@@ -21,7 +21,7 @@ from train.policy import Policy
 from train.rl_step import learn
 from train.rl_trainer import main as train_rl
 from train.samples import Sample, gather, layout_of, noisings, sample_rows
-from train.views import SFT_METHODS, random_views, trace_views
+from train.views import SFT_METHODS, Example, random_views, trace_views
 
 FAMILIES = ("dream", "llada", "mmada")
 MASK = 7
@@ -102,10 +102,10 @@ def test_sft_views_of_the_canvas() -> None:
     training = SFTTrainingConfig(block_size=4, lower_p=0.2, upper_p=0.8, post_num=2, mask_times_per_sample=3)
     response, length = list(range(100, 112)), 5
     rng = np.random.default_rng(0)
-    whole = SFT_METHODS["full"]["random_masking"]([1, 2], response, length, MASK, training, rng)
+    whole = SFT_METHODS["full"]["random_masking"](Example([1, 2], response, length), MASK, training, rng)
     assert len(whole) == 3 and whole.predict.any(1).all()
     assert not whole.predict[:, 7:].any() and (whole.inputs[:, 7:] == MASK).any()
-    blocks = SFT_METHODS["full"]["semi-ar"]([1, 2], response, length, MASK, training, rng)
+    blocks = SFT_METHODS["full"]["semi-ar"](Example([1, 2], response, length), MASK, training, rng)
     assert len(blocks) == 6  # two of three blocks hold what is predicted, three times
     for view in range(6):
         block = view // 3

@@ -1,4 +1,4 @@
-"""Supervised finetuning: the loss against the plain one, a set memorised, the script."""
+"""Supervised finetuning as a job: a set memorised, validation, checkpoints, a run taken up again, the scripts."""
 
 from __future__ import annotations
 
@@ -11,21 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import training_reference as plain
-from accelerate import Accelerator
 
 from common.config import load_config
 from common.errors import UserError
 from common.schema import SFTConfig
-from models import load_model, load_network
-from train import sft_trainer
+from models import load_model
+from train import sft_step, sft_trainer
 from train.optimize import Learner
-from train.packing import make_row
-from train.policy import Policy
-from train.views import random_block_views
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden" / "sdar"
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
 RECORDS = [
     {"prompt": "1+2", "response": "1+2=3;\\boxed{3}"},
     {"prompt": "4+4", "response": "4+4=8;\\boxed{8}"},
@@ -62,44 +57,9 @@ def finetune(config: SFTConfig) -> tuple[Path, list[dict]]:
     return target, [json.loads(line) for line in (target.parents[1] / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_loss_and_gradient_equal_the_reference() -> None:
-    """The mean cross-entropy of all masked tokens of the batch, packed in whatever way."""
-    model = load_network(GOLDEN, "sdar")
-    mask_id, vocabulary = model.config.mask_token_id, model.config.vocab_size
-    rng = np.random.default_rng(4)
-    rows, views_of, trajectories = [], [], []
-    for prompt_length, blocks in ((5, 2), (8, 1), (3, 4), (1, 1)):
-        one = plain.random_trajectory(rng, prompt_length, blocks, 4, vocabulary, mask_id)
-        views = random_block_views(one.prompt_ids, one.response_ids, one.length, 4, mask_id, rng, 0.1, 0.9, 1)
-        rows.append(make_row(0, one.prompt_ids, one.response_ids, views))
-        views_of.append(views)
-        trajectories.append(one)
-    logp = []
-    for one, views in zip(trajectories, views_of):
-        for n in range(len(views)):
-            start, offsets = int(views.block[n]) * 4, np.flatnonzero(views.predict[n]).tolist()
-            targets = [(one.prompt_ids + one.response_ids)[start + offset] for offset in offsets]
-            view = plain.PlainView(start, views.inputs[n].tolist(), offsets, targets, [], [])
-            logp.append(plain.view_logp(model, one, [view], 4, mask_id))
-    wanted = -torch.cat(logp).mean()
-    wanted.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
-    for budget in (1, 100, 10**6):
-        model.zero_grad()
-        found: dict[str, torch.Tensor] = {}
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        optimizer.register_step_pre_hook(
-            lambda *_, kept=found: kept.update({name: p.grad.clone() for name, p in model.named_parameters()})
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-        learner = Learner(Policy(model, mask_id), optimizer, scheduler, Accelerator(), 1e9)
-        figures = sft_trainer.sft_update(learner, rows, budget)
-        assert figures["loss"] == pytest.approx(float(wanted.detach()), abs=1e-5)
-        assert figures["predicted_tokens"] == sum(int(views.predict.sum()) for views in views_of)
-        assert figures["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
-        for name, gradient in gradients.items():
-            assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+def untimed(rows: list[dict]) -> list[dict]:
+    """Rows of metrics without what a clock says."""
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
 def test_a_small_set_is_memorised_and_training_stops(tmp_path: Path) -> None:
@@ -149,36 +109,9 @@ def test_the_same_command_gives_the_same_model(tmp_path: Path) -> None:
     for seed in (1, 1, 2):
         changes = {"training__max_steps": 2, "dataset__eval_dataset": "", "training__seed": seed}
         target, rows = finetune(sft_config(tmp_path, RECORDS, lr_scheduler__params__warmup_steps=0, **changes))
-        models.append(((target / "model.safetensors").read_bytes(), rows))
+        models.append(((target / "model.safetensors").read_bytes(), untimed(rows)))
     assert models[0] == models[1]
     assert models[0][0] != models[2][0]
-
-
-def test_too_long_samples_are_counted(tiny_sdar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Lengths in tokens: a prompt is its characters and two, a response its characters and the stop token."""
-    long = [
-        {"prompt": "1" * 11, "response": "1"},
-        {"prompt": "1", "response": "1" * 30},
-        {"prompt": "2", "response": "2" * 29},
-    ]
-    limits = {"training__max_prompt_len": 12, "training__max_gen_length": 30}
-    config = sft_config(tmp_path, RECORDS + long, **limits)
-    loaded = load_model(tiny_sdar, "sdar")
-    records = json.loads(Path(config.dataset.optimization_data).read_text())
-    examples = sft_trainer.make_examples(config, loaded, records)
-    out = capsys.readouterr().out
-    assert "1 samples dropped for prompts over training.max_prompt_len 12" in out
-    assert "1 for responses over training.max_gen_length 30" in out
-    assert len(examples) == 4
-    stop = loaded.tokenizer.eos_token_id
-    for example, record in zip(examples, [*RECORDS, long[2]]):
-        assert (len(example.prompt_ids) + len(example.response_ids)) % 4 == 0
-        text, end = example.response_ids[: example.length - 1], example.response_ids[example.length - 1 :]
-        assert loaded.tokenizer.decode(text) == record["response"]
-        assert set(end) == {stop} and len(end) <= 4
-        assert loaded.tokenizer.decode(example.prompt_ids, skip_special_tokens=True) == record["prompt"]
-    with pytest.raises(UserError, match=r"dataset\.optimization_data: no sample of .* is short enough"):
-        sft_trainer.make_examples(config, loaded, long[:2])
 
 
 def test_stop_at_accuracy_needs_tasks(tmp_path: Path) -> None:
@@ -209,7 +142,93 @@ def test_a_missing_model_is_made(tmp_path: Path) -> None:
             sft_trainer.make_model_if_missing(str(tmp_path / "elsewhere"), str(recipe), "sdar", 3, str(runs))
 
 
-def test_the_script(tmp_path: Path) -> None:
+def test_validation_and_the_best_checkpoint(tmp_path: Path) -> None:
+    """A share of the prompts is never learned; the model of the lowest loss on them is kept beside the last."""
+    records = [{"prompt": f"{a}+{b}", "response": f"{a + b}"} for a in range(1, 4) for b in range(1, 4)]
+    changes = {"dataset__validation_share": 0.3, "dataset__eval_dataset": "", "training__eval_every": 2}
+    config = sft_config(tmp_path, records, **changes, training__max_steps=6)
+    measured, weights = [], []
+
+    def scripted(learner: Learner, *rest: object) -> float:
+        measured.append([sft_step.validation_loss(learner, *rest) for _ in range(2)])
+        weights.append(learner.network.model.lm_head.weight.detach().clone())
+        return [2.0, 1.0, 3.0][len(weights) - 1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft_trainer, "validation_loss", scripted)
+        target, rows = finetune(config)
+    assert [row.get("eval/loss") for row in rows] == [None, 2.0, None, 1.0, None, 3.0]
+    assert all(first == second for first, second in measured), "the same noise every time"
+    assert measured[0][0] > measured[2][0] > 0
+    best = load_model(target.with_name("best"), "sdar").model.lm_head.weight
+    assert torch.equal(best, weights[1]) and not torch.equal(best, weights[2])
+    results = json.loads((target.parents[1] / "results.json").read_text())
+    assert results["samples"] == {"learned": 6, "validation": 3, "left_out": {}} and results["updates"] == 6
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same weights and the same rows of metrics, data order, noise, schedule and best checkpoint included."""
+    changes = {"training__max_steps": 6, "training__eval_every": 2, "training__batch_size": 2}
+    changes |= {"experiment__save_every": 2, "dataset__validation_share": 0.2, "dataset__eval_dataset": ""}
+    changes |= {"lr_scheduler__scheduler": "cosine", "lr_scheduler__params__min_lr_scale": 0.1}
+    records = RECORDS + [{"prompt": f"{n}+1", "response": f"{n + 1}"} for n in range(5)]
+    whole, wanted = finetune(sft_config(tmp_path, records, experiment__project="whole", **changes))
+    config = sft_config(tmp_path, records, **changes)
+    learned = sft_trainer.train_step
+
+    def stopping(run: sft_trainer.Run) -> dict[str, float]:
+        if run.step == 5:
+            raise KeyboardInterrupt
+        return learned(run)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft_trainer, "train_step", stopping)
+        sft_trainer.main(config)
+    config.experiment.start_from_scratch = False
+    target, rows = finetune(config)
+    assert "ckpt/step-0004 after update 4" in capsys.readouterr().out
+    assert untimed(rows) == untimed(wanted) and [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for name in ("optimized", "best"):
+        ours, theirs = (folder.with_name(name) / "model.safetensors" for folder in (target, whole))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+    config.dataset.optimization_data = str(tmp_path / "fewer.json")
+    (tmp_path / "fewer.json").write_text(json.dumps(records[:3]))
+    with pytest.raises(UserError, match=r"start_from_scratch=False: .* was made with more samples than the 2"):
+        sft_trainer.main(config)
+
+
+def test_a_mistake_in_the_data_leaves_an_older_run_where_it_is(tmp_path: Path, tiny_sdar: Path) -> None:
+    finished = tmp_path / "runs" / "sft" / "results.json"
+    finished.parent.mkdir(parents=True)
+    finished.write_text("{}")
+    config = sft_config(tmp_path, [*RECORDS, {"prompt": "1", "response": ""}], model__pretrained_model=tiny_sdar)
+    with pytest.raises(UserError, match=r"record 4 of .* has an empty `response`"):
+        sft_trainer.main(config)
+    assert [path.name for path in finished.parent.iterdir()] == ["results.json"]
+
+
+def test_rows_of_an_epoch_are_all_learned(tmp_path: Path) -> None:
+    """Two samples an update of five: the tail of an epoch stands at the head of the next update."""
+    records = [{"prompt": f"{n}+1", "response": f"{n + 1}"} for n in range(5)]
+    config = sft_config(tmp_path, records, training__batch_size=2, dataset__eval_dataset="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft_trainer, "sft_update", lambda *_: {"loss": 0.0})
+        run, _ = sft_trainer.set_up(config)
+        prompts: list[int] = []
+        patch.setattr(
+            sft_trainer,
+            "rows_of",
+            lambda training, loaded, chosen, rng: prompts.extend(one[0].prompt_ids[1] for one in chosen) or [],
+        )
+        for _ in range(5):
+            figures = sft_trainer.train_step(run)
+            run.step += 1
+    assert sorted(prompts[:5]) == sorted(prompts[5:]) == [0, 1, 2, 3, 4] and figures["epoch"] == 2.0
+
+
+@pytest.mark.parametrize("launcher", [[], LAUNCH], ids=["alone", "launched"])
+def test_the_script(launcher: list[str], tmp_path: Path) -> None:
+    """By itself and by accelerate's launcher, on one device."""
     arguments = [
         "config=configs/sft_tiny.yaml",
         "training.max_steps=2",
@@ -219,12 +238,12 @@ def test_the_script(tmp_path: Path) -> None:
         f"experiment.runs_dir={tmp_path}",
     ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, "train/sft_sdar.py", *arguments]
+    script = [sys.executable, *launcher, "train/sft_trado.py", *arguments]
     done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "sft_tiny_sdar_1"
+    folder = tmp_path / "sft_tiny_trado_1"
     assert f"finetuned model: {folder}/ckpt/optimized" in done.stdout
     assert {"config.yaml", "metrics.jsonl", "curves.png", "tensorboard"} <= {path.name for path in folder.iterdir()}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2] and "eval/accuracy" in rows[1]
-    assert load_model(folder / "ckpt" / "optimized", "sdar").model.dtype == torch.float32
+    assert load_model(folder / "ckpt" / "optimized", "trado").model.dtype == torch.float32

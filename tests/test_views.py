@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.trajectory import Trajectory
-from train.views import Views, block_grid, random_block_views, trace_views
+from train.views import Example, Views, block_grid, random_block_views, trace_views
 
 MASK, VOCABULARY = 7, 40
 
@@ -99,7 +99,7 @@ def test_random_views(case: tuple[Trajectory, int], bounds: tuple[float, float],
     trajectory, block_size = case
     prompt, response, length = trajectory.prompt_ids, trajectory.response_ids, trajectory.length
     rng = np.random.default_rng(len(response))
-    views = random_block_views(prompt, response, length, block_size, MASK, rng, *bounds, post_num)
+    views = random_block_views(Example(prompt, response, length), block_size, MASK, rng, *bounds, post_num)
     first, end = len(prompt) // block_size, len(prompt) + min(length + post_num, len(response))
     # one view of every block that has a token to predict, and in each at least one
     assert views.block.tolist() == list(range(first, -(-end // block_size)))
@@ -116,7 +116,7 @@ def test_random_views_noise_what_lies_behind_the_end() -> None:
     rng = np.random.default_rng(5)
     behind = Counter()
     for _ in range(200):
-        views = random_block_views([1, 2], [3, 4, 5, 6, 8, 9], 3, 4, MASK, rng, 0.5, 0.5)
+        views = random_block_views(Example([1, 2], [3, 4, 5, 6, 8, 9], 3), 4, MASK, rng, 0.5, 0.5)
         behind.update((views.inputs[1][1:] == MASK).tolist())
         assert not views.predict[1][1:].any()
     assert 0.4 < behind[True] / behind.total() < 0.6
@@ -127,7 +127,7 @@ def test_share_of_masked_tokens_is_uniform() -> None:
     rng, shares = np.random.default_rng(0), []
     low, high, block_size = 0.2, 0.8, 256  # so wide that the share of a block is its t
     for _ in range(20):
-        views = random_block_views([1], [2] * (40 * block_size - 1), 10**6, block_size, MASK, rng, low, high)
+        views = random_block_views(Example([1], [2] * (40 * block_size - 1), 10**6), block_size, MASK, rng, low, high)
         shares += views.predict.mean(1).tolist()
     assert len(shares) == 800
     assert np.mean(shares) == pytest.approx(0.5, abs=0.02)

@@ -10,7 +10,7 @@ its own, in the same four integers one view of one block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -33,6 +33,7 @@ class Row:
     target: np.ndarray  # (predicted,)
     response_index: np.ndarray  # (predicted,)
     step: np.ndarray  # (predicted,)
+    weight: np.ndarray | None = None  # (predicted,) in the loss of finetuning; None: 1
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -61,7 +62,7 @@ class PackedBatch:
 
     ids: Tensor  # (rows, tokens)
     position: Tensor  # (rows, tokens)
-    trajectory: Tensor  # (rows, tokens) -1 for padding
+    trajectory: Tensor  # (rows, tokens) which of the update's rows it belongs to, -1 for padding
     block: Tensor  # (rows, tokens)
     view: Tensor  # (rows, tokens)
     predict_at: Tensor  # (predicted,) index into the flattened rows
@@ -91,17 +92,19 @@ def make_rows(
         predicted = np.flatnonzero(views.predict[view])
         ids = np.concatenate([np.asarray(prompt_ids, dtype=np.int64), views.inputs[view]])
         zeros = np.zeros_like(ids)
+        position = np.arange(len(ids))
         rows.append(
             Row(
                 trajectory=trajectory,
                 ids=ids,
-                position=np.arange(len(ids)),
-                block=zeros,
+                position=position,
+                block=position if views.causal else zeros,  # blocks of one token make causal attention
                 view=zeros,
                 predict_at=start + predicted + logit_offset,
                 target=views.targets[view, predicted],
                 response_index=predicted,
                 step=views.step[view, predicted],
+                weight=None if views.weight is None else views.weight[view, predicted],
             )
         )
     return rows
@@ -127,27 +130,53 @@ def make_row(trajectory: int, prompt_ids: Sequence[int], response_ids: Sequence[
         target=views.targets.ravel()[flat],
         response_index=views.response_index.ravel()[flat],
         step=views.step.ravel()[flat],
+        weight=None if views.weight is None else views.weight.ravel()[flat],
     )
 
 
-def pack(rows: Sequence[Row], token_budget: int, at_least: int = 1) -> list[PackedBatch]:
-    """Cut rows into micro-batches of at most `token_budget` padded tokens, rows of like length together.
+def pack(
+    rows: Sequence[Row], token_budget: int, at_least: int = 1, together: bool = False, most_padding: float = 1.0
+) -> list[PackedBatch]:
+    """Cut rows into micro-batches of at most `token_budget` padded tokens; a longer row is one of its own.
 
-    A row longer than the budget is a micro-batch of its own. Padding within a batch is masked out. A smaller budget
-    is taken where that makes about `at_least` micro-batches.
+    `together` puts rows one after another into long ones that the budget bounds, without padding: for attention whose
+    cost follows what is visible. Otherwise rows of like length go side by side, and a further micro-batch begins
+    where padding would exceed the share `most_padding` of one: a dense mask costs the square of a row's length. A
+    smaller budget is taken where that makes about `at_least` micro-batches.
     """
     if at_least > 1:
         token_budget = min(token_budget, -(-sum(len(row) for row in rows) // at_least))
     offsets = np.cumsum([0] + [len(row.target) for row in rows])
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    lengths = [len(row) for row in rows]
+    if together:
+        return [_batch(rows, [line], offsets) for line in fill_lines(lengths, token_budget)]
     batches: list[list[int]] = []
-    for index in order:
-        width = len(rows[index])  # the longest so far, since rows come sorted
-        if batches and width * (len(batches[-1]) + 1) <= token_budget:
+    tokens = 0
+    for index in sorted(range(len(rows)), key=lambda index: lengths[index]):
+        width = lengths[index]  # the longest so far, since rows come sorted
+        tokens += width
+        padded = width * (len(batches[-1]) + 1) if batches else 0
+        if batches and padded <= token_budget and padded - tokens <= most_padding * padded:
             batches[-1].append(index)
         else:
             batches.append([index])
-    return [_batch([rows[i] for i in chosen], offsets[chosen]) for chosen in batches]
+            tokens = width
+    return [_batch(rows, [[index] for index in chosen], offsets) for chosen in batches]
+
+
+def fill_lines(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Indices of rows that share a line of at most `token_budget` tokens, the longest first into where it fits."""
+    lines: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        place = next((line for line, room in enumerate(free) if lengths[index] <= room), None)
+        if place is None:
+            place = len(lines)
+            lines.append([])
+            free.append(token_budget)
+        lines[place].append(index)
+        free[place] -= lengths[index]
+    return lines
 
 
 def sees(query: Sequence[Tensor], key: Sequence[Tensor]) -> Tensor:
@@ -164,25 +193,28 @@ def visible(batch: PackedBatch) -> Tensor:
     return sees([one[:, :, None] for one in integers], [one[:, None, :] for one in integers])[:, None]
 
 
-def _batch(rows: Sequence[Row], offsets: np.ndarray) -> PackedBatch:
-    width = max(len(row) for row in rows)
+def _batch(rows: Sequence[Row], lines: Sequence[Sequence[int]], offsets: np.ndarray) -> PackedBatch:
+    """The micro-batch whose lines hold the rows of those indices, one after another."""
+    width = max(sum(len(rows[index]) for index in line) for line in lines)
+    chosen = [index for line in lines for index in line]
+    starts = []  # of each chosen row in the flattened lines
+    for number, line in enumerate(lines):
+        lengths = [len(rows[index]) for index in line]
+        starts += (number * width + np.cumsum([0, *lengths[:-1]])).tolist()
 
-    def padded(name: str, fill: int = 0) -> Tensor:
-        grid = np.full((len(rows), width), fill, dtype=np.int64)
-        for line, row in zip(grid, rows):
-            line[: len(row)] = getattr(row, name)
-        return torch.from_numpy(grid)
+    def padded(values: Callable[[int], np.ndarray | int], fill: int = 0) -> Tensor:
+        flat = np.full(len(lines) * width, fill, dtype=np.int64)
+        for index, start in zip(chosen, starts):
+            flat[start : start + len(rows[index])] = values(index)
+        return torch.from_numpy(flat.reshape(len(lines), width))
 
-    trajectory = np.full((len(rows), width), -1, dtype=np.int64)
-    for line, row in zip(trajectory, rows):
-        line[: len(row)] = row.trajectory
     return PackedBatch(
-        ids=padded("ids"),
-        position=padded("position"),
-        trajectory=torch.from_numpy(trajectory),
-        block=padded("block"),
-        view=padded("view"),
-        predict_at=torch.from_numpy(np.concatenate([row.predict_at + n * width for n, row in enumerate(rows)])),
-        target=torch.from_numpy(np.concatenate([row.target for row in rows])),
-        predicted=np.concatenate([np.arange(len(row.target)) + start for row, start in zip(rows, offsets)]),
+        ids=padded(lambda index: rows[index].ids),
+        position=padded(lambda index: rows[index].position),
+        trajectory=padded(lambda index: index, fill=-1),
+        block=padded(lambda index: rows[index].block),
+        view=padded(lambda index: rows[index].view),
+        predict_at=torch.from_numpy(np.concatenate([rows[i].predict_at + start for i, start in zip(chosen, starts)])),
+        target=torch.from_numpy(np.concatenate([rows[i].target for i in chosen])),
+        predicted=np.concatenate([np.arange(len(rows[i].target)) + offsets[i] for i in chosen]),
     )

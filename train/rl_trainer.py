@@ -99,6 +99,8 @@ def rl_step(run: Run) -> dict[str, float]:
     write_samples(file, groups)
     run.page.note(number, groups)
     figures: dict[str, float] = {"updates": 0, "lr": run.learner.scheduler.get_last_lr()[0]}
+    if config.rollout.free_cache:
+        run.engine.sleep()
     if samples:
         with watch("train"):
             figures |= learn(

@@ -1,4 +1,4 @@
-"""Supervised finetuning of a SDAR model: accelerate launch … train/sft_dream.py config=configs/sft_dream.yaml"""
+"""Supervised finetuning of a Dream model: accelerate launch … train/sft_dream.py config=configs/sft_dream.yaml"""
 
 import sys
 from pathlib import Path

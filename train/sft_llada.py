@@ -1,4 +1,4 @@
-"""Supervised finetuning of a SDAR model: accelerate launch … train/sft_llada.py config=configs/sft_llada.yaml"""
+"""Supervised finetuning of a LLaDA model: accelerate launch … train/sft_llada.py config=configs/sft_llada.yaml"""
 
 import sys
 from pathlib import Path

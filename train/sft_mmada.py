@@ -1,4 +1,4 @@
-"""Supervised finetuning of a SDAR model: accelerate launch … train/sft_mmada.py config=configs/sft_mmada.yaml"""
+"""Supervised finetuning of a MMaDA model: accelerate launch … train/sft_mmada.py config=configs/sft_mmada.yaml"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Supervised finetuning of a SDAR model: accelerate launch … train/sft_sdar.py config=configs/sft_sdar.yaml"""
+"""Supervised finetuning of an SDAR model: accelerate launch … train/sft_sdar.py config=configs/sft_sdar.yaml"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Supervised finetuning of a TRADO model: accelerate launch … train/sft_trado.py config=configs/sft_trado.yaml"""
+"""Supervised finetuning of a TraDo model: accelerate launch … train/sft_trado.py config=configs/sft_trado.yaml"""
 
 import sys
 from pathlib import Path

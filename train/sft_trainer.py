@@ -1,46 +1,59 @@
-"""Supervised finetuning: records → views → packed rows → cross-entropy, with the machinery of RL."""
+"""Supervised finetuning: samples → views → packed rows → cross-entropy, with the machinery of RL."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from common import ranks
-from common.checkpoint import Writer, write_folder
+from common.checkpoint import Writer, save_step, step_folders, write_folder
 from common.config import dump_config, load_config, settings_of
 from common.errors import UserError
 from common.metrics import MetricsLog, draw_curves, open_metrics
 from common.runtime import Stopwatch, console, device_and_dtype, prepare_run_folder, progress, seed_everything
 from common.schema import RewardConfig, SFTConfig, SFTTrainingConfig
-from data.tasks import load_sft_records, load_tasks
-from models import LoadedModel, load_model, save_model
-from models.prompts import encode_prompt, instruction
+from common.trajectory import Task
+from data.tasks import load_tasks
+from models import LoadedModel, load_model, load_network, save_model
 from models.tiny import build_tiny
 from reward.score import make_scorer
 from rollout.evaluate import evaluate
 from sample.engine import Engine
 from train.devices import make_accelerator, whole_networks, whole_weights
-from train.learner_state import whole_state_dict
-from train.optimize import Learner, make_learner, micro_batches, update
-from train.packing import PackedBatch, Row, make_rows
+from train.learner_state import load_learner, save_learner, whole_state_dict
+from train.optimize import Learner, make_learner
 from train.policy import Policy
+from train.sft_data import Conversation, Samples, make_samples, read_samples, split, told_reasons
+from train.sft_step import elbo_weights, loss_denominator, rows_of, sft_update, validation_loss
 from train.views import SFT_METHODS
 
 TINY = "tiny"  # as model.pretrained_model: a new small network of the family, made in the run's folder
+REPORT_SECONDS = 60.0  # between lines on a console that shows no progress bar
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A prompt with the response to learn; `length` counts through the stop token, what follows is filled with it."""
+@dataclasses.dataclass
+class Run:
+    """All that lives through the run; what follows `rng` is kept in its checkpoints."""
 
-    prompt_ids: list[int]
-    response_ids: list[int]
-    length: int
+    config: SFTConfig
+    folder: Path
+    loaded: LoadedModel
+    learner: Learner
+    train: list[Conversation]
+    held_out: list[Conversation]
+    tasks: list[Task]
+    steps: int
+    metrics: MetricsLog
+    rng: np.random.Generator  # of the data order and the noise
+    order: np.ndarray  # samples to come, by index; refilled epoch by epoch
+    interval: int  # updates between measurements
+    step: int = 0  # updates done
+    best: float | None = None  # the best measurement so far, higher is better
 
 
 def main(config: SFTConfig) -> Path:
@@ -48,54 +61,72 @@ def main(config: SFTConfig) -> Path:
     seed_everything(config.training.seed)
     bf16 = device_and_dtype(config.model.dtype)[1] == torch.bfloat16
     make_accelerator("bf16" if bf16 else "no")  # before any network: ZeRO-3 shards it as it is loaded
-    records = load_sft_records(config.dataset.optimization_data)
-    tasks = load_tasks(config.dataset.eval_dataset, "dataset.eval_dataset") if config.dataset.eval_dataset else []
+    run, samples = set_up(config)
+    figures = train(run)
+    run.metrics.close()
+    target = run.folder / "ckpt" / config.model.optimized_name
+    write_folder(target, lambda writer: write_model(run.loaded, writer))
+    results = {
+        "samples": {"learned": len(run.train), "validation": len(run.held_out), "left_out": dict(samples.left_out)},
+        "updates": run.step,
+        "last": figures,
+    }
+    if ranks.is_main():
+        draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+        (run.folder / "results.json").write_text(json.dumps(results, indent=2))
+    console.print(f"finetuned model: {target}")
+    return target
+
+
+def set_up(config: SFTConfig) -> tuple[Run, Samples]:
+    """Read the data, load the network, and take up the newest checkpoint where that is asked for."""
+    dataset, training, experiment = config.dataset, config.training, config.experiment
+    located = read_samples(dataset)
+    tasks = load_tasks(dataset.eval_dataset, "dataset.eval_dataset") if dataset.eval_dataset else []
     tasks = tasks[: config.evaluation.num_task or None]
-    if config.training.stop_at_accuracy is not None and not tasks:
+    if training.stop_at_accuracy is not None and not tasks:
         raise UserError("dataset.eval_dataset: empty, but training.stop_at_accuracy needs tasks to measure it on")
-    experiment = config.experiment
-    folder = prepare_run_folder(experiment.runs_dir, experiment.project, experiment.start_from_scratch)
+
+    def make_folder() -> Path:
+        return prepare_run_folder(experiment.runs_dir, experiment.project, experiment.start_from_scratch)
+
+    # where it need not hold a new network: last, so that a mistake in the data leaves an older run where it is
+    folder = make_folder() if config.model.pretrained_model == TINY else None
+    loaded = load(config, folder)
+    check_method(training.method, loaded)
+    samples = make_samples(config, loaded, located)
+    if reasons := told_reasons(samples, training.max_prompt_len, training.max_gen_length):
+        console.print(f"samples left out: {reasons}")
+    learned, held_out = split(samples.conversations, dataset.validation_share, training.seed)
+    folder = folder or make_folder()
     if ranks.is_main():
         (folder / "config.yaml").write_text(dump_config(config))
-    loaded = load(config, folder)
-    methods = SFT_METHODS[loaded.family.attention]
-    if config.training.method not in methods:
-        raise UserError(
-            f"training.method={config.training.method}: {loaded.family.name} has {loaded.family.attention} attention, "
-            f"for which there is {' or '.join(methods)}"
-        )
-    examples = make_examples(config, loaded, records)
-    steps = config.training.max_steps or config.training.num_train_epochs * -(
-        -len(examples) // config.training.batch_size
-    )
+    steps = training.max_steps or training.num_train_epochs * -(-len(learned) // training.batch_size)
     learner = make_learner(
         Policy(loaded.model, loaded.mask_id),
         config.optimizer.params,
         config.lr_scheduler,
         steps,
-        config.training,
-        mixed_precision="bf16" if bf16 else "no",
+        training,
+        mixed_precision="bf16" if device_and_dtype(config.model.dtype)[1] == torch.bfloat16 else "no",
     )
-    metrics = open_metrics(folder, experiment.trackers, experiment.project, dataclasses.asdict(config))
-    train(config, loaded, learner, examples, tasks, steps, metrics)
-    metrics.close()
-    if ranks.is_main():
-        draw_curves(folder / "metrics.jsonl", folder / "curves.png")
-    target = folder / "ckpt" / config.model.optimized_name
-    write_folder(target, lambda writer: write_model(loaded, writer))
-    console.print(f"finetuned model: {target}")
-    return target
+    checkpoints = [] if experiment.start_from_scratch else step_folders(folder / "ckpt")
+    resume_step = None if experiment.start_from_scratch else checkpoints[-1][0] if checkpoints else -1
+    metrics = open_metrics(
+        folder, experiment.trackers, experiment.project, dataclasses.asdict(config), resume_step=resume_step
+    )
+    rng, order = np.random.default_rng(training.seed), np.empty(0, dtype=np.int64)
+    interval = next_interval(training, 0.0)
+    run = Run(config, folder, loaded, learner, learned, held_out, tasks, steps, metrics, rng, order, interval)
+    if checkpoints:
+        resume(run, checkpoints[-1][1])
+    return run, samples
 
 
-def write_model(loaded: LoadedModel, writer: Writer) -> None:
-    """The network in the family's own format. All ranks must call it."""
-    writer.do(save_model, loaded.model, loaded.tokenizer, writer.folder, whole_state_dict(loaded.model))
-
-
-def load(config: SFTConfig, folder: Path) -> LoadedModel:
-    """The model to finetune; a new tiny one where the config asks for it. Weights are float32."""
+def load(config: SFTConfig, folder: Path | None) -> LoadedModel:
+    """The model to finetune; a new tiny one, made in `folder`, where the config asks for it. Weights are float32."""
     path = config.model.pretrained_model
-    if path == TINY:
+    if folder is not None:
         path = folder / "untrained"
         if ranks.is_main():
             build_tiny(config.model.model_base, path, config.training.seed)
@@ -107,72 +138,83 @@ def load(config: SFTConfig, folder: Path) -> LoadedModel:
     return loaded
 
 
-def make_examples(config: SFTConfig, loaded: LoadedModel, records: Sequence[dict]) -> list[Example]:
-    """Records as ids, responses ended by the stop token and filled up with it; too long ones are counted."""
-    training = config.training
-    around = instruction(loaded.family, config.dataset.data_type, config.dataset.prompts)
-    stop = loaded.tokenizer.eos_token_id
-    full = loaded.family.attention == "full"  # the canvas is as long as at sampling time, filled with the stop token
-    canvas = -(-training.max_gen_length // training.block_size) * training.block_size
-    examples, long_prompts, long_responses = [], 0, 0
-    for record in records:
-        prompt = encode_prompt(loaded, record["prompt"], around)
-        response = [*loaded.tokenizer.encode(record["response"], add_special_tokens=False), stop]
-        if len(prompt) > training.max_prompt_len:
-            long_prompts += 1
-        elif len(response) > training.max_gen_length:
-            long_responses += 1
-        else:
-            padding = -(len(prompt) + len(response)) % training.block_size
-            if full:
-                padding = canvas - len(response)
-            examples.append(Example(prompt, response + [stop] * padding, len(response)))
-    if long_prompts or long_responses:
-        console.print(
-            f"{long_prompts} samples dropped for prompts over training.max_prompt_len {training.max_prompt_len}, "
-            f"{long_responses} for responses over training.max_gen_length {training.max_gen_length}"
+def check_method(method: str, loaded: LoadedModel) -> None:
+    """UserError where the family's attention or logits do not go with the method."""
+    family = loaded.family
+    methods = [name for name in SFT_METHODS[family.attention] if name != "ar" or family.logit_offset == -1]
+    if method not in methods:
+        shifted = " and logits that are not shifted" if method == "ar" and family.attention == "full" else ""
+        raise UserError(
+            f"training.method={method}: {family.name} has {family.attention} attention{shifted}, "
+            f"for which there is {' or '.join(methods)}"
         )
-    if not examples:
-        raise UserError(f"dataset.optimization_data: no sample of {config.dataset.optimization_data} is short enough")
-    return examples
 
 
-def train(
-    config: SFTConfig,
-    loaded: LoadedModel,
-    learner: Learner,
-    examples: Sequence[Example],
-    tasks: Sequence,
-    steps: int,
-    metrics: MetricsLog,
-) -> None:
-    """Updates over shuffled epochs, until `steps`, or until sampling accuracy reaches `stop_at_accuracy`."""
-    training, watch = config.training, Stopwatch()
-    interval = next_interval(training, 0.0)
-    order = np.empty(0, dtype=np.int64)
-    rng = np.random.default_rng(training.seed)
-    with progress("finetuning", steps) as advance:
-        for step in range(1, steps + 1):
-            while len(order) < training.batch_size:
-                order = np.concatenate([order, rng.permutation(len(examples))])
-            chosen, order = order[: training.batch_size], order[training.batch_size :]
-            with watch("train"):
-                rows = [row for n, i in enumerate(chosen) for row in view_rows(config, loaded, n, examples[i], rng)]
-                figures = sft_update(learner, rows, training.tokens_per_micro_batch)
-            figures["lr"] = learner.scheduler.get_last_lr()[0]
-            accuracy = None
-            if tasks and (step % interval == 0 or step == steps):
-                with watch("evaluation"):
-                    accuracy = sampled_accuracy(config, whole_model(loaded, learner), tasks)
-                figures["eval/accuracy"] = accuracy
-                interval = next_interval(training, accuracy)
-            metrics.log({"step": step} | figures)
-            advance()
-            if accuracy is not None:
-                shown = f"loss {figures.get('loss', float('nan')):.3f}  accuracy {accuracy:.3f}"
-                console.print(f"finetuning step {step}/{steps}  {shown}")
-                if training.stop_at_accuracy is not None and accuracy >= training.stop_at_accuracy:
-                    break
+def train(run: Run) -> dict[str, float]:
+    """Updates over shuffled epochs, until `steps`, or until sampling accuracy reaches `stop_at_accuracy`.
+
+    Returns the figures of the last one.
+    """
+    training, figures, reported = run.config.training, {}, time.perf_counter()
+    with progress("finetuning", run.steps, run.step) as advance:
+        for step in range(run.step + 1, run.steps + 1):
+            watch = Stopwatch()
+            figures = train_step(run)
+            figures["seconds_train"] = watch.total()
+            figures["tokens_per_second"] = figures.pop("tokens") / figures["seconds_train"]
+            run.step, measured = step, {}
+            if step % run.interval == 0 or step == run.steps:
+                measured = measure(run)
+                run.interval = next_interval(training, measured.get("eval/accuracy", 0.0))
+            figures |= measured | {"seconds": watch.total()}
+            run.metrics.log({"step": step} | figures)
+            advance(f"loss {figures.get('loss', float('nan')):.3f}  {figures['tokens_per_second']:,.0f} tokens/s")
+            if measured or (not console.is_terminal and time.perf_counter() - reported > REPORT_SECONDS):
+                reported = time.perf_counter()
+                console.print(report_line(run, figures))
+            save_every = run.config.experiment.save_every
+            if save_every and step % save_every == 0 and step < run.steps:
+                save(run)
+            stop_at = training.stop_at_accuracy
+            if stop_at is not None and measured.get("eval/accuracy", -1.0) >= stop_at:
+                break
+    return figures
+
+
+def train_step(run: Run) -> dict[str, float]:
+    """One update on the next `batch_size` samples; its figures, and `tokens`: those of prompts and responses."""
+    training = run.config.training
+    while len(run.order) < training.batch_size:
+        run.order = np.concatenate([run.order, run.rng.permutation(len(run.train))])
+    chosen, run.order = run.order[: training.batch_size], run.order[training.batch_size :]
+    conversations = [run.train[index] for index in chosen]
+    rows = rows_of(training, run.loaded, conversations, run.rng)
+    figures = sft_update(
+        run.learner,
+        rows,
+        training.tokens_per_micro_batch,
+        loss_denominator(training, conversations, rows),
+        elbo_weights(training, rows),
+    )
+    figures["lr"] = run.learner.scheduler.get_last_lr()[0]
+    figures["epoch"] = (run.step + 1) * training.batch_size / len(run.train)
+    figures["tokens"] = sum(tokens_of(conversation) for conversation in conversations)
+    return figures
+
+
+def tokens_of(conversation: Conversation) -> int:
+    """Tokens of a conversation through its last stop token."""
+    return len(conversation[-1].prompt_ids) + conversation[-1].length
+
+
+def report_line(run: Run, figures: dict[str, float]) -> str:
+    """One line on the console."""
+    line = f"finetuning step {run.step}/{run.steps}  loss {figures.get('loss', float('nan')):.3f}"
+    if "eval/loss" in figures:
+        line += f"  validation {figures['eval/loss']:.3f}"
+    if "eval/accuracy" in figures:
+        line += f"  accuracy {figures['eval/accuracy']:.3f}"
+    return f"{line}  {figures['tokens_per_second']:,.0f} tokens/s"
 
 
 def next_interval(training: SFTTrainingConfig, accuracy: float) -> int:
@@ -181,27 +223,54 @@ def next_interval(training: SFTTrainingConfig, accuracy: float) -> int:
     return training.eval_every * (4 if far else 1)
 
 
-def view_rows(
-    config: SFTConfig, loaded: LoadedModel, number: int, example: Example, rng: np.random.Generator
-) -> list[Row]:
-    """Packed rows of one example under freshly drawn views."""
-    prompt, response, family = example.prompt_ids, example.response_ids, loaded.family
-    method = SFT_METHODS[family.attention][config.training.method]
-    views = method(prompt, response, example.length, loaded.mask_id, config.training, rng)
-    return make_rows(number, prompt, response, views, family.logit_offset)
+# --- measurements
 
 
-def sft_update(learner: Learner, rows: Sequence[Row], token_budget: int) -> dict[str, float]:
-    """One update on the mean cross-entropy of all predicted tokens."""
-    count = sum(len(row.target) for row in rows)
+def measure(run: Run) -> dict[str, float]:
+    """Validation loss and sampling accuracy, as far as the config gives data for them; the best model is kept.
 
-    def loss(batch: PackedBatch) -> Tensor:
-        logp, _ = learner.forward(batch)
-        return -logp.sum() / count
+    `eval/accuracy` is the first evaluation setting's. No best model is kept where accuracy decides when to stop: the
+    last is the best then.
+    """
+    config, figures = run.config, {}
+    if run.held_out:
+        figures["eval/loss"] = validation_loss(run.learner, run.loaded, run.held_out, config.training)
+    if run.tasks:
+        figures |= sampled_figures(config, whole_model(run.loaded, run.learner), run.tasks)
+    score = figures.get("eval/accuracy", -figures.get("eval/loss", np.inf))
+    better = run.best is None or score > run.best
+    if figures and better and config.training.stop_at_accuracy is None:
+        run.best = score
+        write_folder(run.folder / "ckpt" / "best", lambda writer: write_model(run.loaded, writer))
+    return figures
 
-    done = update(learner, micro_batches(rows, token_budget), loss)
-    figures = {"loss": done.loss, "grad_norm": done.grad_norm} if done.taken else {}
-    return figures | {"predicted_tokens": count, "bad_steps": int(not done.taken)}
+
+def sampled_figures(config: SFTConfig, loaded: LoadedModel, tasks: list[Task]) -> dict[str, float]:
+    """Accuracy and tokens per forward of sampled responses under every evaluation setting."""
+    results = evaluate(
+        Engine(loaded.model, loaded.mask_id, loaded.stop_ids),
+        loaded,
+        tasks,
+        settings_of(config.evaluation),
+        make_scorer(RewardConfig(), config.dataset.data_type),
+        config.dataset,
+        config.training.max_prompt_len,
+        config.training.seed,
+    )
+    figures: dict[str, float] = {"eval/accuracy": next(iter(results.values())).accuracy}
+    for name, result in results.items():
+        figures[f"eval/{name}/accuracy"] = result.accuracy
+        figures[f"eval/{name}/tokens_per_forward"] = result.tokens_per_forward
+    return figures
+
+
+# --- checkpoints
+
+
+def write_model(loaded: LoadedModel, writer: Writer, folder: str = "") -> None:
+    """The network in the family's own format. All ranks must call it."""
+    place = Path(writer.folder, folder)
+    writer.do(save_model, loaded.model, loaded.tokenizer, place, whole_state_dict(loaded.model))
 
 
 def whole_model(loaded: LoadedModel, learner: Learner) -> LoadedModel:
@@ -218,14 +287,34 @@ def whole_model(loaded: LoadedModel, learner: Learner) -> LoadedModel:
     return dataclasses.replace(loaded, model=copy)
 
 
-def sampled_accuracy(config: SFTConfig, loaded: LoadedModel, tasks: Sequence) -> float:
-    """Accuracy of sampled responses under the first evaluation setting."""
-    scorer = make_scorer(RewardConfig(), config.dataset.data_type)
-    settings = settings_of(config.evaluation)[:1]
-    engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
-    training = config.training
-    results = evaluate(engine, loaded, tasks, settings, scorer, config.dataset, training.max_prompt_len, training.seed)
-    return next(iter(results.values())).accuracy
+def save(run: Run) -> None:
+    """A checkpoint from which the run goes on as if it had not stopped. All ranks must call it."""
+    state = {name: getattr(run, name) for name in ("step", "interval", "best")}
+    state |= {"order": run.order.tolist(), "rng": run.rng.bit_generator.state}
+
+    def write(writer: Writer) -> None:
+        write_model(run.loaded, writer, "model")
+        save_learner(run.learner, writer, "learner")
+        writer.do(writer.path("trainer.json").write_text, json.dumps(state))
+
+    save_step(run.folder / "ckpt", run.step, write, run.config.experiment.keep_last)
+
+
+def resume(run: Run, checkpoint: Path) -> None:
+    """Take up a checkpoint, also one by another number of ranks; UserError where it was made with other data."""
+    state = json.loads((checkpoint / "trainer.json").read_text())
+    if max(state["order"], default=0) >= len(run.train):
+        raise UserError(
+            f"experiment.start_from_scratch=False: {checkpoint} was made with more samples than the {len(run.train)} "
+            "of dataset.optimization_data; name the same data"
+        )
+    with whole_networks(run.learner.accelerator):
+        saved = load_network(checkpoint / "model", run.config.model.model_base).state_dict()
+        load_learner(run.learner, checkpoint / "learner", saved)
+    run.rng.bit_generator.state = state["rng"]
+    run.order = np.array(state["order"], dtype=np.int64)
+    run.step, run.interval, run.best = state["step"], state["interval"], state["best"]
+    console.print(f"resumed from {checkpoint} after update {run.step}")
 
 
 def make_model_if_missing(path: str, made_by: str | None, model_base: str, seed: int, runs_dir: str) -> bool:

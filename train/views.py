@@ -8,7 +8,7 @@ positions, given the clean blocks before it; tokens of the prompt's remainder in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +28,24 @@ class Views:
     predict: np.ndarray  # (views, width) bool
     response_index: np.ndarray  # (views, width) index into the response, negative in the prompt
     step: np.ndarray  # (views, width) step of the trace at which a token was unmasked; without a trace, the noising
+    weight: np.ndarray | None = None  # (views, width) of each prediction in the loss of finetuning; None: 1
+    causal: bool = False  # each token sees those before it, and nothing is masked
 
     def __len__(self) -> int:
         return len(self.block)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with the response to learn, filled up to whole blocks or to the canvas.
+
+    `length` counts through the stop token; a step of -1 marks what a trace never unmasked.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    length: int
+    step_map: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ def block_grid(prompt_ids: list[int], response_ids: list[int], block_size: int |
 
 
 def trace_views(
-    trajectory: Trajectory, block_size: int | None, mask_id: int, shrink: int = 1, post_num: int = 0
+    trajectory: Trajectory | Example, block_size: int | None, mask_id: int, shrink: int = 1, post_num: int = 0
 ) -> Views:
     """TraceRL: replay the trace; one view for each block and each `shrink` neighbouring distinct steps of it.
 
@@ -120,9 +135,7 @@ def random_views(
 
 
 def random_block_views(
-    prompt_ids: list[int],
-    response_ids: list[int],
-    length: int,
+    example: Example,
     block_size: int,
     mask_id: int,
     rng: np.random.Generator,
@@ -135,17 +148,16 @@ def random_block_views(
 
     A block's draw is repeated until it masks a token to predict; blocks that have none are left out.
     """
-    grid = block_grid(prompt_ids, response_ids, block_size)
-    predictable = grid.in_response & (grid.response_index < length + post_num)
+    grid = block_grid(example.prompt_ids, example.response_ids, block_size)
+    predictable = grid.in_response & (grid.response_index < example.length + post_num)
     rows = np.repeat(np.nonzero(predictable.any(1))[0], times)
-    noised = _noise_blocks(grid.in_response[rows], predictable[rows], rng, lower_p, upper_p)
-    return _views(grid, rows, noised, noised & predictable[rows], np.zeros_like(grid.ids)[rows], mask_id)
+    noised, weight = _noise_blocks(grid.in_response[rows], predictable[rows], rng, lower_p, upper_p)
+    steps = np.zeros_like(grid.ids)[rows]
+    return _views(grid, rows, noised, noised & predictable[rows], steps, mask_id, weight)
 
 
 def random_whole_views(
-    prompt_ids: list[int],
-    response_ids: list[int],
-    length: int,
+    example: Example,
     block_size: int | None,
     mask_id: int,
     rng: np.random.Generator,
@@ -159,21 +171,42 @@ def random_whole_views(
     Else one view per block: earlier blocks clean, later ones masked, the block noised with its own t (semi-ar).
     All of it `times` times.
     """
-    whole = block_grid(prompt_ids, response_ids, None)
-    width = len(response_ids)
+    whole = block_grid(example.prompt_ids, example.response_ids, None)
+    width = len(example.response_ids)
     size = block_size or width
     assert width % size == 0, f"a canvas of {width} tokens is no whole number of blocks of {size}"
     index = np.arange(width).reshape(-1, size)  # (blocks, size)
-    predictable = index < length + post_num
+    predictable = index < example.length + post_num
     rows = np.repeat(np.nonzero(predictable.any(1))[0], times)
-    noised = _noise_blocks(np.ones_like(predictable)[rows], predictable[rows], rng, lower_p, upper_p)
+    noised, weight = _noise_blocks(np.ones_like(predictable)[rows], predictable[rows], rng, lower_p, upper_p)
     masked = np.arange(width) >= (rows[:, None] + 1) * size  # later blocks
     predict = np.zeros_like(masked)
     for view, block in enumerate(rows):
         masked[view, index[block]] = noised[view]
         predict[view, index[block]] = noised[view] & predictable[block]
     views = np.zeros(len(rows), dtype=np.int64)
-    return _views(whole, views, masked, predict, np.zeros_like(masked, dtype=np.int64), mask_id)
+    return _views(whole, views, masked, predict, np.zeros_like(masked, dtype=np.int64), mask_id, weight)
+
+
+def next_token_views(example: Example, post_num: int = 0) -> Views:
+    """Autoregressive SFT: the response as it is, every token of it predicted from those before it."""
+    width = min(example.length + post_num, len(example.response_ids))
+    ids = np.array(example.response_ids[:width], dtype=np.int64)[None]
+    index, zeros = np.arange(width)[None], np.zeros_like(ids)
+    return Views(True, np.zeros(1, dtype=np.int64), ids, ids, np.ones_like(ids, dtype=bool), index, zeros, causal=True)
+
+
+def join_views(parts: Sequence[Views]) -> Views:
+    """The views of several responses whose clean tokens are one sequence, in its order."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(name: str) -> np.ndarray | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else np.concatenate(values)
+
+    arrays = ("block", "inputs", "targets", "predict", "response_index", "step", "weight")
+    return Views(whole=parts[0].whole, causal=parts[0].causal, **{name: joined(name) for name in arrays})
 
 
 def _trace(
@@ -194,31 +227,37 @@ def _random(
     return random_views(trajectory, block_size, mask_id, rng, *bounds, times, training.post_num, coupled)
 
 
-def _sft(views: Callable[..., Views], by_block: bool) -> Callable[..., Views]:
-    def method(
-        prompt_ids: list[int],
-        response_ids: list[int],
-        length: int,
-        mask_id: int,
-        training: SFTTrainingConfig,
-        rng: np.random.Generator,
-    ) -> Views:
+def _sft_random(views: Callable[..., Views], by_block: bool) -> Callable[..., Views]:
+    def method(example: Example, mask_id: int, training: SFTTrainingConfig, rng: np.random.Generator) -> Views:
         size = training.block_size if by_block else None
         bounds = (training.lower_p, training.upper_p)
-        counts = (training.post_num, training.mask_times_per_sample)
-        return views(prompt_ids, response_ids, length, size, mask_id, rng, *bounds, *counts)
+        return views(example, size, mask_id, rng, *bounds, training.post_num, training.mask_times_per_sample)
 
     return method
 
 
+def _sft_trace(by_block: bool) -> Callable[..., Views]:
+    def method(example: Example, mask_id: int, training: SFTTrainingConfig, rng: object) -> Views:
+        size = training.block_size if by_block else None
+        return trace_views(example, size, mask_id, training.shrink, training.post_num)
+
+    return method
+
+
+def _sft_next_token(example: Example, mask_id: int, training: SFTTrainingConfig, rng: object) -> Views:
+    return next_token_views(example, training.post_num)
+
+
 # (trajectory, block_size or None, mask_id, the config's training section, rng) → Views
 RL_METHODS: dict[str, Callable[..., Views]] = {"TraceRL": _trace, "random_masking": _random, "coupled": _random}
-# by attention: (prompt_ids, response_ids, length, mask_id, the config's training section, rng) → Views
+# by attention: (example, mask_id, the config's training section, rng) → Views
 SFT_METHODS: dict[str, dict[str, Callable[..., Views]]] = {
-    "block": {"semi-ar": _sft(random_block_views, by_block=True)},
+    "block": {"semi-ar": _sft_random(random_block_views, by_block=True), "trace": _sft_trace(by_block=True)},
     "full": {
-        "semi-ar": _sft(random_whole_views, by_block=True),
-        "random_masking": _sft(random_whole_views, by_block=False),
+        "semi-ar": _sft_random(random_whole_views, by_block=True),
+        "random_masking": _sft_random(random_whole_views, by_block=False),
+        "trace": _sft_trace(by_block=False),
+        "ar": _sft_next_token,  # of networks that predict position i at i - 1
     },
 }
 
@@ -232,15 +271,33 @@ def _on_grid(grid: BlockGrid, values: list[int], outside: int) -> np.ndarray:
 
 def _noise_blocks(
     maskable: np.ndarray, predictable: np.ndarray, rng: np.random.Generator, lower_p: float, upper_p: float
-) -> np.ndarray:
-    """Mask each block's tokens with its own t, again until a token to predict is masked; all (blocks, width) bool."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mask each block's tokens with its own t, again until a token to predict is masked.
+
+    Returns who is masked, (blocks, width) bool, and the blocks' ELBO weights, (blocks, 1).
+    """
     masked = np.zeros_like(maskable)
+    shares = np.zeros((len(maskable), 1))
     empty = np.arange(len(maskable))
     while len(empty):
-        share = rng.uniform(lower_p, upper_p, size=(len(empty), 1))
+        shares[empty] = share = rng.uniform(lower_p, upper_p, size=(len(empty), 1))
         masked[empty] = (rng.uniform(size=(len(empty), maskable.shape[1])) < share) & maskable[empty]
         empty = empty[~(masked[empty] & predictable[empty]).any(1)]
-    return masked
+    return masked, elbo_weight(shares, predictable.sum(1, keepdims=True), lower_p, upper_p)
+
+
+def elbo_weight(share: np.ndarray, count: np.ndarray, lower_p: float, upper_p: float) -> np.ndarray:
+    """1/t of the evidence lower bound, for views of `count` tokens whose draw is repeated until one is masked.
+
+    In the bound a draw that masks none counts as zero; since it is drawn again here, the weight holds the probability
+    1 - E[(1-t)^count] of a draw that does mask one. The mean of weight × masked is then 1 for every token.
+    """
+    if lower_p == upper_p:
+        none_masked = (1 - lower_p) ** count
+    else:
+        powers = (1 - lower_p) ** (count + 1) - (1 - upper_p) ** (count + 1)
+        none_masked = powers / ((count + 1) * (upper_p - lower_p))
+    return (1 - none_masked) / share
 
 
 def _group_steps(row: np.ndarray, shrink: int) -> tuple[np.ndarray, np.ndarray]:
@@ -252,7 +309,13 @@ def _group_steps(row: np.ndarray, shrink: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _views(
-    grid: BlockGrid, row: np.ndarray, masked: np.ndarray, predict: np.ndarray, step: np.ndarray, mask_id: int
+    grid: BlockGrid,
+    row: np.ndarray,
+    masked: np.ndarray,
+    predict: np.ndarray,
+    step: np.ndarray,
+    mask_id: int,
+    weight: np.ndarray | None = None,  # (views, 1)
 ) -> Views:
     keep = predict.any(1)
     row, masked, predict, step = row[keep], masked[keep], predict[keep], step[keep]
@@ -265,4 +328,5 @@ def _views(
         predict=predict,
         response_index=grid.response_index[row],
         step=step,
+        weight=None if weight is None else np.broadcast_to(weight[keep], targets.shape),
     )

@@ -1,0 +1,179 @@
+"""Tokens per second of the engine against the plain loop: python -m benchmarks.rollout [--shape tiny|1.7b|4b|8b] …
+
+The engine's figures are taken over several batches, the plain loop's over single sequences between them, in the same
+run; ratios are medians over `--repeats` rounds. `--requests N` instead sends N requests of mixed lengths through room
+for 8 and prints the resident memory on the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.plain_loop import Clock, plain_loop, synchronize
+from benchmarks.shapes import SHAPES, make_network, rate_settings, roofline
+from common.metrics import print_table
+from common.runtime import console
+from common.schema import Sampling
+from common.trajectory import Request, Trajectory
+from sample.engine import Engine
+
+
+def main() -> None:
+    options = parse()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(options.threads)
+    model, mask_id = make_network(options.shape, device)
+    console.print(
+        f"{options.shape}, {device.type}, {next(model.parameters()).dtype}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, prompts of {options.prompt} tokens, responses of {options.tokens}"
+    )
+    if options.requests:
+        soak(model, mask_id, options.requests)
+        return
+    settings = Sampling(
+        max_token=options.tokens,
+        max_active=max(options.batch),
+        remasking_strategy="low_confidence_static",
+        temperature=options.temperature,
+        merge_commit=options.merge_commit,
+    )
+    if options.tokens_per_forward:
+        settings = rate_settings(settings, options.tokens_per_forward)
+    compare(model, mask_id, settings, options)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256], help="sequences side by side")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each response")
+    parser.add_argument(
+        "--tokens-per-forward", type=float, help="unmask at this rate; none: static, 4 steps per block of 4"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument(
+        "--merge-commit", type=lambda text: text == "True", help="True or False; none: the engine's choice"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, each with every batch and the plain loop")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count processor time: for a machine busy with other work"
+    )
+    parser.add_argument("--requests", type=int, default=0, help="only send so many requests through room for 8")
+    return parser.parse_args()
+
+
+def requests_of(count: int, prompt: int) -> list[Request]:
+    """Requests whose prompts leave 0, 1, 2 and 3 tokens of their block, in turn."""
+    return [Request(str(n), [(n + 7 * i) % 31 for i in range(prompt + n % 4)]) for n in range(count)]
+
+
+def compare(model: torch.nn.Module, mask_id: int, settings: Sampling, options: argparse.Namespace) -> None:
+    """Print the table: the plain loop, and the engine at each batch."""
+    engine = Engine(model, mask_id, ())
+    requests = {batch: requests_of(batch, options.prompt) for batch in options.batch}
+    seconds: dict[int, list[float]] = {batch: [] for batch in options.batch}
+    drawn: dict[int, list[Trajectory]] = {}
+    plain, clock = [], Clock()
+    for round_number in range(options.repeats + 1):
+        for batch in options.batch:
+            begin = now(options)
+            one = plain_loop(model, mask_id, (), requests[batch][0], settings, clock)
+            plain.append(now(options) - begin)
+            begin = now(options)
+            drawn[batch] = list(engine.generate(requests[batch], settings))
+            seconds[batch].append(now(options) - begin)
+            if model.dtype == torch.float32:
+                first = next(trajectory for trajectory in drawn[batch] if trajectory.task_id == "0")
+                assert (first.response_ids, first.step_map) == one[:2], "the engine is not the plain loop"
+        if round_number == 0:  # it warmed up
+            plain, clock = [], Clock()
+            seconds = {batch: [] for batch in options.batch}
+    per_response = statistics.median(plain)
+    share, calls = clock.seconds / clock.total, clock.calls / (len(plain) * options.tokens)
+    rows = [
+        {
+            "sampler": "plain loop",
+            "batch": 1,
+            "tokens/s": f"{options.tokens / per_response:.0f}",
+            "ratio": "1.00",
+            "forwards/token": f"{calls:.3f}",
+            "in the model": f"{100 * share:.0f} %",
+        }
+    ]
+    rows += [row_of(model, drawn[batch], seconds[batch], per_response, options) for batch in options.batch]
+    print_table(rows, title=f"rollout, {settings.remasking_strategy}")
+
+
+def row_of(
+    model: torch.nn.Module,
+    drawn: list[Trajectory],
+    seconds: list[float],
+    plain: float,
+    options: argparse.Namespace,
+) -> dict[str, object]:
+    """One batch's figures; the ratio is that of tokens per second to the plain loop's."""
+    median, tokens = statistics.median(seconds), sum(trajectory.length for trajectory in drawn)
+    forwards = sum(trajectory.forwards for trajectory in drawn)
+    unmasked = sum(len(trajectory.response_ids) for trajectory in drawn)  # with the last block's tokens past the limit
+    row = {
+        "sampler": "engine",
+        "batch": len(drawn),
+        "tokens/s": f"{tokens / median:.0f}",
+        "ratio": f"{len(drawn) * plain / median:.2f}",
+        "forwards/token": f"{forwards / unmasked:.3f}",
+        "tokens/forward": f"{unmasked / sum(trajectory.steps for trajectory in drawn):.2f}",
+        "peak MiB": f"{peak_memory() / 2**20:.0f}",
+    }
+    if model.device.type == "cuda":
+        steps = forwards / len(drawn)
+        limit = roofline(model, len(drawn), options.prompt + options.tokens / 2, forwards / unmasked)
+        row |= {"limit tokens/s": f"{tokens / (steps * limit):.0f}"}
+        row |= {"share of limit": f"{100 * steps * limit / median:.0f} %"}
+    return row
+
+
+def soak(model: torch.nn.Module, mask_id: int, count: int) -> None:
+    """Requests of mixed lengths through room for 8; one in a thousand can never fit."""
+    longest, settings = 96, Sampling(max_token=8, max_active=64, remasking_strategy="low_confidence_static")
+    settings.cache_tokens = 8 * (longest + 8)
+    lengths = [1 + 37 * n % longest if n % 1000 != 500 else settings.cache_tokens for n in range(count)]
+    requests = (Request(str(n), [n % 31] * length) for n, length in enumerate(lengths))
+    begin, seen, refused, marks = time.perf_counter(), set(), 0, {}
+    for trajectory in Engine(model, mask_id, ()).generate(requests, settings):
+        seen.add(trajectory.task_id)
+        refused += trajectory.finish_reason == "refused"
+        if len(seen) in (count // 10, count):
+            marks[len(seen)] = resident_memory()
+            seconds = time.perf_counter() - begin
+            console.print(f"{len(seen)} back after {seconds:.0f} s, resident {marks[len(seen)] / 2**20:.1f} MiB")
+    first, last = marks.values()
+    console.print(f"{len(seen)} of {count} returned, {refused} refused; resident memory {last / first:.3f}×")
+
+
+def now(options: argparse.Namespace) -> float:
+    synchronize()
+    return time.process_time() if options.cpu_time else time.perf_counter()
+
+
+def peak_memory() -> int:
+    """Bytes: the device's highest, or the process's highest on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""CUDA graphs of whole steps, so that a step costs the host one launch."""
+
+from __future__ import annotations
+
+import torch
+
+from common.runtime import console
+from sample.step import Step
+
+SEEN = 256  # the reach of the blocks is rounded up to a multiple of this
+
+
+class Graphs:
+    """A graph for each shape of a step: rows in use, rounded up to a power of two, and how far their blocks reach.
+
+    A step reads and writes only memory that stays where it is (weights, slots, cache), so that a graph stays valid
+    until that memory is given back.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+        self.usable = True
+
+    def forget(self) -> None:
+        """Drop all graphs: the memory they speak of goes away."""
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
+        self.steps: dict[tuple, Step] = {}  # kept because graphs read their tensors
+        self.pool: tuple[int, int] | None = None
+
+    def run(self, step: Step, rows: int, seen: int) -> None:
+        """The step, by its graph; the first one of a shape is run plainly, and the second recorded."""
+        limit = step.cache.width if step.cache is not None else step.slots.tokens.shape[1]
+        rows = min(1 << (rows - 1).bit_length(), len(step.slots.finished))
+        seen = min(-(-seen // SEEN) * SEEN, limit)
+        if not self.usable or (step.full_attention and step.settings.use_cache):
+            step(rows, seen)  # a prefix cache sorts its rows on the host
+            return
+        key = (rows, seen, limit, step.merge, step.stop_ids, repr(step.settings))
+        if key not in self.graphs:
+            self.graphs[key] = None
+            step(rows, seen)
+            return
+        if self.graphs[key] is None:
+            self.graphs[key], self.steps[key] = self.record(step, rows, seen), step
+        if self.graphs[key] is None:
+            step(rows, seen)
+        else:
+            self.graphs[key].replay()
+
+    def record(self, step: Step, rows: int, seen: int) -> torch.cuda.CUDAGraph | None:
+        """The graph of a step, which is not carried out; None where it cannot be recorded, and then never again."""
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                step(rows, seen)
+        except RuntimeError as error:
+            self.usable = False
+            console.print(f"steps are launched one kernel at a time: no CUDA graph ({str(error).splitlines()[0]})")
+            return None
+        return graph

@@ -1,0 +1,52 @@
+"""One network over several devices for sampling: transformers' own tensor-parallel plan, in groups of equal size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.integrations.tensor_parallel import apply_tensor_parallelism, replace_layer_number_by_wildcard
+
+from common.errors import UserError
+
+
+def shard(model: torch.nn.Module, size: int) -> int:
+    """Divide a loaded network's weights over groups of `size` processes; returns the number of this process's group.
+
+    All processes of the default process group call it, each with the whole network. The processes of a group then
+    draw the same responses together: each must be given the same requests. Every device is in one of the groups.
+    UserError where the devices or the heads do not divide.
+    """
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    key_heads = model.config.num_key_value_heads
+    if world % size:
+        raise UserError(f"rollout.tensor_parallel_size: {size} does not divide the {world} devices")
+    if key_heads % size:
+        raise UserError(f"rollout.tensor_parallel_size: {size} does not divide the model's {key_heads} key-value heads")
+    if size == 1:
+        return torch.distributed.get_rank() if world > 1 else 0
+    mesh = init_device_mesh(model.device.type, (world // size, size), mesh_dim_names=("group", "tensor"))
+    head, embedding = model.lm_head, model.model.embed_tokens
+    if head.weight is embedding.weight:  # the head is divided, the embedding is not
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    styles: dict[str, str] = {}
+    for name, module in model.named_modules():
+        style = model.tp_plan.get(replace_layer_number_by_wildcard(name))
+        if style is not None:  # transformers wants the parameters before their module
+            styles |= {f"{name}.{own}": style for own, _ in module.named_parameters(recurse=False)} | {name: style}
+    apply_tensor_parallelism(model, mesh["tensor"], styles)
+    return mesh["group"].get_local_rank()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be divided."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_into(own: Tensor, tensor: Tensor) -> None:
+    """Copy a whole tensor into one of ours in place, of which this process may hold a part; no communication."""
+    if isinstance(own, DTensor) and not isinstance(tensor, DTensor):
+        tensor = distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+    if local(own).data_ptr() != local(tensor).data_ptr():
+        local(own).copy_(local(tensor))

@@ -1,0 +1,294 @@
+"""What finetuning reads: answers, chats, columns and drawn samples; bad and long samples told, none lost silently."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.config import load_config
+from common.errors import UserError
+from common.schema import Sampling, SFTConfig
+from common.trajectory import Request, Score, Task
+from data.check import check_file
+from data.sft_records import Answer, Chat, Ids, load_samples
+from models import LoadedModel, load_model
+from models.tiny import build_tiny
+from rollout.collect import Rollout
+from rollout.evaluate import write_samples
+from sample.engine import Engine
+from train import prepare_sft
+from train.sft_data import Samples, make_samples, read_samples, split, told_reasons
+from train.sft_step import rows_of
+from train.views import Example, trace_views
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAT = [
+    {"role": "user", "content": "1+2"},
+    {"role": "assistant", "content": "3"},
+    {"role": "user", "content": "4"},
+    {"role": "assistant", "content": "3+4=7"},
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModel]:
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("sdar", "dream"):
+        build_tiny(family, folder / family, seed=3)
+    return {family: load_model(folder / family, family) for family in ("sdar", "dream")}
+
+
+def write(path: Path, records: list) -> Path:
+    """A .jsonl file; a text stands there as it is."""
+    lines = [one if isinstance(one, str) else json.dumps(one) for one in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def config_of(data: Path, **changes: object) -> SFTConfig:
+    """The tiny config on that data; keywords are keys with __ for the dot."""
+    values = {"dataset.optimization_data": data, "training.method": "semi-ar", "training.max_gen_length": 24}
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return load_config("sft", [f"config={ROOT}/configs/sft_tiny.yaml", *(f"{k}={v}" for k, v in values.items())])
+
+
+def samples_of(loaded: LoadedModel, config: SFTConfig) -> Samples:
+    return make_samples(config, loaded, read_samples(config.dataset))
+
+
+def text(loaded: LoadedModel, ids: list[int]) -> str:
+    return loaded.tokenizer.decode(ids)
+
+
+# ---- what a record is
+
+
+def test_forms_of_a_record(tmp_path: Path) -> None:
+    """Ids before texts, texts before messages; blank lines count as lines."""
+    path = write(
+        tmp_path / "x.jsonl",
+        [
+            {"prompt": "a", "response": 4},
+            "",
+            {"prompt": "a", "messages": CHAT},
+            {"prompt": "a", "response": "b", "prompt_ids": [1], "response_ids": [2, 3], "step_map": [1, 0]},
+            {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
+        ],
+    )
+    samples = load_samples(str(path))
+    assert [sample for _, sample in samples] == [
+        Answer("a", "4"),
+        Chat(CHAT),
+        Ids([1], [2, 3], [1, 0]),
+        Chat([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]),
+    ]
+    assert [place for place, _ in samples][1] == f"line 3 of '{path}'"
+    assert check_file(str(write(tmp_path / "y.jsonl", [{"messages": CHAT}]))).endswith(
+        "(1 conversations), 0 with a step map"
+    )
+
+
+def test_columns_by_key_from_parquet(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([{"problem": "1+2", "solution": "3", "response_ids": None}])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    keys = {"dataset__prompt_key": "problem", "dataset__response_key": "solution"}
+    config = config_of(tmp_path / "x.parquet", **keys, dataset__prompts__math="'{question}='")
+    example = samples_of(tiny["sdar"], config).conversations[0][0]
+    assert text(tiny["sdar"], example.prompt_ids) == "<|im_start|>1+2=<|assistant|>"
+    assert text(tiny["sdar"], example.response_ids[: example.length]) == "3<|im_end|>"
+    with pytest.raises(UserError, match=r"record 1 .* has no `prompt` .*name yours in dataset\.prompt_key"):
+        samples_of(tiny["sdar"], config_of(tmp_path / "x.parquet"))
+
+
+BAD = [
+    ("{broken", "is not valid JSON", "broken line"),
+    ("[1, 2]", "is a list, not an object", "broken line"),
+    ({"prompt": "1+2"}, "has no `response` that is text", "no response"),
+    ({"prompt": "1+2", "response": " "}, "has an empty `response`", "empty response"),
+    ({"prompt": "", "response": "3"}, "has an empty `prompt`", "empty prompt"),
+    ({"prompt": "1", "response": "3", "step_map": [0.5]}, "not a list of whole numbers", "step map"),
+    ({"prompt": "1", "response": "345", "step_map": [0, 1]}, "`step_map` of 2 entries.* 3 tokens, or 4", "step map"),
+    ({"prompt_ids": [1], "response_ids": [2, 3], "step_map": [0]}, "1 entries for 2 `response_ids`", "step map"),
+    ({"prompt_ids": [1], "response_ids": [2, 999]}, "token ids beyond the 39 of the model", "ids"),
+    ({"prompt_ids": [1], "response_ids": [2], "length": 2}, "has the `length` 2", "ids"),
+    ({"response_ids": [2, 3]}, "has no `prompt_ids`", "ids"),
+    ({"prompt": "1", "response": "3<|MASK|>"}, "has the mask token in its response", "ids"),
+    ({"messages": CHAT[:1]}, "has no turn of the assistant", "no assistant turn"),
+    ({"messages": CHAT[1:]}, "begins with the assistant", "messages"),
+    ({"messages": [*CHAT[:1], {"role": "assistant", "content": ""}]}, "empty turn of the assistant", "empty response"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "message 1 of the role 'robot'", "messages"),
+]
+
+
+@pytest.mark.parametrize(("record", "message", "reason"), BAD, ids=[message for _, message, _ in BAD])
+def test_bad_samples_are_refused_by_line_or_counted(
+    tmp_path: Path, tiny: dict[str, LoadedModel], record: object, message: str, reason: str
+) -> None:
+    path = write(tmp_path / "x.jsonl", [{"prompt": "1+2", "response": "3"}, "", record])
+    with pytest.raises(UserError, match=rf"dataset\.optimization_data: line 3 of .*{message}.*bad_samples=skip"):
+        samples_of(tiny["sdar"], config_of(path))
+    samples = samples_of(tiny["sdar"], config_of(path, dataset__bad_samples="skip"))
+    assert len(samples.conversations) == 1 and samples.left_out == {reason: 1}
+    assert told_reasons(samples, 1, 1).startswith(f"1 {reason}; the first: line 3 of ")
+
+
+def test_only_correct_samples(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    record = {"prompt": "1+2", "response": "3"}
+    path = write(tmp_path / "x.jsonl", [record | {"correct": True}, record | {"correct": False}])
+    samples = samples_of(tiny["sdar"], config_of(path, dataset__correct_only="true"))
+    assert len(samples.conversations) == 1 and told_reasons(samples, 1, 1) == "1 not correct"
+    assert len(samples_of(tiny["sdar"], config_of(path)).conversations) == 2
+    with pytest.raises(UserError, match=r"line 1 .* has no `correct`"):
+        samples_of(tiny["sdar"], config_of(write(path, [record]), dataset__correct_only="true"))
+
+
+def test_too_long_samples_are_counted_by_reason(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    """Lengths in tokens: a prompt is its characters and two, a response its characters and the stop token."""
+    records = [
+        {"prompt": "1" * 11, "response": "1"},
+        {"prompt": "1", "response": "1" * 24},
+        {"prompt": "2", "response": "2" * 23},
+        {"prompt": "1" * 10, "response": "1"},
+    ]
+    config = config_of(write(tmp_path / "x.jsonl", records), training__max_prompt_len=12)
+    samples = samples_of(tiny["sdar"], config)
+    assert [one[0].length for one in samples.conversations] == [24, 2]
+    told = told_reasons(samples, 12, 24)
+    assert told == "1 prompts over training.max_prompt_len 12, 1 responses over training.max_gen_length 24"
+    with pytest.raises(UserError, match=r"no sample of .* can be used \(1 prompts over training.max_prompt_len 12\)"):
+        samples_of(tiny["sdar"], config_of(write(tmp_path / "y.jsonl", records[:1]), training__max_prompt_len=12))
+
+
+# ---- from records to examples
+
+
+def test_fill(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    """Stop tokens fill the last block, or the canvas that max_gen_length makes; a trace leaves masks there."""
+    path = write(tmp_path / "x.jsonl", [{"prompt": "1+2", "response": "345", "step_map": [2, 0, 1]}])
+    for family, total in (("sdar", 12 - 5), ("dream", 24)):
+        loaded = tiny[family]
+        stop = loaded.tokenizer.eos_token_id
+        size = {"training__block_size": 4}
+        example = samples_of(loaded, config_of(path, **size)).conversations[0][0]
+        assert example.length == 4 and example.response_ids[3:] == [stop] * (total - 3) and example.step_map is None
+        example = samples_of(loaded, config_of(path, **size, training__method="trace")).conversations[0][0]
+        assert example.step_map == [2, 0, 1, 3] + [-1] * (total - 4)
+    with pytest.raises(UserError, match=r"line 1 .* has no `step_map`, which training\.method=trace replays"):
+        samples_of(tiny["sdar"], config_of(write(path, [{"prompt": "1", "response": "2"}]), training__method="trace"))
+
+
+def test_prompts_in_the_template_already(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    path = write(tmp_path / "x.jsonl", [{"prompt": "<|im_start|>1+2<|assistant|>", "response": "3"}])
+    raw = samples_of(tiny["sdar"], config_of(path, dataset__apply_chat_template="false")).conversations[0][0]
+    plain = samples_of(tiny["sdar"], config_of(write(path, [{"prompt": "1+2", "response": "3"}]))).conversations[0][0]
+    assert raw == plain
+
+
+@pytest.mark.parametrize("family", ["sdar", "dream"])
+def test_chats_are_learned_on_the_assistants_turns_only(
+    tmp_path: Path, tiny: dict[str, LoadedModel], family: str
+) -> None:
+    """Under block attention the turns share one row; what is predicted are the assistant's tokens, in their context."""
+    loaded, path = tiny[family], write(tmp_path / "x.jsonl", [{"messages": CHAT}])
+    config = config_of(path, training__lower_p=1.0, training__block_size=4, training__post_num=0)
+    conversations = samples_of(loaded, config).conversations
+    assert [len(one) for one in conversations] == ([2] if family == "sdar" else [1, 1])
+    examples = [example for one in conversations for example in one]
+    prompts = [text(loaded, example.prompt_ids) for example in examples]
+    first = "<|im_start|>1+2<|assistant|>"
+    assert prompts == [first, f"{first}3<|im_end|><|im_start|>4<|assistant|>"]
+    rows = rows_of(config.training, loaded, conversations, np.random.default_rng(0))
+    assert text(loaded, np.concatenate([row.target for row in rows]).tolist()) == "3<|im_end|>3+4=7<|im_end|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_not_shared(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    """As one that drops the thinking of earlier turns: the later prompt does not go on from the earlier example."""
+    loaded, tokenizer = tiny["sdar"], tiny["sdar"].tokenizer
+    template = tokenizer.chat_template
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "chat_template", template.replace("{{ message['content'] }}", "9", 1))
+        conversations = samples_of(loaded, config_of(write(tmp_path / "x.jsonl", [{"messages": CHAT}]))).conversations
+    assert [len(one) for one in conversations] == [1, 1]
+
+
+def test_the_split_keeps_a_prompts_samples_together() -> None:
+    conversations = [[Example([n % 10], [1], 1)] for n in range(40)]
+    learned, held_out = split(conversations, 0.25, seed=1)
+    assert len(held_out) == 12 and len(learned) == 28, "3 of 10 prompts, 4 samples each"
+    assert not {one[0].prompt_ids[0] for one in learned} & {one[0].prompt_ids[0] for one in held_out}
+    assert split(conversations[::-1], 0.25, seed=1)[1] == held_out[::-1] and split(conversations, 0, 1)[1] == []
+    assert {one[0].prompt_ids[0] for one in split(conversations, 0.25, 2)[1]} != {
+        one[0].prompt_ids[0] for one in held_out
+    }
+    with pytest.raises(UserError, match=r"dataset\.validation_share=0\.5 of 1 prompts leaves none"):
+        split(conversations[:1], 0.5, seed=1)
+
+
+# ---- samples of eval.py, and prepared ones
+
+
+@pytest.mark.parametrize("family", ["sdar", "dream"])
+def test_drawn_samples_are_learned_with_their_ids_and_steps(
+    tmp_path: Path, tiny: dict[str, LoadedModel], family: str
+) -> None:
+    """samples.jsonl as eval.py writes it: the views are those of the trajectory itself, nothing is tokenised again."""
+    loaded = tiny[family]
+    settings = Sampling(max_token=24, block_size=4, steps=12, dynamic_threshold=0.1)
+    prompts = [[35, *range(n), 36] for n in (2, 3, 5)]
+    drawn = Engine(loaded.model, loaded.mask_id, (1, 2, 3, 4)).generate(
+        [Request(str(n), ids, seed=3) for n, ids in enumerate(prompts)], settings
+    )
+    drawn = sorted(drawn, key=lambda one: one.task_id)
+    for one in drawn:
+        one.text = loaded.tokenizer.decode(one.response_ids[: one.length])
+    groups = [[Rollout(Task(one.task_id, "1+2", "3"), one, Score(1.0, True, "passed"))] for one in drawn]
+    write_samples(tmp_path / "samples.jsonl", groups, {"step": 0, "setting": "dynamic"})
+    config = config_of(tmp_path / "samples.jsonl", training__method="trace", training__block_size=4)
+    config.dataset.correct_only = True
+    examples = [one[0] for one in samples_of(loaded, config).conversations]
+    assert [one.prompt_ids for one in examples] == prompts
+    size = 4 if family == "sdar" else None
+    for example, trajectory in zip(examples, drawn):
+        assert (example.response_ids, example.step_map) == (trajectory.response_ids, trajectory.step_map)
+        ours = trace_views(example, size, loaded.mask_id)
+        theirs = trace_views(trajectory, size, loaded.mask_id)
+        assert len(ours) > 1 and (ours.inputs == theirs.inputs).all() and (ours.predict == theirs.predict).all()
+    again = samples_of(loaded, config_of(tmp_path / "samples.jsonl", training__block_size=4)).conversations
+    stop = loaded.tokenizer.eos_token_id
+    for conversation, trajectory in zip(again, drawn):
+        kept = trajectory.response_ids[: trajectory.length]
+        assert conversation[0].response_ids[: len(kept)] == kept
+        assert set(conversation[0].response_ids[len(kept) :]) <= {stop}, "other methods know nothing of masks"
+
+
+def test_prepared_samples_are_those_that_they_came_from(
+    tmp_path: Path, tiny: dict[str, LoadedModel], capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [
+        {"prompt": "1+2", "response": "3", "step_map": [0, 1]},
+        {"messages": CHAT[:2]},
+        {"prompt": "4" * 30, "response": "5"},
+        "broken",
+    ]
+    raw = write(tmp_path / "raw.jsonl", records)
+    folder = tiny["sdar"].model.config.name_or_path
+    options = {"model__pretrained_model": folder, "dataset__bad_samples": "skip", "training__max_prompt_len": 20}
+    config, out = config_of(raw, **options), tmp_path / "new" / "out.jsonl"
+    prepare_sft.prepare(config, out)
+    told = capsys.readouterr().out
+    assert "3 samples" in told and "left out: 1 broken line; the first: line 4 of" in told
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 3, "long ones are counted, not dropped"
+    assert lines[0]["prompt"] == "<|im_start|>1+2<|assistant|>" and lines[0]["step_map"] == [0, 1]
+    again = samples_of(tiny["sdar"], config_of(out, training__max_prompt_len=20)).conversations
+    assert again == samples_of(tiny["sdar"], config).conversations and len(again) == 2
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("sys.argv", ["prepare_sft", f"config={ROOT}/configs/sft_tiny.yaml"])
+        prepare_sft.main()
+    assert "error: out= is missing" in capsys.readouterr().err
