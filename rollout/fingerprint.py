@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.runtime import device_and_dtype
 from common.schema import EvalConfig, Sampling
 from common.trajectory import Task
 from common.versions import versions
@@ -22,7 +23,7 @@ from rollout.collect import encode_task, kind_of
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt")
 # Of the settings, those that change speed and nothing else; they stand outside the id.
-SPEED_ONLY = ("max_active",)
+SPEED_ONLY = ("max_active", "merge_commit", "cache_tokens", "free_cache")
 
 Fingerprint = dict[str, Any]
 
@@ -37,6 +38,7 @@ def fingerprint_of(
 
     The prompts' hash is over their token ids: it covers instruction, chat template and tokenizer together.
     """
+    device, dtype = device_and_dtype(config.dtype)
     think = next(iter(settings.values())).start_with_think
     prompts = [encode_task(loaded, task, config.dataset, think) for task in tasks]
     kind = kind_of(tasks[0], config.dataset.data_type)
@@ -44,7 +46,7 @@ def fingerprint_of(
         "model": {
             "name": config.model,
             "family": config.model_base,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
             "files": file_hashes(local_folder(config.model)),
         },
         "data": {
@@ -61,7 +63,7 @@ def fingerprint_of(
         "seed": config.seed,
         "settings": {name: dataclasses.asdict(setting) for name, setting in settings.items()},
     }
-    facts = {"device": loaded.model.device.type, "versions": versions()}
+    facts = {"device": device.type, "versions": versions()}
     return {"id": hash_json(_what_counts(about))[:12]} | about | facts
 
 
