@@ -146,11 +146,16 @@ def collect(
     groups = [group for group in groups if None not in group]  # a prompt is refused with all its samples
     if prompts and not groups:
         raise UserError("rollout.cache_tokens: every request was refused; allow more, or set it to null")
+    tell_unscored(groups)
+    return groups
+
+
+def tell_unscored(groups: Sequence[Sequence[Rollout]]) -> None:
+    """Say how many responses a failed sandbox or judge left without a score."""
     unknown = sum(rollout.score.verdict == "infrastructure" for group in groups for rollout in group)
     if unknown:
         total = sum(map(len, groups))
         console.print(f"{unknown} of {total} responses could not be scored (infrastructure) and earn nothing")
-    return groups
 
 
 def stop_if_asked() -> None:
