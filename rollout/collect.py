@@ -91,12 +91,7 @@ def collect(
     """
     samples, known = settings.num_response_per_task, known or {}
     groups = [[known.get((task.id, sample)) for sample in range(samples)] for task, _ in prompts]
-    requests = [
-        Request(task.id, ids, sample, seed, step)
-        for (task, ids), group in zip(prompts, groups)
-        for sample in range(samples)
-        if group[sample] is None
-    ]
+    requests = missing_requests(prompts, groups, seed, step)
     queue = Queue(requests, shared=True)
     place = {task.id: number for number, (task, _) in enumerate(prompts)}
     submit = submitter(scorer)
@@ -148,6 +143,18 @@ def collect(
         raise UserError("rollout.cache_tokens: every request was refused; allow more, or set it to null")
     tell_unscored(groups)
     return groups
+
+
+def missing_requests(
+    prompts: Sequence[tuple[Task, list[int]]], groups: Sequence[Sequence[Rollout | None]], seed: int, step: int
+) -> list[Request]:
+    """A request for every response that is not there yet."""
+    return [
+        Request(task.id, ids, sample, seed, step)
+        for (task, ids), group in zip(prompts, groups)
+        for sample, known in enumerate(group)
+        if known is None
+    ]
 
 
 def tell_unscored(groups: Sequence[Sequence[Rollout]]) -> None:
