@@ -92,12 +92,7 @@ def collect(
     """
     samples, known = settings.num_response_per_task, known or {}
     groups = [[known.get((task.id, sample)) for sample in range(samples)] for task, _ in prompts]
-    requests = [
-        Request(task.id, ids, sample, seed, step)
-        for (task, ids), group in zip(prompts, groups)
-        for sample in range(samples)
-        if group[sample] is None
-    ]
+    requests = missing_requests(prompts, groups, seed, step)
     queue = Queue(requests, shared=True)
     place = {task.id: number for number, (task, _) in enumerate(prompts)}
     submit = submitter(scorer)
@@ -148,11 +143,28 @@ def collect(
     groups = [group for group in groups if None not in group]  # a prompt is refused with all its samples
     if prompts and not groups:
         raise UserError("rollout.cache_tokens: every request was refused; allow more, or set it to null")
+    tell_unscored(groups)
+    return groups
+
+
+def missing_requests(
+    prompts: Sequence[tuple[Task, list[int]]], groups: Sequence[Sequence[Rollout | None]], seed: int, step: int
+) -> list[Request]:
+    """A request for every response that is not there yet."""
+    return [
+        Request(task.id, ids, sample, seed, step)
+        for (task, ids), group in zip(prompts, groups)
+        for sample, known in enumerate(group)
+        if known is None
+    ]
+
+
+def tell_unscored(groups: Sequence[Sequence[Rollout]]) -> None:
+    """Say how many responses a failed sandbox or judge left without a score."""
     unknown = sum(rollout.score.verdict == "infrastructure" for group in groups for rollout in group)
     if unknown:
         total = sum(map(len, groups))
         console.print(f"{unknown} of {total} responses could not be scored (infrastructure) and earn nothing")
-    return groups
 
 
 def stop_if_asked() -> None:
