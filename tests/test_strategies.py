@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from hypothesis import strategies as st
 from common import schema
 from common.errors import UserError
 from common.schema import Sampling
+from common.trajectory import Request
+from models import load_model
 from sample.draw import Candidates
+from sample.engine import Engine
 from sample.strategies import STRATEGIES, even_split, find_strategy, top_k_masked
 from tests import reference
 
@@ -181,3 +185,27 @@ def test_a_strategy_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(tmp_path)
     block = plain(3, masked=[True, False, True])
     assert call("strategy_of_mine:last", block) == [{0, 2}]
+
+
+def test_the_strategy_of_the_docs(tiny_sdar, tmp_path, monkeypatch):
+    """docs/strategies.md: its function draws, unmasks what it says, and takes one position where nothing is sure."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "strategies.md").read_text(encoding="utf-8")
+    (tmp_path / "my_strategies.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded = load_model(tiny_sdar, "sdar")
+    engine = Engine(loaded.model, loaded.mask_id, ())
+    request = Request("a", [1, 2, 3, 4, 5], seed=3)
+    # an untrained network: probabilities of 0.02 to 0.2, about 3 nats
+    steps = {}
+    for bound in (0.0, 100.0):
+        settings = Sampling(
+            max_token=11,
+            dynamic_threshold=0.01,
+            eb_threshold=bound,
+            remasking_strategy="my_strategies:sure_and_calm",
+        )
+        (drawn,) = engine.generate([request], settings)
+        assert len(drawn.response_ids) == 11 and min(drawn.step_map) >= 0
+        steps[bound] = drawn.steps
+    assert steps[0.0] == 11 and steps[100.0] < 11
