@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn_policy import drawn as drawn
 
 from models.tiny import build_tiny
 

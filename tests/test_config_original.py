@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -282,3 +283,29 @@ def test_finetuning_configs_carry_the_published_numbers(load, monkeypatch):
     assert vars(mmada.training) == vars(ours.training) and mmada.model.model_base == "mmada"
     long = load_config("sft", [f"config={ROOT}/configs/sft_trado_longcot.yaml"])
     assert long.training.max_gen_length == long.evaluation.max_token == 30_000 and long.evaluation.start_with_think
+
+
+PUBLISHED = ROOT.parent / "shared" / "original_settings.json"
+FILES = json.loads(PUBLISHED.read_text(encoding="utf-8"))["files"] if PUBLISHED.is_file() else {}
+JOB_OF = {"sft": "sft", "eval": "eval", "rl": "rl"}  # by the word in the file's name
+
+
+@pytest.mark.parametrize("name", FILES or [None])
+def test_the_originals_own_files_load_and_ours_of_that_name_agree(name, tmp_path, capsys):
+    if name is None:
+        pytest.skip("original_settings.json is not in shared/ beside the repository")
+    job = next(job for word, job in JOB_OF.items() if word in name)
+    (tmp_path / name).write_text(yaml.safe_dump(FILES[name]), encoding="utf-8")
+    theirs = load_config(job, [f"config={tmp_path / name}"])
+    ours = load_config(job, [f"config={ROOT}/configs/{name}"])
+    assert theirs.experiment.project == name.removesuffix(".yaml")
+    if job == "sft":
+        assert theirs.training.method == ours.training.method
+        return
+    sampling = ("max_token", "block_size", "temperature", "top_p", "top_k", "remasking_strategy", "dynamic_threshold")
+    for key in (*sampling, "steps", "further_horizon", "start_with_think", "num_response_per_task"):
+        assert getattr(theirs.rollout, key) == getattr(ours.rollout, key), key
+    if job == "rl":
+        for key in ("method", "shrink", "eps", "beta", "gam", "lam", "post_num", "max_prompt_len"):
+            assert getattr(theirs.training, key) == getattr(ours.training, key), key
+        assert theirs.rollout.num_task_per_step == ours.rollout.num_task_per_step

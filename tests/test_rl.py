@@ -10,21 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn_policy import Drawn
 from safetensors.torch import load_file
 
 from benchmarks.coin_flip import coin_flip
 from common.config import load_config
 from common.errors import UserError
-from common.schema import OptimizerParams, RLTrainingConfig, Sampling, SchedulerConfig
-from common.trajectory import Request, Score, Task, Trajectory
+from common.trajectory import Score, Task, Trajectory
 from models import load_model
 from rollout.collect import Rollout
-from sample.engine import Engine
 from train import rl_trainer
-from train.optimize import Learner, make_learner
-from train.policy import Policy
-from train.rl_step import learn
-from train.samples import Layout, Sample, kept_samples
+from train.samples import kept_samples
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "rl_tiny.yaml"
 BLOCK = 4
@@ -313,32 +309,6 @@ def test_kl_to_the_initial_model(tiny_sdar: Path, tmp_path: Path) -> None:
 # ---- the check that the trainer reproduces the engine
 
 
-@dataclass
-class Drawn:
-    """A policy and responses it drew at temperature 1."""
-
-    learner: Learner
-    samples: list[Sample]
-    mask_id: int
-
-    def learn(self, samples: list[Sample] | None = None, exact: bool = True, **training: object) -> dict[str, float]:
-        settings = RLTrainingConfig(**training)
-        chosen = self.samples if samples is None else samples
-        return learn(self.learner, chosen, settings, Layout(self.mask_id, BLOCK), 16, seed=[0], exact=exact)
-
-
-@pytest.fixture
-def drawn(tiny_sdar: Path) -> Drawn:
-    loaded = load_model(tiny_sdar, "sdar")
-    params = OptimizerParams(learning_rate=1e-3)
-    learner = make_learner(Policy(loaded.model, loaded.mask_id), params, SchedulerConfig(), 10, RLTrainingConfig())
-    settings = Sampling(max_token=16, remasking_strategy="low_confidence_static")
-    requests = [Request(str(n), list(range(5 + n)), seed=1) for n in range(4)]
-    trajectories = Engine(loaded.model, loaded.mask_id, loaded.stop_ids).generate(requests, settings)
-    ordered = sorted(trajectories, key=lambda one: one.task_id)
-    return Drawn(learner, [Sample(one, (-1.0) ** n) for n, one in enumerate(ordered)], loaded.mask_id)
-
-
 def shifted(trajectory: Trajectory) -> Trajectory:
     """Every block's order of unmasking reversed, as from a step map that lost its place."""
     first = len(trajectory.prompt_ids) % BLOCK
@@ -374,7 +344,6 @@ def test_stale_weights_stop_the_run(drawn: Drawn) -> None:
 
 def test_merged_steps_start_from_their_own_logp(drawn: Drawn) -> None:
     """With shrink 2 the engine's numbers are not those of the views: `auto` takes the trainer's, so the ratio is 1."""
-    before = {name: tensor.clone() for name, tensor in drawn.learner.network.state_dict().items()}
     figures = drawn.learn(shrink=2, beta=0.0)
     assert figures["kl"] == pytest.approx(0, abs=1e-9) and figures["clip_fraction"] == 0
     lengths = [one.trajectory.length for one in drawn.samples]
@@ -383,7 +352,7 @@ def test_merged_steps_start_from_their_own_logp(drawn: Drawn) -> None:
     mean = sum(a * n for a, n in zip(advantages, lengths)) / sum(lengths)
     assert figures["loss"] == pytest.approx(-mean, abs=1e-5)
     assert figures["logp_diff_max"] <= 1e-5  # measured on exact replays all the same
-    drawn.learner.network.load_state_dict(before)
+    drawn.learner.network.load_state_dict(drawn.start)
     assert drawn.learn(shrink=2, old_logp="engine")["kl"] > 1e-3
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.trajectory import Trajectory
-from train.views import Example, Views, block_grid, random_block_views, trace_views
+from train.views import Example, Views, block_grid, random_block_views, random_views, trace_views
 
 MASK, VOCABULARY = 7, 40
 
@@ -134,3 +134,18 @@ def test_share_of_masked_tokens_is_uniform() -> None:
     assert np.std(shares) == pytest.approx((high - low) / np.sqrt(12), abs=0.02)
     quarters, _ = np.histogram(shares, bins=4, range=(low, high))
     assert quarters.min() > 150
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.integers(1, 3), st.sampled_from([0, 3]))
+def test_a_coupled_pair_divides_the_response(case: tuple[Trajectory, int], times: int, post_num: int) -> None:
+    """Under block attention: noisings 2n and 2n + 1 predict every predictable token once, and show each other's."""
+    trajectory, block_size = case
+    rng = np.random.default_rng(len(trajectory.response_ids))
+    views = random_views(trajectory, block_size, MASK, rng, 0.1, 0.9, times, post_num, coupled=True)
+    end = min(trajectory.length + post_num, len(trajectory.response_ids))
+    for pair in range(times):
+        own = views.predict & (views.step // 2 == pair)
+        assert sorted(views.response_index[own].tolist()) == list(range(end))
+    visible = (views.inputs != MASK) & (views.response_index >= 0)
+    assert (views.inputs[visible] == views.targets[visible]).all() and not (visible & views.predict).any()
