@@ -209,6 +209,9 @@ def ray_process(arguments: Sequence[str], port: int, folder: Path) -> Iterator[s
     try:
         yield process
     finally:
+        if process.poll() is not None:
+            told = (folder / "ray.log").read_text().strip().splitlines()[-15:]
+            print("Ray ended by itself on this node:", *told, sep="\n  ", file=sys.stderr, flush=True)
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(timeout=20)
