@@ -1,4 +1,6 @@
-"""Draw responses from a diffusion language model: python generate.py model=PATH prompt="…" [key=value …]
+"""Draw responses from a diffusion language model: python generate.py model=PATH [prompt="…"] [key=value …]
+
+Without a prompt it is a chat in the terminal.
 
 From Python: `from generate import block_diffusion_generate, diffusion_generate`, which also makes transformers' Auto
 classes read every family's checkpoints.

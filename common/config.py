@@ -39,7 +39,9 @@ REQUIRED = {
     "rl": ("model.pretrained_model", "dataset.train_dataset"),
     "eval": ("model", "dataset.eval_dataset"),
     "sft": ("model.pretrained_model", "dataset.optimization_data"),
-    "generate": ("model", "prompt"),
+    "generate": ("model",),
+    "trace": ("model",),
+    "serve": ("model",),
 }
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 # The keys that take a list in evaluation: entry i of every list makes setting i.

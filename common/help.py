@@ -9,7 +9,11 @@ from common.keys import default_of, keys_of
 from common.layers import ENTRY_SCRIPTS, EXAMPLES, configs_of
 from common.schema import JOBS
 
-REQUIRED_ARGUMENT = {"generate": 'model=PATH prompt="…"'}  # of jobs that need no config
+REQUIRED_ARGUMENT = {  # of jobs that need no config
+    "generate": 'model=PATH [prompt="…"]',
+    "trace": 'model=PATH prompt="…"',
+    "serve": "model=PATH",
+}
 
 README_HEAD = """# Config keys
 

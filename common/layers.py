@@ -20,9 +20,17 @@ from common.older_keys import OBSOLETE_KEYS, RENAMED_KEYS, RENAMED_VALUES, UPDAT
 from common.schema import JOBS
 
 ROOT = Path(__file__).resolve().parents[1]
-ENTRY_SCRIPTS = {"rl": "rl.py", "eval": "eval.py", "sft": "train/sft_<family>.py", "generate": "generate.py"}
-CONFIG_IS_OPTIONAL = {"generate"}
-EXAMPLES = {"rl": "training.seed=1", "eval": "seed=1", "sft": "training.seed=1", "generate": "temperature=0"}
+ENTRY_SCRIPTS = {
+    "rl": "rl.py",
+    "eval": "eval.py",
+    "sft": "train/sft_<family>.py",
+    "generate": "generate.py",
+    "trace": "sample/get_trace_viewer.py",
+    "serve": "serve.py",
+}
+CONFIG_IS_OPTIONAL = {"generate", "trace", "serve"}
+EXAMPLES = {"rl": "training.seed=1", "eval": "seed=1", "sft": "training.seed=1"}
+EXAMPLES |= {"generate": "temperature=0", "trace": "out=trace.html", "serve": "port=8001"}
 DEFAULT_FAMILY = "sdar"
 Layer = tuple[str, dict[str, Any]]  # where it was written, its keys
 

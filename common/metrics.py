@@ -253,8 +253,8 @@ def draw_curves(metrics: str | Path, png: str | Path) -> int:
         # Said, not raised: a finished run is not failed for want of a picture.
         print("curves.png was not drawn: pip install matplotlib", file=sys.stderr)
         return 0
-    curves = _curves(read_rows(metrics))
-    panels = [(panel, chosen) for panel in PANELS if (chosen := _chosen(panel, curves))]
+    curves = curves_of(read_rows(metrics))
+    panels = [(panel, chosen) for panel in PANELS if (chosen := chosen_curves(panel, curves))]
     if not panels:
         return 0
     columns = min(3, len(panels))
@@ -282,7 +282,7 @@ def draw_curves(metrics: str | Path, png: str | Path) -> int:
 Curve = tuple[list[int], list[float]]
 
 
-def _curves(rows: list[Row]) -> dict[str, Curve]:
+def curves_of(rows: list[Row]) -> dict[str, Curve]:
     """Steps and values of every key that has numbers."""
     curves: dict[str, Curve] = {}
     for row in rows:
@@ -294,7 +294,7 @@ def _curves(rows: list[Row]) -> dict[str, Curve]:
     return curves
 
 
-def _chosen(panel: Panel, curves: dict[str, Curve]) -> dict[str, Curve]:
+def chosen_curves(panel: Panel, curves: dict[str, Curve]) -> dict[str, Curve]:
     keys = sorted(curves, key=lambda key: (key.startswith("eval/"), key))
     return {key: curves[key] for key in keys if re.fullmatch(panel.keys, key)}
 

@@ -382,15 +382,37 @@ class SFTConfig:
 
 
 @dataclass
-class GenerateConfig(Sampling):
-    """python generate.py model=PATH prompt="…" : one prompt answered in the terminal."""
-
+class OneModel(Sampling):
     model: str = key("", "folder or hub id of the model")
     model_base: str = key("", "the family; empty: the first that reads this kind of checkpoint")
-    prompt: str = key("", "what the user says")
-    prompt_template: str = key("{question}", "an instruction around the prompt, {question}")
-    seed: int = key(10086, "of the draws", low=0)
     dtype: str = key("auto", "of the weights: auto, float32, bfloat16", choices=DTYPES)
 
 
-JOBS: dict[str, type] = {"rl": RLConfig, "eval": EvalConfig, "sft": SFTConfig, "generate": GenerateConfig}
+@dataclass
+class GenerateConfig(OneModel):
+    """python generate.py model=PATH [prompt="…"] : one prompt answered in the terminal, or a chat."""
+
+    prompt: str = key("", "what the user says; empty: a chat")
+    prompt_template: str = key("{question}", "an instruction around the prompt, {question}")
+    seed: int = key(10086, "of the draws", low=0)
+
+
+@dataclass
+class TraceConfig(GenerateConfig):
+    out: str = key("trace.html", "the page to write")
+    samples: str = key("", "show responses of this samples.jsonl or rollouts/step-0001.jsonl instead of new ones")
+    task_id: str = key("", "samples: those of one task; empty: the first ones")
+
+
+@dataclass
+class ServeConfig(OneModel):
+    served_name: str = key("", "name by which clients know the model; empty: the last part of `model`")
+    max_active: int = key(32, "responses drawn side by side; others wait", low=1)
+    max_prompt_len: int = key(4096, "longer conversations are refused", low=1)
+    host: str = key("127.0.0.1", "address to listen on; others than this machine's own need an API key")
+    port: int = key(8000, "to listen on", low=1, high=65535)
+    api_key_env: str = key("DLLM_API_KEY", "environment variable with the key that clients must show; unset: none")
+
+
+JOBS: dict[str, type] = {"rl": RLConfig, "eval": EvalConfig, "sft": SFTConfig}
+JOBS |= {"generate": GenerateConfig, "trace": TraceConfig, "serve": ServeConfig}

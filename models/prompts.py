@@ -26,8 +26,13 @@ def instruction(family: Family, kind: str, own: PromptsConfig, thinking: bool = 
 
 def encode_prompt(loaded: LoadedModel, question: str, template: str, start_with_think: bool = False) -> list[int]:
     """Ids of a user's turn asking `question` within the instruction `template`, up to where the assistant begins."""
-    turns = [{"role": "user", "content": template.replace("{question}", question)}]
-    text = turns_text(loaded.tokenizer, turns)
+    turn = {"role": "user", "content": template.replace("{question}", question)}
+    return encode_turns(loaded, [turn], start_with_think)
+
+
+def encode_turns(loaded: LoadedModel, turns: Sequence[dict[str, str]], start_with_think: bool = False) -> list[int]:
+    """Ids of a conversation, turns of `role` and `content`, up to where the assistant begins."""
+    text = turns_text(loaded.tokenizer, list(turns))
     if start_with_think:
         text += "<think>"
     return loaded.tokenizer.encode(text, add_special_tokens=False)

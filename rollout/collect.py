@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from rollout.scoring import submitter
 from sample.engine import Engine
 
 Scorer = Callable[[str, Task, bool], Score]  # (response text, task, truncated) -> Score
+UNSCORED = Score(0.0, False, "infrastructure")
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Rollout:
     task: Task
     trajectory: Trajectory
     score: Score
+    seconds: float = 0.0  # of the rollout, since the response that finished before
 
 
 def prompts_within(
@@ -40,13 +44,7 @@ def prompts_within(
     max_prompt_len: int,
 ) -> list[tuple[Task, list[int]]]:
     """Tasks with their prompt ids; those whose prompt is longer than `max_prompt_len` are left out, and said."""
-    thinking = settings.start_with_think
-
-    def encode(task: Task) -> list[int]:
-        around = instruction(loaded.family, kind_of(task, dataset.data_type), dataset.prompts, thinking)
-        return encode_prompt(loaded, task.question, around, thinking)
-
-    encoded = [(task, encode(task)) for task in tasks]
+    encoded = [(task, encode_task(loaded, task, dataset, settings.start_with_think)) for task in tasks]
     kept = [(task, ids) for task, ids in encoded if len(ids) <= max_prompt_len]
     if len(kept) < len(encoded):
         longest = max(len(ids) for _, ids in encoded)
@@ -55,6 +53,14 @@ def prompts_within(
             f"{max_prompt_len} (longest {longest})"
         )
     return kept
+
+
+def encode_task(
+    loaded: LoadedModel, task: Task, dataset: DatasetConfig | SFTDatasetConfig, thinking: bool
+) -> list[int]:
+    """A task's prompt ids, within the instruction of its kind."""
+    around = instruction(loaded.family, kind_of(task, dataset.data_type), dataset.prompts, thinking)
+    return encode_prompt(loaded, task.question, around, thinking)
 
 
 def kind_of(task: Task, data_type: str) -> str:
@@ -72,6 +78,8 @@ def collect(
     seed: int,
     step: int = 0,
     description: str = "rollout",
+    known: Mapping[tuple[str, int], Rollout] | None = None,
+    keep: Callable[[Rollout], None] | None = None,
 ) -> list[list[Rollout]]:
     """Draw `num_response_per_task` responses to each task and score them; one group per task, in the given order.
 
@@ -79,49 +87,84 @@ def collect(
     rank, where the run is to end. Tasks that the engine refuses, because its cache could never hold them, have no
     group; UserError if all are.
     Scoring runs beside the drawing of further responses. Time goes to the stages "rollout" and "reward" of `watch`:
-    the latter is what scoring held up the rollout and what was waited for at the end.
+    the latter is what scoring held up the rollout and what was waited for at the end. Responses `known` already, by
+    (task id, sample), are not drawn again; `keep` is called with every other one, this rank's own once they are scored.
     """
-    samples = settings.num_response_per_task
-    requests = [Request(task.id, ids, sample, seed, step) for task, ids in prompts for sample in range(samples)]
+    samples, known = settings.num_response_per_task, known or {}
+    groups = [[known.get((task.id, sample)) for sample in range(samples)] for task, _ in prompts]
+    requests = missing_requests(prompts, groups, seed, step)
     queue = Queue(requests, shared=True)
     place = {task.id: number for number, (task, _) in enumerate(prompts)}
-    groups: list[list[Rollout | None]] = [[None] * samples for _ in prompts]
     submit = submitter(scorer)
-    waiting = []
+    waiting: deque[tuple[Rollout, Future[Score]]] = deque()
+    before = watch.seconds.get("rollout", 0.0)
+    scored: list[Rollout] = []
+
+    def settle() -> None:
+        rollout, score = waiting.popleft()
+        rollout.score = score.result()
+        scored.append(rollout)
+        if keep is not None:
+            keep(rollout)
+
     with progress(description, len(requests)) as advance, suppress(Stopped):
         stops = stop_ids_of(loaded, settings.stop_token_list)
-        for trajectory in timed(engine.generate(queue, settings, stop_if_asked, stops), watch, "rollout"):
+        drawn = engine.generate(queue, settings, on_step=stop_if_asked, stop_ids=stops)
+        for trajectory in timed(drawn, watch, "rollout"):
             advance()
             if trajectory.finish_reason == "refused":
                 continue
             with watch("reward"):
-                number = place[trajectory.task_id]
-                task = prompts[number][0]
+                task = prompts[place[trajectory.task_id]][0]
                 ids = trajectory.response_ids[: trajectory.length]
                 text = trajectory.text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
                 if isinstance(scorer, RewardScorer) and scorer.needs_tokens:
                     text = Response.of(text, loaded.tokenizer.batch_decode([[one] for one in ids]))
                 score = submit(text, task, trajectory.finish_reason == "length")
-                waiting.append((number, trajectory, score))
-    scored = []
+                now = watch.seconds["rollout"]
+                waiting.append((Rollout(task, trajectory, UNSCORED, now - before), score))
+                before = now
+                while waiting and waiting[0][-1].done():
+                    settle()
     with progress("scoring", len(waiting)) as advance, watch("reward"):
-        for number, trajectory, score in [] if stop_requested() else waiting:
-            scored.append((number, trajectory, score.result()))
+        while waiting and not stop_requested():
+            settle()
             beat()
             advance()
     with watch("rollout"):  # where other ranks are still at it
         parts = gather((scored, stop_requested()))
         if any(stopped for _, stopped in parts):
             raise Stopped
-        for number, trajectory, score in itertools.chain.from_iterable(part for part, _ in parts):
-            groups[number][trajectory.sample] = Rollout(prompts[number][0], trajectory, score)
+    own = {(rollout.task.id, rollout.trajectory.sample) for rollout in scored}
+    for rollout in itertools.chain.from_iterable(part for part, _ in parts):
+        groups[place[rollout.task.id]][rollout.trajectory.sample] = rollout
+        if keep is not None and (rollout.task.id, rollout.trajectory.sample) not in own:
+            keep(rollout)
     groups = [group for group in groups if None not in group]  # a prompt is refused with all its samples
     if prompts and not groups:
         raise UserError("rollout.cache_tokens: every request was refused; allow more, or set it to null")
+    tell_unscored(groups)
+    return groups
+
+
+def missing_requests(
+    prompts: Sequence[tuple[Task, list[int]]], groups: Sequence[Sequence[Rollout | None]], seed: int, step: int
+) -> list[Request]:
+    """A request for every response that is not there yet."""
+    return [
+        Request(task.id, ids, sample, seed, step)
+        for (task, ids), group in zip(prompts, groups)
+        for sample, known in enumerate(group)
+        if known is None
+    ]
+
+
+def tell_unscored(groups: Sequence[Sequence[Rollout]]) -> None:
+    """Say how many responses a failed sandbox or judge left without a score."""
     unknown = sum(rollout.score.verdict == "infrastructure" for group in groups for rollout in group)
     if unknown:
-        console.print(f"{unknown} of {len(requests)} responses could not be scored (infrastructure) and earn nothing")
-    return groups
+        total = sum(map(len, groups))
+        console.print(f"{unknown} of {total} responses could not be scored (infrastructure) and earn nothing")
 
 
 def stop_if_asked() -> None:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
-from common.ranks import main_only
+from common.ranks import from_main, is_main, world
 from common.runtime import Stopwatch
 from common.schema import DatasetConfig, Sampling, SFTDatasetConfig
 from common.trajectory import Task
 from models import LoadedModel
+from reward.general_reward import extract_answer
+from reward.math_reward import extract_boxed
+from reward.score import Scorer as RewardScorer
 from rollout.collect import Rollout, Scorer, collect, prompts_within
+from rollout.samples import append_sample, drop_torn_lines, known_rollouts, sample_line
+from rollout.statistics import majority_at_k, mean_and_error, pass_at_k, shown_ks
 from sample.engine import Engine
+
+# Fields of a task's record by which accuracy is told apart, where a data set has them.
+CATEGORY_FIELDS = ("level", "subject", "category", "type", "difficulty")
+# How two responses are seen to give the same answer, for majority@k; kinds that are absent have no vote.
+ANSWERS: dict[str, Callable[[str], str | None]] = {"math": extract_boxed, "general": extract_answer}
 
 
 @dataclass(frozen=True)
@@ -26,11 +35,14 @@ class Evaluation:
     tasks: int
     responses: int
     accuracy: float  # share of correct responses
-    standard_error: float  # of the accuracy, over tasks
+    standard_error: float  # of the accuracy, clustered by task
     tokens_per_forward: float  # response tokens over denoising steps; commit and prefill forwards apart
     response_length: float  # mean tokens through the stop token
     truncated: float  # share cut at the limit
-    tokens_per_second: float
+    tokens_per_second: float  # of the responses drawn now; 0 where all were there before
+    pass_at: dict[int, float] = field(default_factory=dict)  # k → unbiased pass@k
+    majority_at: dict[int, float] = field(default_factory=dict)  # k → majority@k, where answers can be compared
+    categories: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # field → value → its figures
 
 
 def evaluate(
@@ -44,43 +56,128 @@ def evaluate(
     seed: int,
     samples_file: Path | None = None,
     step: int = 0,
+    resume: bool = False,
 ) -> dict[str, Evaluation]:
     """Accuracy and cost under each setting, by the setting's name; every response is appended to `samples_file`.
-    `step` says there after how many steps of training.
+    `step` says there after how many steps of training; with `resume` the responses that it holds are not drawn again.
 
     Draws depend on (seed, task, sample) alone, so two models or two moments are compared under the same numbers.
     """
+    if resume and samples_file is not None and samples_file.is_file():
+        drop_torn_lines(samples_file)
     results = {}
     for name, setting in name_settings(settings).items():
         prompts = prompts_within(loaded, tasks, dataset, setting, max_prompt_len)
         if not prompts:
             raise UserError(f"max_prompt_len: every prompt of the evaluation is longer than {max_prompt_len}; raise it")
-        watch = Stopwatch()
-        groups = collect(engine, loaded, prompts, setting, scorer, watch, seed, description=f"evaluate {name}")
-        results[name] = summarize(name, groups, watch.seconds.get("rollout", 0.0))
-        if samples_file is not None:
-            write_samples(samples_file, groups, {"step": step, "setting": name})
+
+        def keep(rollout: Rollout, name: str = name) -> None:
+            if samples_file is not None:
+                append_sample(samples_file, sample_line(rollout, {"step": step, "setting": name}))
+
+        known = {}
+        if resume and samples_file is not None and from_main(samples_file.is_file()):
+            known = from_main(
+                known_rollouts(samples_file, tasks, name, step) if is_main() else {}
+            )  # before the first rank adds to it
+        groups = collect(
+            engine,
+            loaded,
+            prompts,
+            setting,
+            scorer,
+            Stopwatch(),
+            seed,
+            description=f"evaluate {name}",
+            known=known,
+            keep=keep,
+        )
+        drawn = [one for group in groups for one in group if (one.task.id, one.trajectory.sample) not in known]
+        seconds = sum(rollout.seconds for rollout in drawn) / world()
+        tokens = sum(rollout.trajectory.length for rollout in drawn)
+        results[name] = summarize(name, groups, seconds, answer_of(scorer), tokens)
     return results
 
 
-def summarize(name: str, groups: Sequence[Sequence[Rollout]], seconds: float) -> Evaluation:
-    """Count one setting's responses, one group per task."""
+def summarize(
+    name: str,
+    groups: Sequence[Sequence[Rollout]],
+    seconds: float,
+    answer: Callable[[str], str | None] | None = None,
+    drawn: int | None = None,
+) -> Evaluation:
+    """Count one setting's responses, one group per task; `answer` reads a text's answer, for majority@k.
+
+    `drawn` is how many of the tokens took those `seconds`, where some were there before.
+    """
     rollouts = [rollout for group in groups for rollout in group]
-    per_task = [sum(rollout.score.correct for rollout in group) / len(group) for group in groups]
-    mean = sum(per_task) / len(per_task)
-    spread = sum((share - mean) ** 2 for share in per_task) / max(1, len(per_task) - 1)
+    mean, error = accuracy_of(groups)
     tokens = sum(rollout.trajectory.length for rollout in rollouts)
     return Evaluation(
         setting=name,
         tasks=len(groups),
         responses=len(rollouts),
         accuracy=mean,
-        standard_error=math.sqrt(spread / len(per_task)),
+        standard_error=error,
         tokens_per_forward=tokens_per_forward(rollouts),
         response_length=tokens / len(rollouts),
         truncated=sum(rollout.trajectory.finish_reason == "length" for rollout in rollouts) / len(rollouts),
-        tokens_per_second=tokens / seconds if seconds else 0.0,
+        tokens_per_second=(tokens if drawn is None else drawn) / seconds if seconds else 0.0,
+        pass_at=pass_at(groups),
+        majority_at=majority_at(groups, answer) if answer else {},
+        categories=by_category(groups),
     )
+
+
+def accuracy_of(groups: Sequence[Sequence[Rollout]]) -> tuple[float, float]:
+    """Share of correct responses and its standard error, over the means of tasks."""
+    return mean_and_error([sum(rollout.score.correct for rollout in group) / len(group) for group in groups])
+
+
+def pass_at(groups: Sequence[Sequence[Rollout]]) -> dict[int, float]:
+    """Unbiased pass@k, mean over tasks, for k = 2, 4, 8, … and all responses."""
+    counts = [(len(group), sum(rollout.score.correct for rollout in group)) for group in groups]
+    ks = shown_ks(min(number for number, _ in counts))
+    return {k: sum(pass_at_k(number, correct, k) for number, correct in counts) / len(counts) for k in ks}
+
+
+def majority_at(groups: Sequence[Sequence[Rollout]], answer: Callable[[str], str | None]) -> dict[int, float]:
+    """majority@k, mean over tasks, for the same k."""
+    found: dict[int, float] = {}
+    for k in shown_ks(min(map(len, groups))):
+        votes = [
+            majority_at_k([_plain(answer(r.trajectory.text)) for r in group], [r.score.correct for r in group], k)
+            for group in groups
+        ]
+        found[k] = sum(votes) / len(votes)
+    return found
+
+
+def by_category(groups: Sequence[Sequence[Rollout]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Tasks, accuracy and standard error for each value of each category that the data set has, 2 to 50 values."""
+    found = {}
+    for name in CATEGORY_FIELDS:
+        parts: dict[str, list[Sequence[Rollout]]] = defaultdict(list)
+        for group in groups:
+            value = group[0].task.record.get(name)
+            if isinstance(value, (str, int)):
+                parts[str(value)].append(group)
+        if 2 <= len(parts) <= 50:
+            figures = {value: (len(part), *accuracy_of(part)) for value, part in sorted(parts.items())}
+            keys = ("tasks", "accuracy", "standard_error")
+            found[name] = {value: dict(zip(keys, numbers)) for value, numbers in figures.items()}
+    return found
+
+
+def answer_of(scorer: Scorer) -> Callable[[str], str | None] | None:
+    """How the scorer's kind of task reads an answer from a text; None where answers are programs, or the user's own."""
+    if not isinstance(scorer, RewardScorer) or scorer.reward.function:
+        return None
+    return ANSWERS.get(scorer.reward.kind or scorer.data_type or "math")
+
+
+def _plain(answer: str | None) -> str | None:
+    return "".join(answer.split()).casefold() or None if answer else None
 
 
 def tokens_per_forward(rollouts: Sequence[Rollout]) -> float:
@@ -97,14 +194,3 @@ def name_settings(settings: Sequence[Sampling]) -> dict[str, Sampling]:
         differing = [key for key in differing if key != "remasking_strategy"]
         names = ["-".join([name, *(f"{key}={row[key]}" for key in differing)]) for name, row in zip(names, rows)]
     return dict(zip(names, settings))
-
-
-@main_only
-def write_samples(path: Path, groups: Sequence[Sequence[Rollout]], about: dict[str, int | str] | None = None) -> None:
-    """Append every response with its task, trace and verdict, one JSON object a line, `about` first."""
-    with path.open("a", encoding="utf-8") as file:
-        for rollout in (rollout for group in groups for rollout in group):
-            line = (about or {}) | {"question": rollout.task.question}
-            line |= {"ground_truth_answer": rollout.task.ground_truth_answer}
-            line |= vars(rollout.score) | rollout.trajectory.to_json()
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")

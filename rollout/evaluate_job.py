@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 
@@ -13,36 +12,51 @@ from common.schema import EvalConfig
 from data.tasks import load_tasks
 from models import LoadedModel, load_model
 from reward.score import make_scorer
-from rollout.evaluate import Evaluation, evaluate
+from rollout.evaluate import Evaluation, evaluate, name_settings
+from rollout.fingerprint import check_resumable, fingerprint_of
+from rollout.results import table_rows, write_results
+from rollout.show import write_evaluation_traces
 from sample.engine import Engine
 
 
 def main(
     config: EvalConfig, load: Callable[[EvalConfig], tuple[LoadedModel, Engine]] | None = None
 ) -> dict[str, Evaluation]:
-    """Evaluate; results.json and samples.jsonl lie in runs/<project>/. `load` makes another engine than one here."""
+    """Evaluate; results.json, results.md, fingerprint.json, samples.jsonl and trace.html lie in runs/<project>/.
+
+    `load` makes another engine than one in this process.
+    """
     seed_everything(config.seed)
     tasks = load_tasks(config.dataset.eval_dataset, key="dataset.eval_dataset")[: config.rollout.num_task or None]
     scorer = make_scorer(config.reward, config.dataset.data_type)
     loaded, engine = (load or load_here)(config)
+    settings = settings_of(config.rollout)
+    named = name_settings(settings)
     experiment = config.experiment
     folder = prepare_run_folder(experiment.runs_dir, experiment.project, experiment.start_from_scratch)
+    about = fingerprint_of(config, loaded, tasks, named)
+    check_resumable(folder, about)
     (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "fingerprint.json").write_text(json.dumps(about, indent=2, ensure_ascii=False))
     results = evaluate(
         engine,
         loaded,
         tasks,
-        settings_of(config.rollout),
+        settings,
         scorer,
         config.dataset,
         config.max_prompt_len,
         config.seed,
         samples_file=folder / "samples.jsonl",
+        resume=not experiment.start_from_scratch,
     )
-    rows = {name: dataclasses.asdict(result) for name, result in results.items()}
-    (folder / "results.json").write_text(json.dumps(rows, indent=2))
-    print_table([round_row(row) for row in rows.values()], title=f"{config.model} on {config.dataset.eval_dataset}")
-    console.print(f"written: {folder}/results.json, samples.jsonl")
+    write_results(folder, results, about)
+    title = f"{config.model} on {config.dataset.eval_dataset}"
+    samples_file, page = folder / "samples.jsonl", folder / "trace.html"
+    shown = write_evaluation_traces(page, samples_file, loaded, tasks, named, title, f"fingerprint {about['id']}")
+    print_table(table_rows(results), title=title)
+    files = "results.md, results.json, samples.jsonl, fingerprint.json" + (", trace.html" if shown else "")
+    console.print(f"written: {folder}/{files}; fingerprint {about['id']}")
     return results
 
 
@@ -51,10 +65,3 @@ def load_here(config: EvalConfig) -> tuple[LoadedModel, Engine]:
     device, dtype = device_and_dtype(config.dtype)
     loaded = load_model(config.model, config.model_base, dtype, device)
     return loaded, Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
-
-
-def round_row(row: dict) -> dict:
-    """Figures as they are read: shares in percent, the rest to three digits."""
-    percent = ("accuracy", "standard_error", "truncated")
-    shown = {key: f"{100 * row[key]:.1f} %" if key in percent else row[key] for key in row}
-    return {key: round(value, 3) if isinstance(value, float) else value for key, value in shown.items()}

@@ -1,9 +1,10 @@
-"""What generate.py runs: one prompt, its response printed as it is denoised."""
+"""What generate.py runs: one prompt, or a chat, each response printed as it is denoised."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.live import Live
 from rich.text import Text
@@ -13,29 +14,87 @@ from common.schema import GenerateConfig
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model
 from models.family import family_of
-from models.prompts import encode_prompt, stop_ids_of
+from models.prompts import encode_prompt, encode_turns, stop_ids_of
 from sample.engine import Engine
+from sample.traces import trace_of, write_trace_page
 
 MASK = "░"
+COMMANDS = "/new begins again, /trace FILE.html writes the last answer's page, /quit leaves"
 
 
-def main(config: GenerateConfig) -> Trajectory:
-    """Answer `config.prompt`; returns the trajectory that was shown."""
+def main(config: GenerateConfig) -> None:
+    """Answer `config.prompt`; without one, chat until the user leaves."""
     device, dtype = device_and_dtype(config.dtype)
     loaded = load_model(config.model, config.model_base or family_of(config.model), dtype, device)
-    prompt = encode_prompt(loaded, config.prompt, config.prompt_template, config.start_with_think)
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
-    request = Request("prompt", prompt, seed=config.seed)
+    if config.prompt:
+        answer(
+            engine,
+            loaded,
+            config,
+            encode_prompt(loaded, config.prompt, config.prompt_template, config.start_with_think),
+        )
+    else:
+        chat(engine, loaded, config)
+
+
+def answer(engine: Engine, loaded: LoadedModel, config: GenerateConfig, prompt: list[int], turn: int = 0) -> Trajectory:
+    """Draw a response to the prompt ids, shown meanwhile, and print it; `turn` tells the draws of a chat apart."""
+    request = Request("prompt", prompt, seed=config.seed, step=turn)
     with denoising(engine, loaded, len(prompt)) as on_step:
         stops = stop_ids_of(loaded, config.stop_token_list)
         (trajectory,) = engine.generate([request], config, on_step, stops)
-    text = loaded.tokenizer.decode(trajectory.response_ids[: trajectory.length], skip_special_tokens=True)
-    console.print(Text(text))
+    trajectory.text = loaded.tokenizer.decode(trajectory.response_ids[: trajectory.length], skip_special_tokens=True)
+    console.print(Text(trajectory.text))
     console.print(
         f"{trajectory.length} tokens in {trajectory.steps} denoising steps, "
-        f"{trajectory.length / trajectory.steps:.2f} tokens per forward; ended by {trajectory.finish_reason}"
+        f"{trajectory.length / trajectory.steps:.2f} tokens per forward; ended by {trajectory.finish_reason}",
+        style="dim",
     )
     return trajectory
+
+
+def chat(engine: Engine, loaded: LoadedModel, config: GenerateConfig) -> None:
+    """Read lines and answer them, each with the conversation before it, until an empty end of input or /quit."""
+    console.print(f"{config.model}. {COMMANDS}", style="dim")
+    turns: list[dict[str, str]] = []
+    last: Trajectory | None = None
+    number = 0
+    while True:
+        try:
+            line = console.input("[bold]> [/]").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if line == "/new":
+            turns = []
+            console.print("a new conversation", style="dim")
+        elif line.startswith("/trace"):
+            write_last(loaded, config, last, line.removeprefix("/trace").strip() or "trace.html")
+        elif line.startswith("/"):
+            console.print(f"{line.split()[0]} is no command. {COMMANDS}", style="dim", markup=False)
+        elif line:
+            turns.append({"role": "user", "content": line})
+            try:
+                last = answer(engine, loaded, config, encode_turns(loaded, turns, config.start_with_think), number)
+            except KeyboardInterrupt:  # of the answer, not of the chat
+                turns.pop()
+                console.print("stopped", style="dim")
+                continue
+            number += 1
+            turns.append({"role": "assistant", "content": last.text})
+
+
+def write_last(loaded: LoadedModel, config: GenerateConfig, last: Trajectory | None, path: str) -> None:
+    """The trace page of the last answer."""
+    if last is None:
+        console.print("there is no answer yet", style="dim")
+        return
+    trace = trace_of(loaded, last, config.block_size, "answer", config.remasking_strategy)
+    write_trace_page(Path(path), [trace], config.model)
+    console.print(f"written: {path}", style="dim", markup=False)
 
 
 @contextmanager

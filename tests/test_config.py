@@ -287,8 +287,8 @@ def test_dump_is_read_back(load, job):
 def test_a_job_without_a_config_file():
     cfg = load_config("generate", ["model=M", "prompt=4+2", "temperature=0"])
     assert (cfg.model, cfg.prompt, cfg.temperature) == ("M", "4+2", 0.0)
-    with pytest.raises(UserError, match="prompt is empty: set it as prompt=…"):
-        load_config("generate", ["model=M"])
+    with pytest.raises(UserError, match="model is empty: set it as model=…"):
+        load_config("generate", ["prompt=4+2"])
 
 
 def test_every_default_is_allowed():

@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.schema import DatasetConfig, Sampling
 from common.trajectory import Score, Task, Trajectory
 from models import load_model
+from reward.math_reward import extract_boxed
 from rollout.collect import Rollout
 from rollout.evaluate import evaluate, name_settings, summarize
 from sample.engine import Engine
@@ -25,7 +26,7 @@ from sample.engine import Engine
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_eval(runs: Path, **changes: object) -> subprocess.CompletedProcess[str]:
+def run_arguments(runs: Path, **changes: object) -> list[str]:
     values = {
         "experiment.runs_dir": runs,
         "made_by": "null",
@@ -36,9 +37,11 @@ def run_eval(runs: Path, **changes: object) -> subprocess.CompletedProcess[str]:
         "reward.function": "benchmarks.coin_flip:coin_flip",
         "reward.truncated_is_wrong": False,
     }
-    values |= changes
-    command = [sys.executable, "eval.py", "config=configs/eval_tiny.yaml"]
-    command += [f"{key}={value}" for key, value in values.items()]
+    return [f"{key}={value}" for key, value in (values | changes).items()]
+
+
+def run_eval(runs: Path, **changes: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "eval.py", "config=configs/eval_tiny.yaml", *run_arguments(runs, **changes)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -102,6 +105,82 @@ def test_a_table_is_printed(evaluated: tuple[Path, str]) -> None:
         (line,) = [line for line in printed.splitlines() if line.startswith(name)]
         assert f"{100 * row['accuracy']:.1f} %" in line and f"{row['tokens_per_forward']:.3g}"[:4] in line
     assert "accuracy" in printed and "tokens_per_forward" in printed and "arithmetic_4_test" in printed
+
+
+def test_a_page_with_tables_and_a_fingerprint(evaluated: tuple[Path, str]) -> None:
+    folder, _ = evaluated
+    about = json.loads((folder / "fingerprint.json").read_text())
+    page = (folder / "results.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| static |"))
+    result = json.loads((folder / "results.json").read_text())["static"]
+    for share in (result["accuracy"], result["pass_at"]["2"], result["pass_at"]["3"], result["truncated"]):
+        assert f"{100 * share:.1f} %" in row
+    assert result["accuracy"] < result["pass_at"]["2"] < result["pass_at"]["3"]
+    assert about["id"] in page and about["versions"]["torch"] in page
+    assert set(about["settings"]) == {"static", "dynamic"}
+    assert any(name.endswith(".safetensors") for name in about["model"]["files"])
+
+
+def as_sets(folder: Path) -> dict[str, set[str]]:
+    """Every response, in whatever order."""
+    return {name: set(map(json.dumps, lines)) for name, lines in samples_of(folder).items()}
+
+
+def test_a_stopped_evaluation_goes_on(
+    evaluated: tuple[Path, str], tmp_path: Path, tiny_sdar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed with the second setting half done and a line torn: the rest is drawn, nothing twice, figures the same."""
+    whole, _ = evaluated
+    cut = tmp_path / "runs" / "eval_tiny"
+    cut.mkdir(parents=True)
+    for name in ("config.yaml", "fingerprint.json"):
+        (cut / name).write_bytes((whole / name).read_bytes())
+    lines = (whole / "samples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (cut / "samples.jsonl").write_text("".join(lines[:37]) + lines[37][:50], encoding="utf-8")
+
+    drawn = []
+    generate = Engine.generate
+
+    def counted(self: Engine, requests: list, *rest: object, **named: object) -> object:
+        drawn.append(len(requests))
+        return generate(self, requests, *rest, **named)
+
+    monkeypatch.setattr(Engine, "generate", counted)
+    monkeypatch.chdir(ROOT)
+    arguments = run_arguments(tmp_path / "runs", model=tiny_sdar, **{"experiment.start_from_scratch": False})
+    monkeypatch.setattr(sys, "argv", ["eval.py", "config=configs/eval_tiny.yaml", *arguments])
+    eval_script.main()
+    assert drawn == [0, 11]
+    assert as_sets(cut) == as_sets(whole)
+    before, after = (json.loads((folder / "results.json").read_text()) for folder in (whole, cut))
+    for name, row in before.items():
+        assert {k: v for k, v in row.items() if k != "tokens_per_second"} == {
+            k: v for k, v in after[name].items() if k != "tokens_per_second"
+        }
+
+    # the same folder under another temperature would mix two evaluations
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "rollout.temperature=0.5"])
+    with pytest.raises(SystemExit):
+        eval_script.main()
+    assert as_sets(cut) == as_sets(whole)
+
+
+def test_accuracy_by_category_and_majority() -> None:
+    def answered(task: str, level: int, *answers: str) -> list[Rollout]:
+        group = []
+        for sample, answer in enumerate(answers):
+            one = rollout(task, sample, answer == "7", 6, 4)
+            one.trajectory.text = f"\\boxed{{{answer}}}"
+            group.append(Rollout(Task(task, "q", "7", {"level": level}), one.trajectory, one.score))
+        return group
+
+    groups = [answered("a", 1, "7", "7", "8"), answered("b", 1, "8", "9", "7"), answered("c", 5, "8", "8", "7")]
+    found = summarize("static", groups, 1.0, extract_boxed)
+    assert found.categories["level"]["1"] == {"tasks": 2, "accuracy": 0.5, "standard_error": pytest.approx(1 / 6)}
+    assert found.categories["level"]["5"]["accuracy"] == pytest.approx(1 / 3)
+    assert found.majority_at[3] == pytest.approx((1 + 1 / 3 + 0) / 3)
+    assert found.pass_at == {2: pytest.approx((1 + 2 / 3 + 2 / 3) / 3), 3: 1.0}
+    assert summarize("static", groups, 1.0).majority_at == {}
 
 
 def test_a_missing_model_is_one_line(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import generate
 from common.errors import UserError
+from common.page import read_data
 from common.schema import Sampling
-from common.trajectory import Request
+from common.trajectory import Request, Trajectory
 from generate import block_diffusion_generate
+from sample import show
 from sample.engine import Engine
 
 ROOT = Path(__file__).parent.parent
@@ -203,7 +205,7 @@ def test_the_command_tells_a_mistake_in_one_line(
 ) -> None:
     for arguments, word in (
         (["model=/nope", "prompt=4"], "/nope"),
-        (["model=/nope"], "prompt"),
+        (["prompt=4"], "model"),
         (["model=/nope", "prompt=4", "remasking_strategy=low"], "remasking_strategy"),
     ):
         monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
@@ -214,3 +216,35 @@ def test_the_command_tells_a_mistake_in_one_line(
         assert output.out == ""
         assert output.err.startswith("error: ") and output.err.count("\n") == 1
         assert word in output.err
+
+
+# ---- the chat
+
+
+def test_a_chat(
+    tiny_sdar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Turns build on each other until /new; the page of the last answer is written on request; the input ends it."""
+    page = tmp_path / "last.html"
+    lines = ["/trace", "1+2", "3+4", "/new", "3+4", f"/trace {page}", "/wrong [x]", ""]
+    prompts = []
+    drawn = Engine.generate
+
+    def generate_seen(self: Engine, requests: list[Request], *rest: object) -> Iterator[Trajectory]:
+        prompts.append(requests[0].prompt_ids)
+        return drawn(self, requests, *rest)
+
+    def typed(*_: object, **__: object) -> str:
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    monkeypatch.setattr(Engine, "generate", generate_seen)
+    monkeypatch.setattr(show.console, "input", typed)
+    monkeypatch.setattr(sys, "argv", ["generate.py", f"model={tiny_sdar}", "max_token=8"])
+    generate.main()
+    first, second, fresh = prompts
+    assert second[: len(first)] == first and len(second) > len(fresh) and second[-len(fresh) + 1 :] == fresh[1:]
+    output = capsys.readouterr().out
+    assert "there is no answer yet" in output and "/wrong is no command" in output
+    assert len(read_data(page.read_text(encoding="utf-8"))["responses"]) == 1

@@ -17,7 +17,7 @@ from data.sft_records import Answer, Chat, Ids, load_samples
 from models import LoadedModel, load_model
 from models.tiny import build_tiny
 from rollout.collect import Rollout
-from rollout.evaluate import write_samples
+from rollout.samples import write_samples
 from sample.engine import Engine
 from train import prepare_sft
 from train.sft_data import Samples, make_samples, read_samples, split, told_reasons

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("train", "rollout", "sample", "reward", "data", "models", "common")
+PACKAGES = ("train", "rollout", "serving", "sample", "reward", "data", "models", "common")
 # Whom a package may import besides itself. The entry scripts may import all of them.
 ALLOWED = {
     "common": set(),
     "models": {"common"},
     "sample": {"models", "common"},
+    "serving": {"sample", "models", "common"},
     "reward": {"common"},
     "data": {"common"},
     "rollout": {"sample", "reward", "data", "models", "common"},

@@ -23,6 +23,7 @@ from models.lora import add_lora
 from models.value import load_value
 from reward.score import make_scorer
 from rollout.collect import Scorer
+from rollout.report import RunPage
 from sample.engine import Engine
 from train.devices import make_accelerator, whole_networks
 from train.optimize import Learner, make_learner
@@ -47,6 +48,7 @@ class Run:
     scorer: Scorer
     metrics: MetricsLog
     stages: Stopwatch  # seconds by stage of the whole run
+    page: RunPage
     cursor: int = 0  # place in the endless sequence of shuffled tasks
     step: int = 0  # RL steps done
 
@@ -103,6 +105,7 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
         scorer=scorer,
         metrics=metrics,
         stages=stages,
+        page=RunPage(folder, loaded, config.rollout.block_size, experiment.total_step),
     )
 
 

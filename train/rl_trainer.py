@@ -19,7 +19,8 @@ from common.stop import Stopped, exit_code, resume_command, signals_noted, stop_
 from data.tasks import task_batch
 from reward.score import make_scorer
 from rollout.collect import Rollout, collect, prompts_within
-from rollout.evaluate import Evaluation, evaluate, write_samples
+from rollout.evaluate import Evaluation, evaluate
+from rollout.samples import write_samples
 from train.devices import whole_weights
 from train.rl_checkpoint import export, resume, save
 from train.rl_report import report_step, rollout_figures, step_times, write_results
@@ -52,6 +53,7 @@ def main(config: RLConfig) -> int:
     run.metrics.close()
     if is_main():
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+        run.page.refresh(done=True)
         write_results(run, before, after)
     return 0
 
@@ -64,6 +66,7 @@ def train(run: Run) -> None:
         run.step += 1
         run.metrics.log({"step": run.step} | figures)
         report_step(run.step, experiment.total_step, figures)
+        run.page.refresh()
         last = run.step == experiment.total_step
         if experiment.eval_every and run.step % experiment.eval_every == 0 and not last:
             evaluate_now(run)
@@ -79,6 +82,7 @@ def stop(run: Run) -> None:
     if run.step > 0 and newest_step(run.folder) < run.step:
         save(run)
     run.metrics.close()
+    run.page.refresh(done=True)
     console.print(f"stopped after step {run.step}; to go on: {resume_command()}")
 
 
@@ -96,6 +100,7 @@ def rl_step(run: Run) -> dict[str, float]:
     if is_main():
         file.unlink(missing_ok=True)  # a run that stopped after its last checkpoint wrote this step before
     write_samples(file, groups)
+    run.page.note(number, groups)
     figures: dict[str, float] = {"updates": 0, "lr": run.learner.scheduler.get_last_lr()[0]}
     if config.rollout.free_cache:
         run.engine.sleep()

@@ -1,0 +1,234 @@
+"""What this machine has, and what a config will need: python -m common.doctor [config=configs/X.yaml] [key=value …]
+
+The memory is an estimate by the formulas in `needs`, for one device; nothing is loaded or run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import load_config
+from common.errors import UserError, one_line_errors
+from common.layers import find_config, infer_job, read_layers
+from common.metrics import print_table
+from common.schema import Sampling
+from common.versions import project_version, version_of
+
+REQUIRED = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "omegaconf", "rich")
+OPTIONAL = {
+    "datasets": "data sets of the hub",
+    "math-verify": "answers that are no numbers",
+    "deepspeed": "training over several devices",
+    "ray": "several nodes",
+    "peft": "low-rank adapters",
+    "flash-attn": "a faster attention on CUDA; torch's own is used without",
+    "wandb": "curves at wandb",
+    "trackio": "curves in trackio",
+    "matplotlib": "curves.png",
+    "fastapi": "serve.py",
+    "uvicorn": "serve.py",
+    "lm_eval": "lm-evaluation-harness",
+    "playwright": "the tests of pages",
+}
+PROGRAMS = {"bwrap": "the sandbox of code rewards; without, a weaker one is used", "nvidia-smi": "NVIDIA's driver"}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Size:
+    """What of a network decides memory."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    kv_width: int  # kv heads × head width
+    vocabulary: int
+
+
+def main_report() -> list[dict[str, Any]]:
+    """Versions, devices, memory, disk, and what is missing; one row each."""
+    rows = [{"what": "project", "found": project_version(), "note": ""}]
+    python = platform.python_version()
+    rows.append({"what": "python", "found": python, "note": "" if sys.version_info >= (3, 11) else "3.11 is needed"})
+    for package in REQUIRED:
+        found = version_of(package)
+        rows.append({"what": package, "found": found or "missing", "note": "" if found else "make setup"})
+    rows += devices()
+    free = shutil.disk_usage(".").free / GIB
+    rows.append({"what": "disk", "found": f"{free:.0f} GiB free here", "note": "" if free > 20 else "little"})
+    for package, use in OPTIONAL.items():
+        found = version_of(package)
+        rows.append({"what": package, "found": found or "–", "note": "" if found else f"optional: {use}"})
+    for program, use in PROGRAMS.items():
+        found = shutil.which(program)
+        rows.append({"what": program, "found": found or "–", "note": "" if found else f"optional: {use}"})
+    return rows
+
+
+def devices() -> list[dict[str, Any]]:
+    """A row for each accelerator, and one for the processor."""
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    rows = [{"what": "processor", "found": f"{os.cpu_count()} cores, {memory:.0f} GiB", "note": ""}]
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        capability = torch.cuda.get_device_capability(index)
+        note = "" if capability >= (8, 0) else "no bfloat16: set dtype to float32"
+        shown = f"{torch.cuda.get_device_name(index)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
+        rows.append({"what": f"cuda:{index}", "found": shown, "note": note})
+    if not torch.cuda.device_count():
+        rows.append({"what": "cuda", "found": "none", "note": "everything runs on the processor, in float32"})
+    return rows
+
+
+def read_size(model: str) -> Size:
+    """A network's size from its folder, or the hub's cache; UserError where neither has it."""
+    folder = _local(model)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+    def first(*names: str) -> int:
+        return next(int(config[name]) for name in names if config.get(name))
+
+    hidden, heads = first("hidden_size", "d_model"), first("num_attention_heads", "n_heads")
+    kv_heads = first("num_key_value_heads", "n_kv_heads", "num_attention_heads", "n_heads")
+    width = int(config.get("head_dim") or hidden // heads)
+    layers = first("num_hidden_layers", "n_layers")
+    return Size(_parameters(folder), layers, hidden, kv_heads * width, first("embedding_size", "vocab_size"))
+
+
+def _local(model: str) -> Path:
+    if (Path(model) / "config.json").is_file():
+        return Path(model)
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(model, local_files_only=True))
+        except LocalEntryNotFoundError:
+            pass
+    raise UserError(f"model: {model} is neither a checkpoint's folder nor in the hub's cache; download it first")
+
+
+def _parameters(folder: Path) -> int:
+    """How many numbers the checkpoint's tensors hold, from the headers of its files."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        count += sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")
+    if not count:
+        raise UserError(f"model: {folder} holds no .safetensors files")
+    return count
+
+
+def needs(job: str, config: Any, size: Size, ranks: int, low_precision: bool) -> dict[str, float]:
+    """Bytes on one device by part, an estimate.
+
+    Sampling: weights (2 bytes a parameter in bfloat16, else 4); keys and values, 2 × layers × kv width, of every
+    position of every slot; logits, three float32 copies of slots × block × vocabulary. Training: weights, gradients
+    and Adam's two moments in float32, 16 bytes a parameter, over `ranks` by ZeRO-3; activations of a micro-batch, 34 ×
+    hidden × layers numbers a token, 2 × hidden × layers with gradient checkpointing, in the arithmetic's precision;
+    two float32 copies of its logits in chunks of 2,048 tokens.
+    """
+    word = 2 if low_precision else 4
+    found: dict[str, float] = {}
+    sampling = next((part for part in (getattr(config, "rollout", None), config) if isinstance(part, Sampling)), None)
+    if sampling is not None:
+        limit = getattr(config, "max_prompt_len", None) or getattr(
+            getattr(config, "training", None), "max_prompt_len", 0
+        )
+        rows = sampling.max_active
+        block = max(sampling.block_size) if isinstance(sampling.block_size, list) else sampling.block_size
+        shared = job == "rl" and not low_precision  # the learner's own weights are sampled from
+        found["weights, sampling"] = 0.0 if shared else word * size.parameters
+        found["keys and values"] = 2.0 * word * size.layers * size.kv_width * rows * (limit + sampling.max_token)
+        found["logits, sampling"] = 3.0 * 4 * rows * block * size.vocabulary
+    if job in ("rl", "sft"):
+        training, models = config.training, 1 + bool(getattr(config.model, "value_base_model", ""))
+        found["weights, gradients, Adam"] = 16.0 * size.parameters * models / ranks
+        if getattr(training, "kl_reference", "") == "initial":
+            found["the first model"] = 4.0 * size.parameters / ranks
+        per_token = (2 if training.gradient_checkpointing_enable else 34) * size.hidden * size.layers * word
+        found["activations"] = float(per_token * training.tokens_per_micro_batch)
+        found["logits, training"] = 2.0 * 4 * min(2048, training.tokens_per_micro_batch) * size.vocabulary
+    return found
+
+
+def advice(job: str, config: Any, found: dict[str, float], room: float) -> list[str]:
+    """What to change where the sum exceeds the room, the parts that are largest first."""
+    if sum(found.values()) <= room:
+        return []
+    training = getattr(config, "training", None)
+    ways = {
+        "activations": "training.gradient_checkpointing_enable=True"
+        if training is not None and not training.gradient_checkpointing_enable
+        else "a smaller training.tokens_per_micro_batch; the update does not depend on it",
+        "weights, gradients, Adam": "more devices: accelerate_configs/*_deepspeed_zero3.yaml divides this part by them",
+        "keys and values": "a smaller max_active or max_token; responses do not depend on max_active",
+        "logits, sampling": "a smaller max_active",
+        "weights, sampling": "bfloat16 weights (dtype), or a smaller model",
+        "the first model": "training.kl_reference=old, which keeps no second model",
+        "logits, training": "a smaller training.tokens_per_micro_batch",
+    }
+    largest = sorted(found, key=found.__getitem__, reverse=True)
+    return [f"{name} ({found[name] / GIB:.1f} GiB): {ways[name]}" for name in largest[:3] if found[name] > 0.05 * room]
+
+
+def device_room() -> tuple[float, bool, int]:
+    """Bytes of the first device, whether weights are bfloat16 there, and how many devices there are."""
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info(0)[1]), True, torch.cuda.device_count()
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), False, 1
+
+
+def memory_report(argv: Sequence[str]) -> None:
+    """Print what a config needs, beside what a device has."""
+    path = find_config(next(one for one in argv if one.startswith("config=")).partition("=")[2])
+    written = {key: value for _, layer in read_layers(path) for key, value in layer.items()}
+    job = infer_job(written) or "rl"
+    config = load_config(job, list(argv))
+    model = config.model if isinstance(config.model, str) else config.model.pretrained_model
+    room, low_precision, ranks = device_room()
+    dtype = config.dtype if isinstance(config.model, str) else config.model.dtype
+    low_precision = dtype == "bfloat16" or (dtype == "auto" and low_precision)
+    found = needs(job, config, read_size(model), ranks, low_precision)
+    rows = [{"memory of one device": name, "GiB": round(value / GIB, 2)} for name, value in found.items()]
+    total = sum(found.values())
+    rows.append({"memory of one device": "sum, an estimate", "GiB": round(total / GIB, 2)})
+    rows.append({"memory of one device": "there is", "GiB": round(room / GIB, 2)})
+    print_table(rows, title=f"\n{path.name}: {model}")
+    lines = advice(job, config, found, 0.95 * room)
+    print("it should fit" if not lines else "it will not fit; what helps:\n  " + "\n  ".join(lines))
+
+
+@one_line_errors
+def main(argv: list[str]) -> None:
+    """Print the report, and a config's memory where one is given."""
+    if "-h" in argv or "--help" in argv:
+        print(__doc__.strip())
+        return
+    print_table(main_report())
+    if any(one.startswith("config=") for one in argv):
+        memory_report(argv)
+    elif argv:
+        raise UserError(f"{argv[0]}: give config=configs/X.yaml first")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

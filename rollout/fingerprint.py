@@ -1,0 +1,132 @@
+"""What an evaluation's figures depend on, as hashes and values: two with the same fingerprint should agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.runtime import device_and_dtype
+from common.schema import EvalConfig, Sampling
+from common.trajectory import Task
+from common.versions import versions
+from models import LoadedModel
+from models.family import local_folder
+from models.prompts import instruction
+from rollout.collect import encode_task, kind_of
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt")
+# Of the settings, those that change speed and nothing else; they stand outside the id.
+SPEED_ONLY = ("max_active", "merge_commit", "cache_tokens", "free_cache")
+
+Fingerprint = dict[str, Any]
+
+
+def fingerprint_of(
+    config: EvalConfig,
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    settings: Mapping[str, Sampling],
+) -> Fingerprint:
+    """Hashes of model, data and prompts, the settings, the versions; `id` is a hash over all but versions and speed.
+
+    The prompts' hash is over their token ids: it covers instruction, chat template and tokenizer together.
+    """
+    device, dtype = device_and_dtype(config.dtype)
+    think = next(iter(settings.values())).start_with_think
+    prompts = [encode_task(loaded, task, config.dataset, think) for task in tasks]
+    kind = kind_of(tasks[0], config.dataset.data_type)
+    about: Fingerprint = {
+        "model": {
+            "name": config.model,
+            "family": config.model_base,
+            "dtype": str(dtype).removeprefix("torch."),
+            "files": file_hashes(local_folder(config.model)),
+        },
+        "data": {
+            "name": config.dataset.eval_dataset,
+            "tasks": len(tasks),
+            "sha256": hash_json([[task.id, task.question, task.ground_truth_answer, task.record] for task in tasks]),
+        },
+        "prompts": {
+            "template": instruction(loaded.family, kind, config.dataset.prompts, think),
+            "max_prompt_len": config.max_prompt_len,
+            "sha256": hash_json(prompts),
+        },
+        "reward": dataclasses.asdict(config.reward) | {"data_type": config.dataset.data_type},
+        "seed": config.seed,
+        "settings": {name: dataclasses.asdict(setting) for name, setting in settings.items()},
+    }
+    facts = {"device": device.type, "versions": versions()}
+    return {"id": hash_json(_what_counts(about))[:12]} | about | facts
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each of a checkpoint's files, by name; the number that the hub shows for its weights."""
+    files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
+    return {file.name: _sha256(file) for file in files}
+
+
+def _sha256(file: Path) -> str:
+    stored = file.resolve().name
+    if SHA256.fullmatch(stored):  # the hub's cache keeps large files under their hash
+        return stored
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_json(thing: Any) -> str:
+    """SHA-256 of a value written as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(thing, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def check_resumable(folder: Path, now: Fingerprint) -> None:
+    """UserError where a run's folder holds an evaluation of something else; more settings than before are fine."""
+    file = folder / "fingerprint.json"
+    if not file.is_file():
+        return
+    before, after = _what_counts(json.loads(file.read_text(encoding="utf-8"))), _what_counts(now)
+    shared = before["settings"].keys() & after["settings"].keys()
+    for one in (before, after):
+        one["settings"] = {name: one["settings"][name] for name in shared}
+    changes = differences(before, after)
+    if changes:
+        raise UserError(
+            f"experiment.start_from_scratch=False: {folder} holds an evaluation that differs ({changes[0]}); "
+            "set it to True, or name another experiment.project"
+        )
+
+
+def differences(before: Any, after: Any, name: str = "") -> list[str]:
+    """Every value that differs between two nested dicts, as `key: old → new`."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = dict.fromkeys([*before, *after])
+        return [
+            line
+            for key in keys
+            for line in differences(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if before == after else [f"{name}: {_short(before)} → {_short(after)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+def _what_counts(about: Fingerprint) -> Fingerprint:
+    """The part that decides a result: no names of folders, no versions, no speed."""
+    counts = {key: about[key] for key in ("prompts", "reward", "seed")}
+    counts["model"] = {key: about["model"][key] for key in ("files", "dtype")}
+    counts["data"] = {key: about["data"][key] for key in ("tasks", "sha256")}
+    counts["settings"] = {
+        name: {key: value for key, value in setting.items() if key not in SPEED_ONLY}
+        for name, setting in about["settings"].items()
+    }
+    return counts

@@ -1,0 +1,180 @@
+"""The run page: curves, config, the best and worst responses; rewritten while a run lives, or made afterwards:
+
+    python -m rollout.report runs/a [runs/b …] [out=FILE.html]
+
+One run's page lies in its folder; several are drawn over one another into `out`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import UserError, one_line_errors
+from common.metrics import PANELS, Row, curves_of, read_rows
+from common.page import fill_page, write_page
+from common.ranks import is_main
+from common.runtime import console
+from models import LoadedModel
+from rollout.collect import Rollout
+from rollout.show import trace_of_rollout
+from sample.traces import Trace, write_trace_page
+
+TEMPLATE = Path(__file__).with_name("report.html")
+SHOWN = 3  # best responses, and as many worst
+POINTS = 1500  # of a curve; longer ones are thinned
+RARELY = 200  # the page is rewritten when so many times its last cost has passed: half a percent of the run
+HEADLINES = ("reward", "accuracy", "response_length", "tokens_per_forward", "mismatch_kl")
+
+
+@dataclass
+class RunPage:
+    """report.html of a run that lives. `note` keeps what a step drew, `refresh` rewrites the page now and then."""
+
+    folder: Path
+    loaded: LoadedModel | None  # None: responses are listed without traces
+    block_size: int
+    total_step: int
+    responses: list[tuple[str, int, Rollout]] = field(default_factory=list)  # (best or worst, step, response)
+    written: float = 0.0  # when the page was last finished, monotonic seconds
+    cost: float = 0.0  # seconds that took
+
+    def note(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+        """Keep the best and the worst responses of a step."""
+        ranked = sorted((one for group in groups for one in group), key=lambda one: one.score.reward)
+        worst, best = ranked[:SHOWN], ranked[::-1][:SHOWN]
+        self.responses = [("best", step, one) for one in best] + [("worst", step, one) for one in worst]
+
+    def refresh(self, done: bool = False) -> bool:
+        """Rewrite the page if enough time has passed, or the run is done; returns whether it was rewritten.
+
+        One rank writes it.
+        """
+        begin = time.monotonic()
+        if not is_main() or (not done and begin - self.written < RARELY * self.cost):
+            return False
+        traces = self.traces()
+        if traces:
+            write_trace_page(self.folder / "trace.html", traces, self.folder.name, "best and worst of the latest step")
+        page = run_data(self.folder) | {"live": not done, "total": self.total_step, "responses": self.shown(traces)}
+        write_page(self.folder / "report.html", report_page([page]))
+        self.written = time.monotonic()
+        self.cost = self.written - begin
+        return True
+
+    def traces(self) -> list[Trace]:
+        """What the trace page shows: the kept responses."""
+        if self.loaded is None:
+            return []
+        made = []
+        for kind, step, rollout in self.responses:
+            if rollout.trajectory.step_map:
+                made.append(trace_of_rollout(self.loaded, rollout, self.block_size))
+                made[-1]["name"] = f"{kind} of step {step}: {rollout.task.id}"
+        return made
+
+    def shown(self, traces: list[Trace]) -> list[dict[str, Any]]:
+        """The kept responses as the page lists them; the n-th links to the n-th trace."""
+        linked = bool(traces) and len(traces) == len(self.responses)
+        return [
+            response_row(kind, step, rollout) | {"trace": f"trace.html#{number}" if linked else ""}
+            for number, (kind, step, rollout) in enumerate(self.responses, start=1)
+        ]
+
+
+def response_row(kind: str, step: int, rollout: Rollout) -> dict[str, Any]:
+    """One response in the list."""
+    return {
+        "kind": kind,
+        "step": step,
+        "task": rollout.task.id,
+        "question": rollout.task.question,
+        "text": rollout.trajectory.text,
+        "reward": rollout.score.reward,
+        "verdict": rollout.score.verdict,
+        "length": rollout.trajectory.length,
+        "steps": rollout.trajectory.steps,
+    }
+
+
+def run_data(folder: Path) -> dict[str, Any]:
+    """A run's curves and config, from its folder; UserError where there are none."""
+    rows = read_rows(folder / "metrics.jsonl")
+    config = folder / "config.yaml"
+    return {
+        "name": folder.name,
+        "curves": {key: thin(curve) for key, curve in curves_of(rows).items()},
+        "config": config.read_text(encoding="utf-8") if config.is_file() else "",
+        "step": max((row["step"] for row in rows), default=0),
+        "headlines": headlines(rows),
+        "live": False,
+        "total": _total(config),
+        "time": time.time(),
+        "responses": [],
+    }
+
+
+def headlines(rows: list[Row]) -> list[dict[str, Any]]:
+    """The figures at the top: of evaluations first and last, of training the means of its first and last tenth."""
+    found = []
+    evaluated = sorted({key for row in rows for key in row if key.startswith("eval") and key.endswith("accuracy")})
+    for key in evaluated:
+        values = [row[key] for row in rows if isinstance(row.get(key), (int, float))]
+        if values:
+            found.append({"name": key, "first": values[0], "last": values[-1], "share": True})
+    for key in HEADLINES:
+        values = [row[key] for row in rows if isinstance(row.get(key), (int, float))]
+        if values:
+            tenth = max(1, len(values) // 10)
+            first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+            found.append({"name": key, "first": first, "last": last, "share": key == "accuracy"})
+    return found
+
+
+def thin(curve: tuple[list[int], list[float]]) -> list[list[float]]:
+    """Steps and values, at most POINTS of them: means of neighbours where there are more."""
+    steps, values = curve
+    width = -(-len(steps) // POINTS)
+    if width > 1:
+        parts = [slice(start, start + width) for start in range(0, len(steps), width)]
+        values = [sum(values[part]) / len(values[part]) for part in parts]
+        steps = [steps[part][-1] for part in parts]
+    return [list(steps), [float(f"{value:.5g}") for value in values]]
+
+
+def report_page(runs: Sequence[dict[str, Any]]) -> str:
+    """The page for one run, or several drawn over one another."""
+    panels = [asdict(panel) for panel in PANELS]
+    return fill_page(TEMPLATE.read_text(encoding="utf-8"), {"runs": list(runs), "panels": panels})
+
+
+def _total(config: Path) -> int:
+    content = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return int(((content or {}).get("experiment") or {}).get("total_step") or 0)
+
+
+@one_line_errors
+def main(argv: list[str]) -> None:
+    """Write the page of one run, or one that compares several."""
+    folders = [Path(argument) for argument in argv if not argument.startswith("out=")]
+    out = next((Path(argument.partition("=")[2]) for argument in argv if argument.startswith("out=")), None)
+    if not folders or "-h" in argv or "--help" in argv:
+        print(__doc__.strip())
+        return
+    for folder in folders:
+        if not (folder / "metrics.jsonl").is_file():
+            raise UserError(f"{folder} has no metrics.jsonl; give the folder of a run, as runs/demo")
+    if out is None:
+        out = folders[0] / "report.html" if len(folders) == 1 else folders[0].parent / "report.html"
+    write_page(out, report_page([run_data(folder) for folder in folders]))
+    console.print(f"written: {out}; open it in a browser")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,78 @@
+"""samples.jsonl: every response with its task, trace and verdict, one JSON object a line; written and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.ranks import main_only
+from common.trajectory import Score, Task, Trajectory
+from rollout.collect import Rollout
+
+Line = dict[str, Any]
+OF_SCORE = [field.name for field in dataclasses.fields(Score)]
+OF_TRAJECTORY = {field.name: field for field in dataclasses.fields(Trajectory)}
+
+
+def sample_line(rollout: Rollout, about: Mapping[str, Any] | None = None) -> Line:
+    """One response as it is written, `about` first."""
+    line = dict(about or {}) | {"question": rollout.task.question}
+    line |= {"ground_truth_answer": rollout.task.ground_truth_answer}
+    return line | vars(rollout.score) | rollout.trajectory.to_json()
+
+
+@main_only
+def append_sample(path: Path, line: Line) -> None:
+    """Add a line in one write: a run that is killed leaves at most its last line torn."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+@main_only
+def write_samples(path: Path, groups: Sequence[Sequence[Rollout]], about: Mapping[str, Any] | None = None) -> None:
+    """Append every response of the groups."""
+    with path.open("a", encoding="utf-8") as file:
+        for rollout in (rollout for group in groups for rollout in group):
+            file.write(json.dumps(sample_line(rollout, about), ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The whole lines of a file, torn ones left out."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(line, dict):
+                yield line
+
+
+@main_only
+def drop_torn_lines(path: Path) -> None:
+    """Rewrite the file without what a killed run left half written."""
+    lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in read_lines(path)]
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(lines), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def known_rollouts(path: Path, tasks: Sequence[Task], setting: str, step: int) -> dict[tuple[str, int], Rollout]:
+    """The responses of one setting that the file holds already, by (task id, sample)."""
+    by_id = {task.id: task for task in tasks}
+    found = {}
+    for line in read_lines(path):
+        if (line.get("setting"), line.get("step")) == (setting, step) and line["task_id"] in by_id:
+            found[line["task_id"], line["sample"]] = rollout_of(line, by_id[line["task_id"]])
+    return found
+
+
+def rollout_of(line: Line, task: Task) -> Rollout:
+    """A response as it was before it was written; lists of its trace that were left out are empty."""
+    trace = {name: line.get(name, [] if "list" in str(field.type) else None) for name, field in OF_TRAJECTORY.items()}
+    score = Score(**{name: line[name] for name in OF_SCORE})
+    return Rollout(task, Trajectory(**trace), score)

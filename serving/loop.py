@@ -1,0 +1,203 @@
+"""The engine as a server uses it: one thread that steps while there is anything to denoise, and takes requests between.
+
+All requests that share a forward share their sampling settings. Those with others wait until the slots are empty; once
+one has waited `PATIENCE` seconds, nobody is let in before it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from common.ranks import Queue
+from common.schema import Sampling
+from common.trajectory import Request
+from models import LoadedModel
+from sample.attention import engine_attention
+from sample.engine import Engine
+
+PATIENCE = 2.0  # seconds
+
+
+@dataclass(frozen=True)
+class Event:
+    """What became of a stream in one step."""
+
+    ids: list[int] = field(default_factory=list)  # tokens that will not change any more
+    logp: list[float] = field(default_factory=list)
+    block: list[tuple[int, bool]] | None = None  # the block being denoised, (token, masked), where it is asked for
+    finish: str = ""  # "stop" or "length" with the last tokens
+    error: str = ""
+
+
+@dataclass(eq=False)
+class Stream:
+    """One response being drawn for a client."""
+
+    request: Request
+    settings: Sampling
+    limit: int  # tokens
+    emit: Callable[[Event], None]  # called in the event loop of the server
+    watched: bool = False  # whether the client wants every step
+    arrived: float = field(default_factory=time.monotonic)
+    sent: int = 0
+    cancelled: bool = False
+
+
+class EngineLoop:
+    """Takes streams from any thread; `deliver` hands a step's events to the server's event loop."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        settings: Sampling,
+        stop_ids: Iterable[int],
+        max_prompt_len: int,
+        deliver: Callable[[list[tuple[Stream, Event]]], None],
+    ):
+        self.engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
+        self.room = settings  # its max_active and max_token bound what is reserved
+        self.stop_ids = set(stop_ids)
+        self.full_attention = loaded.family.attention == "full"
+        self.max_prompt_len = max_prompt_len
+        self.deliver = deliver
+        self.waiting: deque[Stream] = deque()
+        self.active: dict[int, Stream] = {}  # by the identity of their engine request
+        self.settings: Sampling | None = None  # of the streams in the engine
+        self.changed = threading.Condition()
+        self.closing = False
+        self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
+
+    # ---- called by the server
+
+    def submit(self, streams: Iterable[Stream]) -> None:
+        """Queue streams."""
+        with self.changed:
+            self.waiting.extend(streams)
+            self.changed.notify()
+
+    def cancel(self, streams: Iterable[Stream]) -> None:
+        """Drop streams, wherever they are; their slots are free after the step that is running."""
+        with self.changed:
+            for stream in streams:
+                stream.cancelled = True
+            self.waiting = deque(stream for stream in self.waiting if not stream.cancelled)
+            self.changed.notify()
+
+    def close(self) -> None:
+        """End the thread."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+        self.thread.join()
+
+    def counts(self) -> dict[str, int]:
+        """Streams in slots and waiting."""
+        return {"active": len(self.active), "waiting": len(self.waiting)}
+
+    # ---- the thread
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Step until closed; a step that fails ends the streams in it and nothing else."""
+        with engine_attention(self.engine.model):
+            self.serve()
+
+    def serve(self) -> None:
+        """What `run` does within torch's and the engine's contexts."""
+        while True:
+            with self.changed:
+                while not (self.closing or self.waiting or self.active):
+                    self.changed.wait()
+                if self.closing:
+                    return
+                self.take_in()
+            try:
+                self.deliver(self.step())
+            except Exception as error:
+                lost, self.active, self.settings = list(self.active.values()), {}, None
+                self.deliver([(stream, Event(error=f"{type(error).__name__}: {error}")) for stream in lost])
+
+    def take_in(self) -> None:
+        """Hand waiting streams of the present settings to the engine; switch settings when it is empty."""
+        if not self.waiting:
+            return
+        if not self.active and self.waiting[0].settings != self.settings:
+            self.open(self.waiting[0].settings)
+        other = next((stream for stream in self.waiting if stream.settings != self.settings), None)
+        if other is not None and time.monotonic() - other.arrived > PATIENCE:
+            return
+        fitting = [stream for stream in self.waiting if stream.settings == self.settings]
+        fitting = fitting[: self.room.max_active - len(self.active)]
+        for stream in fitting:
+            self.waiting.remove(stream)
+            self.active[id(stream.request)] = stream
+        left = self.engine.queue.take(len(self.engine.queue))
+        self.engine.queue = Queue([*left, *(stream.request for stream in fitting)], shared=False)
+
+    def open(self, settings: Sampling) -> None:
+        """Set the engine up for these settings, with room for as many of the longest requests as it may hold."""
+        longest = Request("", [0] * self.max_prompt_len)
+        self.engine.start([longest] * self.room.max_active, settings, self.stop_ids)
+        self.engine.queue = Queue([], shared=False)
+        self.settings = settings
+
+    def step(self) -> list[tuple[Stream, Event]]:
+        """One step of the engine, and what it brought each stream."""
+        engine = self.engine
+        refused = len(list(engine.admit()))
+        events = self.refusals() if refused else []
+        if not engine.active:
+            return events
+        engine.step()
+        seated = [ticket.request for ticket in engine.active]
+        events += self.progress(seated)
+        for row, request in enumerate(seated):
+            if self.active[id(request)].cancelled:
+                engine.slots.finished[row] = True  # the engine then frees the slot as after any response
+        done = engine.collect()
+        still = {id(ticket.request) for ticket in engine.active}
+        for request, trajectory in zip([one for one in seated if id(one) not in still], done):
+            stream = self.active.pop(id(request))
+            if not stream.cancelled:
+                end = min(trajectory.length, stream.limit)
+                finish = trajectory.finish_reason if trajectory.length <= stream.limit else "length"
+                ids, logp = trajectory.response_ids[stream.sent : end], trajectory.logp[stream.sent : end]
+                events.append((stream, Event(ids, logp, finish=finish)))
+        return events
+
+    def refusals(self) -> list[tuple[Stream, Event]]:
+        """An error for each stream that the engine turned away, because its cache could never hold it."""
+        held = [ticket.request for ticket in (*self.engine.active, *self.engine.waiting)]
+        held = {id(request) for request in (*held, *self.engine.queue.items[self.engine.queue.next :])}
+        gone = [self.active.pop(key) for key in list(self.active) if key not in held]
+        return [(stream, Event(error="the cache cannot hold so long a response (cache_tokens)")) for stream in gone]
+
+    def progress(self, seated: list[Request]) -> list[tuple[Stream, Event]]:
+        """What each stream gained: the tokens of blocks that were finished, and the present block for who watches."""
+        slots, events = self.engine.slots.first(len(seated)), []
+        starts = slots.block_start.tolist()
+        for row, (request, start) in enumerate(zip(seated, starts)):
+            stream, prompt = self.active[id(request)], len(request.prompt_ids)
+            clean = start - prompt
+            if stream.cancelled or (clean <= stream.sent and not stream.watched):
+                continue
+            end, new = min(clean, stream.limit), slice(prompt + stream.sent, prompt + min(clean, stream.limit))
+            ids, logp = slots.tokens[row, new].tolist(), slots.figures[row, new, 0].tolist()
+            stop = next((index for index, token in enumerate(ids) if token in self.stop_ids), None)
+            if stop is not None:  # the engine has seen it too, and gives the rest with the finished response
+                continue
+            block = None
+            if stream.watched:
+                place = slice(max(start, prompt), start + self.settings.block_size)
+                block = list(zip(slots.tokens[row, place].tolist(), slots.masked[row, place].tolist()))
+            full = clean >= stream.limit  # the client asked for less than the engine would draw
+            events.append((stream, Event(ids, logp, block, "length" if full else "")))
+            stream.sent = max(stream.sent, end)
+            stream.cancelled |= full
+        return events

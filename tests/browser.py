@@ -1,0 +1,39 @@
+"""A headless Chromium for the tests of pages; they are skipped where none is installed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser; skips the test, and says why, without playwright or Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM:
+        pytest.skip("no chromium is installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def open_page(browser: Any, path: Path, scheme: str = "light", width: int = 1200) -> tuple[Any, list[str]]:
+    """The page of a file, and a list that fills with what a page must not do: errors, dialogs, requests elsewhere."""
+    faults: list[str] = []
+    page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
+    page.on("console", lambda message: faults.append(f"console: {message.text}"))
+    page.on("pageerror", lambda error: faults.append(f"error: {error}"))
+    page.on("dialog", lambda dialog: (faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.on("request", lambda one: faults.append(one.url) if not one.url.startswith(("file:", "data:")) else None)
+    page.goto(path.resolve().as_uri())
+    return page, faults

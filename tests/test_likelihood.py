@@ -1,0 +1,93 @@
+"""The bound on a response's log-likelihood, and the harness's adapter on top of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import UserError
+from common.schema import Sampling
+from common.trajectory import Request
+from models import LoadedModel, load_model
+from models.tiny import build_tiny
+from rollout.lm_harness import cut, generation_settings, make_harness_model, register_with_harness
+from sample.draw import token_logp
+from sample.engine import Engine
+from sample.likelihood import response_elbo, spans_of
+
+
+@pytest.fixture(scope="module", params=["sdar", "dream", "llada"])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = tmp_path_factory.mktemp(request.param)
+    build_tiny(request.param, folder, seed=2)
+    return load_model(folder, request.param)
+
+
+def test_spans() -> None:
+    assert spans_of(6, 7, 4) == [(6, 8), (8, 12), (12, 13)]
+    assert spans_of(8, 4, 4) == [(8, 12)] and spans_of(8, 3, 4) == [(8, 11)]
+    assert spans_of(6, 7, None) == [(6, 13)]
+
+
+def bound(loaded: LoadedModel, prompt: list[int], response: list[int], block: int | None) -> float:
+    """The mean over every mask pattern of every part, weighted as the draw weighs them."""
+    whole, total = prompt + response, 0.0
+    for start, end in spans_of(len(prompt), len(response), block):
+        size = end - start
+        for pattern in itertools.product((False, True), repeat=size):
+            masked = [start + i for i, hidden in enumerate(pattern) if hidden]
+            if not masked:
+                continue
+            ids = [loaded.mask_id if i in masked else token for i, token in enumerate(whole[:end])]
+            order = torch.arange(len(ids)) // (block or len(ids))
+            mask = (order[None] <= order[:, None])[None, None]
+            logits = loaded.model(torch.tensor([ids]), attention_mask=mask).logits[0]
+            logp = token_logp(logits, loaded.mask_id, 1.0)
+            told = sum(float(logp[i + loaded.family.logit_offset, whole[i]]) for i in masked)
+            total += told * size / len(masked) / (size * math.comb(size, len(masked)))
+    return total
+
+
+@torch.inference_mode()
+def test_the_estimate_is_of_the_bound(loaded: LoadedModel) -> None:
+    """Against the enumeration of all masks; a single token's likelihood is exact."""
+    block = 2 if loaded.family.attention == "block" else None
+    prompt, response = [5, 6, 7, 8], [9, 10, 11]
+    single = response_elbo(loaded, prompt, [9], block, masks=1)
+    assert single == pytest.approx(bound(loaded, prompt, [9], block), abs=1e-5)
+    exact = bound(loaded, prompt, response, block)
+    found = response_elbo(loaded, prompt, response, block, masks=600, seed=1, rows=100)
+    assert found == pytest.approx(exact, rel=0.02)
+    assert found == pytest.approx(response_elbo(loaded, prompt, response, block, masks=600, seed=1, rows=64), rel=1e-4)
+
+
+def test_cut_and_settings() -> None:
+    assert cut("a\n\nQ: b", ["Q:", "\n\n"]) == "a" and cut("abc", []) == "abc" and cut("abc", "c") == "ab"
+    asked = {"until": ["x"], "do_sample": False, "temperature": 0.7, "max_gen_toks": 32}
+    settings = generation_settings(Sampling(), asked)
+    assert (settings.temperature, settings.max_token) == (0.0, 32)
+
+
+def test_what_the_harness_gets(tiny_sdar: Path) -> None:
+    ours = make_harness_model(str(tiny_sdar), max_token=8, seed=4, masks=2)
+    long, short = ours.generate([("1+2", {"until": []}), ("1+2", {"max_gen_toks": 4, "until": ["0"]})])
+    engine = Engine(ours.loaded.model, ours.loaded.mask_id, ours.loaded.stop_ids)
+    (alone,) = engine.generate([Request("0", ours.encode("1+2"), seed=4)], Sampling(max_token=8))
+    assert long == ours.loaded.tokenizer.decode(alone.response_ids[: alone.length], skip_special_tokens=True)
+    assert len(short) <= 4 and "0" not in short
+    assert ours.encode_pair("1 ", "+2") == (ours.encode("1"), ours.encode(" +2"))
+    better, worse = ours.loglikelihood([("1+2=", "3"), ("", "1+2")])
+    assert better < 0 and worse < 0
+
+
+def test_mistakes_are_told(tiny_sdar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match="remask"):
+        make_harness_model(str(tiny_sdar), remask="static")
+    with pytest.raises(UserError, match="pip install lm_eval"):
+        register_with_harness()

@@ -1,0 +1,179 @@
+"""The trace page in Chromium, driven by keys; and what goes into it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import load_config
+from common.errors import UserError
+from common.page import allow_script, embed_json, fill_page, read_data
+from models import load_model
+from sample.get_trace_viewer import main
+from sample.traces import TEMPLATE, pieces_of, trace_page
+from tests.browser import chromium, open_page
+
+HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script><!--\u2028]]>&amp;"
+
+
+def trace(count: int = 10, **changes: Any) -> dict[str, Any]:
+    """A response of `count` tokens, two a step from the left, blocks of 4, the last two after its end."""
+    made = {
+        "name": "one",
+        "setting": "static",
+        "verdict": "passed",
+        "reference": "12",
+        "prompt": "what is it",
+        "pieces": [f"w{i} " for i in range(count)],
+        "special": [count - 3],
+        "steps": [i // 2 for i in range(count)],
+        "confidence": [(i % 10) / 10 for i in range(count)],
+        "logp": [-0.1] * count,
+        "first": 2,
+        "block_size": 4,
+        "length": count - 2,
+        "denoising_steps": (count + 1) // 2,
+        "forwards": count,
+        "finish": "stop",
+    }
+    return made | changes
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as one:
+        yield one
+
+
+def shown(page: Any) -> str:
+    return page.evaluate("[...document.querySelectorAll('.t.on')].map(e => e.textContent).join('')")
+
+
+def test_driven_by_keys(browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "trace.html"
+    second = trace(6, name="two", verdict="failed", steps=[2, 1, 0, 3, -1, -1])
+    file.write_text(trace_page([trace(), second], "title", "sub"), encoding="utf-8")
+    page, faults = open_page(browser, file)
+    assert page.title() == "title · trace"
+    assert shown(page) == "".join(f"w{i} " for i in range(10))  # it opens on the whole response
+    page.keyboard.press("Home")
+    assert shown(page) == "" and page.inner_text("#now") == "0"
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert shown(page) == "w0 w1 w2 w3 " and page.inner_text("#now") == "2"
+    assert page.evaluate("[...document.querySelectorAll('.t.now')].map(e => e.textContent).join('')") == "w2 w3 "
+    page.keyboard.press("ArrowLeft")
+    assert shown(page) == "w0 w1 "
+    page.keyboard.press("Shift+ArrowRight")  # to the first step of the next block, which begins at token 2
+    assert page.inner_text("#now") == "2"
+    page.keyboard.press("Shift+ArrowRight")
+    assert page.inner_text("#now") == "4"
+    assert page.evaluate("[...document.querySelectorAll('.b')].map(e => e.querySelectorAll('.t').length)") == [2, 4, 4]
+    facts = page.inner_text("#facts")
+    assert "tokens per forward\n1.60" in facts and "blocks of 4\n3" in facts
+    page.keyboard.press(".")
+    assert "confidence\n0.0000" in page.inner_text("#look")
+    page.keyboard.press("ArrowDown")
+    assert "failed" in page.inner_text("#verdict") and page.evaluate("location.hash") == "#2"
+    assert shown(page) == "w0 w1 w2 w3 "  # tokens that were never unmasked stay masks
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    assert shown(page) == "w2 "
+    page.keyboard.press("c")
+    assert page.evaluate("document.body.dataset.colour") == "confidence"
+    page.keyboard.press("?")
+    assert page.is_visible("#keys")
+    page.keyboard.press("Escape")
+    page.locator("#keys").wait_for(state="hidden")
+    page.keyboard.press("Space")
+    page.locator("#play[aria-label=Play]").wait_for()
+    assert page.inner_text("#now") == "4"
+    assert not faults
+
+
+def test_the_slider_and_clicks(browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "trace.html"
+    file.write_text(trace_page([trace(), trace(6)], "title"), encoding="utf-8")
+    page, faults = open_page(browser, file, scheme="dark")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    box = page.locator("#scrub").bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.4, box["y"] + 20)
+    assert page.inner_text("#now") == "2"
+    page.click(".chip >> nth=1")
+    assert page.evaluate("document.querySelectorAll('.t').length") == 6
+    page.click("#back")
+    assert page.inner_text("#now") == "2" and page.inner_text("#of") == "/ 3 steps"
+    page.keyboard.press("t")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    assert not faults
+
+
+def test_hostile_text_stays_text(browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "trace.html"
+    names = dict.fromkeys(("name", "setting", "verdict", "reference", "prompt"), HOSTILE)
+    made = trace(6, pieces=[HOSTILE, "a\nb", "", " ", "\ud800", "x"], **names)
+    file.write_text(trace_page([made, made], HOSTILE, HOSTILE), encoding="utf-8")
+    page, faults = open_page(browser, file)
+    page.keyboard.press(".")
+    assert page.text_content(".t") == HOSTILE
+    assert page.text_content("#prompt") == page.text_content("#title") == HOSTILE
+    assert page.evaluate("document.querySelectorAll('img, #canvas script').length") == 0
+    assert not faults
+
+
+def test_the_shipped_page_opens(browser: Any) -> None:
+    for width in (1200, 360):
+        page, faults = open_page(browser, TEMPLATE, width=width)
+        assert page.evaluate("document.querySelectorAll('.t.on').length") > 20
+        assert "passed" in page.inner_text("#verdict")
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert not faults
+
+
+def test_the_page_reaches_nothing() -> None:
+    page = TEMPLATE.read_text(encoding="utf-8")
+    assert allow_script(page) == page, "run: python -m common.page sample/trace.viewer.html"
+    assert "default-src 'none'" in page and "http:" not in page and "https:" not in page
+    assert "innerHTML" not in page and "insertAdjacentHTML" not in page
+
+
+def test_embedded_json() -> None:
+    text = embed_json({"a": HOSTILE, "b": "\ud800"})
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text)["a"] == HOSTILE
+    page = fill_page(TEMPLATE.read_text(encoding="utf-8"), {"title": HOSTILE, "x": "\\1 \\g<0>"})
+    assert read_data(page) == {"title": HOSTILE, "x": "\\1 \\g<0>"}
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+    def batch_decode(self, many: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        return [self.decode(ids, skip_special_tokens) for ids in many]
+
+
+def test_pieces_of_characters() -> None:
+    assert pieces_of(Bytes(), list("aé漢!".encode())) == ["a", "é", "", "漢", "", "", "!"]
+    assert pieces_of(Bytes(), [0xE6, 0x41]) == ["\ufffd", "A"]  # half a character
+
+
+def test_the_command(tiny_sdar: Path, tmp_path: Path) -> None:
+    arguments = [f"model={tiny_sdar}", "max_token=8", "num_response_per_task=2", f"out={tmp_path}/page/trace.html"]
+    page = main(load_config("trace", [*arguments, "prompt=1+2"])).read_text(encoding="utf-8")
+    traces = read_data(page)["responses"]
+    loaded = load_model(tiny_sdar, "sdar")
+    assert [one["name"] for one in traces] == ["response 1", "response 2"]
+    for one in traces:
+        assert "1+2" in one["prompt"] and one["first"] == len(loaded.tokenizer(one["prompt"])["input_ids"])
+        assert len(one["pieces"]) == len(one["steps"]) == len(one["confidence"]) >= one["length"]
+    with pytest.raises(UserError, match="prompt is empty"):
+        main(load_config("trace", arguments))
+    with pytest.raises(UserError, match="samples: no file nowhere"):
+        main(load_config("trace", [*arguments, "samples=nowhere.jsonl"]))
