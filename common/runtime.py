@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from common import ranks
 from common.errors import UserError
 
-# one rank speaks for all
-console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
+# one rank speaks for all; brackets in paths and errors are no markup
+console = Console(stderr=False, highlight=False, markup=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

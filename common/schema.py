@@ -116,14 +116,10 @@ class ExperimentConfig(ExperimentBase):
     deepspeed_file: str | None = key(
         None, "a file of accelerate_configs/, by which ranks are launched; null: one process, or as launched already"
     )
-    hang_timeout: float = key(
-        1800.0, "a rank that has not moved for so many seconds is reported with its stack; 0: never", low=0
-    )
+    hang_timeout: float = key(1800.0, "a rank that did not move for so many seconds is reported; 0: never", low=0)
     join_timeout: float = key(600.0, "many nodes: seconds to wait for those that are to join", low=1)
     max_failures: int = key(3, "many nodes: how often a run goes on after it lost a node", low=0)
-    ssh: list[str] | None = key(
-        None, "many nodes: node 0 starts the others by this, as [ssh, -i, KEY]; null: each runs the same command"
-    )
+    ssh: list[str] | None = key(None, "many nodes: node 0 starts the others by this, as [ssh, -i, KEY]; null: does not")
     total_step: int = key(50, "RL steps", low=1)
     save_every: int = key(10, "steps between checkpoints; 0: only the final model", low=0)
     train_value_every: int = key(1, "RL steps between those in which the value model learns; 1: in every one", low=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import peft
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +24,8 @@ def add_lora(network: torch.nn.Module, lora: LoraSettings) -> None:
         if target not in names:
             known = ", ".join(sorted(names))
             raise UserError(f"model.lora.targets: {target!r} is no layer of the model; there are {known}")
+    import peft  # by those alone who use it: it takes a second
+
     config = peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=list(lora.targets))
     peft.inject_adapter_in_model(config, network, adapter_name=ADAPTER)
 
@@ -53,6 +54,8 @@ def merged(layer: torch.nn.Module) -> Tensor:
 
 def save_adapter(lora: LoraSettings, base: str, weights: dict[str, Tensor], folder: Path) -> None:
     """Write the adapter as peft does, for PeftModel.from_pretrained(network, folder). weights: by parameter name."""
+    import peft
+
     config = peft.LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, target_modules=list(lora.targets), base_model_name_or_path=base
     )

@@ -200,7 +200,7 @@ def ray_process(arguments: Sequence[str], port: int, folder: Path) -> Iterator[s
         *(f"--{name}-port={port + number}" for number, name in enumerate(AGENTS, 11)),
     ]
     # a short folder: Ray makes sockets in it, whose names may have 107 characters
-    temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    temporary = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
     if "--head" in arguments:
         fixed.append(f"--temp-dir={temporary}")
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments, *fixed]
@@ -209,6 +209,9 @@ def ray_process(arguments: Sequence[str], port: int, folder: Path) -> Iterator[s
     try:
         yield process
     finally:
+        if process.poll() is not None:
+            told = (folder / "ray.log").read_text().strip().splitlines()[-15:]
+            print("Ray ended by itself on this node:", *told, sep="\n  ", file=sys.stderr, flush=True)
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(timeout=20)

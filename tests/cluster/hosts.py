@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+RAY = "/tmp/dllm-ray"
+PRIVATE = 'mount -t tmpfs ray "$0" && exec "$@"'
 TOOLS = ("ip", "sshd", "ssh", "ssh-keygen")
 
 
@@ -33,10 +35,12 @@ class Host:
 
     def start(self, command: Sequence[object], log: Path, **environment: object) -> subprocess.Popen:
         """Start a command on the host, its output in a file."""
-        variables = os.environ | {key: str(value) for key, value in environment.items()}
+        variables = os.environ | {key: str(value) for key, value in environment.items()} | {"RAY_TMPDIR": RAY}
+        Path(RAY).mkdir(exist_ok=True)
         with log.open("ab") as stream:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self.name, *map(str, command)],
+                # Ray's sockets lie in files, which hosts do not share: a file system of its own for every command
+                ["ip", "netns", "exec", self.name, "sh", "-c", PRIVATE, RAY, *map(str, command)],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
