@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import ranks
-from common.errors import UserError
 from common.runtime import console
 
 STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -82,16 +81,6 @@ def newest_step(run_folder: Path) -> int:
     """The step of the newest whole checkpoint of a run, -1 if there is none."""
     checkpoints = step_folders(run_folder / "ckpt")
     return checkpoints[-1][0] if checkpoints else -1
-
-
-def check_room(folder: Path, needed: int) -> None:
-    """UserError where the disk has less room than `needed` bytes, as for a checkpoint."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"experiment.runs_dir: {folder} has {free / 1e9:.1f} GB free, a checkpoint takes {needed / 1e9:.1f} GB: "
-            "make room, name another folder, or set experiment.save_every=0"
-        )
 
 
 def _is_whole(folder: Path) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.schema import OptimizerParams, RLTrainingConfig, Sampling, SchedulerConfig
+from common.schema import Sampling
+from common.training_schema import OptimizerParams, RLTrainingConfig, SchedulerConfig
 from common.trajectory import Request
 from models import load_model
 from sample.engine import Engine

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from common.config import load_config
-from common.schema import RLTrainingConfig, Sampling, SFTTrainingConfig
+from common.schema import Sampling
+from common.training_schema import RLTrainingConfig, SFTTrainingConfig
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model
 from models.tiny import build_tiny

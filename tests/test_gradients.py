@@ -13,7 +13,7 @@ import training_reference as plain
 from accelerate import Accelerator
 
 from benchmarks.plain_training import PlainRow, plain_batches, plain_logp, plain_rows, plain_values
-from common.schema import RLTrainingConfig
+from common.training_schema import RLTrainingConfig
 from common.trajectory import Trajectory
 from models import find_family, load_network
 from models.value import ValueNetwork

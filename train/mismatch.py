@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common import ranks
 from common.errors import UserError
-from common.schema import RLTrainingConfig
+from common.training_schema import RLTrainingConfig
 from train.objectives import kl_estimate
 from train.optimize import Learner, batch_logp, micro_batches
 from train.packing import Row

@@ -15,7 +15,7 @@ from common import ranks
 from common.errors import UserError
 from common.health import beat
 from common.runtime import console
-from common.schema import OptimizerParams, SchedulerConfig, TrainingBase
+from common.training_schema import OptimizerParams, SchedulerConfig, TrainingBase
 from train.devices import make_accelerator, with_deepspeed
 from train.packing import PackedBatch, Row, pack
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.schema import RLTrainingConfig
+from common.training_schema import RLTrainingConfig
 from common.trajectory import Trajectory
 from common.user_code import load_function
 from models import LoadedModel

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common import ranks
-from common.schema import SFTTrainingConfig
+from common.training_schema import SFTTrainingConfig
 from models import LoadedModel
 from train.optimize import Learner, batch_logp, update
 from train.packing import PackedBatch, Row, make_rows, pack

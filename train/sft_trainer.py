@@ -16,7 +16,8 @@ from common.config import dump_config, load_config, settings_of
 from common.errors import UserError
 from common.metrics import MetricsLog, draw_curves, open_metrics
 from common.runtime import Stopwatch, console, device_and_dtype, prepare_run_folder, progress, seed_everything
-from common.schema import RewardConfig, SFTConfig, SFTTrainingConfig
+from common.schema import RewardConfig, SFTConfig
+from common.training_schema import SFTTrainingConfig
 from common.trajectory import Task
 from data.tasks import load_tasks
 from models import LoadedModel, load_model, load_network, save_model
