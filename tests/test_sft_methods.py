@@ -124,7 +124,7 @@ def test_loss_and_gradient_equal_the_reference(
     learner, found = learner_of(loaded)
     for name, packing in PACKINGS.items():
         loaded.model.zero_grad()
-        monkeypatch.setattr(sft_step, "micro_batches", lambda learner, rows, budget, packing=packing: packing(rows))
+        monkeypatch.setattr(sft_step, "micro_batches", lambda rows, budget, packing=packing: packing(rows))
         figures = sft_step.sft_update(learner, rows, 0, denominator, sft_step.elbo_weights(training, rows))
         assert figures["loss"] == pytest.approx(float(wanted.detach()), abs=1e-5), name
         assert figures["predicted_tokens"] == sum(len(row.target) for row in rows) > 0

@@ -22,6 +22,8 @@ from train.packing import PackedBatch, Row, pack
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+MOST_PADDING = 0.2  # of a micro-batch where a dense mask forbids long rows; benchmarks/finetuning.py compares
+
 
 @dataclass
 class Learner:
@@ -123,8 +125,12 @@ def rate_factor(schedule: SchedulerConfig, done: int, updates: int) -> float:
 
 
 def micro_batches(rows: Sequence[Row], token_budget: int) -> list[PackedBatch]:
-    """The rows of an update as micro-batches, the same on every rank; at least one for each rank where rows do."""
-    return pack(rows, token_budget, at_least=ranks.world())
+    """The rows of an update as micro-batches, the same on every rank; at least one for each rank where rows do.
+
+    Packed as suits the device: joined where attention skips what is not visible, else side by side.
+    """
+    joined = torch.cuda.is_available()
+    return pack(rows, token_budget, at_least=ranks.world(), together=joined, most_padding=MOST_PADDING)
 
 
 def my_share(batches: Sequence[PackedBatch]) -> list[PackedBatch]:

@@ -8,15 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import ranks
 from common.training_schema import SFTTrainingConfig
 from models import LoadedModel
-from train.optimize import Learner, batch_logp, update
-from train.packing import PackedBatch, Row, make_rows, pack
+from train.optimize import Learner, batch_logp, micro_batches, update
+from train.packing import PackedBatch, Row, make_rows
 from train.sft_data import Conversation
 from train.views import SFT_METHODS, join_views
-
-MOST_PADDING = 0.2  # of a micro-batch where a dense mask forbids long rows; benchmarks/finetuning.py compares
 
 
 def rows_of(
@@ -51,12 +48,6 @@ def elbo_weights(training: SFTTrainingConfig, rows: Sequence[Row]) -> Tensor | N
     return torch.from_numpy(np.concatenate([row.weight for row in rows])).float()
 
 
-def micro_batches(learner: Learner, rows: Sequence[Row], token_budget: int) -> list[PackedBatch]:
-    """Rows packed as suits the device: joined where attention skips what is not visible, else side by side."""
-    joined = learner.accelerator.device.type == "cuda"
-    return pack(rows, token_budget, at_least=ranks.world(), together=joined, most_padding=MOST_PADDING)
-
-
 def sft_update(
     learner: Learner,
     rows: Sequence[Row],
@@ -73,7 +64,7 @@ def sft_update(
             logp = logp * weight[batch.predicted].to(logp.device)
         return -logp.sum() / (denominator or count)
 
-    done = update(learner, micro_batches(learner, rows, token_budget), loss)
+    done = update(learner, micro_batches(rows, token_budget), loss)
     figures = {"loss": done.loss, "grad_norm": done.grad_norm} if done.taken else {}
     return figures | {"predicted_tokens": count, "bad_steps": int(not done.taken)}
 
@@ -83,7 +74,7 @@ def validation_loss(
 ) -> float:
     """The loss on samples that are not learned, under the same noise every time."""
     rows = rows_of(training, loaded, conversations, np.random.default_rng([training.seed, 1]))
-    batches = micro_batches(learner, rows, training.tokens_per_micro_batch)
+    batches = micro_batches(rows, training.tokens_per_micro_batch)
     logp = batch_logp(learner, batches, sum(len(row.target) for row in rows), 1.0)  # (predicted,)
     weight = elbo_weights(training, rows)
     total = -float((logp if weight is None else logp * weight).sum())
