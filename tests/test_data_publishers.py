@@ -118,7 +118,7 @@ def test_the_check_command(tmp_path):
     done = script("-m", "data.check", str(path))
     assert done.returncode == 0 and "4 tasks (2 function, 1 stdio, 1 answer); 2 questions" in done.stdout
     path.write_text(json.dumps({"prompt": "p", "response": "r", "step_map": [0]}) + "\n")
-    assert "1 SFT samples, 1 with a step map" in check_file(str(path))
+    assert "1 SFT samples (1 answers), 1 with a step map" in check_file(str(path))
     path.write_text("{}\n")
     done = script("-m", "data.check", str(path))
     assert done.returncode == 2 and "record 1" in done.stderr and "`question`" in done.stderr
