@@ -57,7 +57,7 @@ def policy_loss(
 def kl_estimate(logp: Tensor, logp_ref: Tensor, estimator: str = "k3") -> Tensor:
     """Schulman's estimators of KL(policy ‖ reference), d = logp − logp_ref: k1 d, k2 d²/2, k3 exp(−d) − 1 + d."""
     d = (logp - logp_ref).clamp(-CLAMP, CLAMP)
-    return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.exp(-d) - 1 + d}[estimator]()
+    return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(-d) + d}[estimator]()
 
 
 def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
