@@ -5,8 +5,10 @@ Launched as `accelerate launch … --module tests.distributed_job MODEL FOLDER`;
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +63,7 @@ def rl_step(networks: Networks, number: int) -> dict[str, float]:
     """One RL step on five responses to prompts of different lengths, with a value model."""
     settings = Sampling(max_token=LENGTH, remasking_strategy="low_confidence_static")
     requests = [Request(str(n), list(range(5 + 3 * n)), seed=1, step=number) for n in range(RESPONSES)]
-    drawn = list(networks.engine.generate(ranks.Queue(requests, shared=True), settings))
+    drawn = list(networks.engine.generate(ranks.Queue(requests, shared=True), settings, on_step=together_once()))
     together = [trajectory for part in ranks.gather(drawn) for trajectory in part]
     together.sort(key=lambda trajectory: int(trajectory.task_id))
     samples = [Sample(one, (-1.0) ** n, (-1.0) ** n, None) for n, one in enumerate(together)]
@@ -71,6 +73,15 @@ def rl_step(networks: Networks, number: int) -> dict[str, float]:
     )
     networks.engine.load_weights(whole_weights(networks.learner.network.model))
     return figures | {"own_responses": len(drawn)}
+
+
+def together_once() -> Callable[[], None]:
+    """For the engine to call after every step: at the first one it waits for the other ranks' first step.
+
+    A rank holds an even share of the responses at most, so none finishes before the others have theirs.
+    """
+    steps = itertools.count()
+    return lambda: ranks.wait_for_all() if next(steps) == 0 else None
 
 
 def sft_step(networks: Networks, number: int) -> dict[str, float]:

@@ -60,7 +60,7 @@ def test_steps_of_two_processes_equal_those_of_one(alone: dict, together: dict, 
         assert one.keys() == other.keys()
         for key, value in one.items():
             if key == "own_responses":
-                assert value == 5 and 0 < other[key] < 5
+                assert value == 5 and other[key] in (2, 3)
                 continue
             # of a value that has not moved yet it is chance which side of the clip is larger
             assert other[key] == pytest.approx(value, rel=1e-4, abs=0.1 if "clip" in key else 1e-4), key
