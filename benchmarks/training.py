@@ -185,8 +185,9 @@ def resident(field: str) -> float:
 def without_attention(options: argparse.Namespace) -> dict[str, float]:
     """The packed step with every token seeing itself alone: what does not grow with the square of the length."""
 
-    def itself(module: object, query: torch.Tensor, key: object, value: torch.Tensor, *_: object, **__: object):
-        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
+    def itself(module: object, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **__: object):
+        own = value + 0 * key  # so that the projections have their share of the backward pass
+        return (own.repeat_interleave(query.shape[1] // value.shape[1], dim=1) + 0 * query).transpose(1, 2), None
 
     policy_module.attention_mask = lambda batch: torch.ones(1, 1, 1, 1, dtype=torch.bool)
     from models import attention
