@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.disk import append_lines, unless_full, write_whole
 from common.errors import UserError
 from common.ranks import is_main
 
@@ -42,7 +43,8 @@ class MetricsLog:
         append_row(self.path, row)
         numbers = {key: value for key, value in row.items() if key != "step" and isinstance(value, (int, float))}
         for tracker in self.trackers:
-            tracker.log(numbers, row["step"])
+            with unless_full(self.path.parent):
+                tracker.log(numbers, row["step"])
 
     def close(self) -> None:
         """Flush and close the trackers."""
@@ -98,9 +100,8 @@ def _clean(value: Any, digits: int) -> Any:
 
 
 def append_row(path: str | Path, row: Row) -> None:
-    """Append a row as one line, in one write: a run that is killed leaves at most its last line torn."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Append a row as one line."""
+    append_lines(Path(path), json.dumps(row) + "\n")
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -124,12 +125,7 @@ def truncate_after(path: str | Path, step: int) -> None:
     path = Path(path)
     if not path.is_file():
         return
-    beside = path.with_suffix(".tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
 
 
 # --- trackers

@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from common.disk import write_whole
 
 DATA = re.compile(r'(<script type="application/json" id="data">).*?(</script>)', re.DOTALL)
 SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
@@ -40,13 +41,6 @@ def read_data(page: str) -> Any:
     return json.loads(DATA.search(page)[0].removeprefix(DATA.search(page)[1]).removesuffix("</script>"))
 
 
-def write_page(path: Path, page: str) -> None:
-    """Write it beside and rename: whoever looks meanwhile sees the old one whole."""
-    beside = path.with_name(f"{path.name}.writing")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, path)
-
-
 def allow_script(page: str) -> str:
     """The page with the hash of its script in its content security policy."""
     (script,) = SCRIPT.findall(page)
@@ -56,4 +50,4 @@ def allow_script(page: str) -> str:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        write_page(Path(name), allow_script(Path(name).read_text(encoding="utf-8")))
+        write_whole(Path(name), allow_script(Path(name).read_text(encoding="utf-8")))

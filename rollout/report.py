@@ -16,9 +16,10 @@ from typing import Any
 
 import yaml
 
+from common.disk import unless_full, write_whole
 from common.errors import UserError, one_line_errors
 from common.metrics import PANELS, Row, curves_of, read_rows
-from common.page import fill_page, write_page
+from common.page import fill_page
 from common.ranks import is_main
 from common.runtime import console
 from models import LoadedModel
@@ -60,10 +61,13 @@ class RunPage:
         if not is_main() or (not done and begin - self.written < RARELY * self.cost):
             return False
         traces = self.traces()
-        if traces:
-            write_trace_page(self.folder / "trace.html", traces, self.folder.name, "best and worst of the latest step")
         page = run_data(self.folder) | {"live": not done, "total": self.total_step, "responses": self.shown(traces)}
-        write_page(self.folder / "report.html", report_page([page]))
+        file = self.folder / "report.html"
+        with unless_full(file):
+            if traces:
+                about = "best and worst of the latest step"
+                write_trace_page(self.folder / "trace.html", traces, self.folder.name, about)
+            write_whole(file, report_page([page]))
         self.written = time.monotonic()
         self.cost = self.written - begin
         return True
@@ -172,7 +176,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{folder} has no metrics.jsonl; give the folder of a run, as runs/demo")
     if out is None:
         out = folders[0] / "report.html" if len(folders) == 1 else folders[0].parent / "report.html"
-    write_page(out, report_page([run_data(folder) for folder in folders]))
+    write_whole(out, report_page([run_data(folder) for folder in folders]))
     console.print(f"written: {out}; open it in a browser")
 
 

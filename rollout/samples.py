@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.disk import append_lines, write_whole
 from common.ranks import main_only
 from common.trajectory import Score, Task, Trajectory
 from rollout.collect import Rollout
@@ -27,17 +27,15 @@ def sample_line(rollout: Rollout, about: Mapping[str, Any] | None = None) -> Lin
 
 @main_only
 def append_sample(path: Path, line: Line) -> None:
-    """Add a line in one write: a run that is killed leaves at most its last line torn."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    """Add a line."""
+    append_lines(path, json.dumps(line, ensure_ascii=False) + "\n")
 
 
 @main_only
 def write_samples(path: Path, groups: Sequence[Sequence[Rollout]], about: Mapping[str, Any] | None = None) -> None:
     """Append every response of the groups."""
-    with path.open("a", encoding="utf-8") as file:
-        for rollout in (rollout for group in groups for rollout in group):
-            file.write(json.dumps(sample_line(rollout, about), ensure_ascii=False) + "\n")
+    rollouts = (rollout for group in groups for rollout in group)
+    append_lines(path, "".join(json.dumps(sample_line(one, about), ensure_ascii=False) + "\n" for one in rollouts))
 
 
 def read_lines(path: Path) -> Iterator[Line]:
@@ -56,9 +54,7 @@ def read_lines(path: Path) -> Iterator[Line]:
 def drop_torn_lines(path: Path) -> None:
     """Rewrite the file without what a killed run left half written."""
     lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in read_lines(path)]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(lines), encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, "".join(lines))
 
 
 def known_rollouts(path: Path, tasks: Sequence[Task], setting: str, step: int) -> dict[tuple[str, int], Rollout]:

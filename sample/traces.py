@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from common.page import fill_page, write_page
+from common.disk import write_whole
+from common.page import fill_page
 from common.trajectory import Trajectory
 from models import LoadedModel
 
@@ -79,4 +80,4 @@ def trace_page(traces: Sequence[Trace], title: str, subtitle: str = "") -> str:
 def write_trace_page(path: Path, traces: Sequence[Trace], title: str, subtitle: str = "") -> None:
     """Write the page."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_page(path, trace_page(traces, title, subtitle))
+    write_whole(path, trace_page(traces, title, subtitle))

@@ -10,6 +10,7 @@ import torch
 
 from common.checkpoint import newest_step
 from common.config import settings_of
+from common.disk import unless_full, write_whole
 from common.health import watched
 from common.metrics import draw_curves
 from common.ranks import any_rank, from_main, is_main, rank
@@ -36,7 +37,11 @@ def main(config: RLConfig) -> int:
     """
     stages = Stopwatch()
     with signals_noted(), ExitStack() as stack:
-        run = set_up(config, stages)
+        try:
+            run = set_up(config, stages)
+        except Stopped:  # while the model to start from was finetuned
+            console.print(f"stopped before step 1; to go on: {resume_command()}")
+            return exit_code()
         stack.enter_context(watched(config.experiment.hang_timeout, run.folder / f"hang-rank-{rank()}.txt", rank()))
         with stages("load"):
             resume(run)
@@ -203,5 +208,6 @@ def first_evaluation(run: Run) -> dict[str, dict[str, float]]:
         return json.loads(path.read_text())
     before = {name: dataclasses.asdict(result) for name, result in evaluate_now(run).items()}
     if is_main():
-        path.write_text(json.dumps(before))
+        with unless_full(path):
+            write_whole(path, json.dumps(before))
     return before
