@@ -83,7 +83,7 @@ def start(family: str, method: str) -> None:
 
 def run_one(family: str, method: str, args: argparse.Namespace) -> None:
     """Finetune, evaluate on held-out tasks and write the job's result."""
-    from train.sft_trainer import main as finetune
+    from train.sft_trainer import finetune
 
     if method == SAMPLES:
         draw_samples(family, args)

@@ -114,16 +114,22 @@ class ExperimentBase:
 
 
 @dataclass
-class SFTExperimentConfig(ExperimentBase):
+class TrainingExperiment(ExperimentBase):
+    """Of what may run for days."""
+
+    hang_timeout: float = key(1800.0, "a rank that did not move for so many seconds is reported; 0: never", low=0)
+
+
+@dataclass
+class SFTExperimentConfig(TrainingExperiment):
     save_every: int = key(500, "updates between checkpoints to resume from; 0: only the final model", low=0)
 
 
 @dataclass
-class ExperimentConfig(ExperimentBase):
+class ExperimentConfig(TrainingExperiment):
     deepspeed_file: str | None = key(
         None, "a file of accelerate_configs/, by which ranks are launched; null: one process, or as launched already"
     )
-    hang_timeout: float = key(1800.0, "a rank that did not move for so many seconds is reported; 0: never", low=0)
     join_timeout: float = key(600.0, "many nodes: seconds to wait for those that are to join", low=1)
     max_failures: int = key(3, "many nodes: how often a run goes on after it lost a node", low=0)
     ssh: list[str] | None = key(None, "many nodes: node 0 starts the others by this, as [ssh, -i, KEY]; null: does not")

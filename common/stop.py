@@ -1,7 +1,8 @@
 """Stopping a run without loss: SIGTERM and Ctrl-C are taken note of, and acted on where nothing is half done.
 
-A second signal ends the process at once. Ranks have a launcher above them, which would kill them soon after it got the
-signal itself; so it keeps the signal from them and makes a file, which they look for.
+A second signal, unless it follows at once, ends the process. Ranks that rl.py launched have a launcher above them,
+which would kill them soon after it got the signal itself; so it keeps the signal from them and makes a file, which they
+look for.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 STOP_FILE = "DLLM_RL_STOP_FILE"  # environment variable: the file that says that the job is to stop
-_received: list[int] = []
+AT_ONCE = 2.0  # seconds within which signals are one: launchers pass on what a terminal or scheduler sent to all
+_received: list[tuple[int, float]] = []  # signals, each with its moment
 
 
 class Stopped(Exception):
@@ -26,13 +29,13 @@ class Stopped(Exception):
 @contextmanager
 def signals_noted() -> Iterator[None]:
     """Within it SIGTERM and SIGINT make `stop_requested` true instead of ending the process."""
-    _received.clear()
     before = {number: signal.signal(number, _note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _received.clear()
 
 
 def stop_requested() -> bool:
@@ -43,7 +46,7 @@ def stop_requested() -> bool:
 
 def exit_code() -> int:
     """What a stopped program ends with: 0, as a scheduler expects after SIGTERM, or 130 after Ctrl-C."""
-    return 130 if signal.SIGINT in _received else 0
+    return 130 if any(number == signal.SIGINT for number, _ in _received) else 0
 
 
 def resume_command() -> str:
@@ -54,7 +57,7 @@ def resume_command() -> str:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    if _received:
+    if _received and time.monotonic() - _received[0][1] > AT_ONCE:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-    _received.append(number)
+    _received.append((number, time.monotonic()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def finetune(config: SFTConfig) -> tuple[Path, list[dict]]:
     """The finetuned model's folder and the rows of metrics."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft_trainer, "draw_curves", lambda *_: None)
-        target = sft_trainer.main(config)
+        target = sft_trainer.finetune(config)
     return target, [json.loads(line) for line in (target.parents[1] / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -117,7 +118,7 @@ def test_the_same_command_gives_the_same_model(tmp_path: Path) -> None:
 def test_stop_at_accuracy_needs_tasks(tmp_path: Path) -> None:
     config = sft_config(tmp_path, RECORDS, training__stop_at_accuracy=0.5, dataset__eval_dataset="")
     with pytest.raises(UserError, match=r"dataset\.eval_dataset: empty, but training\.stop_at_accuracy"):
-        sft_trainer.main(config)
+        sft_trainer.finetune(config)
 
 
 def test_a_missing_model_is_made(tmp_path: Path) -> None:
@@ -183,7 +184,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path: Path, capsys: pytest.C
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sft_trainer, "train_step", stopping)
-        sft_trainer.main(config)
+        sft_trainer.finetune(config)
     config.experiment.start_from_scratch = False
     target, rows = finetune(config)
     assert "ckpt/step-0004 after update 4" in capsys.readouterr().out
@@ -194,7 +195,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path: Path, capsys: pytest.C
     config.dataset.optimization_data = str(tmp_path / "fewer.json")
     (tmp_path / "fewer.json").write_text(json.dumps(records[:3]))
     with pytest.raises(UserError, match=r"start_from_scratch=False: .* was made with more samples than the 2"):
-        sft_trainer.main(config)
+        sft_trainer.finetune(config)
 
 
 def test_a_mistake_in_the_data_leaves_an_older_run_where_it_is(tmp_path: Path, tiny_sdar: Path) -> None:
@@ -203,7 +204,7 @@ def test_a_mistake_in_the_data_leaves_an_older_run_where_it_is(tmp_path: Path, t
     finished.write_text("{}")
     config = sft_config(tmp_path, [*RECORDS, {"prompt": "1", "response": ""}], model__pretrained_model=tiny_sdar)
     with pytest.raises(UserError, match=r"record 4 of .* has an empty `response`"):
-        sft_trainer.main(config)
+        sft_trainer.finetune(config)
     assert [path.name for path in finished.parent.iterdir()] == ["results.json"]
 
 
@@ -247,3 +248,37 @@ def test_the_script(launcher: list[str], tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2] and "eval/accuracy" in rows[1]
     assert load_model(folder / "ckpt" / "optimized", "trado").model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("moment", ["update", "evaluation"])
+def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """SIGTERM in the middle of the fourth update, or of the measurement after it."""
+    changes = {"training__max_steps": 6, "training__eval_every": 2, "training__batch_size": 2}
+    changes |= {"experiment__save_every": 0}
+    records = RECORDS + [{"prompt": f"{n}+1", "response": f"{n + 1}"} for n in range(5)]
+    whole, wanted = finetune(sft_config(tmp_path, records, experiment__project="whole", **changes))
+    config = sft_config(tmp_path, records, **changes)
+    name, number = {"update": ("train_step", 4), "evaluation": ("evaluate", 2)}[moment]
+    real, calls = getattr(sft_trainer, name), []
+
+    def signalled(*args: object) -> object:
+        calls.append(None)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(sft_trainer, name, signalled)
+    assert sft_trainer.main(config) == 0
+    monkeypatch.undo()
+    out = " ".join(capsys.readouterr().out.split())
+    assert "stopped after update 4 to go on: python" in out and "experiment.start_from_scratch=False" in out
+    config.experiment.start_from_scratch = False
+    target, rows = finetune(config)
+    once = {}
+    for row in rows:  # the measurement that was cut short has a row of its own
+        once[row["step"]] = once.get(row["step"], {}) | row
+    assert untimed(list(once.values())) == untimed(wanted)
+    ours, theirs = (folder / "model.safetensors" for folder in (target, whole))
+    assert ours.read_bytes() == theirs.read_bytes()

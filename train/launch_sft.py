@@ -17,4 +17,4 @@ def run(family: str, description: str) -> None:
     config = parse_or_help("sft", argv, description)
     from train.sft_trainer import main  # torch and transformers, which --help does without
 
-    main(config)
+    sys.exit(main(config))

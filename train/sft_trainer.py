@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from common import ranks
-from common.checkpoint import Writer, save_step, step_folders, write_folder
+from common.checkpoint import Writer, newest_step, save_step, step_folders, write_folder
 from common.config import dump_config, load_config, settings_of
 from common.errors import UserError
+from common.health import watched
 from common.metrics import MetricsLog, draw_curves, open_metrics
 from common.runtime import Stopwatch, console, device_and_dtype, prepare_run_folder, progress, seed_everything
 from common.schema import RewardConfig, SFTConfig
+from common.stop import Stopped, exit_code, resume_command, signals_noted, stop_requested
 from common.training_schema import SFTTrainingConfig
 from common.trajectory import Task
 from data.tasks import load_tasks
@@ -35,6 +37,7 @@ from train.sft_step import elbo_weights, loss_denominator, rows_of, sft_update, 
 from train.views import SFT_METHODS
 
 TINY = "tiny"  # as model.pretrained_model: a new small network of the family, made in the run's folder
+KEPT = ("step", "measured", "interval", "best", "good_enough")  # of a run, in its checkpoints
 REPORT_SECONDS = 60.0  # between lines on a console that shows no progress bar
 
 
@@ -55,16 +58,37 @@ class Run:
     order: np.ndarray  # samples to come, by index; refilled epoch by epoch
     interval: int  # updates between measurements
     step: int = 0  # updates done
+    measured: int = 0  # of them, when it was last measured
     best: float | None = None  # the best measurement so far, higher is better
+    good_enough: bool = False  # training.stop_at_accuracy is reached
 
 
-def main(config: SFTConfig) -> Path:
-    """Finetune as the config says; returns the folder of the finetuned model."""
+def main(config: SFTConfig) -> int:
+    """Finetune as the config says, until the end or a signal.
+
+    Returns the program's exit code: 130 where Ctrl-C stopped it, else 0. All ranks must call it.
+    """
+    with signals_noted():
+        try:
+            finetune(config)
+        except Stopped:
+            console.print(f"to go on: {resume_command()}")
+            return exit_code()
+    return 0
+
+
+def finetune(config: SFTConfig) -> Path:
+    """Returns the folder of the finetuned model. Raises Stopped, after a checkpoint, where a signal came."""
     seed_everything(config.training.seed)
     bf16 = device_and_dtype(config.model.dtype)[1] == torch.bfloat16
     make_accelerator("bf16" if bf16 else "no")  # before any network: ZeRO-3 shards it as it is loaded
     run, samples = set_up(config)
-    figures = train(run)
+    with watched(config.experiment.hang_timeout, run.folder / f"hang-rank-{ranks.rank()}.txt", ranks.rank()):
+        try:
+            figures = train(run)
+        except Stopped:
+            stop(run)
+            raise
     run.metrics.close()
     target = run.folder / "ckpt" / config.model.optimized_name
     write_folder(target, lambda writer: write_model(run.loaded, writer))
@@ -158,32 +182,41 @@ def check_method(method: str, loaded: LoadedModel) -> None:
 def train(run: Run) -> dict[str, float]:
     """Updates over shuffled epochs, until `steps`, or until sampling accuracy reaches `stop_at_accuracy`.
 
-    Returns the figures of the last one.
+    Returns the figures of the last one. Raises Stopped where the run is to end.
     """
-    training, figures, reported = run.config.training, {}, time.perf_counter()
+    save_every, reported = run.config.experiment.save_every, time.perf_counter()
+    figures = measure_if_due(run)  # it may have been stopped within that
+    if figures:
+        run.metrics.log({"step": run.step} | figures)
     with progress("finetuning", run.steps, run.step) as advance:
-        for step in range(run.step + 1, run.steps + 1):
+        while run.step < run.steps and not run.good_enough:
             watch = Stopwatch()
             figures = train_step(run)
             figures["seconds_train"] = watch.total()
             figures["tokens_per_second"] = figures.pop("tokens") / figures["seconds_train"]
-            run.step, measured = step, {}
-            if step % run.interval == 0 or step == run.steps:
-                measured = measure(run)
-                run.interval = next_interval(training, measured.get("eval/accuracy", 0.0))
-            figures |= measured | {"seconds": watch.total()}
-            run.metrics.log({"step": step} | figures)
+            run.step += 1
+            try:
+                measured = measure_if_due(run)
+                figures |= measured
+            finally:
+                run.metrics.log({"step": run.step, "seconds": watch.total()} | figures)
             advance(f"loss {figures.get('loss', float('nan')):.3f}  {figures['tokens_per_second']:,.0f} tokens/s")
             if measured or (not console.is_terminal and time.perf_counter() - reported > REPORT_SECONDS):
                 reported = time.perf_counter()
                 console.print(report_line(run, figures))
-            save_every = run.config.experiment.save_every
-            if save_every and step % save_every == 0 and step < run.steps:
+            if save_every and run.step % save_every == 0 and run.step < run.steps:
                 save(run)
-            stop_at = training.stop_at_accuracy
-            if stop_at is not None and measured.get("eval/accuracy", -1.0) >= stop_at:
-                break
+            if ranks.any_rank(stop_requested()) and run.step < run.steps and not run.good_enough:
+                raise Stopped
     return figures
+
+
+def stop(run: Run) -> None:
+    """Save what is done."""
+    if newest_step(run.folder) < run.step:
+        save(run)
+    run.metrics.close()
+    console.print(f"stopped after update {run.step}")
 
 
 def train_step(run: Run) -> dict[str, float]:
@@ -229,6 +262,18 @@ def next_interval(training: SFTTrainingConfig, accuracy: float) -> int:
 
 
 # --- measurements
+
+
+def measure_if_due(run: Run) -> dict[str, float]:
+    """The measurements after this update, if it is one of those that have them and they are not made yet."""
+    due = run.step > run.measured and (run.step % run.interval == 0 or run.step == run.steps)
+    if not due:
+        return {}
+    measured, stop_at = measure(run), run.config.training.stop_at_accuracy
+    accuracy = measured.get("eval/accuracy", 0.0)
+    run.measured, run.interval = run.step, next_interval(run.config.training, accuracy)
+    run.good_enough = bool(run.tasks) and stop_at is not None and accuracy >= stop_at
+    return measured
 
 
 def measure(run: Run) -> dict[str, float]:
@@ -294,7 +339,7 @@ def whole_model(loaded: LoadedModel, learner: Learner) -> LoadedModel:
 
 def save(run: Run) -> None:
     """A checkpoint from which the run goes on as if it had not stopped. All ranks must call it."""
-    state = {name: getattr(run, name) for name in ("step", "interval", "best")}
+    state = {name: getattr(run, name) for name in KEPT}
     state |= {"order": run.order.tolist(), "rng": run.rng.bit_generator.state}
 
     def write(writer: Writer) -> None:
@@ -318,7 +363,8 @@ def resume(run: Run, checkpoint: Path) -> None:
         load_learner(run.learner, checkpoint / "learner", saved)
     run.rng.bit_generator.state = state["rng"]
     run.order = np.array(state["order"], dtype=np.int64)
-    run.step, run.interval, run.best = state["step"], state["interval"], state["best"]
+    for name in KEPT:
+        setattr(run, name, state[name])
     console.print(f"resumed from {checkpoint} after update {run.step}")
 
 
@@ -328,7 +374,7 @@ def make_model_if_missing(path: str, made_by: str | None, model_base: str, seed:
         return False
     console.print(f"{path} is not there yet: made by {made_by}")
     arguments = {"model.model_base": model_base, "training.seed": seed, "experiment.runs_dir": runs_dir}
-    made = main(load_config("sft", [f"config={made_by}", *(f"{key}={value}" for key, value in arguments.items())]))
+    made = finetune(load_config("sft", [f"config={made_by}", *(f"{key}={value}" for key, value in arguments.items())]))
     if made.resolve() != Path(path).resolve():
         raise UserError(f"made_by: {made_by} makes {made}, but the model's path is {path}")
     return True

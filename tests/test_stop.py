@@ -1,0 +1,32 @@
+"""Signals: noted, acted on once, and not taken for a second one where a launcher passes the same one on."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from common import stop
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_is_noted(number: int, code: int) -> None:
+    with stop.signals_noted():
+        assert not stop.stop_requested()
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)  # passed on by a launcher at once
+        assert stop.stop_requested() and stop.exit_code() == code
+    with stop.signals_noted():
+        assert not stop.stop_requested()
+
+
+def test_a_later_signal_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop, "AT_ONCE", 0.0)
+    child = os.fork()
+    if child == 0:
+        with stop.signals_noted():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(3)  # it was not ended
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
