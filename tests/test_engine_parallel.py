@@ -54,8 +54,12 @@ def main(folder: Path, other: Path) -> None:
     torch.set_num_threads(1)
     evaluate_job.main(evaluation(folder, size=2))
     got = draw_twice(folder, other, size=2)
+    model = load_model(folder, "sdar").model
     with pytest.raises(UserError, match=r"tensor_parallel_size: 3 does not divide the 2 devices"):
-        shard(load_model(folder, "sdar").model, 3)
+        shard(model, 3)
+    model.config.num_key_value_heads = 1
+    with pytest.raises(UserError, match=r"tensor_parallel_size: 2 does not divide the model's 1 key-value heads"):
+        shard(model, 2)
     (folder / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(got))
     torch.distributed.destroy_process_group()
 
