@@ -99,7 +99,7 @@ def test_two_processes_draw_what_one_draws(tmp_path: Path) -> None:
 
 
 def test_one_process_is_told_how_to_be_several(tmp_path: Path) -> None:
-    build_tiny("sdar", tmp_path)
+    build_tiny("sdar", tmp_path, seed=3)
     with pytest.raises(
         UserError, match=r"tensor_parallel_size: 2, but this is one process; .*experiment\.deepspeed_file"
     ):
