@@ -7,16 +7,17 @@ from pathlib import Path
 
 from common.config import parse_or_help
 from common.errors import one_line_errors
-from common.launch import launched
+from common.launch import launch_ranks, launched
 
 
 @one_line_errors
 def main() -> None:
     config = parse_or_help("rl", sys.argv[1:], __doc__)
     if config.experiment.deepspeed_file and not launched():
-        from train.rl_launch import launch_ranks
+        from train.rl_setup import make_start
 
-        sys.exit(launch_ranks(config, Path(__file__), sys.argv[1:]))
+        name = config.experiment.deepspeed_file
+        sys.exit(launch_ranks(name, Path(__file__), sys.argv[1:], prepare=lambda: make_start(config)))
     from train.rl_trainer import main as train  # torch and transformers, which --help does without
 
     sys.exit(train(config))

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
@@ -46,6 +46,19 @@ def check_devices(name: str, file: Path, gpus: int) -> None:
             f"experiment.deepspeed_file={name} is for {asked['num_processes']} GPUs, but this machine has {gpus}: "
             "name another file of accelerate_configs/, or null for one process"
         )
+
+
+def launch_ranks(name: str, script: Path, arguments: Sequence[str], prepare: Callable[[], object]) -> int:
+    """Run the script under the accelerate config of experiment.deepspeed_file; returns the exit code.
+
+    `prepare` is done once before, if the file fits this machine.
+    """
+    import torch  # --help does without
+
+    file = accelerate_config(name)
+    check_devices(name, file, torch.cuda.device_count())
+    prepare()
+    return launch(file, script, arguments)
 
 
 def launch(file: Path, script: Path, arguments: Sequence[str], options: Sequence[str] = ()) -> int:

@@ -18,7 +18,7 @@ OBSOLETE_KEYS: dict[str, str] = {
     "rollout.reward_model.*": "the judge's server decides",
     "training.num_train_epochs": "each step's responses are learned from once",
     "training.enable_tf32": "model.dtype decides",
-    "*.tensor_parallel_size": "every device samples with the whole network",
+    "*.tensor_parallel_size": "rollout.tensor_parallel_size of eval.py and rl.py decides, in evaluation too",
     "rollout.output_unmasking_history": "samples.jsonl always holds the trace",
     "optimizer.params.scale_lr": "the learning rate is taken as it is",
     "lr_scheduler.params.learning_rate": "optimizer.params.learning_rate decides",

@@ -17,6 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # of a collective that some rank does not come to
+
+
+def join() -> None:
+    """Join the other ranks, if a launcher started any: what a job that trains nothing needs of them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
 
 
 def rank() -> int:
@@ -75,6 +84,20 @@ def any_rank(flag: bool) -> bool:
     return bool(add_up(torch.tensor(float(flag))))
 
 
+def any_of_team(flag: bool, size: int) -> bool:
+    """Whether the flag is set on some rank of this rank's team of `size`. All ranks of the team must call it."""
+    if size == 1:
+        return flag
+    found = torch.tensor(float(flag))
+    dist.all_reduce(found, group=_team(size))
+    return bool(found)
+
+
+def is_first_of_team(size: int) -> bool:
+    """Whether this rank speaks for its team; teams are `size` ranks that follow one another."""
+    return rank() % size == 0
+
+
 def wait_for_all() -> None:
     """Return once every rank has called it."""
     if _many():
@@ -85,10 +108,12 @@ class Queue(Generic[T]):
     """Items taken until none is left, each once. A shared one is made by all ranks, and each item goes to one of them.
 
     Every rank then holds all the items, in one order; a counter that the ranks share says which are taken.
+    Where ranks work in teams of `team`, each item goes to all of one team, whose ranks must all take alike.
     """
 
-    def __init__(self, items: Iterable[T], shared: bool):
+    def __init__(self, items: Iterable[T], shared: bool, team: int = 1):
         self.items: Sequence[T] = list(items)
+        self.team = team
         self.next = 0  # the place of the next free item, as far as this rank knows
         self.counter = next(_numbers) if shared and _many() else None
 
@@ -102,13 +127,22 @@ class Queue(Generic[T]):
 
     def share(self) -> int:
         """How many items are a rank's when they are dealt out evenly."""
-        return len(self.items) if self.counter is None else -(-len(self.items) // world())
+        return len(self.items) if self.counter is None else -(-len(self.items) * self.team // world())
 
     def take(self, count: int) -> Sequence[T]:
         """Up to `count` items that nobody has taken."""
-        before = self.next if self.counter is None else _store().add(f"queue-{self.counter}", count) - count
+        before = self.next if self.counter is None else self._first_free(count)
         self.next = before + count
         return self.items[before : self.next]
+
+    def _first_free(self, count: int) -> int:
+        """The place of the next item that no rank has, now this team's with those behind it."""
+        place, store = torch.zeros((), dtype=torch.long), _store()  # which all ranks must ask for
+        if is_first_of_team(self.team):
+            place.fill_(store.add(f"queue-{self.counter}", count) - count)
+        if self.team > 1:
+            dist.broadcast(place, src=rank() - rank() % self.team, group=_team(self.team))
+        return int(place)
 
 
 def _many() -> bool:
@@ -118,6 +152,12 @@ def _many() -> bool:
 @functools.cache
 def _control() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo")
+
+
+@functools.cache
+def _team(size: int) -> dist.ProcessGroup:
+    """This rank's team. All ranks must come here for a size's first time."""
+    return dist.new_subgroups(size, backend="gloo")[0]
 
 
 @functools.cache

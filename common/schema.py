@@ -82,7 +82,16 @@ class Sampling:
 
 
 @dataclass
-class RolloutConfig(Sampling):
+class RankSampling(Sampling):
+    """Sampling by a job that may have ranks."""
+
+    tensor_parallel_size: int = key(
+        1, "ranks that hold one network together and sample with it; it divides their number and the heads", low=1
+    )
+
+
+@dataclass
+class RolloutConfig(RankSampling):
     num_task_per_step: int = key(64, "tasks drawn in one RL step, over all devices", low=1)
     free_cache: bool = key(True, "give the cache's memory back while training")
     max_resample: int = key(1, "how many times more tasks are drawn when every group was filtered away", low=0)
@@ -96,7 +105,7 @@ class EvaluationConfig(Sampling):
 
 
 @dataclass
-class EvalRolloutConfig(Sampling):
+class EvalRolloutConfig(RankSampling):
     num_task: int = key(0, "use the first n tasks; 0 for all", low=0)
 
 

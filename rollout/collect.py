@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from common.errors import UserError
 from common.health import beat
-from common.ranks import Queue, gather
+from common.ranks import Queue, any_of_team, gather, is_first_of_team
 from common.runtime import Stopwatch, console, progress, timed
 from common.schema import DatasetConfig, Sampling, SFTDatasetConfig
 from common.stop import Stopped, stop_requested
@@ -93,7 +93,8 @@ def collect(
     samples, known = settings.num_response_per_task, known or {}
     groups = [[known.get((task.id, sample)) for sample in range(samples)] for task, _ in prompts]
     requests = missing_requests(prompts, groups, seed, step)
-    queue = Queue(requests, shared=True)
+    team = engine.team
+    queue = Queue(requests, shared=True, team=team)
     place = {task.id: number for number, (task, _) in enumerate(prompts)}
     submit = submitter(scorer)
     waiting: deque[tuple[Rollout, Future[Score]]] = deque()
@@ -109,10 +110,10 @@ def collect(
 
     with progress(description, len(requests)) as advance, suppress(Stopped):
         stops = stop_ids_of(loaded, settings.stop_token_list)
-        drawn = engine.generate(queue, settings, on_step=stop_if_asked, stop_ids=stops)
+        drawn = engine.generate(queue, settings, on_step=lambda: stop_if_asked(team), stop_ids=stops)
         for trajectory in timed(drawn, watch, "rollout"):
             advance()
-            if trajectory.finish_reason == "refused":
+            if trajectory.finish_reason == "refused" or not is_first_of_team(team):  # which has the same ones
                 continue
             with watch("reward"):
                 task = prompts[place[trajectory.task_id]][0]
@@ -167,8 +168,8 @@ def tell_unscored(groups: Sequence[Sequence[Rollout]]) -> None:
         console.print(f"{unknown} of {total} responses could not be scored (infrastructure) and earn nothing")
 
 
-def stop_if_asked() -> None:
-    """Called at every denoising step. Raises Stopped where the run is to end."""
+def stop_if_asked(team: int) -> None:
+    """Called at every denoising step, by all of a team's ranks. Raises Stopped, on all, where the run is to end."""
     beat()
-    if stop_requested():
+    if any_of_team(stop_requested(), team):
         raise Stopped

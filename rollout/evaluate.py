@@ -93,7 +93,7 @@ def evaluate(
             keep=keep,
         )
         drawn = [one for group in groups for one in group if (one.task.id, one.trajectory.sample) not in known]
-        seconds = sum(rollout.seconds for rollout in drawn) / world()
+        seconds = sum(rollout.seconds for rollout in drawn) * engine.team / world()
         tokens = sum(rollout.trajectory.length for rollout in drawn)
         results[name] = summarize(name, groups, seconds, answer_of(scorer), tokens)
     return results

@@ -23,7 +23,7 @@ from rollout.collect import encode_task, kind_of
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt")
 # Of the settings, those that change speed and nothing else; they stand outside the id.
-SPEED_ONLY = ("max_active", "merge_commit", "cache_tokens", "free_cache")
+SPEED_ONLY = ("max_active", "merge_commit", "cache_tokens", "free_cache", "tensor_parallel_size")
 
 Fingerprint = dict[str, Any]
 

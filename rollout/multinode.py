@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from common.errors import UserError
 from common.ranks import Queue
 from common.runtime import console, device_and_dtype
 from common.schema import EvalConfig, Sampling
@@ -41,6 +42,8 @@ class RemoteEngines:
 
     What a lost worker had is drawn again by others, to the same response; a node that comes later is used too.
     """
+
+    team = 1  # each engine draws alone
 
     def __init__(self, config: EvalConfig):
         self.config = config
@@ -132,5 +135,11 @@ def load_everywhere(config: EvalConfig) -> tuple[LoadedModel, RemoteEngines]:
 
 def evaluate_over_nodes(config: EvalConfig) -> int:
     """As `rollout.evaluate_job.main`, by the engines of all nodes; returns the exit code."""
+    size = config.rollout.tensor_parallel_size
+    if size > 1:
+        raise UserError(
+            f"rollout.tensor_parallel_size: {size}, but over nodes every device has an engine of its own; set it to 1, "
+            "or run eval.py with experiment.deepspeed_file on one node"
+        )
     evaluate_job.main(config, load_everywhere)
     return 0

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations.tensor_parallel import apply_tensor_parallelism, replace_layer_number_by_wildcard
 
+from common import ranks
 from common.errors import UserError
 
 
@@ -18,14 +19,19 @@ def shard(model: torch.nn.Module, size: int) -> int:
     draw the same responses together: each must be given the same requests. Every device is in one of the groups.
     UserError where the devices or the heads do not divide.
     """
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    world = ranks.world()
     key_heads = model.config.num_key_value_heads
+    if world == 1 < size:
+        raise UserError(
+            f"rollout.tensor_parallel_size: {size}, but this is one process; name a file of accelerate_configs/ in "
+            "experiment.deepspeed_file, which launches one for each device"
+        )
     if world % size:
         raise UserError(f"rollout.tensor_parallel_size: {size} does not divide the {world} devices")
     if key_heads % size:
         raise UserError(f"rollout.tensor_parallel_size: {size} does not divide the model's {key_heads} key-value heads")
     if size == 1:
-        return torch.distributed.get_rank() if world > 1 else 0
+        return ranks.rank() if world > 1 else 0
     mesh = init_device_mesh(model.device.type, (world // size, size), mesh_dim_names=("group", "tensor"))
     head, embedding = model.lm_head, model.model.embed_tokens
     if head.weight is embedding.weight:  # the head is divided, the embedding is not
@@ -37,6 +43,11 @@ def shard(model: torch.nn.Module, size: int) -> int:
             styles |= {f"{name}.{own}": style for own, _ in module.named_parameters(recurse=False)} | {name: style}
     apply_tensor_parallelism(model, mesh["tensor"], styles)
     return mesh["group"].get_local_rank()
+
+
+def team_of(model: torch.nn.Module) -> int:
+    """How many processes hold a network together: 1 where it is whole."""
+    return next((one.device_mesh.size() for one in model.parameters() if isinstance(one, DTensor)), 1)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -60,10 +60,14 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 def test_two_ranks_stopped_and_resumed_by_one(tiny_sdar: Path, tmp_path: Path) -> None:
-    """Ctrl-C reaches the launcher alone; the ranks save what is done, and one process goes on to the same end."""
+    """Ctrl-C reaches the launcher alone; the ranks save what is done, and one process goes on to the same end.
+
+    The two sample with one network between them, into which ZeRO-3's weights are gathered.
+    """
     whole = tmp_path / "whole"
     run_here(tiny_sdar, whole)
-    told = arguments(tiny_sdar, tmp_path / "parts", experiment__deepspeed_file="1_node_2_cpus_deepspeed_zero3")
+    two = {"experiment__deepspeed_file": "1_node_2_cpus_deepspeed_zero3", "rollout__tensor_parallel_size": 2}
+    told = arguments(tiny_sdar, tmp_path / "parts", **two)
     command, pipe = [sys.executable, "rl.py", *told], subprocess.PIPE
     job = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
     metrics, deadline = tmp_path / "parts" / "rl_tiny" / "metrics.jsonl", time.monotonic() + 240

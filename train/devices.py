@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +18,6 @@ from models.lora import adapted_layer, is_adapter, merged, plain_name
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-TIMEOUT = timedelta(minutes=30)  # of a collective that some rank does not come to
-
 
 def make_accelerator(mixed_precision: str = "no") -> Accelerator:
     """Join the other ranks, if there are any, as the launcher's environment says."""
@@ -33,7 +30,7 @@ def make_accelerator(mixed_precision: str = "no") -> Accelerator:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled at the first launch
     handlers = []
     if use_deepspeed or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        handlers = [InitProcessGroupKwargs(backend=None if on_gpu else "gloo", timeout=TIMEOUT)]
+        handlers = [InitProcessGroupKwargs(backend=None if on_gpu else "gloo", timeout=ranks.TIMEOUT)]
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
     assert (accelerator.state.deepspeed_plugin is not None) == use_deepspeed
     assert accelerator.num_processes == ranks.world() == int(os.environ.get("WORLD_SIZE", "1"))

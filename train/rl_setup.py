@@ -25,6 +25,7 @@ from reward.score import make_scorer
 from rollout.collect import Scorer
 from rollout.report import RunPage
 from sample.engine import Engine
+from sample.parallel import shard
 from train.devices import make_accelerator, whole_networks
 from train.optimize import Learner, make_learner
 from train.policy import Critic, Policy
@@ -69,13 +70,7 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
         scorer = make_scorer(config.reward, config.dataset.data_type)
         view_method(config.training.method)
     with stages("sft"):
-        made = make_model_if_missing(
-            config.model.pretrained_model,
-            config.model.made_by,
-            config.model.model_base,
-            config.training.seed,
-            config.experiment.runs_dir,
-        )
+        made = make_start(config)
     if not made:
         stages.seconds.pop("sft")
     with stages("load"):
@@ -109,10 +104,19 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
     )
 
 
+def make_start(config: RLConfig) -> bool:
+    """Make the model that the run starts from, where it is missing; returns whether it was."""
+    names, runs_dir = config.model, config.experiment.runs_dir
+    return make_model_if_missing(
+        names.pretrained_model, names.made_by, names.model_base, config.training.seed, runs_dir
+    )
+
+
 def load_networks(config: RLConfig) -> tuple[LoadedModel, Learner, Learner | None]:
     """The engine's network, the learner, and the frozen first model where the KL refers to it.
 
-    The learner's weights are float32, or sharded; the engine's network is the same one, or a whole copy in its dtype.
+    The learner's weights are float32, or sharded; the engine's network is the same one, or a copy in its dtype, which
+    is whole or divided over `rollout.tensor_parallel_size` ranks.
     """
     names, (device, dtype) = config.model, device_and_dtype(config.model.dtype)
     accelerator = make_accelerator(mixed_precision(dtype))  # before any network: ZeRO-3 shards it as it is loaded
@@ -131,9 +135,10 @@ def load_networks(config: RLConfig) -> tuple[LoadedModel, Learner, Learner | Non
         with whole_networks(accelerator):
             return load_network(names.pretrained_model, names.model_base, dtype, device)
 
-    loaded, reference = trained, None
-    if learner.sharded or names.lora.r or next(trained.model.parameters()).dtype != dtype:
+    loaded, reference, team = trained, None, config.rollout.tensor_parallel_size
+    if learner.sharded or names.lora.r or team > 1 or next(trained.model.parameters()).dtype != dtype:
         loaded = dataclasses.replace(trained, model=copy_of_first())
+        shard(loaded.model, team)
     if config.training.kl_reference == "initial":
         first = Policy(copy_of_first(), trained.mask_id) if learner.engine else copy.deepcopy(learner.network)
         reference = dataclasses.replace(learner, network=first.requires_grad_(False), engine=None)
