@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from rollout.lm_harness import cut, generation_settings, make_harness_model, reg
 from sample.draw import token_logp
 from sample.engine import Engine
 from sample.likelihood import response_elbo, spans_of
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module", params=["sdar", "dream", "llada"])
@@ -91,3 +95,46 @@ def test_mistakes_are_told(tiny_sdar: Path, monkeypatch: pytest.MonkeyPatch) -> 
         make_harness_model(str(tiny_sdar), remask="static")
     with pytest.raises(UserError, match="pip install lm_eval"):
         register_with_harness()
+
+
+TASK = """
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {records}}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+"""
+DRAWN = """
+task: drawn
+output_type: generate_until
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["+"], max_gen_toks: 8, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+CHOSEN = """
+task: chosen
+output_type: multiple_choice
+doc_to_choice: ["3", "7"]
+doc_to_target: "{{choice}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_lm_eval_evaluates(tiny_sdar: Path, tmp_path: Path) -> None:
+    """The harness itself, on a task that is drawn and one that is chosen; its answers are the adapter's."""
+    records = [{"question": "1+2=", "answer": "3", "choice": 0}, {"question": "3+4=", "answer": "7", "choice": 1}]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for name, text in (("drawn", DRAWN), ("chosen", CHOSEN)):
+        (tmp_path / f"{name}.yaml").write_text(TASK.format(records=tmp_path / "records.jsonl") + text)
+    command = [sys.executable, "-m", "rollout.lm_harness", "--model", "dllm_rl", "--tasks", "drawn,chosen"]
+    command += ["--model_args", f"pretrained={tiny_sdar},max_token=8,masks=4", "--include_path", str(tmp_path)]
+    command += ["--output_path", str(tmp_path / "out"), "--log_samples"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = make_harness_model(str(tiny_sdar), max_token=8, masks=4)
+    wanted = ours.generate([(one["question"], {"until": ["+"], "do_sample": False}) for one in records])
+    bounds = ours.loglikelihood([(one["question"], f" {choice}") for one in records for choice in ("3", "7")])
+    samples = {name: next((tmp_path / "out").rglob(f"samples_{name}_*.jsonl")) for name in ("drawn", "chosen")}
+    lines = {name: list(map(json.loads, path.read_text().splitlines())) for name, path in samples.items()}
+    assert [line["resps"][0][0] for line in lines["drawn"]] == wanted
+    found = [float(value) for line in lines["chosen"] for ((value, _),) in line["resps"]]
+    assert found == pytest.approx(bounds, abs=1e-4)
