@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from sample.cache import KeyValueCache
 
 NAME = "engine"  # under which transformers knows `attend`
+FOLD_FROM = 8  # rows on the CPU, see docs/performance.md
 
 
 @dataclass
@@ -27,15 +28,19 @@ class Attention:
     """Who sees whom in one forward of `lines` of tokens (lines, length).
 
     Keys come from the cache's first `rows` slots, or from the forward itself where `rows` is 0. The first `rows`
-    lines belong to one slot each; further lines belong to the slots of `extra`, and see less.
+    lines belong to one slot each; further lines belong to the slots of `extra`, and see less. Where every slot has
+    both, `bias` speaks of the queries of both, one line after the other; else the further lines have one of their own.
     """
 
-    bias: Tensor  # (rows, 1, queries or 1, keys) added to scores: 0 where a query sees a key, else minus infinity
+    bias: (
+        Tensor | None
+    )  # (rows, 1, queries or 1, keys) added to scores: 0 where a query sees a key, else minus infinity
     cache: KeyValueCache | None = None
     places: Tensor | None = None  # (lines × length,) in the cache, where the new keys and values are written
     rows: int | Tensor = 0  # a tensor names the slots
     seen: int = 0  # positions of these slots that `bias` speaks of
     extra: Tensor | None = None
+    extra_bias: Tensor | None = None  # (slots of extra, 1, 1, keys)
     line_rows: Tensor | None = None  # (lines,) int32, for flash attention: slots
     line_ends: Tensor | None = None  # (lines,) int32: each line sees what lies before this position
 
@@ -97,7 +102,7 @@ def attend(
     """transformers' attention interface: (lines, heads, length, head_dim) -> (lines, length, heads × head_dim)."""
     if attention is None:
         return sdpa_attention_forward(module, query, key, value, mask, **named)
-    scaling, fold = named["scaling"], query.device.type == "cuda"
+    scaling = named["scaling"]
     if attention.cache is not None:
         attention.cache.write(module.layer_idx, attention.places, key, value)
     if attention.line_ends is not None:
@@ -109,25 +114,28 @@ def attend(
         stores = attention.cache.slots[module.layer_idx]
         key, value = (store[: attention.rows, : attention.seen].transpose(1, 2) for store in stores)
     if attention.extra is None:
-        return sdpa(query, key, value, attention.bias, scaling, fold), None
+        return sdpa(query, key, value, attention.bias, scaling), None
+    current, before = query[: attention.rows], query[attention.rows :]
+    if attention.extra_bias is not None:
+        out = sdpa(current, key, value, attention.bias, scaling)
+        key, value = key[attention.extra], value[attention.extra]
+        return torch.cat((out, sdpa(before, key, value, attention.extra_bias, scaling))), None
     # a row's two lines are attended to together: its keys are read once and never copied
-    heads, length, width = query.shape[1:]
-    pairs = query.new_zeros(attention.rows, heads, 2, length, width)
-    pairs[:, :, 0] = query[: attention.rows]
-    pairs[attention.extra, :, 1] = query[attention.rows :]
-    out = sdpa(pairs.flatten(2, 3), key, value, attention.bias, scaling, fold).unflatten(1, (2, length))
-    return torch.cat((out[:, 0], out[attention.extra, 1])), None
+    length = query.shape[2]
+    out = sdpa(torch.cat((current, before), 2), key, value, attention.bias, scaling)
+    return torch.cat((out[:, :length], out[:, length:])), None
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, fold: bool) -> Tensor:
+def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
     """torch's attention; query (rows, heads, length, head_dim), key and value (rows, kv_heads, keys, head_dim).
 
     Returns (rows, length, heads × head_dim). CUDA's fused kernels want as many key heads as query heads once there is
-    a bias: there the queries of heads that share keys become further positions (`fold`), so that no key is copied.
+    a bias: there the queries of heads that share keys become further positions, so that no key is copied. On the CPU
+    that is cheaper too, except for a few rows.
     """
     rows, heads, length, width = query.shape
     groups = heads // key.shape[1]
-    if fold and groups > 1:
+    if groups > 1 and (query.device.type == "cuda" or rows >= FOLD_FROM):
         folded = query.reshape(rows, heads // groups, groups * length, width)
         bias = bias if bias.shape[2] == 1 else bias.repeat(1, 1, groups, 1)
         out = scaled_dot_product_attention(folded, key, value, bias, scale=scaling).view(query.shape)

@@ -83,29 +83,32 @@ def denoise(
     reach = torch.arange(seen, device=tokens.device)
     visible = reach < (starts + block)[:, None]  # (rows, seen)
     line_rows, ends = torch.arange(rows, device=tokens.device), starts + block
-    ids, at, keep = tokens, positions, None
-    if extra is None:
-        visible = visible[:, None, None]
-    else:
+    ids, at, keep, before_visible = tokens, positions, None, None
+    if extra is not None:
         before = (positions[extra] - block).clamp_(min=0)
         ids = torch.cat((tokens, slots.tokens[extra[:, None], before]))
         at = torch.cat((positions, before))
-        both = torch.stack((visible, reach < starts.clamp(min=1)[:, None]), 1)  # (rows, 2, seen)
-        visible = both.repeat_interleave(block, dim=1)[:, None]
-        line_rows, ends = torch.cat((line_rows, extra)), torch.cat((ends, starts[extra].clamp(min=1)))
+        ends_before = starts[extra].clamp(min=1)
+        before_visible = reach < ends_before[:, None]  # (rows of extra, seen)
+        line_rows, ends = torch.cat((line_rows, extra)), torch.cat((ends, ends_before))
         due = torch.cat((torch.ones_like(line_rows[:rows], dtype=torch.bool), (slots.cached < starts)[extra]))
         keep = due.repeat_interleave(block)
     places = cache.places(line_rows, at)
     if keep is not None:
         places = torch.where(keep, places, cache.tokens)
-    attention = Attention(
-        bias_of(visible, next(model.parameters()).dtype) if not flash else None,
-        cache,
-        places,
-        rows,
-        seen,
-        extra,
-        line_rows.int() if flash else None,
-        ends.int() if flash else None,
-    )
+    attention = Attention(None, cache, places, rows, seen, extra)
+    if flash:
+        attention.line_rows, attention.line_ends = line_rows.int(), ends.int()
+    else:
+        attention.bias, attention.extra_bias = biases(visible, before_visible, block, next(model.parameters()).dtype)
     return forward(model, rotary, ids, at, attention)[:rows]
+
+
+def biases(visible: Tensor, before: Tensor | None, block: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """What the current blocks' queries see, and what those of further lines see, as `Attention` wants them."""
+    if before is None:
+        return bias_of(visible, dtype)[:, None, None], None
+    if len(before) < len(visible):
+        return bias_of(visible, dtype)[:, None, None], bias_of(before, dtype)[:, None, None]
+    both = torch.stack((visible, before), 1).repeat_interleave(block, dim=1)  # (rows, 2 × block, seen)
+    return bias_of(both, dtype)[:, None], None
