@@ -1,7 +1,7 @@
 """Tokens per second of the engine against the plain loop: python -m benchmarks.rollout [--shape tiny|1.7b|4b|8b] …
 
-The engine's figures are taken over several batches, the plain loop's over single sequences between them, in the same
-run; ratios are medians over `--repeats` rounds. `--requests N` instead sends N requests of mixed lengths through room
+In each of `--repeats` rounds every batch of the engine stands between single sequences of the plain loop; a ratio is
+the median over rounds of those taken within one. `--requests N` instead sends N requests of mixed lengths through room
 for 8 and prints the resident memory on the way.
 """
 
@@ -22,6 +22,8 @@ from common.runtime import console
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from sample.engine import Engine
+
+AT_LEAST = 4  # responses of the plain loop, and of the engine, in what is compared
 
 
 def main() -> None:
@@ -79,25 +81,34 @@ def compare(model: torch.nn.Module, mask_id: int, settings: Sampling, options: a
     """Print the table: the plain loop, and the engine at each batch."""
     engine = Engine(model, mask_id, ())
     requests = {batch: requests_of(batch, options.prompt) for batch in options.batch}
-    seconds: dict[int, list[float]] = {batch: [] for batch in options.batch}
+    times: list[tuple[int, float, float]] = []  # batch, seconds a response of the plain loop and of the engine
     drawn: dict[int, list[Trajectory]] = {}
-    plain, clock = [], Clock()
+    clock = Clock()
+
+    def plainly(batch: int) -> float:
+        """Seconds of the batch's first response by the plain loop, which the engine's must equal."""
+        begin = now(options)
+        one = plain_loop(model, mask_id, (), requests[batch][0], settings, clock)
+        seconds = now(options) - begin
+        if model.dtype == torch.float32 and batch in drawn:
+            first = next(trajectory for trajectory in drawn[batch] if trajectory.task_id == "0")
+            assert (first.response_ids, first.step_map) == one[:2], "the engine is not the plain loop"
+        return seconds
+
     for round_number in range(options.repeats + 1):
         for batch in options.batch:
+            often = -(-AT_LEAST // batch)
+            plain = [plainly(batch) for _ in range(AT_LEAST // 2)]
             begin = now(options)
-            one = plain_loop(model, mask_id, (), requests[batch][0], settings, clock)
-            plain.append(now(options) - begin)
-            begin = now(options)
-            drawn[batch] = list(engine.generate(requests[batch], settings))
-            seconds[batch].append(now(options) - begin)
-            if model.dtype == torch.float32:
-                first = next(trajectory for trajectory in drawn[batch] if trajectory.task_id == "0")
-                assert (first.response_ids, first.step_map) == one[:2], "the engine is not the plain loop"
+            for _ in range(often):
+                drawn[batch] = list(engine.generate(requests[batch], settings))
+            seconds = (now(options) - begin) / (often * batch)
+            plain += [plainly(batch) for _ in range(AT_LEAST // 2)]
+            times.append((batch, statistics.mean(plain), seconds))
         if round_number == 0:  # it warmed up
-            plain, clock = [], Clock()
-            seconds = {batch: [] for batch in options.batch}
-    per_response = statistics.median(plain)
-    share, calls = clock.seconds / clock.total, clock.calls / (len(plain) * options.tokens)
+            times, clock = [], Clock()
+    per_response = statistics.median(plain for _, plain, _ in times)
+    share, calls = clock.seconds / clock.total, clock.calls / (AT_LEAST * len(times) * options.tokens)
     rows = [
         {
             "sampler": "plain loop",
@@ -108,26 +119,28 @@ def compare(model: torch.nn.Module, mask_id: int, settings: Sampling, options: a
             "in the model": f"{100 * share:.0f} %",
         }
     ]
-    rows += [row_of(model, drawn[batch], seconds[batch], per_response, options) for batch in options.batch]
+    for batch in options.batch:
+        own = [(plain, seconds) for other, plain, seconds in times if other == batch]
+        rows.append(row_of(model, drawn[batch], own, options))
     print_table(rows, title=f"rollout, {settings.remasking_strategy}")
 
 
 def row_of(
     model: torch.nn.Module,
     drawn: list[Trajectory],
-    seconds: list[float],
-    plain: float,
+    times: list[tuple[float, float]],
     options: argparse.Namespace,
 ) -> dict[str, object]:
-    """One batch's figures; the ratio is that of tokens per second to the plain loop's."""
-    median, tokens = statistics.median(seconds), sum(trajectory.length for trajectory in drawn)
+    """One batch's figures; `times` are those of a response by the plain loop and by the engine, round by round."""
+    median = statistics.median(seconds for _, seconds in times) * len(drawn)
+    tokens = sum(trajectory.length for trajectory in drawn)
     forwards = sum(trajectory.forwards for trajectory in drawn)
     unmasked = sum(len(trajectory.response_ids) for trajectory in drawn)  # with the last block's tokens past the limit
     row = {
         "sampler": "engine",
         "batch": len(drawn),
         "tokens/s": f"{tokens / median:.0f}",
-        "ratio": f"{len(drawn) * plain / median:.2f}",
+        "ratio": f"{statistics.median(plain / seconds for plain, seconds in times):.2f}",
         "forwards/token": f"{forwards / unmasked:.3f}",
         "tokens/forward": f"{unmasked / sum(trajectory.steps for trajectory in drawn):.2f}",
         "peak MiB": f"{peak_memory() / 2**20:.0f}",
