@@ -241,3 +241,25 @@ def test_the_network_attends_as_before_when_the_engine_is_done(tiny: LoadedModel
         assert torch.equal(tiny.model(ids).logits, before)
     assert tiny.model.config._attn_implementation == "sdpa"
     assert during and all(torch.equal(logits, before) for logits in during)  # its own calls are not the engine's
+
+
+# ---- the network's layers
+
+
+@pytest.mark.parametrize("family", ["sdar", "dream", "llada"])
+def test_a_layer_by_its_parts_is_the_layer(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit; and a layer of a class that is not known is called as it is."""
+    build_tiny(family, tmp_path, seed=5)
+    model = load_model(tmp_path, family).model
+    for name, weight in model.named_parameters():  # norms and biases start alike in every layer
+        if weight.dim() == 1:
+            torch.nn.init.normal_(weight, std=0.5, generator=torch.Generator().manual_seed(len(name)))
+    ids, positions = torch.randint(0, 30, (9, 12)), torch.arange(12).expand(9, -1)
+    bias = sample.attention.bias_of(torch.rand(9, 1, 12, 12) > 0.3, torch.float32)
+    rotary, attention = sample.attention.Rotary(model, 12), sample.attention.Attention(bias)
+    assert isinstance(model.model.layers[0], sample.attention.PRE_NORM)
+    with torch.inference_mode(), sample.attention.engine_attention(model):
+        parts = sample.attention.forward(model, rotary, ids, positions, attention)
+        monkeypatch.setattr(sample.attention, "PRE_NORM", ())
+        whole = sample.attention.forward(model, rotary, ids, positions, attention)
+    assert torch.equal(parts, whole)
