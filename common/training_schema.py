@@ -14,7 +14,7 @@ class TrainingBase:
     seed: int = key(10086, "of weights, data order and draws", low=0)
     max_prompt_len: int = key(784, "longer prompts are dropped and counted", low=1)
     tokens_per_micro_batch: int = key(16384, "packed tokens in one forward of the trainer", low=1)
-    max_grad_norm: float = key(1.0, "gradients are clipped to this norm", low=0)
+    max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: they are not", low=0)
     max_bad_steps: int = key(
         3, "updates in a row whose loss or gradient is not finite: they are skipped, so many end the run", low=1
     )

@@ -41,7 +41,7 @@ class Choice:
     def take(self, event: Event) -> str:
         """Add an event; returns the new text."""
         if event.error:
-            raise ApiError(f"sampling failed: {event.error}", status=500)
+            raise ApiError(event.error, status=event.status)
         self.ids += event.ids
         self.logp += event.logp
         text = self.text.add(event.ids, last=bool(event.finish)) if event.ids or event.finish else ""

@@ -33,6 +33,7 @@ class Event:
     block: list[tuple[int, bool]] | None = None  # the block being denoised, (token, masked), where it is asked for
     finish: str = ""  # "stop" or "length" with the last tokens
     error: str = ""
+    status: int = 500  # of the error, as HTTP counts them
 
 
 @dataclass(eq=False)
@@ -121,7 +122,9 @@ class EngineLoop:
                 self.deliver(self.step())
             except Exception as error:
                 lost, self.active, self.settings = list(self.active.values()), {}, None
-                self.deliver([(stream, Event(error=f"{type(error).__name__}: {error}")) for stream in lost])
+                self.deliver(
+                    [(stream, Event(error=f"sampling failed: {type(error).__name__}: {error}")) for stream in lost]
+                )
 
     def take_in(self) -> None:
         """Hand waiting streams of the present settings to the engine; switch settings when it is empty."""
@@ -142,7 +145,10 @@ class EngineLoop:
 
     def open(self, settings: Sampling) -> None:
         """Set the engine up for these settings, with room for as many of the longest requests as it may hold."""
-        longest = Request("", [0] * self.max_prompt_len)
+        room = self.max_prompt_len
+        if settings.cache_tokens is not None:  # what is left beside a response and its last block's tail
+            room = min(room, settings.cache_tokens - settings.max_token - settings.block_size + 1)
+        longest = Request("", [0] * max(1, room))
         self.engine.start([longest] * self.room.max_active, settings, self.stop_ids)
         self.engine.queue = Queue([], shared=False)
         self.settings = settings
@@ -176,7 +182,8 @@ class EngineLoop:
         held = [ticket.request for ticket in (*self.engine.active, *self.engine.waiting)]
         held = {id(request) for request in (*held, *self.engine.queue.items[self.engine.queue.next :])}
         gone = [self.active.pop(key) for key in list(self.active) if key not in held]
-        return [(stream, Event(error="the cache cannot hold so long a response (cache_tokens)")) for stream in gone]
+        told = "the cache cannot hold the prompt and so long a response (cache_tokens); ask for less"
+        return [(stream, Event(error=told, status=400)) for stream in gone]
 
     def progress(self, seated: list[Request]) -> list[tuple[Stream, Event]]:
         """What each stream gained: the tokens of blocks that were finished, and the present block for who watches."""

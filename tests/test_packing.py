@@ -426,6 +426,9 @@ def test_gradients_are_clipped_to_the_norm(network: Network) -> None:
     learner.max_grad_norm = whole / 10
     assert update(learner, one_batch(network), loss).grad_norm == pytest.approx(whole, rel=1e-5)
     assert norm_of(optimizer.recorded[1]) == pytest.approx(whole / 10, rel=1e-4)
+    learner.max_grad_norm = 0
+    update(learner, one_batch(network), loss)
+    assert norm_of(optimizer.recorded[2]) == pytest.approx(whole, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,18 @@ def test_a_step_that_fails_ends_its_streams_only(running: Running, monkeypatch: 
     assert running.ask().choices[0].message.content
 
 
+def test_what_the_cache_could_never_hold_is_the_clients_mistake(tiny_sdar: Path) -> None:
+    """Only requests that fit are answered, before and after it."""
+    running = Running(load_model(tiny_sdar, "sdar"), cache_tokens=44)
+    try:
+        assert running.ask(max_tokens=4, messages=[{"role": "user", "content": "1"}]).choices
+        error = running.refused(messages=[{"role": "user", "content": "1+2+3+4+5+6+7+8+1+2+3+4"}], max_tokens=24)
+        assert error.status_code == 400 and "cache_tokens" in error.message
+        assert running.ask(max_tokens=4, messages=[{"role": "user", "content": "2"}]).choices
+    finally:
+        running.close()
+
+
 def test_keys(tiny_sdar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = Running(load_model(tiny_sdar, "sdar"), key="secret")
     try:

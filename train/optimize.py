@@ -196,7 +196,7 @@ def step(learner: Learner) -> float:
     if ranks.world() > 1:
         for parameter in parameters:
             torch.distributed.all_reduce(parameter.grad)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, learner.max_grad_norm))
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, learner.max_grad_norm or math.inf))
     if math.isfinite(norm):
         learner.optimizer.step()
     learner.optimizer.zero_grad()
