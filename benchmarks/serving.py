@@ -1,14 +1,16 @@
 """What the server costs: python -m benchmarks.serving [width] [streams]
 
 The same requests drawn by the engine alone and, in a process of its own, through serve.py by `streams` clients at once
-that read block by block; tokens per second and their ratio, alternating, the better of two each. `width` is that of a
-random network: at 128, the tiny model's, a step takes so little that the server's own work shows; it is 384 otherwise.
+that read block by block; tokens per second and their ratio, alternating, the better of two each, on one thread each.
+`width` is that of a random network: at 128, the tiny model's, a step takes so little that the server's own work shows;
+it is 384 otherwise.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -69,7 +71,8 @@ def main(width: int, streams: int) -> None:
         loaded = load_model(folder, "sdar")
         command = [sys.executable, "serve.py", f"model={folder}", f"port={PORT}", f"max_active={streams}"]
         command += [f"{key}={value}" for key, value in SETTINGS.items()] + ["max_prompt_len=64"]
-        server = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1], stdout=subprocess.DEVNULL)
+        root, environment = Path(__file__).resolve().parents[1], os.environ | {"OMP_NUM_THREADS": "1"}
+        server = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL)
         try:
             wait_for_server(server)
             engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
