@@ -72,7 +72,8 @@ def main(config: SFTConfig) -> int:
         try:
             finetune(config)
         except Stopped:
-            console.print(f"to go on: {resume_command()}")
+            launched = "the same command with experiment.start_from_scratch=False"  # its launcher is not known here
+            console.print(f"to go on: {launched if ranks.world() > 1 else resume_command()}")
             return exit_code()
     return 0
 
