@@ -5,7 +5,7 @@
 
 A seed's methods start from one finetuned checkpoint and draw the same tasks. Accuracy on the held-out tasks is read at
 equal rollouts (as many responses as the steps ask for) and at equal seconds of sampling and learning (those of the
-seed's fastest method). The table goes to docs/learning.md, the figure to docs/learning.png.
+seed's fastest method). The table goes to docs/learning.md, the figure to docs/pictures/learning.png.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def main() -> None:
     table = markdown(curves, options)
     print(table)
     target = Path(options.out)
-    target.mkdir(parents=True, exist_ok=True)
+    (target / "pictures").mkdir(parents=True, exist_ok=True)
     (target / "learning.md").write_text(table, encoding="utf-8")
-    draw(curves, options.methods, target / "learning.png")
+    draw(curves, options.methods, target / "pictures" / "learning.png")
 
 
 def parse() -> argparse.Namespace:
@@ -90,7 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eval-tasks", type=int, default=0, help="held-out tasks; 0: all")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--runs", default=str(ROOT / "runs"))
-    parser.add_argument("--out", default=str(ROOT / "docs"), help="folder of learning.md and learning.png")
+    parser.add_argument("--out", default=str(ROOT / "docs"), help="folder of learning.md and pictures/learning.png")
     parser.add_argument("--table", action="store_true", help="only table and figure, of the runs that are finished")
     return parser.parse_args()
 
@@ -207,7 +207,7 @@ sampling and learning alone. Between two evaluations values are read off a strai
 
 {rows}
 
-![accuracy by rollouts and by seconds](learning.png)
+![accuracy by rollouts and by seconds](pictures/learning.png)
 """
 
 
