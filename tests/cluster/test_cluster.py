@@ -20,7 +20,8 @@ from train import rl_trainer
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(missing()), reason=missing() or "can run")]
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600  # seconds for a job, on a busy machine too
-SAMPLING = {"num_task": 24, "num_response_per_task": 2, "max_token": 16, "max_active": 1}
+# so many that a node which dies after its first ones leaves some undone
+SAMPLING = {"num_task": 120, "num_response_per_task": 2, "max_token": 16, "max_active": 1}
 EVAL = {f"rollout.{key}": value for key, value in SAMPLING.items()} | {
     "rollout.remasking_strategy": "low_confidence_static",
     "experiment.project": "eval",
