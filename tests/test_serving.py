@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -143,22 +143,41 @@ def test_stop_strings(running: Running) -> None:
         assert text == whole[: whole.index(stop)] and reason == "stop"
 
 
-def test_a_client_that_leaves_frees_its_slot(tiny_sdar: Path) -> None:
-    """One slot: the next request is answered although the first, which nobody reads, had long to go."""
+def test_a_client_that_leaves_frees_its_slot(tiny_sdar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slot, whose engine stands still: two clients leave, in the slot and waiting; the third is served."""
     one = Running(load_model(tiny_sdar, "sdar"), max_active=1, max_token=440)
+    loop, gate, steps = one.app.state.server.loop, threading.Event(), []
+    step = loop.engine.step
+
+    def held() -> None:
+        gate.wait(60)
+        steps.append(None)
+        step()
+
+    monkeypatch.setattr(loop.engine, "step", held)
     try:
         stream = one.ask(stream=True, seed=3)
         next(iter(stream))
+        until(lambda: loop.active)
         stream.close()
         with pytest.raises(openai.APITimeoutError):
             one.client.with_options(timeout=0.2).chat.completions.create(model="tiny", messages=QUESTION, seed=3)
+        until(lambda: not loop.waiting and all(gone.cancelled for gone in loop.active.values()))
+        gate.set()
         assert one.ask(max_tokens=4).usage.completion_tokens <= 4
-        deadline = time.monotonic() + 10
-        while (counts := httpx.get(f"{one.url}/health").json())["active"] and time.monotonic() < deadline:
-            pass
-        assert counts["active"] == counts["waiting"] == 0
+        until(lambda: not any(httpx.get(f"{one.url}/health").json()[name] for name in ("active", "waiting")))
+        assert len(steps) < 20  # of a whole response there are more than a hundred
     finally:
+        gate.set()
         one.close()
+
+
+def until(happened: Callable[[], object], seconds: float = 30) -> None:
+    """Wait for something that another thread does."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_bad_requests_get_the_apis_errors(running: Running) -> None:
