@@ -25,8 +25,8 @@ def test_a_rank_that_hangs_is_reported_with_its_stack(tmp_path: Path, capsys: py
 
 
 def test_a_rank_that_moves_is_not_reported(tmp_path: Path) -> None:
-    with watched(0.2, tmp_path / "hang.txt", rank=0):
-        for _ in range(20):
+    with watched(0.6, tmp_path / "hang.txt", rank=0):
+        for _ in range(40):
             beat()
             threading.Event().wait(0.02)
     assert not (tmp_path / "hang.txt").exists()
