@@ -36,9 +36,7 @@ class Attention:
     both, `bias` speaks of the queries of both, one line after the other; else the further lines have one of their own.
     """
 
-    bias: (
-        Tensor | None
-    )  # (rows, 1, queries or 1, keys) added to scores: 0 where a query sees a key, else minus infinity
+    bias: Tensor | None  # (rows, 1, queries or 1, keys) added to scores: 0 where seen, else minus infinity
     cache: KeyValueCache | None = None
     places: Tensor | None = None  # (lines × length,) in the cache, where the new keys and values are written
     rows: int | Tensor = 0  # a tensor names the slots
