@@ -55,7 +55,7 @@ def bias_of(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def engine_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Within, the network attends by `attend`; for calls other than the engine's that is transformers' sdpa."""
+    """Within, layers that `by_parts` does not know attend by `attend`; for others' calls that is transformers' sdpa."""
     before = model.config._attn_implementation
     model.config._attn_implementation = NAME
     try:
