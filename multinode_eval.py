@@ -8,15 +8,15 @@ from pathlib import Path
 
 from common.config import parse_or_help
 from common.errors import one_line_errors
-from common.nodes import find_place
+from launch.nodes import find_place
 
 
 @one_line_errors
 def main() -> None:
     config = parse_or_help("eval", sys.argv[1:], __doc__)
     place = find_place(os.environ)
-    from rollout.cluster import drive_or_follow  # torch and Ray, which --help does without
-    from rollout.multinode import evaluate_over_nodes
+    from launch.evaluation import evaluate_over_nodes
+    from launch.ray_cluster import drive_or_follow  # torch and Ray, which --help does without
 
     sys.exit(drive_or_follow(place, config.experiment, lambda: evaluate_over_nodes(config), Path(__file__).resolve()))
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from common.config import parse_or_help
 from common.errors import one_line_errors
-from common.nodes import find_place
+from launch.nodes import find_place
 
 
 @one_line_errors
 def main() -> None:
     config = parse_or_help("rl", sys.argv[1:], __doc__)
     place = find_place(os.environ)
-    from rollout.cluster import drive_or_follow  # torch and Ray, which --help does without
-    from train.multinode import train_over_nodes
+    from launch.ray_cluster import drive_or_follow  # torch and Ray, which --help does without
+    from launch.training import train_over_nodes
 
     def drive() -> int:
         return train_over_nodes(config, sys.argv[1:], place.nodes)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from common.config import load_config
 from common.errors import UserError
-from common.launch import accelerate_config, check_devices
+from launch.accelerate import accelerate_config, check_devices
 from train import rl_trainer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,8 +11,8 @@ import pytest
 from common.checkpoint import Writer, newest_step, save_step, step_folders, write_folder
 from common.errors import UserError
 from common.health import beat, watched
-from common.nodes import Place, expand_hosts, find_place
 from common.runtime import prepare_run_folder
+from launch.nodes import Place, expand_hosts, find_place
 
 
 def test_a_rank_that_hangs_is_reported_with_its_stack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

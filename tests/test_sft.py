@@ -15,7 +15,8 @@ import torch
 
 from common.config import load_config
 from common.errors import UserError
-from common.schema import SFTConfig
+from common.schema import EvalConfig, SFTConfig
+from launch.start_model import make_missing_model
 from models import load_model
 from train import sft_step, sft_trainer
 from train.optimize import Learner
@@ -133,14 +134,20 @@ def test_a_missing_model_is_made(tmp_path: Path) -> None:
     )
     runs = tmp_path / "runs"
     path = runs / "made" / "ckpt" / "optimized"
+
+    def start(model: Path, made_by: Path | str = recipe) -> EvalConfig:
+        values = {"model": model, "made_by": made_by, "seed": 3, "experiment.runs_dir": runs}
+        arguments = ["config=configs/eval_tiny.yaml", *(f"{key}={value}" for key, value in values.items())]
+        return load_config("eval", arguments)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft_trainer, "draw_curves", lambda *_: None)
-        assert sft_trainer.make_model_if_missing(str(path), str(recipe), "sdar", 3, str(runs))
+        assert make_missing_model(start(path))
         assert load_model(path, "sdar").family.name == "sdar"
-        assert not sft_trainer.make_model_if_missing(str(path), str(recipe), "sdar", 3, str(runs))
-        assert not sft_trainer.make_model_if_missing(str(tmp_path / "absent"), None, "sdar", 3, str(runs))
+        assert not make_missing_model(start(path))
+        assert not make_missing_model(start(tmp_path / "absent", "null"))
         with pytest.raises(UserError, match="made_by"):
-            sft_trainer.make_model_if_missing(str(tmp_path / "elsewhere"), str(recipe), "sdar", 3, str(runs))
+            make_missing_model(start(tmp_path / "elsewhere"))
 
 
 def test_validation_and_the_best_checkpoint(tmp_path: Path) -> None:

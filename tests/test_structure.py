@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("train", "rollout", "serving", "sample", "reward", "data", "models", "common")
+PACKAGES = ("launch", "train", "rollout", "serving", "sample", "reward", "data", "models", "common")
 # Whom a package may import besides itself. The entry scripts may import all of them.
 ALLOWED = {
     "common": set(),
@@ -20,6 +20,7 @@ ALLOWED = {
     "data": {"common"},
     "rollout": {"sample", "reward", "data", "models", "common"},
     "train": {"rollout", "sample", "reward", "data", "models", "common"},
+    "launch": {"train", "rollout", "sample", "reward", "data", "models", "common"},
     "benchmarks": set(PACKAGES),
 }
 ENTRY_SCRIPTS = sorted(path for path in ROOT.glob("*.py"))

@@ -30,7 +30,6 @@ from train.devices import make_accelerator, whole_networks
 from train.optimize import Learner, make_learner
 from train.policy import Critic, Policy
 from train.samples import view_method
-from train.sft_trainer import make_model_if_missing
 
 
 @dataclasses.dataclass
@@ -54,26 +53,33 @@ class Run:
     step: int = 0  # RL steps done
 
 
-def set_up(config: RLConfig, stages: Stopwatch) -> Run:
-    """Check what the config names and load it."""
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run reads before any network: tasks, and the function that scores answers to them."""
+
+    tasks: list[Task]
+    eval_tasks: list[Task]
+    scorer: Scorer
+
+
+def read_inputs(config: RLConfig) -> Inputs:
+    """Load what the config names beside models; UserError for a mistake in it."""
+    tasks = load_tasks(config.dataset.train_dataset, key="dataset.train_dataset")
+    eval_name = config.evaluation.eval_dataset or config.dataset.eval_dataset
+    eval_tasks = load_tasks(eval_name, key="evaluation.eval_dataset")[: config.evaluation.num_task or None]
+    if config.rollout.num_task_per_step > len(tasks):
+        raise UserError(
+            f"rollout.num_task_per_step: {config.rollout.num_task_per_step} is more than the {len(tasks)} tasks "
+            f"of dataset.train_dataset {config.dataset.train_dataset}"
+        )
+    view_method(config.training.method)
+    return Inputs(tasks, eval_tasks, make_scorer(config.reward, config.dataset.data_type))
+
+
+def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> Run:
+    """Load the networks, and open the run's folder and its records."""
     with stages("load"):
         seed_everything(config.training.seed)
-        tasks = load_tasks(config.dataset.train_dataset, key="dataset.train_dataset")
-        eval_name = config.evaluation.eval_dataset or config.dataset.eval_dataset
-        eval_tasks = load_tasks(eval_name, key="evaluation.eval_dataset")
-        eval_tasks = eval_tasks[: config.evaluation.num_task or None]
-        if config.rollout.num_task_per_step > len(tasks):
-            raise UserError(
-                f"rollout.num_task_per_step: {config.rollout.num_task_per_step} is more than the {len(tasks)} tasks "
-                f"of dataset.train_dataset {config.dataset.train_dataset}"
-            )
-        scorer = make_scorer(config.reward, config.dataset.data_type)
-        view_method(config.training.method)
-    with stages("sft"):
-        made = make_start(config)
-    if not made:
-        stages.seconds.pop("sft")
-    with stages("load"):
         loaded, learner, reference = load_networks(config)
         critic = load_critic(config)
         experiment = config.experiment
@@ -95,20 +101,12 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
         learner=learner,
         reference=reference,
         critic=critic,
-        tasks=tasks,
-        eval_tasks=eval_tasks,
-        scorer=scorer,
+        tasks=inputs.tasks,
+        eval_tasks=inputs.eval_tasks,
+        scorer=inputs.scorer,
         metrics=metrics,
         stages=stages,
         page=RunPage(folder, loaded, config.rollout.block_size, experiment.total_step),
-    )
-
-
-def make_start(config: RLConfig) -> bool:
-    """Make the model that the run starts from, where it is missing; returns whether it was."""
-    names, runs_dir = config.model, config.experiment.runs_dir
-    return make_model_if_missing(
-        names.pretrained_model, names.made_by, names.model_base, config.training.seed, runs_dir
     )
 
 

@@ -25,23 +25,20 @@ from rollout.samples import write_samples
 from train.devices import whole_weights
 from train.rl_checkpoint import export, resume, save
 from train.rl_report import report_step, rollout_figures, step_times, write_results
-from train.rl_setup import Run, set_up
+from train.rl_setup import Inputs, Run, read_inputs, set_up
 from train.rl_step import learn
 from train.samples import Sample, kept_samples, layout_of
 
 
-def main(config: RLConfig) -> int:
+def main(config: RLConfig, inputs: Inputs | None = None, stages: Stopwatch | None = None) -> int:
     """Run reinforcement learning as the config says; everything it makes lies in runs/<project>/.
 
-    Returns the program's exit code: 130 where Ctrl-C stopped it, else 0. All ranks must call it.
+    `inputs` and the seconds of `stages` are what the caller has done already. Returns the program's exit code: 130
+    where Ctrl-C stopped it, else 0. All ranks must call it.
     """
-    stages = Stopwatch()
+    stages = stages or Stopwatch()
     with signals_noted(), ExitStack() as stack:
-        try:
-            run = set_up(config, stages)
-        except Stopped:  # while the model to start from was finetuned
-            console.print(f"stopped before step 1; to go on: {resume_command()}")
-            return exit_code()
+        run = set_up(config, inputs or read_inputs(config), stages)
         stack.enter_context(watched(config.experiment.hang_timeout, run.folder / f"hang-rank-{rank()}.txt", rank()))
         with stages("load"):
             resume(run)

@@ -12,7 +12,7 @@ import torch
 
 from common import ranks
 from common.checkpoint import Writer, newest_step, save_step, step_folders, write_folder
-from common.config import dump_config, load_config, settings_of
+from common.config import dump_config, settings_of
 from common.errors import UserError
 from common.health import watched
 from common.metrics import MetricsLog, draw_curves, open_metrics
@@ -367,15 +367,3 @@ def resume(run: Run, checkpoint: Path) -> None:
     for name in KEPT:
         setattr(run, name, state[name])
     console.print(f"resumed from {checkpoint} after update {run.step}")
-
-
-def make_model_if_missing(path: str, made_by: str | None, model_base: str, seed: int, runs_dir: str) -> bool:
-    """Run the SFT config `made_by` where the folder `path` is missing; returns whether it did."""
-    if Path(path).exists() or not made_by:
-        return False
-    console.print(f"{path} is not there yet: made by {made_by}")
-    arguments = {"model.model_base": model_base, "training.seed": seed, "experiment.runs_dir": runs_dir}
-    made = finetune(load_config("sft", [f"config={made_by}", *(f"{key}={value}" for key, value in arguments.items())]))
-    if made.resolve() != Path(path).resolve():
-        raise UserError(f"made_by: {made_by} makes {made}, but the model's path is {path}")
-    return True

@@ -1,13 +1,13 @@
-"""A node that the first starts by ssh: python -m rollout.join NODES PORT PATIENCE ROLE HEAD HOST, token on stdin."""
+"""A node that the first starts by ssh: python -m launch.join NODES PORT PATIENCE ROLE HEAD HOST, token on stdin."""
 
 from __future__ import annotations
 
 import sys
 
 from common.errors import one_line_errors
-from common.nodes import Place
 from common.schema import ExperimentConfig
-from rollout.cluster import follow
+from launch.nodes import Place
+from launch.ray_cluster import follow
 
 
 @one_line_errors

@@ -1,4 +1,7 @@
-"""RL over nodes: a rank on every device, and after a loss new ranks that go on from the last checkpoint."""
+"""Where RL runs: in this process, in a rank for each device of this node, or in ranks on many nodes.
+
+Over nodes Ray starts the ranks, and after a loss new ones that go on from the last checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from typing import Any
 import yaml
 
 from common.checkpoint import newest_step
-from common.launch import accelerate_config
-from common.runtime import console
+from common.runtime import Stopwatch, console
 from common.schema import RLConfig
-from common.stop import STOP_FILE, exit_code, signals_noted, stop_requested
-from rollout.cluster import live_nodes, wait_for_nodes
-from train.sft_trainer import make_model_if_missing
+from common.stop import STOP_FILE, Stopped, exit_code, resume_command, signals_noted, stop_requested
+from launch.accelerate import accelerate_config, launch_ranks, launched
+from launch.ray_cluster import live_nodes, wait_for_nodes
+from launch.start_model import make_missing_model
 
 SETTLE = 5.0  # seconds until Ray knows that a lost node is gone
 DEEPSPEED_KEYS = {
@@ -26,6 +29,30 @@ DEEPSPEED_KEYS = {
     "offload_optimizer_device": "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
     "offload_param_device": "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
 }
+
+
+def train_here(config: RLConfig, script: Path, arguments: Sequence[str]) -> int:
+    """Run rl.py's job on this node; returns the exit code.
+
+    `script` with these `arguments` is what `accelerate launch` runs in every rank, where the config asks for ranks.
+    """
+    if config.experiment.deepspeed_file and not launched():
+        return launch_ranks(config.experiment.deepspeed_file, script, arguments, lambda: make_missing_model(config))
+    from train.rl_setup import read_inputs
+    from train.rl_trainer import main
+
+    stages = Stopwatch()
+    inputs = read_inputs(config)  # a mistake in the data is told before a model is made
+    with signals_noted():
+        try:
+            with stages("sft"):
+                made = make_missing_model(config)
+        except Stopped:
+            console.print(f"stopped before step 1; to go on: {resume_command()}")
+            return exit_code()
+    if not made:
+        stages.seconds.pop("sft")
+    return main(config, inputs, stages)
 
 
 class Rank:
@@ -68,10 +95,8 @@ def train_over_nodes(config: RLConfig, arguments: Sequence[str], nodes: int) -> 
     Where a node or a rank is lost, the run goes on from its last checkpoint, up to `max_failures` times: with the node
     if it is back within `join_timeout`, else with those that are left.
     """
-    experiment, names = config.experiment, config.model
-    make_model_if_missing(
-        names.pretrained_model, names.made_by, names.model_base, config.training.seed, experiment.runs_dir
-    )
+    experiment = config.experiment
+    make_missing_model(config)
     folder, arguments = Path(experiment.runs_dir) / experiment.project, list(arguments)
     with signals_noted():
         for failures in range(experiment.max_failures + 1):

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from common.errors import UserError
-from common.nodes import Place
 from common.runtime import console
 from common.schema import ExperimentConfig
+from launch.nodes import Place
 
 AGENTS = ("dashboard-agent-grpc", "metrics-export", "dashboard-agent-listen", "runtime-env-agent")
 STARTS = 3  # of Ray: on a busy machine its raylet may find its agents late and give up
@@ -239,7 +239,7 @@ def connect(address: str, process: subprocess.Popen, patience: float) -> bool:
 @contextlib.contextmanager
 def started_by_ssh(place: Place, experiment: ExperimentConfig, token: str, script: Path) -> Iterator[None]:
     """The other nodes joined by ssh, for jobs whose other nodes wait idly; the token goes through standard input."""
-    module = [sys.executable, "-m", "rollout.join", str(place.nodes), str(place.port), str(experiment.join_timeout)]
+    module = [sys.executable, "-m", "launch.join", str(place.nodes), str(place.port), str(experiment.join_timeout)]
     processes = []
     for role, host in enumerate(place.hosts[1:], 1):
         remote = ["cd", str(script.parent)], ["exec", *module, str(role), place.head, host]

@@ -1,23 +1,46 @@
-"""Evaluation over nodes: one engine on every device, prompts handed out as they become free, each result taken once."""
+"""Where an evaluation runs: in this process, in a rank for each device of this node, or on many nodes.
+
+Over nodes every device has an engine of its own. Requests are handed out as engines become free, results taken once.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.ranks import Queue
 from common.runtime import console, device_and_dtype
 from common.schema import EvalConfig, Sampling
+from common.stop import Stopped, resume_command
 from common.trajectory import Request, Trajectory
+from launch.accelerate import launch_ranks, launched
+from launch.ray_cluster import live_nodes
+from launch.start_model import make_missing_model
 from models import LoadedModel, find_family, load_model, load_tokenizer
 from models.family import local_folder
 from rollout import evaluate_job
-from rollout.cluster import live_nodes
 from sample.engine import Engine
 
 LOOK_EVERY = 2.0  # seconds after which nodes that have come are looked for
+
+
+def evaluate_here(config: EvalConfig, script: Path, arguments: Sequence[str]) -> int:
+    """Run eval.py's job on this node; returns the exit code.
+
+    `script` with these `arguments` is what `accelerate launch` runs in every rank, where the config asks for ranks.
+    """
+    if not launched():
+        if config.experiment.deepspeed_file:
+            return launch_ranks(config.experiment.deepspeed_file, script, arguments, lambda: make_missing_model(config))
+        make_missing_model(config)
+    try:
+        evaluate_job.main(config)
+    except Stopped:
+        console.print(f"stopped; to go on: {resume_command()}")
+    return 0
 
 
 class EngineWorker:
@@ -141,5 +164,6 @@ def evaluate_over_nodes(config: EvalConfig) -> int:
             f"rollout.tensor_parallel_size: {size}, but over nodes every device has an engine of its own; set it to 1, "
             "or run eval.py with experiment.deepspeed_file on one node"
         )
+    make_missing_model(config)
     evaluate_job.main(config, load_everywhere)
     return 0
