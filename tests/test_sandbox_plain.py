@@ -131,6 +131,17 @@ def test_programs_use_files_of_their_own_and_leave_none(kind):
     assert told == "['c'] x 1" and Path(folder).name.startswith("cell-") and not Path(folder).exists()
 
 
+BIG = "for n in range(5):\n    os.mkdir(str(n))\n    open(f'{n}/big', 'wb').write(bytes(20 << 20))\n"
+MANY = "for n in range(4200): open(str(n), 'w').close()\n"
+
+
+@needs_landlock
+@pytest.mark.parametrize("fill", [BIG, MANY], ids=["big files", "many files"])
+def test_a_folder_that_grows_too_large_is_the_end(fill, no_bubblewrap):
+    stopped = run(f"import os, time\n{fill}time.sleep(60)")
+    assert stopped.reason == "output_limit" and stopped.wall < 10
+
+
 def test_programs_start_no_other(kind):
     source = "import os\nfor start in (os.fork, lambda: os.execv('/bin/true', ['true'])):\n"
     assert run(source + "    try: start()\n    except PermissionError: print('no')").stdout == b"no\nno\n"
