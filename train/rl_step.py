@@ -152,6 +152,7 @@ def starting_point(
     engine_logp = gather(rows, samples, lambda trajectory: trajectory.logp)
     auto = training.old_logp == "auto" and not (replays and exact and training.tis_cap is None)
     recomputed = training.old_logp == "recompute" or auto
+    # the KL's reference is the trainer's own, or the engine's where the two are the same
     own_reference = training.kl_reference == "old" and training.updates_per_step == 1
     old_logp, logp_ref, mismatch = engine_logp, None if own_reference else engine_logp, None
     if recomputed or (training.kl_reference == "old" and not own_reference and not (replays and exact)):
