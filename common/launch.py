@@ -33,6 +33,11 @@ def accelerate_config(name: str) -> Path:
     raise UserError(f"experiment.deepspeed_file={name}: no such file in accelerate_configs/; did you mean {near[0]}?")
 
 
+def processes_of(name: str) -> int:
+    """How many processes the file that experiment.deepspeed_file names starts, over all its nodes."""
+    return yaml.safe_load(accelerate_config(name).read_text())["num_processes"]
+
+
 def check_devices(name: str, file: Path, gpus: int) -> None:
     """UserError unless the file is for one node that has as many GPUs as it asks for."""
     asked = yaml.safe_load(file.read_text())
