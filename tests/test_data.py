@@ -217,10 +217,7 @@ def test_empty_fields_are_none(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (
-            datetime.datetime(2026, 1, 2),
-            r"record 1 of .*x\.parquet' has in `extra` a datetime, which JSON does not know",
-        ),
+        (datetime.datetime(2026, 1, 2), r"record 1 of .*x\.parquet' has in `extra` a datetime,"),
         (datetime.date(2026, 1, 2), "has in `extra` a date,"),
         (b"\x89PNG", "has in `extra` a bytes,"),
         ([{"at": datetime.timedelta(seconds=1)}], "has in `extra` a timedelta,"),
