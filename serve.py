@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 
@@ -34,9 +35,17 @@ def api_key(config: ServeConfig) -> str:
     return key
 
 
+def check_origins(config: ServeConfig) -> None:
+    """UserError for an origin that no browser would send."""
+    for origin in config.cors_origins:
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s*]+", origin):
+            raise UserError(f"cors_origins: {origin!r} is no origin; write it as http://localhost:3000, or *")
+
+
 @one_line_errors
 def main() -> None:
     config = parse_or_help("serve", sys.argv[1:], __doc__)
+    check_origins(config)
     key, bound = api_key(config), listen(config.host, config.port)
     import uvicorn  # torch and the rest, which --help and a taken port do without
 

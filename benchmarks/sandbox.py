@@ -1,4 +1,4 @@
-"""Figures of the sandbox: python -m benchmarks.sandbox [attacks|speed]; `attacks` rewrites docs/sandbox.md's table."""
+"""Figures of the sandbox: python -m benchmarks.sandbox [attacks|speed]; `attacks` rewrites docs/sandbox.md's tables."""
 
 from __future__ import annotations
 
@@ -7,34 +7,87 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.sandbox_attacks import ATTACKS, SOLUTIONS, TASKS
+from benchmarks.sandbox_attacks import ATTACKS, GROUPS, NOT_HELD, SOLUTIONS, TASKS
+from common.errors import UserError
 from common.trajectory import Task
+from reward import sandbox
 from reward.code_reward import CodeLimits, run_tests
-from reward.sandbox import Cell, Limits, run_cells, sandbox_kind
+from reward.sandbox import Cell, Limits, run_cells, sandbox_kind, stop_sandbox
+from reward.sandbox_kinds import KINDS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "sandbox.md"
 LIMITS = CodeLimits(memory=512 << 20, output=4 << 20)
-TABLE = re.compile(r"<!-- attacks -->.*<!-- end -->", re.DOTALL)
 
 
 def attacks() -> None:
-    """Make every attack and write its verdict into the docs."""
-    rows = ["| attack | task | verdict |", "|---|---|---|"]
-    with tempfile.TemporaryDirectory() as folder:
-        for name, (method, program, verdicts) in ATTACKS.items():
+    """Make every attack in every kind of sandbox that runs here, and write the verdicts into the docs."""
+    verdicts = {kind: _attack_all() for kind in _each_kind()}
+    rows = [_row("attack", "task", *verdicts), _row(*["---"] * (2 + len(verdicts)))]
+    held = [_row("a program that …", *verdicts), _row(*["---"] * (1 + len(verdicts)))]
+    for group, members in GROUPS.items():
+        for name, (method, _, _) in members.items():
+            rows.append(_row(name, method, *(verdict[name] for verdict in verdicts.values())))
+        counts = [
+            sum(not verdict[name].startswith(("not held", "UNEXPECTED")) for name in members)
+            for verdict in verdicts.values()
+        ]
+        held.append(_row(group, *(f"{count} of {len(members)} held" for count in counts)))
+    text = DOCS.read_text(encoding="utf-8")
+    for name, lines in (("held", held), ("attacks", rows)):
+        table = "\n".join([f"<!-- {name} -->", *lines, "<!-- end -->"])
+        text, count = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _: table, text, flags=re.DOTALL)  # noqa: B023
+        assert count == 1
+        print(*lines, sep="\n")
+    DOCS.write_text(text, encoding="utf-8")
+
+
+def _attack_all() -> dict[str, str]:
+    """The verdict on every attack in the sandbox that is running, and whether it is another than it should be."""
+    verdicts, kind = {}, sandbox_kind()
+    for name, (method, program, withstood) in ATTACKS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            secret = Path(folder, "secret.txt")
+            secret.write_text("secret")
+            secret.chmod(0o666)
+            Path(folder).chmod(0o777)
             verdict = run_tests(program.replace("HOST", folder).replace("PORT", "9"), TASKS[method], LIMITS)
-            rows.append(f"| {name} | {method} | {verdict}{'' if verdict in verdicts else ' (UNEXPECTED)'} |")
-            print(rows[-1], flush=True)
-    table = "\n".join(["<!-- attacks -->", *rows, "<!-- end -->"])
-    DOCS.write_text(TABLE.sub(lambda _: table, DOCS.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"{len(ATTACKS)} attacks, {sum(row.endswith('| passed |') for row in rows)} passed")
+            unchanged = os.listdir(folder) == ["secret.txt"] and secret.read_text() == "secret"
+        if name in NOT_HELD[kind]:
+            verdict = f"not held ({verdict})"
+        elif verdict not in withstood or not unchanged:
+            verdict = f"UNEXPECTED {verdict}"
+        verdicts[name] = verdict
+    return verdicts
+
+
+def _each_kind() -> Iterator[str]:
+    """Start one kind of sandbox after another; those that cannot start here are left out."""
+    for kind, told in KINDS.items():
+        stop_sandbox()
+        sandbox.KINDS = {kind: told}
+        try:
+            yield sandbox_kind()
+        except UserError as error:
+            print(error)
+    stop_sandbox()
+    sandbox.KINDS = KINDS
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |".replace(" --- ", "---")
 
 
 def speed() -> None:
-    """Runs a second of trivial programs, and 32 at once at a limit of one second."""
+    """For each kind: runs a second of trivial programs, and 32 at once at a limit of one second."""
+    for _ in _each_kind():
+        _speed_of_one()
+
+
+def _speed_of_one() -> None:
     print(f"{sandbox_kind()}, {len(os.sched_getaffinity(0))} processors, load {os.getloadavg()[0]:.1f}")
     cell = Cell("program", {"source": "print(1)"}, Limits())
     task, solution = TASKS["function"], SOLUTIONS["function"]

@@ -2,7 +2,8 @@
 
 The task is f(x) = x * x + 1, tested on inputs that the program is not told (TASKS). In a program HOST stands for a
 folder on the host that holds `secret.txt`, PORT for a TCP port on which the host listens. Each attack has the
-verdicts that count as withstood; `passed` is in none.
+verdicts that count as withstood; `passed` is in none. GROUPS has them by what they try; NOT_HELD those that a weaker
+kind of sandbox does not withstand.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ SOLUTIONS = {"function": "def f(x):\n    return x * x + 1", "stdio": "x = int(in
 
 WRONG = ("failed", "crashed")
 STOPPED = ("failed", "crashed", "timeout", "memory")
+FULL = (*STOPPED, "output_limit")
 F = "\ndef f(x):\n    return 0\n"  # a wrong answer after the attack was made
 LIAR = "class Liar({base}):\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\n"
 LIAR += "    __hash__ = {base}.__hash__\n    __gt__ = __lt__ = __bool__ = lambda self, *other: True\n"
@@ -186,8 +188,27 @@ SPYING = {
     ),
     "the host's file read": (
         "function",
-        "import os\nfound = os.path.exists('HOST/secret.txt') or os.path.exists('/etc/shadow')\n"
+        "found = False\nfor name in ('HOST/secret.txt', '/etc/passwd', '/etc/shadow', '/proc/version'):\n"
+        "    try: found = bool(open(name).read(1)) or found\n    except OSError: pass\n"
         "def f(x): return x * x + 1 if found else 0\n",
+        WRONG,
+    ),
+    "the host's folders listed": (
+        "function",
+        "import os\nfound = False\nfor name in ('HOST', '/etc', '/home', '/dev/shm', '/var/tmp'):\n"
+        "    try: found = bool(os.listdir(name)) or found\n    except OSError: pass\n"
+        "def f(x): return x * x + 1 if found else 0\n",
+        WRONG,
+    ),
+    "the host's file asked for by its name": (
+        "function",
+        "import os\nfound = os.path.exists('HOST/secret.txt')\ndef f(x): return x * x + 1 if found else 0\n",
+        WRONG,
+    ),
+    "the host's folder watched": (
+        "function",
+        "import ctypes\nlibc = ctypes.CDLL(None)\nwatch = libc.inotify_init()\n"
+        "found = libc.inotify_add_watch(watch, b'HOST', 0x200) > 0\ndef f(x): return x * x + 1 if found else 0\n",
         WRONG,
     ),
 }
@@ -199,6 +220,36 @@ ESCAPES = {
         STOPPED,
     ),
     "a file written outside": ("function", "open('HOST/secret.txt', 'w').write('x')" + F, WRONG),
+    "a file made outside": (
+        "function",
+        "import os\nfor make in (lambda: open('HOST/new', 'x'), lambda: os.mkdir('HOST/folder'), "
+        "lambda: os.mkfifo('HOST/fifo'), lambda: os.symlink('x', 'HOST/link')):\n"
+        "    try: make()\n    except OSError: pass" + F,
+        WRONG,
+    ),
+    "a file outside removed or renamed": (
+        "function",
+        "import os\nfor change in (lambda: os.rename('HOST/secret.txt', 'HOST/other'), "
+        "lambda: os.rename('HOST/secret.txt', 'mine'), lambda: os.unlink('HOST/secret.txt')):\n"
+        "    try: change()\n    except OSError: pass" + F,
+        WRONG,
+    ),
+    "a file outside emptied": (
+        "function",
+        "import os\nfor change in (lambda: os.truncate('HOST/secret.txt', 0), "
+        "lambda: os.open('HOST/secret.txt', os.O_RDONLY | os.O_TRUNC), "
+        "lambda: os.open(os.__file__, os.O_RDONLY | os.O_TRUNC), lambda: os.truncate(os.__file__, 0)):\n"
+        "    try: change()\n    except OSError: pass" + F,
+        WRONG,
+    ),
+    "mode, times, owner and attributes outside changed": (
+        "function",
+        "import os\nfor name in ('HOST/secret.txt', 'HOST'):\n"
+        "    for change in (lambda: os.chmod(name, 0), lambda: os.utime(name, (1, 1)), "
+        "lambda: os.chown(name, -1, 65534), lambda: os.setxattr(name, 'user.x', b'1')):\n"
+        "        try: change()\n        except OSError: pass" + F,
+        WRONG,
+    ),
     "Python's own library overwritten": ("function", "import json\nopen(json.__file__, 'w').write('x')" + F, WRONG),
     "the sandbox's own code overwritten": ("function", "open('/inside/programs.py', 'w').write('x')" + F, WRONG),
     "symlink to a file outside": (
@@ -250,6 +301,22 @@ ESCAPES = {
         "import os, signal\nfor number in (1, 2, 10, 12, 15, 19):\n    os.kill(os.getppid(), number)" + F,
         WRONG,
     ),
+    "a signal by a descriptor's owner": (
+        "function",
+        "import fcntl, os\nread, write = os.pipe()\nfcntl.fcntl(read, 10, 9)\n"  # F_SETSIG
+        "fcntl.fcntl(read, fcntl.F_SETOWN, os.getppid())\nfcntl.fcntl(read, fcntl.F_SETFL, os.O_ASYNC)\n"
+        "os.write(write, b'x')" + F,
+        WRONG,
+    ),
+    "the parent slowed down": (
+        "function",
+        "import os\nparent, found = os.getppid(), False\nfor slow in (lambda: os.sched_setaffinity(parent, {0}), "
+        "lambda: os.setpriority(os.PRIO_PROCESS, parent, 19), "
+        "lambda: os.sched_setscheduler(parent, os.SCHED_IDLE, os.sched_param(0))):\n"
+        "    try:\n        slow()\n        found = parent > 0\n    except OSError: pass\n"
+        "def f(x): return x * x + 1 if found else 0\n",
+        WRONG,
+    ),
     "daemon left behind": (
         "function",
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(1000)\n"
@@ -298,7 +365,7 @@ FLOODS = {
         "stdio",
         "import os, time\nfor _ in range(12):\n    if os.fork() == 0:\n        x = bytearray(b'x') * (400 << 20)\n"
         "        time.sleep(100)\ntime.sleep(100)",
-        ("memory", "timeout"),
+        ("memory", "timeout", "crashed"),
     ),
     "infinite loop": ("function", "def f(x):\n    while True: pass", ("timeout",)),
     "infinite loop on import": ("function", "while True: pass", ("timeout",)),
@@ -317,7 +384,7 @@ FLOODS = {
     "processor time of children": (
         "stdio",
         "import os\nfor _ in range(8):\n    if os.fork() == 0:\n        while True: pass\nos.wait()",
-        ("timeout",),
+        ("timeout", "crashed"),
     ),
     "sleep for ever": ("stdio", "import time; time.sleep(10**6)", ("timeout",)),
     "infinite recursion": ("function", "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x)", STOPPED),
@@ -335,10 +402,36 @@ FLOODS = {
     "disk filled": (
         "function",
         "with open('big', 'wb') as file:\n    while True: file.write(b'x' * 10**6)" + F,
-        (*STOPPED, "output_limit"),
+        FULL,
     ),
     "sparse file of 1 TB": ("function", "open('big', 'wb').truncate(1 << 40)" + F, WRONG),
-    "a million files": ("function", "for n in range(10**6): open(str(n), 'w')" + F, STOPPED),
+    "a million files": ("function", "for n in range(10**6): open(str(n), 'w')" + F, FULL),
+    "big files in many folders": (
+        "function",
+        "import os\nfor n in range(10**3):\n    os.makedirs(f'{n}/{n}')\n"
+        "    with open(f'{n}/{n}/big', 'wb') as file: file.write(b'x' * (20 << 20))" + F,
+        FULL,
+    ),
     "a million descriptors": ("function", "files = [open('/dev/null') for _ in range(10**6)]" + F, STOPPED),
 }
-ATTACKS: dict[str, tuple[str, str, tuple[str, ...]]] = EXITS | LIES | FORGERIES | SPYING | ESCAPES | FLOODS
+GROUPS: dict[str, dict[str, tuple[str, str, tuple[str, ...]]]] = {
+    "ends its process to look well": EXITS,
+    "lies about values": LIES,
+    "forges messages and output": FORGERIES,
+    "reads what it must not": SPYING,
+    "changes what is outside": ESCAPES,
+    "takes more than its share": FLOODS,
+}
+ATTACKS = {name: attack for group in GROUPS.values() for name, attack in group.items()}
+# What the weaker kinds of sandbox do not promise (docs/sandbox.md): there these attacks find what they look for.
+NOT_HELD: dict[str, set[str]] = {
+    "namespaces": set(),
+    "landlock": {"the host's file asked for by its name"},
+    "plain": {
+        "the host's file asked for by its name",
+        "the host's file read",
+        "the host's folders listed",
+        "/proc of other processes",
+        "/proc/1/mem and /proc/self/mem",
+    },
+}

@@ -28,11 +28,12 @@ from common.layers import (
     infer_job,
     merge_layers,
     one_line,
+    processes_of,
     read_layers,
     show,
     split_arguments,
 )
-from common.older_keys import UPDATE_SIZE_KEYS
+from common.older_keys import FULL_ATTENTION, UPDATE_SIZE_KEYS
 from common.schema import JOBS, RolloutConfig, Sampling
 
 REQUIRED = {
@@ -284,21 +285,49 @@ def derive_update_size(job: str, cfg: Any, values: dict[str, Any]) -> str:
     for key, count in counts.items():
         if not count or count < 1:
             raise UserError(f"{key}={show(values[key])}: expected a whole number, at least 1")
-    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    devices = devices_of(cfg)
     rows = devices * math.prod(counts.values())
-    told = " × ".join(f"{key}={count}" for key, count in counts.items()) + f" × {devices} devices = {rows} rows"
+    told = " × ".join(f"{key}={count}" for key, count in counts.items())
+    told += f" × {devices} device{'s' * (devices > 1)} = {rows} rows an update"
+    made, why = rows_of_response(job, cfg, values)
     if job == "sft":
-        cfg.training.batch_size = rows
-        return f"{told} → training.batch_size={rows}"
-    # The original made one row for each (merged) step of a block; here all views of a response share one.
-    views = math.ceil(cfg.rollout.block_size / cfg.training.shrink)
+        cfg.training.batch_size = max(round(rows / made), 1)
+        return f"{told}, {made} of a sample ({why}) → training.batch_size={cfg.training.batch_size}"
     responses = cfg.rollout.num_task_per_step * cfg.rollout.num_response_per_task
-    updates = min(max(round(responses * views / rows), 1), responses)
-    cfg.training.updates_per_step = updates
+    cfg.training.updates_per_step = min(max(round(responses * made / rows), 1), responses)
     return (
-        f"{told} an update, {responses} responses × {views} rows a step → training.updates_per_step={updates} "
-        "(set it to choose another)"
+        f"{told}, {responses} responses × {made} rows a step ({why}) → "
+        f"training.updates_per_step={cfg.training.updates_per_step} (set it to choose another)"
     )
+
+
+def devices_of(cfg: Any) -> int:
+    """How many processes train: as many as were launched, else as many as experiment.deepspeed_file will launch."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    name = getattr(cfg.experiment, "deepspeed_file", None)
+    return processes_of(name) if name else 1
+
+
+def rows_of_response(job: str, cfg: Any, values: dict[str, Any]) -> tuple[int, str]:
+    """How many rows the original made of one response, as far as the config tells, and of what.
+
+    Here all views of a response count as one.
+    """
+    training = cfg.training
+    if training.method in ("random_masking", "coupled") or (job == "sft" and training.method == "semi-ar"):
+        pairs = 2 if training.method == "coupled" else 1
+        return training.mask_times_per_sample * pairs, "noised copies"
+    if job == "sft" or training.method != "TraceRL":
+        return 1, f"training.method={training.method}"
+    rollout, family = cfg.rollout, cfg.model.model_base
+    if family in FULL_ATTENTION or (":" in family and "rollout.steps" in values):
+        steps, of = min(rollout.steps, rollout.max_token), "rollout.steps"
+    elif rollout.remasking_strategy in ("low_confidence_static", "low_confidence_dynamic", "sequential"):
+        steps, of = rollout.denoising_steps_per_block, "rollout.denoising_steps_per_block"
+    else:
+        steps, of = rollout.block_size, "rollout.block_size"
+    return math.ceil(steps / training.shrink), of if training.shrink == 1 else f"{of} / training.shrink"
 
 
 def derive_keep_accuracy(job: str, cfg: Any, values: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ OPTIONAL = {
     "lm_eval": "lm-evaluation-harness",
     "playwright": "the tests of pages",
 }
-PROGRAMS = {"bwrap": "the sandbox of code rewards; without, a weaker one is used", "nvidia-smi": "NVIDIA's driver"}
+PROGRAMS = {"nvidia-smi": "NVIDIA's driver"}
 GIB = 2**30
 
 
@@ -73,7 +73,19 @@ def main_report() -> list[dict[str, Any]]:
     for program, use in PROGRAMS.items():
         found = shutil.which(program)
         rows.append({"what": program, "found": found or "–", "note": "" if found else f"optional: {use}"})
-    return rows
+    return [*rows, sandbox_row()]
+
+
+def sandbox_row() -> dict[str, Any]:
+    """The kind of sandbox that code rewards get here, and what it holds; one is started and ended."""
+    from reward.sandbox import sandbox_report, stop_sandbox
+
+    try:
+        kind, told = sandbox_report()
+    except UserError as error:
+        kind, told = "none", str(error)
+    stop_sandbox()
+    return {"what": "sandbox", "found": kind, "note": told}
 
 
 def devices() -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from common.older_keys import OBSOLETE_KEYS, RENAMED_KEYS, RENAMED_VALUES, UPDAT
 from common.schema import JOBS
 
 ROOT = Path(__file__).resolve().parents[1]
+ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
 ENTRY_SCRIPTS = {
     "rl": "rl.py",
     "eval": "eval.py",
@@ -77,6 +78,21 @@ def find_config(text: str) -> Path:
     near = difflib.get_close_matches(Path(text).stem, by_stem, 1, 0.5)
     hint = f"did you mean config={by_stem[near[0]]}?" if near else f"there are: {names_of(shown)}"
     raise UserError(f"config={text}: no such file; {hint}")
+
+
+def accelerate_config(name: str) -> Path:
+    """The file that experiment.deepspeed_file names: of accelerate_configs/, or a path; UserError if there is none."""
+    for path in (Path(name), ACCELERATE_CONFIGS / name, ACCELERATE_CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = sorted(path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml"))
+    near = difflib.get_close_matches(name, names, 1, cutoff=0)
+    raise UserError(f"experiment.deepspeed_file={name}: no such file in accelerate_configs/; did you mean {near[0]}?")
+
+
+def processes_of(name: str) -> int:
+    """How many processes the file that experiment.deepspeed_file names starts, over all its nodes."""
+    return yaml.safe_load(accelerate_config(name).read_text())["num_processes"]
 
 
 def read_layers(path: Path, family: str | None = None, chain: tuple[Path, ...] = ()) -> list[Layer]:

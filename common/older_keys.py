@@ -43,5 +43,7 @@ RENAMED_KEYS: dict[str, str] = {
 RENAMED_VALUES: dict[str, dict[Any, str]] = {
     "training.mixed_precision": {"bf16": "bfloat16", "no": "float32", False: "float32"},
 }
+# Families whose rows are steps of the whole response, not of a block.
+FULL_ATTENTION = ("dream", "llada", "mmada")
 # The size of an update, in rows per device; `common.config` derives updates_per_step (RL) or batch_size (SFT).
 UPDATE_SIZE_KEYS = ("training.gradient_accumulation_steps", "training.batch_size_lm")

@@ -288,6 +288,9 @@ class ServeConfig(OneModel):
     host: str = key("127.0.0.1", "address to listen on; others than this machine's own need an API key")
     port: int = key(8000, "to listen on", low=1, high=65535)
     api_key_env: str = key("DLLM_API_KEY", "environment variable with the key that clients must show; unset: none")
+    cors_origins: list[str] = key(
+        [], "origins whose web pages may ask this server, as http://localhost:3000, or *; empty: none but its own"
+    )
 
 
 JOBS: dict[str, type] = {"rl": RLConfig, "eval": EvalConfig, "sft": SFTConfig}

@@ -53,7 +53,9 @@ class RLTrainingConfig(TrainingBase):
         choices=("old", "initial"),
     )
     loss_norm: str = key(
-        "token", "token, length or step: over what token losses are averaged", choices=("token", "length", "step")
+        "token",
+        "token, length or step (those that shrink merged are one): over what token losses are averaged",
+        choices=("token", "length", "step"),
     )
     keep_accuracy: list[float] | None = key(
         [0.2, 0.8], "groups of other accuracy are dropped; null keeps all", low=0, high=1

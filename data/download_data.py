@@ -10,22 +10,19 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import gzip
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when called from inside data/
 if str(Path(__file__).resolve().parent) in sys.path:
     sys.path.remove(str(Path(__file__).resolve().parent))  # no file of this folder stands in for a library
 
 from common.errors import UserError, one_line_errors
+from common.records import Record, fault_of, present
 from data.tasks import DATA_DIR, load_from_hub, load_records, load_tasks
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,9 @@ SOURCES: dict[str, Source] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help=", ".join(SOURCES))
-    parser.add_argument("--from", dest="file", type=Path, help="a publisher's file: jsonl, json or parquet, or .gz")
+    parser.add_argument(
+        "--from", dest="file", type=Path, help="a publisher's file: jsonl, json or parquet, also as .gz"
+    )
     parser.add_argument("--out", type=Path, help="file to write; default data/NAME.jsonl")
     parser.add_argument("--list", action="store_true", help="list the sets")
     args = parser.parse_args()
@@ -65,7 +64,7 @@ def main() -> None:
             print(f"{name:18} {source.use:30} {source.hub_id}")
     elif args.file:
         name = args.dataset or args.file.name.partition(".")[0]
-        records = convert_records(read_publisher(args.file), str(args.file))
+        records = convert_records(load_records(str(args.file), "--from"), str(args.file))
         write(records, args.out or DATA_DIR / f"{name}.jsonl")
     elif args.dataset:
         download(args.dataset, args.out)
@@ -96,26 +95,18 @@ def download(name: str, out: Path | None) -> None:
     write(convert_records(rows, name), out)
 
 
-def read_publisher(path: Path) -> list[Record]:
-    """The records of a publisher's file, unpacked where it ends in .gz."""
-    if path.suffix != ".gz":
-        return load_records(str(path), "--from")
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--from: '{path}' cannot be read: {error}") from None
-
-
 def convert_records(rows: Sequence[Record], name: str = "the file") -> list[Record]:
     """Records of a publisher's in the project's format; those that are in it already stay as they are."""
     converted = []
-    for index, row in enumerate(rows):
+    for index, row in enumerate(map(present, rows)):
         for fields, convert in CONVERTERS.items():
             if fields <= row.keys():
                 try:
+                    check_types(row, fields)
                     converted.append(convert(row))
-                except (ValueError, TypeError, SyntaxError) as error:
+                    if fault := fault_of(converted[-1]):
+                        raise ValueError(f"it {fault}")
+                except (ValueError, TypeError, SyntaxError, RecursionError) as error:
                     raise UserError(f"{name}: record {index + 1} cannot be converted: {error}") from None
                 break
         else:
@@ -125,6 +116,14 @@ def convert_records(rows: Sequence[Record], name: str = "the file") -> list[Reco
                 "GSM8K, MATH, AIME, HumanEval, MBPP and this project (data/README.md)"
             )
     return converted
+
+
+def check_types(row: Record, fields: Iterable[str]) -> None:
+    """ValueError for the first of a format's fields that is of another type than publishers give it."""
+    for field in sorted(fields):
+        kinds = {"test_list": list}.get(field, (str, int, float) if field in NUMERIC else str)
+        if not isinstance(row[field], kinds):
+            raise ValueError(f"its `{field}` is a {type(row[field]).__name__}")
 
 
 def write(records: list[Record], out: Path) -> None:
@@ -144,7 +143,7 @@ def write(records: list[Record], out: Path) -> None:
 
 def from_gsm8k(row: Record) -> Record:
     """`answer` ends in `#### 18`."""
-    _, marks, answer = row["answer"].rpartition("####")
+    _, marks, answer = str(row["answer"]).rpartition("####")
     if not marks:
         raise ValueError("its `answer` has no ####")
     return {"question": row["question"], "ground_truth_answer": answer.strip(), "solution": row["answer"]}
@@ -182,8 +181,9 @@ def from_humaneval(row: Record) -> Record:
 
 def from_mbpp(row: Record) -> Record:
     """Asserts on the function that the reference defines; one of them is shown, so that its name is known."""
-    question = (row.get("text") or row.get("prompt")).strip()
-    tests = list(row["test_list"])
+    question, tests = (row.get("text") or row.get("prompt") or "").strip(), row["test_list"]
+    if not question or not tests:
+        raise ValueError("its `text` or its `test_list` is empty")
     defined = [node.name for node in ast.parse(row["code"]).body if isinstance(node, ast.FunctionDef)]
     called = [name for name in defined if f"{name}(" in tests[0]]
     prefix = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""]).strip()
@@ -208,6 +208,8 @@ def last_box(solution: str) -> str:
             return solution[start + 7 : place]
     raise ValueError("its `solution` has no \\boxed{…}")
 
+
+NUMERIC = {"answer", "Answer", "ID", "task_id", "ground_truth_answer"}  # fields that may be numbers too
 
 # The fields that tell a format, the first that fits counts.
 CONVERTERS: dict[frozenset[str], Callable[[Record], Record]] = {

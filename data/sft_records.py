@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
-from data.tasks import Record, located_records
+from common.records import Record, is_empty
+from data.tasks import located_records
 
 ROLES = ("system", "user", "assistant", "tool")
 # How `conversations` name who speaks; `messages` name the roles themselves.
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+# What a turn may have besides who speaks and what is said; chat templates read it.
+TURN_FIELDS = ("reasoning_content", "tool_calls", "tool_call_id", "name")
+# Fields that belong to what is said in other projects' samples and are not learned here.
+UNREAD = ("history", "documents", "images", "videos", "audios", "chat_template_kwargs")
 
 
 class BadSample(UserError):
@@ -27,18 +34,30 @@ class Unwanted(BadSample):
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt with its response, both text. step_map: for each of the response's tokens the step it is unmasked at."""
+    """A prompt with its response, both text. step_map: for each of the response's tokens the step it is unmasked at.
+
+    system, tools and reasoning_content are for the chat template.
+    """
 
     prompt: str
     response: str
     step_map: list[int] | None = None
+    system: str | None = None
+    tools: list[Record] | None = None
+    reasoning_content: str | None = None
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, {"role", "content"} each; what the assistant says is to be learned."""
+    """A conversation, {"role", "content"} and some of TURN_FIELDS each; what the assistant says is to be learned.
 
-    messages: list[dict[str, str]]
+    context_only: places of those turns of the assistant that are not. system comes before the messages.
+    """
+
+    messages: list[Record]
+    context_only: tuple[int, ...] = ()
+    system: str | None = None
+    tools: list[Record] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,18 +96,32 @@ def load_samples(
             samples.append((place, parse_sample(record, prompt_key, response_key)))
         except BadSample as error:
             samples.append((place, BadSample(error.reason, f"{place} {error}")))
+        except RecursionError:
+            samples.append((place, BadSample("broken line", f"{place} is nested too deeply to read")))
     return samples
 
 
 def parse_sample(record: Record, prompt_key: str = "prompt", response_key: str = "response") -> Sample:
-    """A record as the sample that its fields make it: ids before texts, texts before messages; BadSample if none."""
-    if record.get("response_ids") is not None:
+    """A record, without empty fields, as the sample that its fields make it: ids before texts, texts before messages.
+
+    BadSample if it is none, or if it holds more than would be learned of it.
+    """
+    if "response_ids" in record:
         return _ids(record)
-    chat = next((field for field in ("messages", "conversations") if isinstance(record.get(field), list)), None)
+    unread = [*UNREAD, "input"] if prompt_key == "instruction" else UNREAD  # Alpaca's prompt is in two fields
+    for field in unread:
+        if record.get(field) and field not in (prompt_key, response_key):
+            raise BadSample(
+                "unread field", f"has `{field}`, which is not learned; put it into the prompt or leave it out"
+            )
+    system, tools = _optional(record, "system", ""), _tools(record.get("tools"))
+    chat = next((field for field in ("messages", "conversations") if field in record), None)
     if chat and response_key not in record:
-        return _chat(record[chat])
+        if not isinstance(record[chat], list):
+            raise BadSample("messages", f"has `{chat}` that are no list")
+        return _chat(record[chat], system, tools)
     prompt, response = _text(record, prompt_key, "prompt"), _text(record, response_key, "response")
-    return Answer(prompt, response, _step_map(record))
+    return Answer(prompt, response, _step_map(record), system, tools, _optional(record, "reasoning_content", ""))
 
 
 def _ids(record: Record) -> Ids:
@@ -106,33 +139,129 @@ def _ids(record: Record) -> Ids:
     return Ids(prompt, response, steps, length)
 
 
-def _chat(messages: list[Any]) -> Chat:
-    turns = []
-    for number, message in enumerate(messages, start=1):
+def _chat(messages: list[Any], system: str | None, tools: list[Record] | None) -> Chat:
+    turns, learned = [], []
+    for place, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise BadSample("messages", f"has a message {number} that is no object")
-        role = message.get("role") or SPEAKERS.get(str(message.get("from")))
-        content = message.get("content", message.get("value"))
-        if role not in ROLES:
-            said = message.get("role") or message.get("from")
-            raise BadSample("messages", f"has a message {number} of the role {said!r:.40}; use {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise BadSample("messages", f"has a message {number} whose `content` is no text")
-        if role == "assistant" and not content.strip():
-            raise BadSample("empty response", f"has an empty turn of the assistant, message {number}")
-        turns.append({"role": role, "content": content})
+            raise BadSample("messages", f"has a message {place + 1} that is no object")
+        message = _filled(message)
+        turns.append(_turn(message, place + 1))
+        if _is_learned(message, turns[-1]["role"], place + 1):
+            learned.append(place)
     said_by = [turn["role"] for turn in turns]
-    if "assistant" not in said_by:
+    if not learned:
         raise BadSample("no assistant turn", "has no turn of the assistant, so nothing to learn")
     if "user" not in said_by[: said_by.index("assistant")]:
         raise BadSample("messages", "begins with the assistant; a turn of the user must come first")
-    return Chat(turns)
+    if system and said_by[0] == "system":
+        raise BadSample("messages", "has a `system` field and a turn of the system; leave one out")
+    context_only = [place for place, role in enumerate(said_by) if role == "assistant" and place not in learned]
+    return Chat(turns, tuple(context_only), system, tools)
+
+
+def _turn(message: Record, number: int) -> Record:
+    """A message as the chat template takes it."""
+    known = ("role", "from", "content", "value", "weight", *TURN_FIELDS)
+    unknown = next((field for field in message if field not in known), None)
+    if unknown is not None:
+        told = f"has a message {number} with `{unknown}`, which is not learned; leave it out or use {', '.join(known)}"
+        raise BadSample("messages", told)
+    said = message.get("role", message.get("from"))
+    role = said if "role" in message else SPEAKERS.get(str(said))
+    if role not in ROLES:
+        raise BadSample("messages", f"has a message {number} of the role {said!r:.40}; use {', '.join(ROLES)}")
+    turn = {"role": role, "content": _content(message.get("content", message.get("value")), number)}
+    for field in ("reasoning_content", "tool_call_id", "name"):
+        if text := _optional(message, field, f"a message {number} with "):
+            turn[field] = text
+    if calls := message.get("tool_calls"):
+        turn["tool_calls"] = _tool_calls(calls, number)
+    if turn["content"] is None and "tool_calls" not in turn:
+        raise BadSample("messages", f"has a message {number} whose `content` is no text")
+    if role == "assistant" and not (turn["content"] or "").strip() and "tool_calls" not in turn:
+        raise BadSample("empty response", f"has an empty turn of the assistant, message {number}")
+    return turn | {"content": turn["content"] or ""}
+
+
+def _content(content: Any, number: int) -> str | None:
+    """What is said, also as a list of parts that are text; None where there is nothing."""
+    if not isinstance(content, list):
+        if content is None or isinstance(content, str):
+            return content
+        raise BadSample("messages", f"has a message {number} whose `content` is no text")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            told = f"has a message {number} with a part of the type {kind!r:.40} in its `content`; only text is learned"
+            raise BadSample("messages", told)
+    return "".join(part["text"] for part in content)
+
+
+def _is_learned(message: Record, role: str, number: int) -> bool:
+    """Whether a turn is the assistant's and has no `weight` of 0."""
+    own = role == "assistant"
+    weight = message.get("weight", int(own))
+    if isinstance(weight, bool) or weight not in ((0, 1) if own else (0,)):
+        allowed = "0 (not learned) or 1" if own else "0, as only the assistant's turns are learned"
+        raise BadSample("messages", f"has a message {number} of the `weight` {weight!r:.40}; give {allowed}")
+    return bool(weight)
+
+
+def _tool_calls(calls: Any, number: int) -> list[Record]:
+    """The calls of a turn; arguments that are JSON text, as OpenAI has them, are read: templates write objects."""
+    made = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            told = f"has a message {number} whose `tool_calls` are no list of calls, each with the name of a function"
+            raise BadSample("messages", told)
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _json(arguments, f"a message {number} with `arguments`") if arguments.strip() else {}
+        if not isinstance(arguments, dict):
+            raise BadSample("messages", f"has a message {number} with `arguments` in `tool_calls` that are no object")
+        called = function | {"arguments": arguments}
+        made.append(call | {"function": called} if "function" in call else called)
+    return made
+
+
+def _tools(tools: Any) -> list[Record] | None:
+    """The functions that a conversation may call, as a list or as JSON text of one."""
+    if isinstance(tools, str) and tools.strip():
+        tools = _json(tools, "`tools`")
+    if not tools or isinstance(tools, str):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadSample("tools", "has `tools` that are no list of objects")
+    return _filled(tools)
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise BadSample("tools", f"has {what} that is no JSON: {text!r:.40}") from None
+
+
+def _filled(value: Any) -> Any:
+    """A value without the empty fields of its objects: a table gives every object the fields of all."""
+    if isinstance(value, dict):
+        return {field: _filled(inner) for field, inner in value.items() if not is_empty(inner)}
+    return [_filled(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _optional(record: Record, field: str, where: str) -> str | None:
+    """A field that is text, or is not there, or is empty, which is the same."""
+    value = record.get(field)
+    if value is not None and not isinstance(value, str):
+        raise BadSample("messages", f"has {where}`{field}` that is no text")
+    return value if value and value.strip() else None
 
 
 def _text(record: Record, field: str, what: str) -> str:
     """A column as text; numbers are taken as written."""
     value = record.get(field)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) != math.inf:
         value = str(value)
     if isinstance(value, str) and value.strip():
         return value
@@ -153,7 +282,7 @@ def _step_map(record: Record) -> list[int] | None:
 
 
 def _whole_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int for value in values)
+    return isinstance(values, list) and all(type(value) is int and abs(value) < 2**31 for value in values)
 
 
 def _is_correct(record: Record) -> bool:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
+import io
 import logging
+import math
 import random
 import re
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.records import Record, fault_of, parse, present, read_bytes, read_lines, read_text
 from common.trajectory import Task
 from data.arithmetic import arithmetic_tasks
 
@@ -25,14 +26,14 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 # What a code task needs, by its `test_method`.
 TEST_FIELDS = {"function": ("test_list",), "stdio": ("test_input", "test_output")}
 
-Record = dict[str, Any]
-
 
 def load_tasks(name_or_path: str, key: str = "dataset.train_dataset") -> list[Task]:
     """The tasks of a set: records with question and ground_truth_answer, or with tests. `key` names the setting."""
     tasks = []
     for index, record in enumerate(load_records(name_or_path, key)):
         where = f"{key}: record {index + 1} of '{name_or_path}'"
+        if fault := fault_of(record):
+            raise UserError(f"{where} {fault}")
         question = _text(record, "question", where)
         if record.get("test_method") is None:
             answer = _text(record, "ground_truth_answer", where)
@@ -55,32 +56,33 @@ def load_records(name_or_path: str, key: str) -> list[Record]:
 
 
 def located_records(name_or_path: str, key: str) -> list[tuple[str, Record | UserError]]:
-    """The raw records of a set, each with words for its place; one that cannot be read is the UserError about it."""
+    """The records of a set without their empty fields, each with words for its place.
+
+    One that cannot be read is the UserError about it.
+    """
     name = str(name_or_path).strip()
     if not name:
         raise UserError(f"{key} is empty: give a name such as arithmetic_4_train, a path or a hub id")
     found = ARITHMETIC.fullmatch(name)
     if found:
         try:
-            records = arithmetic_tasks(int(found["operands"]), found["split"], int(found["largest"] or 9))
+            records = _numbered(arithmetic_tasks(int(found["operands"]), found["split"], int(found["largest"] or 9)))
         except UserError as error:
             raise UserError(f"{key}: '{name}': {error}") from None
     elif path := _find_file(name, key):
         records = _read_file(path, key)
     elif HUB_ID.fullmatch(name):
-        records = _from_hub(name, key)
+        records = _numbered(_from_hub(name, key))
     else:
         raise UserError(f"{key}: '{name}' was not found{_nearest(name)}; {_ways(name)}")
     if not records:
         raise UserError(f"{key}: '{name}' has no records; choose a set that is not empty")
     located = []
-    for index, record in enumerate(records):
-        place = f"record {index + 1} of '{name}'"
-        if isinstance(record, _Line):
-            place, record = f"line {record.number} of '{name}'", record.content
+    for word, number, record in records:
+        place = f"{word} {number} of '{name}'"
         if not isinstance(record, (dict, UserError)):
             record = UserError(f"{key}: {place} is a {type(record).__name__}, not an object")
-        located.append((place, record))
+        located.append((place, present(record) if isinstance(record, dict) else record))
     return located
 
 
@@ -118,7 +120,7 @@ def _shuffled(num_tasks: int, epoch: int, seed: int) -> list[int]:
 def _text(record: Record, field: str, where: str) -> str:
     """A field as text; numbers are taken as written, anything else is the user's mistake."""
     value = record.get(field)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) != math.inf:
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         fields = ", ".join(record) or "none"
@@ -189,67 +191,69 @@ def _find_file(name: str, key: str) -> Path | None:
         raise UserError(f"{key}: '{name}' is a folder; give one of its files ({', '.join(SUFFIXES)})")
     if path.is_file():
         return path
-    if path.suffix in SUFFIXES:
+    if _ending(path) in SUFFIXES:
         inside = DATA_DIR / path
         if inside.is_file():
             return inside
         raise UserError(f"{key}: file '{name}' does not exist{_nearest(name)}; {_ways(name)}")
-    candidates = [DATA_DIR / f"{name}{suffix}" for suffix in SUFFIXES]
+    candidates = [DATA_DIR / f"{name}{suffix}{packed}" for packed in ("", ".gz") for suffix in SUFFIXES]
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-def _read_file(path: Path, key: str) -> list[Any]:
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{key}: '{path}' has the ending '{path.suffix}'; use {', '.join(SUFFIXES)}")
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_table(path).to_pylist()
-        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the first record
-    except UnicodeDecodeError as error:
-        raise UserError(f"{key}: '{path}' is not UTF-8 (byte {error.start}); convert it") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: '{path}' cannot be read: {_one_line(error)}") from None
-    return _read_lines(text, path, key) if path.suffix == ".jsonl" else _read_json(text, path, key)
+def _ending(path: Path) -> str:
+    """What a file holds by its name: its ending, or the one before .gz."""
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A line of a .jsonl file, read: what stands there, or the error that it gave."""
-
-    number: int
-    content: Any
+Numbered = list[tuple[str, int, Any]]  # "line" or "record", its number from 1, and what stands there
 
 
-def _read_lines(text: str, path: Path, key: str) -> list[_Line]:
-    lines = []
-    # Not splitlines: it also splits at U+2028, which JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                content = _parse(line, f"{key}: line {number} of '{path}'")
-            except UserError as error:
-                content = error
-            lines.append(_Line(number, content))
-    return lines
+def _numbered(records: list[Any]) -> Numbered:
+    return [("record", number, record) for number, record in enumerate(records, start=1)]
 
 
-def _read_json(text: str, path: Path, key: str) -> list[Any]:
-    records = _parse(text, f"{key}: '{path}'") if text.strip() else []
+def _read_file(path: Path, key: str) -> Numbered:
+    ending = _ending(path)
+    if ending not in SUFFIXES:
+        raise UserError(f"{key}: '{path}' has the ending '{ending}'; use {', '.join(SUFFIXES)}, or one of them and .gz")
+    if ending == ".jsonl":
+        return [("line", number, content) for number, content in read_lines(path, key)]
+    return _numbered(_read_table(path, key) if ending == ".parquet" else _read_list(path, key))
+
+
+def _read_list(path: Path, key: str) -> list[Any]:
+    """The records of a .json file; one with what no program can hold is the UserError about it."""
+    text = read_text(path, key)
+    records, doubtful = parse(text, f"{key}: '{path}'") if text.strip() else ([], False)
     if not isinstance(records, list):
         raise UserError(f"{key}: '{path}' holds one {type(records).__name__}; a .json file is a list of records")
+    if doubtful:
+        faults = [fault_of(record) for record in records]
+        places = [f"{key}: record {number} of '{path}'" for number in range(1, len(records) + 1)]
+        records = [UserError(f"{p} {fault}") if fault else r for p, fault, r in zip(places, faults, records)]
     return records
 
 
-def _parse(text: str, where: str) -> Any:
+def _read_table(path: Path, key: str) -> list[Record]:
+    """The rows of a .parquet file."""
+    import pyarrow.parquet
+
+    content = read_bytes(path, key)
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f" (line {error.lineno})" if "\n" in text.strip() else ""
-        raise UserError(f"{where} is not valid JSON{place}: {error.msg} at column {error.colno}; mend it") from None
-    except RecursionError:
-        raise UserError(f"{where} is nested too deeply to read; mend it") from None
+        table = pyarrow.parquet.read_table(io.BytesIO(content))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{key}: '{path}' cannot be read: {_one_line(error)}") from None
+    names = table.column_names
+    where = f"{key}: '{path}': the column"
+    columns = [_read_column(column, f"{where} `{name}`") for name, column in zip(names, table.columns)]
+    return [dict(zip(names, row)) for row in zip(*columns)]
+
+
+def _read_column(column: Any, where: str) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except (ValueError, ArithmeticError, LookupError) as error:  # text that is no UTF-8, dates beyond Python's
+        raise UserError(f"{where} cannot be read ({_one_line(error)}); mend it or leave it out") from None
 
 
 def load_from_hub(hub_id: str, *config: str | None) -> Any:
@@ -283,9 +287,9 @@ def _nearest(name: str) -> str:
     """`; did you mean 'x'?` from the sets at hand, empty where none is near."""
     parent = Path(name).expanduser().parent
     names = [f"arithmetic_4_{split}" for split in ("train", "dev", "test")]
-    names += [path.stem for path in DATA_DIR.iterdir() if path.suffix in SUFFIXES]
+    names += [path.name.partition(_ending(path))[0] for path in DATA_DIR.iterdir() if _ending(path) in SUFFIXES]
     if parent.is_dir():
-        names += [str(parent / path.name) for path in parent.iterdir() if path.suffix in SUFFIXES]
+        names += [str(parent / path.name) for path in parent.iterdir() if _ending(path) in SUFFIXES]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import subprocess
 import sys
@@ -13,24 +12,13 @@ from pathlib import Path
 import yaml
 
 from common.errors import UserError
+from common.layers import accelerate_config
 from common.stop import STOP_FILE, exit_code, signals_noted, stop_requested
-
-FOLDER = Path(__file__).resolve().parents[1] / "accelerate_configs"
 
 
 def launched() -> bool:
     """Whether a launcher started this process."""
     return "LOCAL_RANK" in os.environ
-
-
-def accelerate_config(name: str) -> Path:
-    """The file that experiment.deepspeed_file names: of accelerate_configs/, or a path; UserError if there is none."""
-    for path in (Path(name), FOLDER / name, FOLDER / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    names = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    near = difflib.get_close_matches(name, names, 1, cutoff=0)
-    raise UserError(f"experiment.deepspeed_file={name}: no such file in accelerate_configs/; did you mean {near[0]}?")
 
 
 def check_devices(name: str, file: Path, gpus: int) -> None:

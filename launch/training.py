@@ -16,10 +16,11 @@ from typing import Any
 import yaml
 
 from common.checkpoint import newest_step
+from common.layers import accelerate_config
 from common.runtime import Stopwatch, console
 from common.schema import RLConfig
 from common.stop import STOP_FILE, Stopped, exit_code, resume_command, signals_noted, stop_requested
-from launch.accelerate import accelerate_config, launch_ranks, launched
+from launch.accelerate import launch_ranks, launched
 from launch.ray_cluster import live_nodes, wait_for_nodes
 from launch.start_model import make_missing_model
 

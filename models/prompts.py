@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.schema import PromptsConfig
 from models.family import Family, LoadedModel
+
+
+class ChatTemplateError(UserError):
+    """A conversation that the tokenizer's chat template does not take; `reason` is the template's own."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reason: str):
+        super().__init__(
+            f"model.pretrained_model: the chat template of {tokenizer.name_or_path} does not take the conversation "
+            f"({reason}); change the one or the other"
+        )
+        self.reason = reason
 
 
 def instruction(family: Family, kind: str, own: PromptsConfig, thinking: bool = False) -> str:
@@ -38,9 +51,27 @@ def encode_turns(loaded: LoadedModel, turns: Sequence[dict[str, str]], start_wit
     return loaded.tokenizer.encode(text, add_special_tokens=False)
 
 
-def turns_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], whole: bool = False) -> str:
-    """A conversation in the tokenizer's chat template: up to where the assistant answers, or (`whole`) as it stands."""
-    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=not whole)
+def turns_text(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[dict[str, Any]],
+    whole: bool = False,
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> str:
+    """A conversation in the tokenizer's chat template: up to where the assistant answers, or (`whole`) as it stands.
+
+    Turns have `role` and `content` and whatever else the template reads. UserError where there is no template,
+    ChatTemplateError where it takes no such conversation.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"model.pretrained_model: the tokenizer of {tokenizer.name_or_path} has no chat template; "
+            "copy chat_template.jinja there from a model that was made for conversations"
+        )
+    try:
+        return tokenizer.apply_chat_template(list(turns), tools=tools, tokenize=False, add_generation_prompt=not whole)
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+        lines = str(error).strip().splitlines()
+        raise ChatTemplateError(tokenizer, (lines[0] if lines else type(error).__name__)[:200]) from None
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:

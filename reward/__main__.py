@@ -27,10 +27,11 @@ from rich.progress import track
 
 from common.errors import UserError, one_line_errors
 from common.keys import keys_of
+from common.records import read_lines
 from common.schema import RewardConfig
 from common.trajectory import Score, Task
 from data.tasks import load_tasks
-from reward.score import make_scorer
+from reward.score import check_tasks, make_scorer
 from reward.workers import Workers
 
 FILES = ("data", "responses", "out")
@@ -102,19 +103,11 @@ def set_value(section: Any, name: str, text: str, known: tuple[Any, Any]) -> Non
 
 def read_responses(path: Path, num_tasks: int) -> list[dict[str, Any]]:
     """The lines of a file of responses, each naming a task that exists."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"responses: {path} cannot be read ({error})") from None
     lines = []
-    for number, row in enumerate(text.split("\n"), start=1):
-        if not row.strip():
-            continue
-        where = f"responses: line {number} of {path}"
-        try:
-            line = json.loads(row)
-        except ValueError as error:
-            raise UserError(f"{where} is not valid JSON ({error})") from None
+    for number, line in read_lines(path, "responses"):
+        if isinstance(line, UserError):
+            raise line
+        where = f"responses: line {number} of '{path}'"
         if not isinstance(line, dict) or type(line.get("task")) is not int or type(line.get("response")) is not str:
             raise UserError(f'{where} is not {{"task": index, "response": text}}')
         if not 0 <= line["task"] < num_tasks:
@@ -128,8 +121,9 @@ def read_responses(path: Path, num_tasks: int) -> list[dict[str, Any]]:
 def score_all(tasks: list[Task], lines: list[dict[str, Any]], reward: RewardConfig) -> list[Score]:
     """Scores in the order of the lines."""
     types = [data_type_of(tasks[line["task"]]) if reward.kind is None else reward.kind for line in lines]
-    for data_type in set(types):
-        make_scorer(reward, data_type)  # a mistake in the config is told before any work
+    for data_type in set(types):  # a mistake in the config or the tasks is told before any work
+        asked = [tasks[line["task"]] for line, its_type in zip(lines, types) if its_type == data_type]
+        check_tasks(make_scorer(reward, data_type), asked, "data")
     with contextlib.ExitStack() as stack:
         workers = {}
         for data_type in set(types):
@@ -145,7 +139,7 @@ def score_all(tasks: list[Task], lines: list[dict[str, Any]], reward: RewardConf
 
 def data_type_of(task: Task) -> str:
     """code for a task with tests, math for others."""
-    return "code" if "test_method" in task.record else "math"
+    return "code" if task.record.get("test_method") else "math"
 
 
 if __name__ == "__main__":

@@ -1,35 +1,33 @@
 """Running programs that nobody has read. This side starts the fork server in its sandbox and talks to it.
 
 `run_cells` runs one cell, or several that are joined by a channel, and tells how each ended. What keeps a cell in is
-in `reward/inside`; docs/sandbox.md lists the attacks it was held against.
+in `reward/inside`, what starts it in `reward/sandbox_kinds.py`; docs/sandbox.md lists the attacks it was held against.
+`python -m reward.sandbox` says which kind of sandbox this machine gets, why, and what it holds.
 """
 
 from __future__ import annotations
 
 import atexit
 import fcntl
-import functools
 import json
 import os
 import selectors
 import shutil
-import site
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, one_line_errors
+from reward.sandbox_kinds import KINDS, LIMITED, PROBE, PROBED, start_commands
 
-INSIDE = Path(__file__).with_name("inside")
-PACKAGES = ("numpy", "numpy.libs", "sympy", "mpmath")  # what programs may import beside the standard library
 ERROR_BYTES = 4000  # kept of what a program writes to stderr
 START_SECONDS = 60.0
-PYTHON_OPTIONS = ("-P", "-s", "-S", "-B", "-X", "utf8")
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/tmp",
@@ -45,6 +43,7 @@ ENVIRONMENT = {
 _lock = threading.Lock()
 _slots = threading.BoundedSemaphore(max(2, os.cpu_count() or 1))  # more at once would only wait for a processor
 _server: Server | None = None
+_started = False  # whether a server has ever run in this process
 _said: set[str] = set()
 
 
@@ -94,24 +93,40 @@ class Server:
     process: subprocess.Popen[bytes]
     requests: socket.socket
     pid: int  # of the process that started it: a fork of that must start its own
-    kind: str  # namespaces or plain
+    kind: str  # of KINDS
+    why: str = ""  # no stronger kind is used
+    broken: tuple[str, ...] = ()  # what the probe could do, of PROBED
 
 
 def run_cells(*cells: Cell) -> list[Outcome]:
     """Run cells side by side, joined pairwise by a channel where there are two; how each ended.
 
-    When the last of two has written its result and ended, the other is stopped.
+    When the last of two has written its result and ended, the other is stopped. Where a sandbox that ran before cannot
+    be started again, all end as infrastructure; UserError where none of KINDS has ever run.
     """
     with _lock:
-        server = _running_server()
+        try:
+            server = _running_server()
+        except UserError as error:
+            if not _started:
+                raise
+            return [Outcome("infrastructure", error=str(error)) for _ in cells]
     with _slots:
         return _run_cells(server, cells)
 
 
 def sandbox_kind() -> str:
-    """`namespaces` where bubblewrap works, `plain` where it does not; starts the server."""
+    """The kind, of KINDS, that programs run in here; starts the server."""
     with _lock:
         return _running_server().kind
+
+
+def sandbox_report() -> tuple[str, str]:
+    """The kind of sandbox that this machine gets, and in one line why, what it holds and what it does not."""
+    with _lock:
+        _said.update(KINDS)  # it is said by whoever asked
+        server = _running_server()
+        return server.kind, _describe(server)
 
 
 def stop_sandbox() -> None:
@@ -259,12 +274,13 @@ def _receive(control: socket.socket) -> bytes:
 
 def _running_server() -> Server:
     """The server, started where there is none; the lock is held."""
-    global _server
+    global _server, _started
     if _server is not None and (_server.pid != os.getpid() or _server.process.poll() is not None):
         _server.requests.close()
         _server = None
     if _server is None:
         _server = _start_server()
+        _started = True
         atexit.register(stop_sandbox)
     return _server
 
@@ -272,66 +288,52 @@ def _running_server() -> Server:
 def _start_server() -> Server:
     if sys.platform != "linux":
         raise UserError(f"reward.kind=code: running programs needs Linux, this is {sys.platform}; use reward.function")
-    why = "bubblewrap is not installed (apt-get install bubblewrap)"
-    if shutil.which("bwrap"):
-        server, why = _try_server(_bubblewrap(), "namespaces")
-        if server:
-            return server
-        why = f"bubblewrap is installed but cannot start here ({why})"
-    if "plain" not in _said:
-        _said.add("plain")
-        print(
-            f"reward: {why}: programs run without a file system, a process space and a network of their own. Limits of "
-            "time, memory and output hold, new processes, signals and sockets are refused, but they can read what "
-            "this user can and write where it can. Run trusted models only, or in a container",
-            file=sys.stderr,
-            flush=True,
-        )
-    command = [sys.executable, *PYTHON_OPTIONS, str(INSIDE / "server.py")]
-    server, why = _try_server(command, "plain")
-    if server is None:
-        raise RuntimeError(f"the sandbox's server could not start: {why}")
-    return server
+    reasons: list[str] = []
+    for kind in KINDS:
+        for command in start_commands(kind):
+            server, why = _try_server(command, kind)
+            if server:
+                if kind == "namespaces":
+                    return server
+                server.why = "; ".join(dict.fromkeys(reasons))
+                if kind not in _said:
+                    _said.add(kind)
+                    print(f"reward: {_describe(server)}", file=sys.stderr, flush=True)
+                return server
+            reasons.append(f"{command[0]} cannot start here ({why})" if kind == "namespaces" else f"{kind}: {why}")
+        if kind == "namespaces" and not reasons:
+            reasons.append("bubblewrap is not installed (apt-get install bubblewrap)")
+    raise UserError(f"reward.kind=code: no sandbox can start here: {'; '.join(reasons)}")
 
 
-def _bubblewrap() -> list[str]:
-    """The command around the server: Python and its libraries to read, an empty /tmp, no network, nothing else."""
-    command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-    if os.getuid() == 0:  # the server gives up root by itself; bwrap alone cannot and still read a Python in /root
-        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    else:
-        command += ["--unshare-user"]
-    command += ["--new-session", "--ro-bind", "/usr", "/usr"]
-    for folder in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):
-        if os.path.islink(folder):
-            command += ["--symlink", os.readlink(folder), folder]
-        elif os.path.isdir(folder):
-            command += ["--ro-bind", folder, folder]
-    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    python = os.path.realpath(sys.executable)
-    prefix = os.path.realpath(sys.base_prefix)
-    if not prefix.startswith("/usr"):
-        for parent in reversed(Path(prefix).parents[:-1]):  # else only root could pass through them
-            command += ["--perms", "0755", "--dir", str(parent)]
-        command += ["--ro-bind", prefix, prefix]
-    command += ["--dev", "/dev", "--remount-ro", "/dev", "--proc", "/proc", "--tmpfs", "/tmp"]
-    command += ["--ro-bind", str(INSIDE), "/inside", "--perms", "0755", "--dir", "/packages"]
-    for name, folder in _packages().items():
-        command += ["--ro-bind", str(folder), f"/packages/{name}"]
-    return [*command, "--remount-ro", "/", "--chdir", "/tmp", python, *PYTHON_OPTIONS, "/inside/server.py"]
+def _describe(server: Server) -> str:
+    """One line: how programs are shut in, why no better, which promises hold and which do not."""
+    held = [promise for promise in PROBED if promise not in server.broken]
+    line = f"programs run in {KINDS[server.kind]}"
+    line += f"; {server.why}" if server.why else ""
+    line += f". Shut off: {', '.join(held) or 'nothing'}. Limited: {', '.join(LIMITED)}"
+    if server.kind == "plain":
+        line += ". They can write no file, not even one of their own"
+    if server.broken:
+        line += f". Not shut off: {', '.join(server.broken)}: run trusted models only, or in a container of its own"
+    return line
 
 
-@functools.cache
-def _packages() -> dict[str, Path]:
-    folders = [Path(folder) for folder in site.getsitepackages()]
-    return {name: folder / name for name in PACKAGES for folder in folders if (folder / name).is_dir()}
-
-
-def _first_cell(server: Server) -> str:
-    """What keeps a trivial program from running; empty where nothing does."""
-    told = {"source": "print(6 * 7)"}
-    outcome = _run_cells(server, (Cell("program", told, Limits(seconds=10)),))[0]
-    if outcome.reason == "exited" and outcome.stdout == b"42\n":
+def _probe(server: Server) -> str:
+    """Let a first program try what none may, and note in the server what it could do; why it did not run, or empty."""
+    folder = Path(tempfile.mkdtemp(prefix="probe-"))
+    try:
+        folder.chmod(0o755)
+        file = folder / "file"
+        file.touch()
+        file.chmod(0o666)  # so that it is the sandbox that keeps it, not the file's mode
+        source = PROBE.format(file=str(file), process=server.process.pid)
+        (outcome,) = _run_cells(server, (Cell("program", {"source": source}, Limits(seconds=10)),))
+    finally:
+        shutil.rmtree(folder)
+    *broken, last = outcome.stdout.decode(errors="replace").splitlines() or [""]
+    if outcome.reason == "exited" and last == "42":
+        server.broken = tuple(broken)
         return ""
     return outcome.error or outcome.stderr.decode(errors="replace") or f"a first program ended with {outcome.reason}"
 
@@ -340,7 +342,7 @@ def _try_server(command: list[str], kind: str) -> tuple[Server | None, str]:
     """Start a server and let one cell run in it; None and the reason where that fails."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     process = subprocess.Popen(
-        [*command, str(theirs.fileno()), kind],
+        [*command, str(theirs.fileno())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -357,7 +359,7 @@ def _try_server(command: list[str], kind: str) -> tuple[Server | None, str]:
     ours.settimeout(None)
     if said == b"ready":
         server = Server(process, ours, os.getpid(), kind)
-        error = _first_cell(server)
+        error = _probe(server)
         if not error:
             threading.Thread(target=process.stderr.read, daemon=True).start()
             return server, ""
@@ -367,3 +369,14 @@ def _try_server(command: list[str], kind: str) -> tuple[Server | None, str]:
     process.kill()
     process.wait()
     return None, error.splitlines()[-1] if error else f"exit code {process.returncode}"
+
+
+@one_line_errors
+def main() -> None:
+    """Print which kind of sandbox this machine gets, why, and what it holds."""
+    kind, told = sandbox_report()
+    print(f"{kind}: {told}")
+
+
+if __name__ == "__main__":
+    main()

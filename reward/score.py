@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,23 @@ def make_scorer(reward: RewardConfig, data_type: str | None = None) -> Scorer:
     _check_judge(reward, kind)
     score = _user_score(reward.function) if reward.function else KINDS[kind]
     return Scorer(reward, data_type, score)
+
+
+def check_tasks(scorer: Scorer, tasks: Sequence[Task], key: str) -> None:
+    """UserError for the first task that has nothing to judge a response by: no response to it could be right."""
+    needs_tests, needs_answer = scorer.score is score_code, scorer.score in (score_math, score_general)
+    for task in tasks:
+        lacks = None
+        if needs_tests and not task.record.get("test_method"):
+            lacks, instead = "test_method", "math or general, where answers are texts"
+        elif needs_answer and task.ground_truth_answer is None:
+            lacks, instead = "ground_truth_answer", "code, where programs are tested"
+        if lacks:
+            setting = "reward.kind" if scorer.reward.kind else "dataset.data_type"
+            raise UserError(
+                f"{key}: task '{task.id}' has no `{lacks}`, which {setting}={scorer.reward.kind or scorer.data_type} "
+                f"judges by; add it (data/README.md) or set {setting} to {instead}"
+            )
 
 
 def _check_kind(kind: str, key: str) -> None:

@@ -65,7 +65,7 @@ def encode_task(
 
 def kind_of(task: Task, data_type: str) -> str:
     """Which instruction a task has: its data type's, code tasks by how their program is tested."""
-    return f"code_{task.record.get('test_method', 'function')}" if data_type == "code" else data_type
+    return f"code_{task.record.get('test_method') or 'function'}" if data_type == "code" else data_type
 
 
 def collect(

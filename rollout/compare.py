@@ -22,6 +22,8 @@ from rollout.fingerprint import differences
 from rollout.samples import read_lines
 from rollout.statistics import bootstrap_interval, mean_and_error, sign_flip_test
 
+READ = ("task_id", "question", "correct", "length", "steps")  # of a line of samples.jsonl
+
 
 @dataclass
 class Responses:
@@ -44,6 +46,8 @@ def read_evaluation(name: str) -> dict[str, Responses]:
     path, wanted = _samples_file(name)
     steps: dict[int, dict[str, Responses]] = defaultdict(lambda: defaultdict(Responses))
     for line in read_lines(path):
+        if missing := [field for field in READ if field not in line]:
+            raise UserError(f"{path} has a line without `{missing[0]}`; give a samples.jsonl of eval.py or rl.py")
         one = steps[line.get("step", 0)][line.get("setting", "")]
         one.correct[line["task_id"]].append(line["correct"])
         one.questions[line["task_id"]] = line["question"]

@@ -14,7 +14,7 @@ from common.schema import EvalConfig, Sampling
 from common.trajectory import Task
 from data.tasks import load_tasks
 from models import LoadedModel, load_model
-from reward.score import make_scorer
+from reward.score import check_tasks, make_scorer
 from rollout.evaluate import Evaluation, evaluate, name_settings
 from rollout.fingerprint import Fingerprint, check_resumable, fingerprint_of
 from rollout.results import table_rows, write_results
@@ -33,6 +33,7 @@ def main(
     seed_everything(config.seed)
     tasks = load_tasks(config.dataset.eval_dataset, key="dataset.eval_dataset")[: config.rollout.num_task or None]
     scorer = make_scorer(config.reward, config.dataset.data_type)
+    check_tasks(scorer, tasks, "dataset.eval_dataset")
     loaded, engine = (load or load_here)(config)
     settings = settings_of(config.rollout)
     named = name_settings(settings)

@@ -20,6 +20,7 @@ from common.schema import Sampling
 from common.trajectory import Request
 from models import LoadedModel, load_model
 from models.family import family_of
+from models.prompts import turns_text
 from sample.engine import Engine
 from sample.likelihood import response_elbo
 
@@ -133,9 +134,7 @@ def register_with_harness() -> None:
             return self.ours.loglikelihood([("", request.args[0]) for request in requests])
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return self.ours.loaded.tokenizer.apply_chat_template(
-                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            return turns_text(self.ours.loaded.tokenizer, chat_history, whole=not add_generation_prompt)
 
         @property
         def tokenizer_name(self) -> str:

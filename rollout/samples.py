@@ -44,7 +44,7 @@ def read_lines(path: Path) -> Iterator[Line]:
         for text in file:
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:
+            except ValueError:
                 continue
             if isinstance(line, dict):
                 yield line

@@ -280,14 +280,17 @@ class Engine:
 
     # ---- sequences are denoised and leave
 
-    def step(self) -> None:
-        """One forward of every active sequence's current block; masked positions may be unmasked by it."""
+    def step(self, rows: int | None = None) -> None:
+        """One forward of every active sequence's current block; masked positions may be unmasked by it.
+
+        With `rows`, of the first so many sequences alone, by which a server finds the one that a step fails for.
+        """
         self.make_room()
-        rows, seen = len(self.active), max(ticket.reach for ticket in self.active)
-        if self.graphs is None:
-            self.denoise(rows, seen)
+        seen = max(ticket.reach for ticket in self.active)
+        if self.graphs is None or rows is not None:  # a graph's rows are rounded up
+            self.denoise(len(self.active) if rows is None else rows, seen)
         else:
-            self.graphs.run(self.denoise, rows, seen)
+            self.graphs.run(self.denoise, len(self.active), seen)
 
     def collect(self) -> list[Trajectory]:
         """Take the finished sequences out, closing the gaps so that the active slots stay the first ones."""

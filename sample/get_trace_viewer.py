@@ -7,7 +7,6 @@ wrote, instead of new ones; `task_id=…` those of one task.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # launched as a fi
 
 from common.config import parse_or_help
 from common.errors import UserError, one_line_errors
+from common.records import read_lines
 from common.runtime import console, device_and_dtype
 from common.schema import TraceConfig
 from common.trajectory import Request, Trajectory
@@ -57,17 +57,24 @@ def read_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
         raise UserError(f"samples: no file {path}; give the samples.jsonl of a run")
     names = [field.name for field in dataclasses.fields(Trajectory)]
     traces: list[Trace] = []
-    with path.open(encoding="utf-8") as file:
-        for text in file:
-            line = json.loads(text)
-            if config.task_id not in ("", str(line["task_id"])) or len(traces) == config.num_response_per_task:
-                continue
-            if not line.get("step_map"):
-                raise UserError(f"samples: {path} holds no traces (rollout.output_unmasking_history was False)")
-            trajectory = Trajectory(**{name: line[name] for name in names})
-            about = {"setting": line.get("setting", ""), "verdict": line.get("verdict", "")}
-            about["reference"] = line.get("ground_truth_answer") or ""
-            traces.append(trace_of(loaded, trajectory, config.block_size, **about))
+    for number, line in read_lines(path, "samples"):
+        if len(traces) == config.num_response_per_task:
+            break
+        if isinstance(line, UserError):
+            raise line
+        foreign = UserError(f"samples: line {number} of '{path}' is no response as eval.py and rl.py write them")
+        if not isinstance(line, dict) or "task_id" not in line:
+            raise foreign
+        if config.task_id not in ("", str(line["task_id"])):
+            continue
+        if not line.get("step_map"):
+            raise UserError(f"samples: {path} holds no traces (rollout.output_unmasking_history was False)")
+        if not set(names) <= line.keys():
+            raise foreign
+        trajectory = Trajectory(**{name: line[name] for name in names})
+        about = {"setting": line.get("setting", ""), "verdict": line.get("verdict", "")}
+        about["reference"] = line.get("ground_truth_answer") or ""
+        traces.append(trace_of(loaded, trajectory, config.block_size, **about))
     if not traces:
         raise UserError(f"task_id={config.task_id}: {path} has no response to it")
     return traces

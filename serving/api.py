@@ -1,14 +1,17 @@
-"""OpenAI's chat completions: requests checked and turned into streams, texts and errors in its format."""
+"""OpenAI's chat completions and completions: requests checked, so that nothing unfit reaches the engine."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import secrets
 import time
 from dataclasses import dataclass, field
+from reprlib import repr as show
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from jinja2 import TemplateError
 
 from common.config import fault_of
 from common.keys import keys_of
@@ -18,30 +21,41 @@ from models.prompts import encode_turns
 
 # Sampling keys that a request may set; the last three are no part of OpenAI's interface.
 PER_REQUEST = ("temperature", "top_p", "top_k", "remasking_strategy", "dynamic_threshold")
-# Accepted where they ask for nothing, refused otherwise.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0, None),
-    "presence_penalty": (0, None),
-    "logit_bias": (None, {}),
-    "top_logprobs": (None, 0),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
-    "store": (None, False),
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-6, 100  # beyond, single precision has no distribution to draw from
+# Accepted where they ask for nothing, refused otherwise. What is null counts as absent everywhere.
+NEUTRAL: dict[str, tuple[Any, ...]] = {"frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},)}
+CHAT_NEUTRAL = NEUTRAL | {
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
 }
-IGNORED = ("user", "metadata", "parallel_tool_calls", "service_tier", "stream_options", "safety_identifier")
-OWN = ("model", "messages", "max_tokens", "max_completion_tokens", "n", "seed", "stop", "stream", "logprobs")
-OWN += ("denoising",)  # with stream: every step of the block being denoised
-KNOWN = {*PER_REQUEST, *NEUTRAL, *IGNORED, *OWN}
+TEXT_NEUTRAL = NEUTRAL | {"suffix": ("",)}
+# Hints to OpenAI's own service, which change nothing here.
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "moderation")
+IGNORED += ("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")
+CHAT_IGNORED = (*IGNORED, "parallel_tool_calls", "reasoning_effort", "verbosity", "prediction")
+OWN = ("model", "max_tokens", "n", "seed", "stop", "stream", "stream_options", "logprobs", *PER_REQUEST)
+CHAT_OWN = (*OWN, "messages", "max_completion_tokens", "denoising")  # the last streams every step of a block
+TEXT_OWN = (*OWN, "prompt", "echo", "best_of")
 ROLES = ("system", "developer", "user", "assistant", "tool")
+PASSED_ON = ("name", "tool_call_id", "reasoning_content")  # texts that a chat template may read
+# What a template's own faults come as, those of its expressions included; a UserError is a ValueError.
+TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+MOST_CHOICES = 1024  # of one request
+TEXT_LENGTH = 16  # tokens of a completion that names no max_tokens, as OpenAI has it
 
 
 class ApiError(Exception):
     """An error as OpenAI's interface tells it."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
+        message = message.encode("utf-8", "replace").decode()
         super().__init__(message)
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
         self.status = status
@@ -53,163 +67,244 @@ class ApiError(Exception):
 class Ask:
     """A checked request."""
 
-    prompt_ids: list[int]
+    prompts: list[list[int]]
     settings: Sampling
     limit: int
-    n: int
+    n: int  # responses to each prompt
     seed: int
     stop: tuple[str, ...]
     stream: bool
     usage: bool
     logprobs: bool
-    denoising: bool
-    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    chat: bool = True
+    denoising: bool = False
+    echo: tuple[str, ...] = ()  # the prompts, where answers are to begin with them
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-def read_ask(body: Any, config: ServeConfig, loaded: LoadedModel, name: str) -> Ask:
-    """The request that a body asks for; ApiError names what is wrong with it."""
-    if not isinstance(body, dict):
-        raise ApiError("the body must be a JSON object")
-    for key in body:
-        if key not in KNOWN:
-            raise ApiError(f"Unrecognized request argument supplied: {key}", key)
-        if key in NEUTRAL and body[key] not in NEUTRAL[key]:
-            raise ApiError(f"{key} is not supported by this server; leave it out", key)
-    if body.get("model", name) != name:
-        raise ApiError(f"The model '{body['model']}' does not exist; this server has '{name}'", "model", 404)
-    limit = _number(body, "max_completion_tokens", 1) or _number(body, "max_tokens", 1) or config.max_token
-    if limit > config.max_token:
-        raise ApiError(f"max_tokens is {limit}; this server draws at most {config.max_token}", "max_tokens")
-    prompt_ids = _prompt(body.get("messages"), config, loaded)
-    seed = _number(body, "seed", 0)
-    options = body.get("stream_options") or {}
+def read_chat(body: Any, config: ServeConfig, loaded: LoadedModel, name: str) -> Ask:
+    """The chat completion that a body asks for; ApiError names what is wrong with it."""
+    given = _given(body, {*CHAT_OWN, *CHAT_IGNORED}, CHAT_NEUTRAL, name)
+    prompt = _chat_prompt(given.get("messages"), config, loaded)
+    limit = _number(given, "max_completion_tokens", 1) or _number(given, "max_tokens", 1) or config.max_token
     return Ask(
-        prompt_ids=prompt_ids,
-        settings=_settings(body, config, limit, loaded.family.attention == "full"),
-        limit=limit,
-        n=_number(body, "n", 1, 128) or 1,
-        seed=secrets.randbits(62) if seed is None else seed,
-        stop=_stop(body.get("stop")),
-        stream=_flag(body, "stream"),
-        usage=isinstance(options, dict) and bool(options.get("include_usage")),
-        logprobs=_flag(body, "logprobs"),
-        denoising=_flag(body, "denoising"),
+        **_common(given, [prompt], "messages", limit, config, loaded),
+        logprobs=_flag(given, "logprobs"),
+        denoising=_flag(given, "denoising"),
     )
 
 
-def _settings(body: dict[str, Any], config: ServeConfig, limit: int, full_attention: bool) -> Sampling:
+def read_text(body: Any, config: ServeConfig, loaded: LoadedModel, name: str) -> Ask:
+    """The completion that a body asks for; ApiError names what is wrong with it."""
+    given = _given(body, {*TEXT_OWN, *IGNORED}, TEXT_NEUTRAL, name)
+    prompts = _text_prompts(given.get("prompt"), loaded)
+    common = _common(given, prompts, "prompt", _number(given, "max_tokens", 1) or TEXT_LENGTH, config, loaded)
+    if given.get("best_of", common["n"]) != common["n"]:
+        raise ApiError("best_of is not supported by this server; leave it out", "best_of")
+    logprobs = _number(given, "logprobs", 0)
+    if logprobs and logprobs > 1:
+        raise ApiError("logprobs: this server tells those of the drawn tokens alone; give 1", "logprobs")
+    echo = _echo(given["prompt"], prompts, loaded) if _flag(given, "echo") else ()
+    return Ask(**common, logprobs=logprobs is not None, echo=echo, chat=False)
+
+
+def _given(body: Any, known: set[str], neutral: dict[str, tuple[Any, ...]], name: str) -> dict[str, Any]:
+    """What a body says, without nulls."""
+    if not isinstance(body, dict):
+        raise ApiError("the body must be a JSON object")
+    given = {key: value for key, value in body.items() if value is not None}
+    for key, value in given.items():
+        if key not in known and key not in neutral:
+            raise ApiError(f"Unrecognized request argument supplied: {key}", key)
+        if key in neutral and value not in neutral[key]:
+            raise ApiError(f"{key}: {show(value)} is not supported by this server; leave it out", key)
+    if given.get("model", name) != name:
+        raise no_such_model(given["model"], name)
+    return given
+
+
+def no_such_model(asked: Any, name: str) -> ApiError:
+    """The error for a model that is not served."""
+    told = f"The model {show(asked)} does not exist; this server has '{name}'"
+    return ApiError(told, "model", 404, "model_not_found")
+
+
+def _common(
+    given: dict[str, Any], prompts: list[list[int]], key: str, limit: int, config: ServeConfig, loaded: LoadedModel
+) -> dict[str, Any]:
+    """The fields of Ask that both interfaces have."""
+    n = _number(given, "n", 1, 128) or 1
+    if len(prompts) * n > MOST_CHOICES:
+        raise ApiError(f"n: {n} for each of {len(prompts)} prompts; one request may ask for {MOST_CHOICES}", "n")
+    limit = min(limit, config.max_token)
+    for ids in prompts:
+        limit = min(limit, check_prompt(ids, key, limit, config, loaded))
+    seed = _number(given, "seed", -(2**63))
+    options = given.get("stream_options", {})
+    if not isinstance(options, dict):
+        raise ApiError(f"stream_options: {show(options)} must be an object", "stream_options")
+    return {
+        "prompts": prompts,
+        "settings": _settings(given, config, limit, loaded.family.attention == "full"),
+        "limit": limit,
+        "n": n,
+        "seed": secrets.randbits(62) if seed is None else seed,
+        "stop": _stop(given.get("stop")),
+        "stream": _flag(given, "stream"),
+        "usage": _flag(options, "include_usage"),
+    }
+
+
+def check_prompt(ids: list[int], key: str, limit: int, config: ServeConfig, loaded: LoadedModel) -> int:
+    """How many positions the model has behind a prompt; ApiError where the prompt is none that it can be given."""
+    network = loaded.model.config
+    positions = getattr(network, "max_position_embeddings", None) or math.inf
+    if not ids and loaded.family.attention == "full":
+        raise ApiError(f"{key} is empty: the model needs at least one token before its answer", key)
+    wrong = next((token for token in ids if not 0 <= token < network.vocab_size), None)
+    if wrong is not None:
+        raise ApiError(f"{key}: token {show(wrong)} is none of the model's, 0 to {network.vocab_size - 1}", key)
+    if len(ids) > config.max_prompt_len or len(ids) >= positions:
+        told = (
+            f"{key}: the prompt comes to {len(ids)} tokens, with {limit} to draw {len(ids) + limit}; this server takes "
+            f"{config.max_prompt_len} (max_prompt_len) and draws {config.max_token} (max_token)"
+        )
+        if positions < math.inf:
+            told += f", and the model has {positions} positions for both"
+        raise ApiError(told, key, code="context_length_exceeded")
+    return positions - len(ids)
+
+
+def _settings(given: dict[str, Any], config: ServeConfig, limit: int, full_attention: bool) -> Sampling:
     """The server's sampling settings with the request's own; under full attention the limit sizes the canvas."""
     settings = Sampling(**{one.name: getattr(config, one.name) for one in dataclasses.fields(Sampling)})
     known, changes = keys_of(Sampling), {}
     for key in PER_REQUEST:
-        value = body.get(key)
-        if value is None:
+        if key not in given:
             continue
-        kind = type(getattr(settings, key))
+        value, kind = given[key], type(getattr(settings, key))
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-            raise ApiError(f"{key}: {value!r} is not a {'number' if kind is not str else 'text'}", key)
+            raise ApiError(f"{key}: {show(value)} is not a {'number' if kind is not str else 'text'}", key)
         fault = fault_of(value, known[key][1].metadata)
+        if key == "temperature" and value != 0 and not LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE:
+            fault = f"must be 0, or between {LEAST_TEMPERATURE} and {MOST_TEMPERATURE}"
         if fault or ":" in str(value):  # a client does not name functions to import
-            raise ApiError(f"{key}: {value!r}: {fault or 'name one of the strategies'}", key)
+            raise ApiError(f"{key}: {show(value)}: {fault or 'name one of the strategies'}", key)
         changes[key] = kind(value)
     if full_attention:
         changes["max_token"] = limit
     return dataclasses.replace(settings, **changes)
 
 
-def _prompt(messages: Any, config: ServeConfig, loaded: LoadedModel) -> list[int]:
+def _chat_prompt(messages: Any, config: ServeConfig, loaded: LoadedModel) -> list[int]:
+    """The ids of a conversation in the model's chat template."""
     if not isinstance(messages, list) or not messages:
         raise ApiError("messages must be a list with at least one message", "messages")
-    turns = []
-    for number, message in enumerate(messages):
-        where = f"messages[{number}]"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise ApiError(f"{where} needs a role, one of {', '.join(ROLES)}", f"{where}.role")
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-            content = None if None in parts or not all(isinstance(part, str) for part in parts) else "".join(parts)
-        if not isinstance(content, str):
-            raise ApiError(f"{where}.content must be text", f"{where}.content")
-        turns.append({"role": message["role"], "content": content})
-    ids = encode_turns(loaded, turns, config.start_with_think)
-    if len(ids) > config.max_prompt_len:
-        raise ApiError(
-            f"the messages come to {len(ids)} tokens; this server takes {config.max_prompt_len} (max_prompt_len)",
-            "messages",
-            code="context_length_exceeded",
-        )
-    return ids
+    template = loaded.tokenizer.chat_template
+    if not template:
+        raise ApiError("the model has no chat template; ask /v1/completions", "messages")
+    turns = [_turn(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    for turn in turns:
+        if turn["role"] == "developer" and "developer" not in str(template):
+            turn["role"] = "system"  # its name before; most templates leave out a role that they do not know
+    try:
+        return encode_turns(loaded, turns, config.start_with_think)
+    except TEMPLATE_FAULTS as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise ApiError(f"messages: the model's chat template cannot take these ({told})", "messages") from None
+
+
+def _turn(message: Any, where: str) -> dict[str, Any]:
+    """A message as chat templates expect it; what OpenAI's own answers carry besides is left out."""
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise ApiError(f"{where} needs a role, one of {', '.join(ROLES)}", f"{where}.role")
+    turn = {"role": message["role"], "content": message.get("content")}
+    for key in PASSED_ON:
+        if message.get(key) is not None:
+            turn[key] = message[key]
+            if not isinstance(turn[key], str):
+                raise ApiError(f"{where}.{key}: {show(turn[key])} must be text", f"{where}.{key}")
+    if message.get("function_call"):
+        raise ApiError(f"{where}.function_call is not supported; give tool_calls", f"{where}.function_call")
+    if message.get("tool_calls"):
+        turn["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
+        if turn["content"] is None:
+            turn["content"] = ""
+    if isinstance(turn["content"], list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in turn["content"]]
+        turn["content"] = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    if not isinstance(turn["content"], str):
+        raise ApiError(f"{where}.content must be text, or a list of parts that are text", f"{where}.content")
+    return turn
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as objects: OpenAI has them as JSON, which templates would quote again."""
+    told = ApiError(f"{where} must be a list of calls, each a function with a name and arguments", where)
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise told
+    read = []
+    for call in calls:
+        function = call.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise told
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments) if arguments.strip() else {}
+            except (ValueError, RecursionError) as error:
+                raise ApiError(
+                    f"{where}: the arguments of {function['name']} are not valid JSON: {error}", where
+                ) from None
+        read.append({**call, "type": "function", "function": {**function, "arguments": arguments}})
+    return read
+
+
+def _text_prompts(prompt: Any, loaded: LoadedModel) -> list[list[int]]:
+    """The ids of each prompt: a text, token ids, or a list of one of them."""
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(map(_is_number, prompt))):
+        prompt = [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise ApiError("prompt must be a text, a list of token ids, or a list of either", "prompt")
+    if all(isinstance(one, str) for one in prompt):
+        return [loaded.tokenizer.encode(one) for one in prompt]
+    if not all(isinstance(one, list) and all(map(_is_number, one)) for one in prompt):
+        raise ApiError("prompt must be a text, a list of token ids, or a list of either", "prompt")
+    return prompt
+
+
+def _echo(prompt: Any, prompts: list[list[int]], loaded: LoadedModel) -> tuple[str, ...]:
+    """The prompts as texts: those that came as such are repeated to the letter."""
+    given = [prompt] if isinstance(prompt, str) else prompt
+    if all(isinstance(one, str) for one in given):
+        return tuple(given)
+    return tuple(loaded.tokenizer.decode(ids) for ids in prompts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _stop(stop: Any) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(one, str) and one for one in stops):
-        raise ApiError("stop must be a text, or a list of up to four", "stop")
+        raise ApiError(f"stop: {show(stop)} must be a text, or a list of up to four, none of them empty", "stop")
     return tuple(stops)
 
 
-def _number(body: dict[str, Any], key: str, low: int, high: int = 2**63 - 1) -> int | None:
-    value = body.get(key)
+def _number(given: dict[str, Any], key: str, low: int, high: int = 2**63 - 1) -> int | None:
+    value = given.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ApiError(f"{key}: {value!r} must be a whole number, {low} or more", key)
+    if not _is_number(value) or not low <= value <= high:
+        bounds = f"{low} or more" if high > 2**62 else f"{low} to {high}"
+        raise ApiError(f"{key}: {show(value)} must be a whole number, {bounds}", key)
     return value
 
 
-def _flag(body: dict[str, Any], key: str) -> bool:
-    value = body.get(key) or False
-    if not isinstance(value, bool):
-        raise ApiError(f"{key}: {value!r} must be true or false", key)
-    return value
-
-
-@dataclass
-class Text:
-    """A response's text as it grows: whole characters only, cut before the first stop string."""
-
-    tokenizer: PreTrainedTokenizerBase
-    stop: tuple[str, ...]
-    held: list[int] = field(default_factory=list)  # tokens that end inside a character
-    kept: str = ""  # text that may begin a stop string
-    stopped: bool = False
-
-    def add(self, ids: list[int], last: bool) -> str:
-        """The text that these tokens bring; with `last` nothing is held back."""
-        self.held += ids
-        text = self.tokenizer.decode(self.held, skip_special_tokens=True)
-        if text.endswith("\ufffd") and not last and len(self.held) < 8:
-            return ""
-        self.held = []
-        text = self.kept + text
-        found = min((text.find(stop) for stop in self.stop if stop in text), default=-1)
-        if found >= 0:
-            self.stopped, self.kept = True, ""
-            return text[:found]
-        keep = 0 if last else max((_overlap(text, stop) for stop in self.stop), default=0)
-        self.kept = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` begin `stop`."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
-
-
-def logprobs_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], logp: list[float]) -> dict[str, Any]:
-    """Of each token, its log-probability at the step at which it was unmasked."""
-    pieces = tokenizer.batch_decode([[token] for token in ids])
-    return {
-        "content": [
-            {"token": piece, "logprob": value, "bytes": list(piece.encode()), "top_logprobs": []}
-            for piece, value in zip(pieces, logp)
-        ],
-        "refusal": None,
-    }
-
-
-def usage_of(prompt: int, completion: int) -> dict[str, int]:
-    """Token counts."""
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+def _flag(given: dict[str, Any], key: str) -> bool:
+    value = given.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ApiError(f"{key}: {show(value)} must be true or false", key)
+    return bool(value)

@@ -1,11 +1,11 @@
-"""The web application: /v1/chat/completions, /v1/models, /health, and a page on which to watch answers appear."""
+"""The web application: /v1/chat/completions, /v1/completions, /v1/models, /health, and a page to watch answers on."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,24 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from common.schema import ServeConfig
 from common.trajectory import Request as EngineRequest
 from models import LoadedModel
 from models.prompts import stop_ids_of
-from serving.api import ApiError, Ask, Text, logprobs_of, read_ask, usage_of
+from serving.answers import (
+    Text,
+    Token,
+    chat_choice,
+    chat_delta,
+    chat_logprobs,
+    place,
+    text_choice,
+    text_logprobs,
+    usage_of,
+)
+from serving.api import ApiError, Ask, no_such_model, read_chat, read_text
 from serving.loop import EngineLoop, Event, Stream
 
 PAGE = Path(__file__).with_name("chat.html")
@@ -29,25 +41,28 @@ MOST_WAITING = 4096  # streams; more are told to come back later
 
 @dataclass
 class Choice:
-    """One of the n responses to a request, as far as it has come."""
+    """One of the responses to a request, as far as it has come."""
 
     index: int
     text: Text
+    traced: bool  # whether its log-probabilities are asked for
     parts: list[str] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)  # of the text in `parts`
+    drawn: int = 0  # tokens
     finish: str | None = None
 
-    def take(self, event: Event) -> str:
-        """Add an event; returns the new text."""
+    def take(self, event: Event) -> tuple[str, list[Token]]:
+        """Add an event; returns the new text with its tokens."""
         if event.error:
             raise ApiError(event.error, status=event.status)
-        self.ids += event.ids
-        self.logp += event.logp
-        text = self.text.add(event.ids, last=bool(event.finish)) if event.ids or event.finish else ""
+        self.drawn += len(event.ids)
+        logp = event.logp if self.traced else ()
+        text = self.text.add(event.ids, bool(event.finish), logp) if event.ids or event.finish else ""
+        tokens = self.text.due()
         self.parts.append(text)
+        self.tokens += tokens
         self.finish = "stop" if self.text.stopped else event.finish or None
-        return text
+        return text, tokens
 
 
 class Server:
@@ -68,18 +83,16 @@ class Server:
     @asynccontextmanager
     async def drawing(self, ask: Ask) -> AsyncIterator[tuple[asyncio.Queue, list[Stream]]]:
         """Have the responses drawn; yields the queue of (index, event) and the streams. Leaving frees the slots."""
-        if self.loop.counts()["waiting"] > MOST_WAITING:
-            raise ApiError("too many requests are waiting; come back later", status=429)
         queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         streams = [
             Stream(
-                EngineRequest("prompt", ask.prompt_ids, index, ask.seed),
+                EngineRequest("prompt", ask.prompts[index // ask.n], index, ask.seed),
                 ask.settings,
                 ask.limit,
                 lambda event, index=index: queue.put_nowait((index, event)),
                 watched=ask.stream and ask.denoising,
             )
-            for index in range(ask.n)
+            for index in range(len(ask.prompts) * ask.n)
         ]
         self.loop.submit(streams)
         try:
@@ -87,58 +100,76 @@ class Server:
         finally:
             self.loop.cancel(streams)
 
-    async def run(self, ask: Ask) -> AsyncIterator[tuple[Choice, Event, str]]:
-        """Every event with its choice and new text, until all choices are finished."""
-        choices = [Choice(index, Text(self.loaded.tokenizer, ask.stop)) for index in range(ask.n)]
+    async def run(self, ask: Ask) -> AsyncIterator[tuple[Choice, Event, str, list[Token]]]:
+        """Every event with its choice, new text and the tokens of that, until all choices are finished."""
         async with self.drawing(ask) as (queue, streams):
+            texts = [Text(self.loaded.tokenizer, ask.stop) for _ in streams]
+            choices = [Choice(index, text, ask.logprobs) for index, text in enumerate(texts)]
             while any(choice.finish is None for choice in choices):
                 index, event = await queue.get()
                 choice = choices[index]
                 if choice.finish is not None:
                     continue
-                text = choice.take(event)
+                text, tokens = choice.take(event)
                 if choice.finish is not None:
                     self.loop.cancel([streams[index]])
-                yield choice, event, text
+                yield choice, event, text, tokens
 
     async def whole(self, ask: Ask) -> dict[str, Any]:
         """The response to a request that does not stream."""
         finished: dict[int, Choice] = {}
-        async for choice, _, _ in self.run(ask):
+        async for choice, _, _, _ in self.run(ask):
             finished[choice.index] = choice
-        rows = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": "".join(choice.parts), "refusal": None},
-                "logprobs": logprobs_of(self.loaded.tokenizer, choice.ids, choice.logp) if ask.logprobs else None,
-                "finish_reason": choice.finish,
-            }
-            for index, choice in sorted(finished.items())
-        ]
-        tokens = sum(len(choice.ids) for choice in finished.values())
-        return self.head(ask, "chat.completion") | {"choices": rows, "usage": usage_of(len(ask.prompt_ids), tokens)}
+        rows, make = [], chat_choice if ask.chat else text_choice
+        for index, choice in sorted(finished.items()):
+            prompt, prompt_tokens = self.echoed(ask, index)
+            logprobs = self.logprobs(ask, prompt_tokens + choice.tokens, len(prompt))
+            rows.append(make(index, prompt + "".join(choice.parts), choice.finish, logprobs))
+        drawn = sum(choice.drawn for choice in finished.values())
+        kind = "chat.completion" if ask.chat else "text_completion"
+        return self.head(ask, kind) | {"choices": rows, "usage": usage_of(sum(map(len, ask.prompts)), drawn)}
 
     async def chunks(self, ask: Ask) -> AsyncIterator[str]:
         """Server-sent events: the text of a block when it is finished, and each step for who watches."""
-        head, tokens = self.head(ask, "chat.completion.chunk"), 0
-        for index in range(ask.n):
-            yield sse(head | {"choices": [_delta(index, {"role": "assistant", "content": ""})]})
+        head, drawn = self.head(ask, "chat.completion.chunk" if ask.chat else "text_completion"), 0
+        make = chat_delta if ask.chat else text_choice
+        echoed = [self.echoed(ask, index) for index in range(len(ask.prompts) * ask.n)]
+        for index, (prompt, tokens) in enumerate(echoed):
+            if ask.chat:
+                first = chat_delta(index, "", None, None) | {"delta": {"role": "assistant", "content": ""}}
+                yield sse(head | {"choices": [first]})
+            elif ask.echo:
+                yield sse(head | {"choices": [make(index, prompt, None, self.logprobs(ask, tokens, 0))]})
         try:
-            async for choice, event, text in self.run(ask):
-                tokens += len(event.ids)
-                row = _delta(choice.index, {"content": text} if text else {}, choice.finish)
-                if ask.logprobs and event.ids:
-                    row["logprobs"] = logprobs_of(self.loaded.tokenizer, event.ids, event.logp)
+            async for choice, event, text, tokens in self.run(ask):
+                drawn += len(event.ids)
+                logprobs = self.logprobs(ask, tokens, len(echoed[choice.index][0])) if tokens else None
+                row = make(choice.index, text, choice.finish, logprobs)
                 if event.block is not None and not choice.finish:
                     row["denoising"] = self.pieces(event.block)
-                if text or choice.finish or "denoising" in row or "logprobs" in row:
+                if text or choice.finish or "denoising" in row or logprobs:
                     yield sse(head | {"choices": [row]})
         except ApiError as error:  # the headers are sent: the error goes into the stream
             yield sse(error.body)
             return
         if ask.usage:
-            yield sse(head | {"choices": [], "usage": usage_of(len(ask.prompt_ids), tokens)})
+            yield sse(head | {"choices": [], "usage": usage_of(sum(map(len, ask.prompts)), drawn)})
         yield "data: [DONE]\n\n"
+
+    def echoed(self, ask: Ask, index: int) -> tuple[str, list[Token]]:
+        """The prompt of a choice and its tokens, where it is to be repeated."""
+        if not ask.echo:
+            return "", []
+        ids, text = ask.prompts[index // ask.n], ask.echo[index // ask.n]
+        return text, place(self.loaded.tokenizer, ids, [None] * len(ids), 0, len(text), special=True)
+
+    def logprobs(self, ask: Ask, tokens: list[Token], behind: int) -> dict[str, Any] | None:
+        """Log-probabilities where they are asked for; drawn tokens stand `behind` so many characters of the prompt."""
+        if not ask.logprobs:
+            return None
+        if ask.chat:
+            return chat_logprobs(self.loaded.tokenizer, tokens)
+        return text_logprobs(self.loaded.tokenizer, tokens, behind)
 
     def pieces(self, block: list[tuple[int, bool]]) -> list[str | None]:
         """The text of each token of a block, null for a mask."""
@@ -148,17 +179,19 @@ class Server:
 
     def head(self, ask: Ask, kind: str) -> dict[str, Any]:
         """What every answer begins with."""
-        return {"id": ask.id, "object": kind, "created": ask.created, "model": self.name}
+        return {
+            "id": f"{'chatcmpl' if ask.chat else 'cmpl'}-{ask.id}",
+            "object": kind,
+            "created": ask.created,
+            "model": self.name,
+        }
 
     def check_key(self, request: Request) -> None:
         """ApiError unless the request carries the key, where there is one."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self.key and not hmac.compare_digest(given.encode(), self.key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), self.key.encode())
+        if self.key and not (right and scheme.lower() == "bearer"):
             raise ApiError("Incorrect API key provided", status=401, code="invalid_api_key")
-
-
-def _delta(index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
 
 
 def sse(value: dict[str, Any]) -> str:
@@ -168,7 +201,7 @@ def sse(value: dict[str, Any]) -> str:
 
 async def read_body(request: Request) -> Any:
     """The request's JSON; ApiError where it is none, or too much."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError("the content type must be application/json", status=415)
     body = b""
     async for part in request.stream():
@@ -176,9 +209,18 @@ async def read_body(request: Request) -> Any:
         if len(body) > LARGEST_BODY:
             raise ApiError(f"the body is larger than {LARGEST_BODY >> 20} MB", status=413)
     try:
-        return json.loads(body)
+        value = json.loads(body, parse_constant=_no_number)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        told = ascii(error.object[error.start])
+        raise ApiError(f"the body holds a lone surrogate, {told}, which is no character") from None
     except (ValueError, RecursionError) as error:
         raise ApiError(f"the body is not valid JSON: {error}") from None
+    return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 async def unless_left(request: Request, work: Any) -> Any:
@@ -211,6 +253,10 @@ def make_app(config: ServeConfig, loaded: LoadedModel, key: str = "") -> FastAPI
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = server
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
 
     @app.exception_handler(ApiError)
     async def told(request: Request, error: ApiError) -> JSONResponse:
@@ -220,23 +266,46 @@ def make_app(config: ServeConfig, loaded: LoadedModel, key: str = "") -> FastAPI
     async def not_found(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(ApiError(f"{request.method} {request.url.path}: {error.detail}").body, error.status_code)
 
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(ApiError(f"{type(error).__name__}; the server's log says more", status=500).body, 500)
+
     @app.get("/health")
     async def health() -> dict[str, Any]:
         return {"status": "ok", "model": server.name, **server.loop.counts()}
 
+    model = {"id": server.name, "object": "model", "created": 0, "owned_by": "local"}
+
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         server.check_key(request)
-        return {"object": "list", "data": [{"id": server.name, "object": "model", "created": 0, "owned_by": "local"}]}
+        return {"object": "list", "data": [model]}
 
-    @app.post("/v1/chat/completions")
-    async def completions(request: Request) -> Response:
+    @app.get("/v1/models/{name:path}")
+    async def one_model(request: Request, name: str) -> dict[str, Any]:
         server.check_key(request)
-        ask = read_ask(await read_body(request), config, loaded, server.name)
+        if name != server.name:
+            raise no_such_model(name, server.name)
+        return model
+
+    async def answer(request: Request, read: Callable[..., Ask]) -> Response:
+        server.check_key(request)
+        if server.loop.counts()["waiting"] > MOST_WAITING:
+            raise ApiError("too many requests are waiting; come back later", status=429)
+        # a long text takes seconds to tokenize, in which others are to be answered
+        ask = await asyncio.to_thread(read, await read_body(request), config, loaded, server.name)
         if ask.stream:
             return StreamingResponse(server.chunks(ask), media_type="text/event-stream")
         whole = await unless_left(request, server.whole(ask))
         return JSONResponse(whole) if whole is not None else Response(status_code=499)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await answer(request, read_chat)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await answer(request, read_text)
 
     @app.get("/")
     async def page() -> HTMLResponse:

@@ -6,6 +6,7 @@ one has waited `PATIENCE` seconds, nobody is let in before it.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -20,6 +21,9 @@ from common.trajectory import Request
 from models import LoadedModel
 from sample.attention import engine_attention
 from sample.engine import Engine
+from sample.slots import Ticket
+
+log = logging.getLogger(__name__)
 
 PATIENCE = 2.0  # seconds
 
@@ -69,7 +73,8 @@ class EngineLoop:
         self.deliver = deliver
         self.waiting: deque[Stream] = deque()
         self.active: dict[int, Stream] = {}  # by the identity of their engine request
-        self.settings: Sampling | None = None  # of the streams in the engine
+        self.settings: Sampling | None = None  # of the streams in the engine; None: it must be set up anew
+        self.news: list[tuple[Stream, Event]] = []  # not delivered yet
         self.changed = threading.Condition()
         self.closing = False
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
@@ -105,7 +110,7 @@ class EngineLoop:
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Step until closed; a step that fails ends the streams in it and nothing else."""
+        """Step until closed. What fails for one stream ends that one; what fails for all ends those in the engine."""
         with engine_attention(self.engine.model):
             self.serve()
 
@@ -119,19 +124,32 @@ class EngineLoop:
                     return
                 self.take_in()
             try:
-                self.deliver(self.step())
-            except Exception as error:
+                self.step()
+            except Exception as error:  # whatever it was, those who come next are served
                 lost, self.active, self.settings = list(self.active.values()), {}, None
-                self.deliver(
-                    [(stream, Event(error=f"sampling failed: {type(error).__name__}: {error}")) for stream in lost]
-                )
+                self.fail(lost, error)
+            news, self.news = self.news, []
+            self.deliver(news)
+
+    def fail(self, streams: list[Stream], error: Exception) -> None:
+        """Tell streams that are out of the engine, and the log, what ended them."""
+        told = f"sampling failed: {type(error).__name__}: {error}"
+        log.error("%d of the responses being drawn ended: %s", len(streams), told, exc_info=error)
+        self.news += [(stream, Event(error=told)) for stream in streams]
 
     def take_in(self) -> None:
         """Hand waiting streams of the present settings to the engine; switch settings when it is empty."""
         if not self.waiting:
             return
         if not self.active and self.waiting[0].settings != self.settings:
-            self.open(self.waiting[0].settings)
+            settings, self.settings = self.waiting[0].settings, None
+            try:
+                self.open(settings)
+            except Exception as error:  # it concerns those who ask for these settings
+                lost = [stream for stream in self.waiting if stream.settings == settings]
+                self.waiting = deque(stream for stream in self.waiting if stream.settings != settings)
+                self.fail(lost, error)
+                return
         other = next((stream for stream in self.waiting if stream.settings != self.settings), None)
         if other is not None and time.monotonic() - other.arrived > PATIENCE:
             return
@@ -140,8 +158,11 @@ class EngineLoop:
         for stream in fitting:
             self.waiting.remove(stream)
             self.active[id(stream.request)] = stream
-        left = self.engine.queue.take(len(self.engine.queue))
-        self.engine.queue = Queue([*left, *(stream.request for stream in fitting)], shared=False)
+        self.engine.queue = Queue([*self.queued(), *(stream.request for stream in fitting)], shared=False)
+
+    def queued(self) -> list[Request]:
+        """What the engine has not taken yet."""
+        return list(self.engine.queue.items[self.engine.queue.next :])
 
     def open(self, settings: Sampling) -> None:
         """Set the engine up for these settings, with room for as many of the longest requests as it may hold."""
@@ -153,20 +174,32 @@ class EngineLoop:
         self.engine.queue = Queue([], shared=False)
         self.settings = settings
 
-    def step(self) -> list[tuple[Stream, Event]]:
+    def step(self) -> None:
         """One step of the engine, and what it brought each stream."""
         engine = self.engine
-        refused = len(list(engine.admit()))
-        events = self.refusals() if refused else []
+        if self.settings is None:  # it could not be set up
+            return
+        self.admit()
         if not engine.active:
-            return events
-        engine.step()
+            return
+        try:
+            engine.step()
+        except Exception as error:
+            self.drop([self.culprit()], error)
+            return
         seated = [ticket.request for ticket in engine.active]
-        events += self.progress(seated)
+        self.news += self.progress(seated)
         for row, request in enumerate(seated):
             if self.active[id(request)].cancelled:
                 engine.slots.finished[row] = True  # the engine then frees the slot as after any response
-        done = engine.collect()
+        try:
+            done = engine.collect()
+        except Exception as error:
+            stuck = engine.slots.first(len(seated)).stuck.nonzero()[:, 0].tolist()
+            if not stuck:
+                raise
+            self.drop(stuck, error)
+            return
         still = {id(ticket.request) for ticket in engine.active}
         for request, trajectory in zip([one for one in seated if id(one) not in still], done):
             stream = self.active.pop(id(request))
@@ -174,16 +207,82 @@ class EngineLoop:
                 end = min(trajectory.length, stream.limit)
                 finish = trajectory.finish_reason if trajectory.length <= stream.limit else "length"
                 ids, logp = trajectory.response_ids[stream.sent : end], trajectory.logp[stream.sent : end]
-                events.append((stream, Event(ids, logp, finish=finish)))
-        return events
+                self.news.append((stream, Event(ids, logp, finish=finish)))
 
-    def refusals(self) -> list[tuple[Stream, Event]]:
-        """An error for each stream that the engine turned away, because its cache could never hold it."""
-        held = [ticket.request for ticket in (*self.engine.active, *self.engine.waiting)]
-        held = {id(request) for request in (*held, *self.engine.queue.items[self.engine.queue.next :])}
-        gone = [self.active.pop(key) for key in list(self.active) if key not in held]
-        told = "the cache cannot hold the prompt and so long a response (cache_tokens); ask for less"
-        return [(stream, Event(error=told, status=400)) for stream in gone]
+    def admit(self) -> None:
+        """Have the engine seat those who wait. What it refuses, or fails to seat, is told so and the rest goes on."""
+        engine, seated = self.engine, len(self.engine.active)
+        offered: list[Ticket | Request] = [*engine.waiting, *self.queued()]
+        fault, refused = None, []
+        try:
+            refused = engine.admit()
+        except Exception as error:
+            fault = error
+            while len(engine.active) > seated:
+                engine.remove(len(engine.active) - 1)
+        if fault is None and not refused:
+            return
+        held = [ticket.request for ticket in (*engine.active, *engine.waiting)]
+        held = {id(request) for request in (*held, *self.queued())}
+        gone = [one for one in offered if id(getattr(one, "request", one)) not in held]
+        if fault is not None and len(gone) != 1:
+            self.admit_singly(gone, fault)
+            return
+        streams = [self.active.pop(id(getattr(one, "request", one))) for one in gone]
+        if fault is not None:
+            self.fail(streams, fault)
+            return
+        self.news += [(stream, Event(error=self.too_long(stream), status=400)) for stream in streams]
+
+    def admit_singly(self, those: list[Ticket | Request], fault: Exception) -> None:
+        """Seat one after the other those that could not be seated together, so that one fault concerns one."""
+        if not those:
+            raise fault
+        engine, kept = self.engine, deque()
+        waiting, queued = engine.waiting, engine.queue
+        for one in those:
+            engine.waiting = deque([one] if isinstance(one, Ticket) else [])
+            engine.queue = Queue([] if isinstance(one, Ticket) else [one], shared=False)
+            self.admit()
+            kept += engine.waiting  # there was no room
+        engine.waiting, engine.queue = kept + waiting, queued
+
+    def culprit(self) -> int:
+        """The row that a step fails for: the last of the fewest first rows with which it fails.
+
+        Rows do not see each other, so that without it the others go on; memory that runs out has no better answer.
+        """
+        slots = self.engine.slots
+        rows = len(self.engine.active)
+        before = [slots.select([row]) for row in range(rows)]
+        works, fails = 0, rows
+        while fails - works > 1:
+            middle = (works + fails) // 2
+            try:
+                self.engine.step(middle)
+                works = middle
+            except Exception:  # what it is was seen before; which rows it takes is what is asked
+                fails = middle
+            for row, state in enumerate(before):
+                slots.put(row, state)
+        return fails - 1
+
+    def drop(self, rows: list[int], error: Exception) -> None:
+        """Take sequences that cannot go on out of the engine."""
+        streams = [self.active.pop(id(self.engine.active[row].request)) for row in rows]
+        for row in sorted(rows, reverse=True):
+            self.engine.remove(row)
+        self.fail(streams, error)
+
+    def too_long(self, stream: Stream) -> str:
+        """Why the engine turned a request away: its cache could never hold it."""
+        prompt, settings = len(stream.request.prompt_ids), stream.settings
+        whole = self.engine.ticket(0, stream.request).canvas_end
+        return (
+            f"the prompt comes to {prompt} tokens and a response to up to {settings.max_token} (max_token), in whole "
+            f"blocks {whole}; this server has room for {settings.cache_tokens or self.engine.room.longest} "
+            "(cache_tokens): send a shorter prompt"
+        )
 
     def progress(self, seated: list[Request]) -> list[tuple[Stream, Event]]:
         """What each stream gained: the tokens of blocks that were finished, and the present block for who watches."""

@@ -61,17 +61,21 @@ def set_up(folder: Path) -> Networks:
 
 def rl_step(networks: Networks, number: int) -> dict[str, float]:
     """One RL step on five responses to prompts of different lengths, with a value model."""
+    figures = learn_from(networks, number, [(-1.0) ** n for n in range(RESPONSES)], networks.critic)
+    networks.engine.load_weights(whole_weights(networks.learner.network.model))
+    return figures
+
+
+def learn_from(networks: Networks, number: int, rewards: list[float], critic: Learner | None) -> dict[str, float]:
+    """Draw a response for each reward, which is its advantage too, and learn from them."""
     settings = Sampling(max_token=LENGTH, remasking_strategy="low_confidence_static")
     requests = [Request(str(n), list(range(5 + 3 * n)), seed=1, step=number) for n in range(RESPONSES)]
     drawn = list(networks.engine.generate(ranks.Queue(requests, shared=True), settings, on_step=together_once()))
     together = [trajectory for part in ranks.gather(drawn) for trajectory in part]
     together.sort(key=lambda trajectory: int(trajectory.task_id))
-    samples = [Sample(one, (-1.0) ** n, (-1.0) ** n, None) for n, one in enumerate(together)]
+    samples = [Sample(one, reward, reward, None) for one, reward in zip(together, rewards)]
     layout = Layout(networks.loaded.mask_id, BLOCK)
-    figures = learn(
-        networks.learner, samples, TRAINING, layout, LENGTH, seed=[number], exact=True, critic=networks.critic
-    )
-    networks.engine.load_weights(whole_weights(networks.learner.network.model))
+    figures = learn(networks.learner, samples, TRAINING, layout, LENGTH, seed=[number], exact=True, critic=critic)
     return figures | {"own_responses": len(drawn)}
 
 
@@ -113,6 +117,15 @@ def bad_step(networks: Networks, learner: Learner) -> dict[str, float]:
     return {"taken": done.taken, "unchanged": unchanged, "bad_in_a_row": learner.bad_in_a_row}
 
 
+def equal_step(networks: Networks) -> dict[str, float | bool]:
+    """An RL step on responses of equal rewards: what is counted, and whether the policy is as it was."""
+    before = tensors(networks.learner)
+    figures = learn_from(networks, 2, [0.0] * RESPONSES, None)
+    after = tensors(networks.learner)
+    unchanged = all(torch.equal(before[name], after[name]) for name in before)
+    return {"updates": figures["updates"], "skipped": figures["updates_skipped"], "unchanged": unchanged}
+
+
 def tensors(learner: Learner) -> dict[str, torch.Tensor]:
     """Whole copies of the network's weights."""
     return {name: tensor.clone() for name, tensor in whole_weights(learner.network.model)}
@@ -124,6 +137,7 @@ def run(model: Path, folder: Path) -> dict:
     steps = [rl_step(networks, 1), sft_step(networks, 2)]
     networks.engine.load_weights(whole_weights(networks.learner.network.model))
     both = (networks.learner, networks.critic)
+    equal = equal_step(networks)
     bad = [bad_step(networks, learner) for learner in both]
     for learner, name in zip(both, ("learner", "critic")):
         write_folder(folder / name, lambda writer, learner=learner: save_learner(learner, writer, ""))
@@ -133,6 +147,7 @@ def run(model: Path, folder: Path) -> dict:
     engine = {name: tensor.clone() for name, tensor in networks.engine.model.named_parameters()}
     return {
         "steps": steps,
+        "equal": equal,
         "bad": bad,
         "saved": saved,
         "end": end,

@@ -15,22 +15,19 @@ from common.errors import UserError
 from common.trajectory import Trajectory
 from train.advantages import explained_variance, trace_advantages
 from train.mismatch import importance_weights
-from train.objectives import policy_loss, sequence_shares, value_loss
-from train.packing import Row, TokenFields
+from train.objectives import loss_weights, policy_loss, sequence_shares, value_loss
+from train.packing import Row, TokenFields, make_rows
 from train.samples import Sample, token_rewards, value_targets
+from train.views import trace_views
 
 EMPTY = np.zeros(0, dtype=np.int64)
 
 
-def row(index: list[int], steps: list[int], trajectory: int = 0, views: list[int] | None = None) -> Row:
-    """A row that predicts response tokens `index`, unmasked at `steps`; its tokens' views ascend with the steps."""
-    view = np.array(views if views is not None else steps)
+def row(index: list[int], steps: list[int], trajectory: int = 0) -> Row:
+    """A row that predicts response tokens `index`, unmasked at `steps`."""
     return Row(
         trajectory,
-        EMPTY,
-        EMPTY,
-        EMPTY,
-        view,
+        *[EMPTY] * 4,
         np.arange(len(index)),
         np.zeros(len(index)),
         np.array(index),
@@ -102,15 +99,43 @@ def test_an_outcome_s_reward_lies_on_the_last_step() -> None:
     assert torch.equal(advantages, returns)
 
 
-def test_views_are_the_steps_of_a_merged_trace() -> None:
-    """Steps 0 and 1 share a view, so they are one step of time; under full attention every row is one."""
-    merged = [row([0, 1, 2], [0, 1, 2], views=[1, 1, 2])]
-    rows = [row([0, 1], [0, 1], views=[0, 0]), row([2], [2], views=[0])]
-    samples = [Sample(trajectory(3), 0.0, reward=1.0)]
-    values = torch.tensor([0.0, 1.0, 0.0])
-    for one in (merged, rows):
-        advantages, _ = value_targets(one, samples, values, gamma=1.0, lam=0.0)
-        assert advantages.tolist() == [0.0, -1.0, 1.0]
+def merged_rows(shrink: int, block_size: int | None) -> list[Row]:
+    """The rows of a response of eight tokens, unmasked one by one, with `shrink` steps merged."""
+    ids, steps = list(range(10, 18)), list(range(8))
+    whole = Trajectory("t", 0, [1, 2, 3, 4], ids, steps, [], [], 1.0, "stop", 8, 8, 8, 1.0)
+    return make_rows(0, whole.prompt_ids, ids, trace_views(whole, block_size, mask_id=9, shrink=shrink))
+
+
+@pytest.mark.parametrize("block_size", [4, None])
+@pytest.mark.parametrize("shrink", [1, 2, 3, 4, 8])
+def test_a_merged_step_is_one_step_to_the_loss_and_to_time(shrink: int, block_size: int | None) -> None:
+    """Eight tokens in steps of `shrink`, of a block or of all: `loss_norm: step` and GAE go by them."""
+    rows = merged_rows(shrink, block_size)
+    width = block_size or 8
+    sizes = [min(shrink, width - start) for _ in range(8 // width) for start in range(0, width, shrink)]
+    weight = loss_weights(rows, "step", max_gen_length=8)
+    assert weight.tolist() == pytest.approx([1 / size for size in sizes for _ in range(size)])
+    assert weight.sum() == pytest.approx(len(sizes))
+    values = np.linspace(-1, 1, 8)
+    own = np.repeat(np.arange(len(sizes)), sizes)
+    rewards = [2.0 * (step == len(sizes) - 1) for step in own]
+    wanted = plain.gae(rewards, values.tolist(), own.tolist(), 0.9, 0.8)
+    found = value_targets(rows, [Sample(trajectory(8), 0.0, reward=2.0)], torch.tensor(values), 0.9, 0.8)
+    for one, other in zip(found, wanted):
+        np.testing.assert_allclose(one.numpy(), other, rtol=1e-6)
+
+
+def test_weights_of_merged_steps_by_hand() -> None:
+    assert loss_weights(merged_rows(4, 4), "step", 8).tolist() == [1 / 4] * 8  # two steps: they sum to 2
+    assert loss_weights(merged_rows(3, 4), "step", 8).tolist() == [1 / 3] * 3 + [1.0] + [1 / 3] * 3 + [1.0]
+    assert loss_weights(merged_rows(3, None), "step", 8).tolist() == [1 / 3] * 6 + [1 / 2] * 2
+
+
+@pytest.mark.parametrize("tokens", [None, [0.0, 1e300, 0.0]])
+def test_a_value_model_is_given_no_reward_beyond_float32(tokens: list[float] | None) -> None:
+    samples = [Sample(trajectory(3), 0.0, -1e300, tokens)]
+    with pytest.raises(UserError, match=r"^task 't': a reward of size 1e\+300; .* scale what reward.function"):
+        value_targets([row([0, 1, 2], [0, 1, 2])], samples, torch.zeros(3), 1.0, 1.0)
 
 
 @pytest.mark.parametrize("count", [2, 4])

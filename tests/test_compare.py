@@ -69,3 +69,15 @@ def test_what_cannot_be_paired_is_one_line(tmp_path: Path) -> None:
             compare(*map(str, names))
     with pytest.raises(SystemExit):
         main([str(a)])
+
+
+def test_lines_of_another_kind_are_told(tmp_path: Path) -> None:
+    """Responses that another program wrote have no verdicts; one that a killed run tore is left out."""
+    run = write_run(tmp_path / "run", {"1": [True]})
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"task_id": "2", "correct": tr\n{"task_id": ' + "9" * 5000 + "}\n")
+    (row,) = compare(str(run), str(run))
+    assert row["tasks"] == 1
+    (tmp_path / "foreign.jsonl").write_text('{"task": 0, "response": "x"}\n')
+    with pytest.raises(UserError, match=r"foreign.jsonl has a line without `task_id`; give a samples.jsonl"):
+        compare(str(tmp_path / "foreign.jsonl"), str(run))

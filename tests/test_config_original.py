@@ -10,6 +10,8 @@ import yaml
 
 from common.config import load_config, settings_of
 from common.errors import UserError
+from common.older_keys import FULL_ATTENTION
+from models.family import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 RL = """model: {pretrained_model: some/model}
@@ -204,6 +206,73 @@ def test_size_of_an_update_from_older_keys(load):
         load("rl", "training.batch_size_lm=0")
 
 
+FULL = {"steps": 64, "max_gen_length": 96, "block_size": 32, "remasking_strategy": "low_confidence_static"}
+
+
+@pytest.mark.parametrize(
+    ("family", "rollout", "training", "rows"),
+    [
+        ("sdar", {}, {}, 4),  # steps of a block
+        ("sdar", {"block_size": 8, "denoising_steps_per_block": 2}, {}, 2),
+        ("sdar", {"block_size": 8, "denoising_steps_per_block": 8}, {"shrink": 3}, 3),
+        ("sdar", {"block_size": 8, "remasking_strategy": "entropy_bounded"}, {}, 8),
+        ("trado", {}, {"shrink": 8}, 1),
+        ("sdar", {}, {"method": "random_masking", "mask_times_per_sample": 5}, 5),
+        ("sdar", {}, {"method": "coupled", "mask_times_per_sample": 5, "shrink": 4}, 10),
+        ("dream", FULL, {}, 64),  # steps of the response
+        ("llada", FULL, {"shrink": 7}, 10),
+        ("mmada", FULL | {"steps": 1000}, {"shrink": 8}, 12),  # no more steps than tokens
+        ("dream", FULL, {"method": "random_masking", "mask_times_per_sample": 35, "shrink": 8}, 35),
+        ("llada", FULL, {"method": "coupled", "mask_times_per_sample": 35}, 70),
+        ("my_families:FULL", FULL, {"shrink": 8}, 8),
+        ("my_families:BLOCK", {}, {}, 4),
+        ("sdar", {}, {"method": "my_views:mine"}, 1),
+    ],
+)
+def test_rows_of_a_response_as_the_original_made_them(load, family, rollout, training, rows):
+    """Of 5 × 20 responses; an update of 3 × 2 rows on one device, or of twice as many on two."""
+    content = yaml.safe_load(RL)
+    content["model"]["model_base"] = family
+    content["rollout"] = {"num_task_per_step": 5, "num_response_per_task": 20} | rollout
+    content["training"] |= {"gradient_accumulation_steps": 3, "batch_size_lm": 2} | training
+    for file, devices in ((None, 1), ("1_node_2_cpus_deepspeed_zero3", 2), ("4_node_8_gpus_deepspeed_zero3", 32)):
+        content["experiment"] = {"deepspeed_file": file}
+        found = load("rl", text=yaml.safe_dump(content)).training
+        assert found.updates_per_step == min(max(round(100 * rows / (6 * devices)), 1), 100)
+        assert found.mask_times_per_sample == training.get("mask_times_per_sample", 1)
+
+
+def test_families_whose_rows_are_steps_of_the_response():
+    ours = [one for one in FAMILIES.values() if one.model_class.__module__.startswith("models.")]
+    assert {one.name for one in ours if one.attention == "full"} == set(FULL_ATTENTION) and len(ours) > 3
+
+
+def test_the_devices_of_an_update_are_those_that_were_launched(load, capsys, monkeypatch):
+    """Before the launch as many as the file asks for; in a rank as many as there are, whatever the file says."""
+    keys = ["training.gradient_accumulation_steps=2", "experiment.deepspeed_file=1_node_4_gpus_deepspeed_zero3"]
+    assert load("rl", *keys).training.updates_per_step == 4  # 8 × 4 / (2 × 4)
+    assert "× 4 devices = 8 rows an update, 8 responses × 4 rows a step" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert load("rl", *keys).training.updates_per_step == 8
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    load("rl", keys[0])
+    assert "× 1 device = 2 rows" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(UserError, match=r"experiment.deepspeed_file=1_node_5_gpus: no such file .*did you mean"):
+        load("rl", keys[0], "experiment.deepspeed_file=1_node_5_gpus")
+
+
+@pytest.mark.parametrize(
+    ("method", "copies", "size"), [("semi-ar", 35, 4), ("random_masking", 3, 43), ("trace", 35, 128), ("ar", 2, 128)]
+)
+def test_noised_copies_of_a_sample_count_as_the_original_s_rows(load, monkeypatch, method, copies, size):
+    monkeypatch.setenv("WORLD_SIZE", "32")
+    text = "model: {pretrained_model: m, model_base: dream}\ndataset: {optimization_data: d}\n"
+    keys = ["training.gradient_accumulation_steps=2", "training.batch_size_lm=2", f"training.method={method}"]
+    cfg = load("sft", *keys, f"training.mask_times_per_sample={copies}", text=text)
+    assert (cfg.training.batch_size, cfg.training.mask_times_per_sample) == (size, copies)
+
+
 def test_only_the_first_device_reports(load, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     load("rl", "execute.num_chunk=1")
@@ -291,9 +360,10 @@ JOB_OF = {"sft": "sft", "eval": "eval", "rl": "rl"}  # by the word in the file's
 
 
 @pytest.mark.parametrize("name", FILES or [None])
-def test_the_originals_own_files_load_and_ours_of_that_name_agree(name, tmp_path, capsys):
+def test_the_originals_own_files_load_and_ours_of_that_name_agree(name, tmp_path, capsys, monkeypatch):
     if name is None:
         pytest.skip("original_settings.json is not in shared/ beside the repository")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)  # on as many devices as its deepspeed_file is for
     job = next(job for word, job in JOB_OF.items() if word in name)
     (tmp_path / name).write_text(yaml.safe_dump(FILES[name]), encoding="utf-8")
     theirs = load_config(job, [f"config={tmp_path / name}"])
@@ -306,6 +376,17 @@ def test_the_originals_own_files_load_and_ours_of_that_name_agree(name, tmp_path
     for key in (*sampling, "steps", "further_horizon", "start_with_think", "num_response_per_task"):
         assert getattr(theirs.rollout, key) == getattr(ours.rollout, key), key
     if job == "rl":
-        for key in ("method", "shrink", "eps", "beta", "gam", "lam", "post_num", "max_prompt_len"):
+        for key in (
+            "updates_per_step",
+            "mask_times_per_sample",
+            "method",
+            "shrink",
+            "eps",
+            "beta",
+            "gam",
+            "lam",
+            "post_num",
+            "max_prompt_len",
+        ):
             assert getattr(theirs.training, key) == getattr(ours.training, key), key
         assert theirs.rollout.num_task_per_step == ours.rollout.num_task_per_step

@@ -1,5 +1,7 @@
 """Data: arithmetic splits, reading of sets, what is said of broken ones, and the data order of RL."""
 
+import datetime
+import gzip
 import hashlib
 import json
 import subprocess
@@ -8,12 +10,16 @@ import types
 from itertools import chain
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from common.errors import UserError
 from data import tasks as tasks_module
 from data.arithmetic import arithmetic_tasks
+from data.download_data import convert_records
 from data.tasks import load_records, load_tasks, task_batch
+from reward.__main__ import data_type_of
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = {"question": "2+2", "ground_truth_answer": "4"}
@@ -82,10 +88,11 @@ def test_arithmetic_by_name():
 
 
 def write(path: Path, records) -> str:
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
+    if path.suffix == ".gz":
+        plain = Path(write(path.with_suffix(""), records))
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    elif path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
     elif path.suffix == ".json":
         path.write_text(json.dumps(records), encoding="utf-8")
@@ -95,7 +102,10 @@ def write(path: Path, records) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+SUFFIXES = [".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz", ".parquet.gz"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_files_of_every_kind(tmp_path, suffix):
     records = [GOOD | {"level": 1}, {"question": "π\u2028?", "ground_truth_answer": "3.1", "level": 2}]
     tasks = load_tasks(write(tmp_path / f"x{suffix}", records))
@@ -110,6 +120,8 @@ def test_a_name_is_a_file_in_the_data_folder(tmp_path, monkeypatch):
     write(tmp_path / "MySet.json", [GOOD])
     assert load_tasks("MySet")[0].question == "2+2"
     assert load_tasks("MySet.json")[0].question == "2+2"
+    write(tmp_path / "Packed.jsonl.gz", [GOOD])
+    assert load_tasks("Packed")[0].question == load_tasks("Packed.jsonl.gz")[0].question == "2+2"
     with pytest.raises(UserError, match="did you mean 'MySet'"):
         load_tasks("MySets")
 
@@ -128,13 +140,19 @@ def test_numbers_are_answers(tmp_path):
     assert [t.ground_truth_answer for t in load_tasks(path)] == ["4", "0.5"]
 
 
-@pytest.mark.parametrize("bad", [None, "", "  ", True, ["4"], {"a": 1}])
+@pytest.mark.parametrize("bad", [None, "", "  ", True, ["4"], {"a": 1}, float("nan"), float("inf")])
 @pytest.mark.parametrize("field", ["question", "ground_truth_answer"])
 def test_a_record_without_a_field_is_told(tmp_path, field, bad):
     path = write(tmp_path / "x.json", [GOOD, GOOD | {field: bad}])
     with pytest.raises(UserError, match=f"dataset.train_dataset: record 2 of .* has no `{field}`") as caught:
         load_tasks(path)
     assert "\n" not in str(caught.value)
+
+
+TORN = gzip.compress(json.dumps(GOOD | {"noise": [hashlib.sha256(b"%d" % n).hexdigest() for n in range(9)]}).encode())
+TORN = TORN[: len(TORN) // 2]
+LONE = '{"question": "what is \\ud83d?", "ground_truth_answer": "4"}'
+LONG = '{"question": "2+2", "ground_truth_answer": ' + "1" * 5000 + "}"
 
 
 @pytest.mark.parametrize(
@@ -150,6 +168,19 @@ def test_a_record_without_a_field_is_told(tmp_path, field, bad):
         ("x.json", b"\xff\xfe", "is not UTF-8"),
         ("x.parquet", "no parquet", "cannot be read"),
         ("x.csv", "a,b", "has the ending '.csv'; use .jsonl, .json, .parquet"),
+        ("x.csv.gz", "a,b", "has the ending '.csv'; use .jsonl, .json, .parquet"),
+        ("x.jsonl.gz", TORN, r"x.jsonl.gz' is torn or no gzip file \(.*end-of-stream.*\); copy or download it again"),
+        ("x.parquet.gz", TORN, "is torn or no gzip file"),
+        ("x.json.gz", "plain text", "is torn or no gzip file"),
+        ("x.jsonl.gz", TORN[:20] + b"\x55" * 40, "is torn or no gzip file"),
+        ("x.jsonl.gz", gzip.compress(b"\n\xff"), "is not UTF-8 \\(byte 1\\)"),
+        ("x.jsonl", LONE, r"line 1 of .* has in `question` half a character \(\\ud83d\); mend the text"),
+        ("x.json", f"[{{}}, {LONE}]", r"record 2 of .* has in `question` half a character"),
+        ("x.jsonl", '{"a": [{"\\uDC00": 1}]}', r"line 1 of .* has in `a` half a character \(\\udc00\)"),
+        ("x.jsonl", '{"\\ud800": 1}', "has in `\\?` half a character"),
+        ("x.jsonl", LONG, "line 1 of .* has in `ground_truth_answer` a number of 5000 digits; write it as text"),
+        ("x.json", f"[{LONG}]", "record 1 of .* has in `ground_truth_answer` a number of 5000 digits"),
+        ("x.jsonl", '{"a": [[-' + "7" * 6000 + "]]}", "has in `a` a number of 6000 digits"),
     ],
 )
 def test_broken_files_are_told(tmp_path, name, content, message):
@@ -158,6 +189,66 @@ def test_broken_files_are_told(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as caught:
         load_tasks(str(path), "dataset.eval_dataset")
     assert str(caught.value).startswith("dataset.eval_dataset") and "\n" not in str(caught.value)
+
+
+def test_whole_characters_and_long_numbers_are_read(tmp_path):
+    """Escapes in pairs are one character; numbers of up to 4,300 digits are numbers; longer ones may be text."""
+    (tmp_path / "x.jsonl").write_text(
+        '{{"question": "\\ud83d\\ude00", "ground_truth_answer": {}, "x": "{}"}}'.format("1" * 4300, "2" * 5000)
+    )
+    (task,) = load_tasks(str(tmp_path / "x.jsonl"))
+    assert (task.question, task.ground_truth_answer) == ("\U0001f600", "1" * 4300)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_empty_fields_are_none(tmp_path, suffix):
+    """A table has every column in every row: kinds of tasks mix, and what is empty is as if it were not there."""
+    columns = {"question": None, "ground_truth_answer": None, "test_method": None, "test_list": None, "prefix": None}
+    code = {"question": "f", "test_method": "function", "test_list": ["assert f(1) == 1"]}
+    answer, program = load_tasks(write(tmp_path / f"x{suffix}", [columns | GOOD, columns | code]))
+    assert (answer.ground_truth_answer, answer.record) == ("4", GOOD)
+    assert (program.ground_truth_answer, program.record) == (None, code)
+    assert data_type_of(answer) == "math" and data_type_of(program) == "code"
+    nan = float("nan")
+    (task,) = load_tasks(write(tmp_path / f"y{suffix}", [GOOD | {"test_time_limit": nan, "level": nan}]))
+    assert task.record == GOOD
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (datetime.datetime(2026, 1, 2), r"record 1 of .*x\.parquet' has in `extra` a datetime,"),
+        (datetime.date(2026, 1, 2), "has in `extra` a date,"),
+        (b"\x89PNG", "has in `extra` a bytes,"),
+        ([{"at": datetime.timedelta(seconds=1)}], "has in `extra` a timedelta,"),
+    ],
+)
+def test_values_that_json_does_not_know_are_told(tmp_path, value, message):
+    path = write(tmp_path / "x.parquet", [GOOD | {"extra": value}])
+    with pytest.raises(UserError, match=message + ".*JSON does not know; write it as text or leave it out"):
+        load_tasks(path)
+    with pytest.raises(UserError, match="--from: record 1 cannot be converted: it has in `extra`"):
+        convert_records(load_records(path, "--from"), "--from")
+    converted = convert_records([{"problem": "p", "answer": "4", "at": value}])
+    assert converted == [{"question": "p", "ground_truth_answer": "4"}], "what is not kept may be anything"
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([0, 9 * 10**18], pyarrow.timestamp("us")),
+        pyarrow.array([0, 1], pyarrow.timestamp("us", "Nowhere/Else")),
+        pyarrow.Array.from_buffers(
+            pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")]
+        ),
+    ],
+)
+def test_a_column_that_cannot_be_read_is_named(tmp_path, column):
+    table = pyarrow.table({"question": ["1", "2"], "extra": column})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x\.parquet': the column `extra` cannot be read \(.*leave it out") as caught:
+        load_tasks(str(tmp_path / "x.parquet"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

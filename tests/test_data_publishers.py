@@ -12,8 +12,8 @@ import pytest
 
 from common.errors import UserError
 from data.check import check_file
-from data.download_data import SOURCES, convert_records, read_publisher
-from data.tasks import load_tasks
+from data.download_data import SOURCES, convert_records
+from data.tasks import load_records, load_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT.parent / "shared" / "data"
@@ -79,6 +79,33 @@ def test_mbpp_records():
     assert "assert sum(10, 15) == 6" in record["question"] and "== 93" not in record["question"]
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q", "answer": 5}, "its `answer` has no ####"),
+        ({"question": "q", "answer": ["#### 5"]}, "its `answer` is a list"),
+        ({"question": ["q"], "answer": "#### 5"}, "its `question` is a list"),
+        ({"problem": "p", "solution": 3}, "its `solution` is a int"),
+        (MBPP | {"test_list": []}, "its `text` or its `test_list` is empty"),
+        (MBPP | {"text": None}, "its `text` or its `test_list` is empty"),
+        (MBPP | {"test_list": [1]}, "argument of type 'int'"),
+        ({"prompt": "def f(x):", "test": "", "entry_point": 3}, "its `entry_point` is a int"),
+    ],
+)
+def test_fields_of_another_type_are_told(row, message):
+    with pytest.raises(UserError, match=f"FILE: record 2 cannot be converted: {message}"):
+        convert_records([MBPP, row], "FILE")
+
+
+def test_a_torn_file_is_told_by_the_command(tmp_path):
+    packed = gzip.compress(b"".join(json.dumps({"question": str(n), "answer": "#### 1"}).encode() for n in range(99)))
+    (tmp_path / "gsm.jsonl.gz").write_bytes(packed[:-20])
+    done = script("data/download_data.py", "--from", str(tmp_path / "gsm.jsonl.gz"), "--out", str(tmp_path / "x.jsonl"))
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "x.jsonl").exists()
+    assert done.stderr.startswith("error: --from: '") and "copy or download it again" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_unknown_formats_are_told():
     with pytest.raises(UserError, match="record 1 has the fields a, b; known are the formats of GSM8K"):
         convert_records([{"a": 1, "b": 2}])
@@ -131,7 +158,7 @@ def test_publishers_files(tmp_path, name, count):
     if not (PUBLISHED / name).is_file():
         pytest.skip(f"the publisher's file {name} is not in shared/data beside the repository")
     shutil.copy(PUBLISHED / name, tmp_path)
-    records = convert_records(read_publisher(tmp_path / name))
+    records = convert_records(load_records(str(tmp_path / name), "--from"))
     path = tmp_path / "converted.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert len(load_tasks(str(path))) == count and f"{count} tasks" in check_file(str(path))

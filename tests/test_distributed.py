@@ -75,6 +75,11 @@ def test_the_engine_has_the_gathered_weights(together: dict, stage: str) -> None
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_updates_without_a_signal_are_skipped_on_all_ranks(alone: dict, together: dict, stage: str) -> None:
+    assert alone["equal"] == together[stage]["equal"] == {"updates": 0, "skipped": 2, "unchanged": True}
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_is_bad_on_one_rank_is_skipped_on_all(alone: dict, together: dict, stage: str) -> None:
     assert alone["bad"] == together[stage]["bad"] == [{"taken": False, "unchanged": True, "bad_in_a_row": 1}] * 2
 

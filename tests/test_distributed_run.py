@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from common.config import load_config
 from common.errors import UserError
-from launch.accelerate import accelerate_config, check_devices
+from common.layers import accelerate_config
+from launch.accelerate import check_devices
 from train import rl_trainer
 
 ROOT = Path(__file__).resolve().parents[1]

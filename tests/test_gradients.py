@@ -31,9 +31,10 @@ REWARDS = [1.0, 0.0, 0.25]
 
 @dataclass(frozen=True)
 class Case:
-    """A policy, a value model whose head is not zero, and trajectories whose logp is not the policy's."""
+    """A policy, a reference, a value model whose head is not zero, trajectories whose logp is not the policy's."""
 
     policy: torch.nn.Module
+    reference: torch.nn.Module  # near the policy
     value: ValueNetwork
     layout: Layout
     trajectories: list[Trajectory]
@@ -51,6 +52,9 @@ def case(request: pytest.FixtureRequest) -> Case:
     family = find_family(request.param)
     model, value = load_network(GOLDEN / family.name, family.name), load_network(GOLDEN / family.name, family.name)
     torch.manual_seed(0)
+    reference = load_network(GOLDEN / family.name, family.name)
+    for parameter in reference.parameters():
+        parameter.data.mul_(1 + 0.1 * torch.randn_like(parameter))
     critic = ValueNetwork(value)
     torch.nn.init.normal_(critic.head.weight, std=0.2)
     vocabulary, mask_id = model.config.vocab_size, model.config.mask_token_id
@@ -69,7 +73,7 @@ def case(request: pytest.FixtureRequest) -> Case:
         own = np.argsort(index[owner == number])
         logp = exact[owner == number].numpy()[own] + rng.normal(0, 0.3, len(own))  # some ratios beyond the clip
         trajectories[number] = replace(one, logp=logp.tolist())
-    return Case(model, critic, layout, trajectories)
+    return Case(model, reference, critic, layout, trajectories)
 
 
 def views_of(trajectory: Trajectory, number: int, training: RLTrainingConfig, layout: Layout) -> Views:
@@ -97,9 +101,12 @@ def plain_tokens(case: Case, training: RLTrainingConfig, critic: bool) -> tuple[
     """Per response its predicted tokens, and with a value model (value, return) of each token."""
     views = [views_of(one, n, training, case.layout) for n, one in enumerate(case.trajectories)]
     sizes = [int(one.predict.sum()) for one in views]
-    logp = plain_outputs(
-        case.trajectories, views, case.layout, lambda *rows: plain_logp(case.policy, *rows, case.layout.mask_id, 0.8)
-    ).split(sizes)
+    logp, reference = (
+        plain_outputs(
+            case.trajectories, views, case.layout, lambda *rows, n=n: plain_logp(n, *rows, case.layout.mask_id, 0.8)
+        ).split(sizes)
+        for n in (case.policy, case.reference)
+    )
     values = [None] * len(views)
     if critic:
         values = plain_outputs(
@@ -114,8 +121,9 @@ def plain_tokens(case: Case, training: RLTrainingConfig, critic: bool) -> tuple[
             rewards = [REWARDS[number] * (step == max(steps)) for step in steps]
             advantage, goals = plain.gae(rewards, values[number].tolist(), steps, training.gam, training.lam)
             targets.append(list(zip(values[number], goals)))
-        steps = own.step[own.predict].tolist()
-        responses.append([plain.PlainToken(*fields) for fields in zip(logp[number], old, old, advantage, steps)])
+        steps = own.step[own.predict].tolist() if training.method != "TraceRL" else steps_of(own)
+        tokens = zip(logp[number], old, reference[number].tolist(), advantage, steps)
+        responses.append([plain.PlainToken(*fields) for fields in tokens])
     return responses, targets
 
 
@@ -133,14 +141,15 @@ def update_of(case: Case, training: RLTrainingConfig, critic: bool = False) -> I
     learners = [learner_of(Policy(case.policy, case.layout.mask_id))]
     learners += [learner_of(Critic(case.value))] if critic else []
     value = learners[1] if critic else None
-    figures = learn(learners[0], samples, training, case.layout, LIMIT, SEED, exact=False, critic=value)
+    reference = learner_of(Policy(case.reference, case.layout.mask_id))
+    figures = learn(learners[0], samples, training, case.layout, LIMIT, SEED, False, reference, value)
     assert figures["updates"] == 1 and figures["bad_steps"] == 0
     for learner in learners:
         (recorded,) = learner.optimizer.recorded
         yield recorded
 
 
-SETTINGS = {"old_logp": "engine", "eps_high": 0.3, "beta": 0.1, "tokens_per_micro_batch": 90}
+SETTINGS = {"old_logp": "engine", "kl_reference": "initial", "eps_high": 0.3, "beta": 0.1, "tokens_per_micro_batch": 90}
 METHODS = [("TraceRL", 1), ("TraceRL", 2), ("TraceRL", 4), ("random_masking", 1), ("coupled", 1)]
 
 

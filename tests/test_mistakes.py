@@ -22,16 +22,20 @@ from common.config import load_config, settings_of
 from common.errors import UserError, one_line_errors
 from common.metrics import check_trackers
 from common.reward_schema import JudgeConfig
-from common.runtime import prepare_run_folder
+from common.runtime import Stopwatch, prepare_run_folder
 from common.schema import RewardConfig, ServeConfig
 from data.tasks import load_tasks
 from models import load_model
-from models.prompts import stop_ids_of
+from models.prompts import encode_prompt, stop_ids_of
 from reward.score import make_scorer
 from rollout.compare import compare
+from rollout.evaluate_job import main as evaluate
 from rollout.fingerprint import check_resumable
+from train.rl_setup import set_up as set_up_rl
+from train.sft_trainer import set_up as set_up_sft
 
-EVAL, RL = "config=configs/eval_tiny.yaml", "config=configs/rl_tiny.yaml"
+EVAL, RL, SFT = "config=configs/eval_tiny.yaml", "config=configs/rl_tiny.yaml", "config=configs/sft_tiny.yaml"
+REFUSING = "{{ raise_exception('only images, please') }}"
 
 
 @dataclass
@@ -131,9 +135,36 @@ MISTAKES: list[tuple[str, Callable[[Place], Any], str]] = [
     ("a folder for data", lambda p: load_tasks(str(p.folder)), r"is a folder; give one of its files"),
     ("data without questions", lambda p: load_tasks(p.file("x.jsonl", '{"problem": "1+2"}\n')), r"record 1 of .*no `question` \(its fields: problem\)"),
     ("a broken line of data", lambda p: load_tasks(p.file("x.jsonl", record() + "{oh\n")), r"line 2 of .*is not valid JSON"),
+    ("half a character in the data", lambda p: load_tasks(p.file("x.jsonl", record(question="\ud83d"))), r"line 1 of .* has in `question` half a character"),
+    ("a number too long in the data", lambda p: load_tasks(p.file("x.jsonl", '{"id": 1%s}' % ("0" * 5000))), r"line 1 of .* has in `id` a number of 5001 digits; write it as text"),
+    (
+        "tasks without tests, learned as code",
+        lambda p: set_up_rl(load_config("rl", [RL, f"dataset.train_dataset={p.file('x.jsonl', record())}", "rollout.num_task_per_step=1", "dataset.data_type=code"]), Stopwatch()),
+        r"dataset.train_dataset: task '0' has no `test_method`, which dataset.data_type=code judges by",
+    ),
+    (
+        "tasks without tests, evaluated as code",
+        lambda p: evaluate(load_config("eval", [EVAL, "model=x", f"dataset.eval_dataset={p.file('x.jsonl', record())}", "dataset.data_type=code"])),
+        r"dataset.eval_dataset: task '0' has no `test_method`",
+    ),
+    (
+        "tasks without tests, watched as code",
+        lambda p: set_up_sft(load_config("sft", [SFT, f"dataset.eval_dataset={p.file('x.jsonl', record())}", "dataset.data_type=code"])),
+        r"dataset.eval_dataset: task '0' has no `test_method`",
+    ),
     ("an id twice", lambda p: load_tasks(p.file("x.jsonl", record(id=7) * 2)), r"records 1 and 2 of .* the same id '7'"),
     ("no such model", lambda p: load_model(p.folder / "absent", "sdar"), r"model.pretrained_model: no folder .*give a folder with config.json"),
     ("a folder that is no model", lambda p: load_model(p.folder, "sdar"), r"has no config.json; give the folder of a checkpoint"),
+    (
+        "a tokenizer without a chat template",
+        lambda p: encode_prompt(load_model(p.spoiled("tokenizer_config.json", lambda c: c.pop("chat_template")), "sdar"), "1+2", "{question}"),
+        r"model.pretrained_model: the tokenizer of .*/model has no chat template; copy chat_template.jinja there",
+    ),
+    (
+        "a chat template that refuses everything",
+        lambda p: encode_prompt(load_model(p.spoiled("tokenizer_config.json", lambda c: c.update(chat_template=REFUSING)), "sdar"), "1+2", "{question}"),
+        r"the chat template of .*/model does not take the conversation \(only images, please\)",
+    ),
     ("the wrong family", lambda p: load_model(p.model, "llada"), r"model.model_base: 'llada', but .*model_type 'sdar'; set it to sdar or trado"),
     ("a family that is unknown", lambda p: load_model(p.model, "gpt"), r"'gpt'.*choose one of sdar, trado"),
     ("weights left behind", lambda p: load_model(p.spoiled("model.safetensors", None), "sdar"), r"holds no weights that can be read"),

@@ -11,6 +11,7 @@ import training_reference as plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from train.advantages import group_advantages, keep_group
 from train.objectives import kl_estimate, loss_weights, policy_loss
 from train.packing import Row, TokenFields
@@ -121,6 +122,31 @@ def test_advantages_by_hand() -> None:
 @given(st.floats(-100, 100), st.integers(1, 32))
 def test_equal_rewards_have_no_advantage(reward: float, size: int) -> None:
     assert group_advantages([reward] * size).tolist() == [0.0] * size
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [[sum([0.1] * n) / n for n in range(1, 9)], [0.3, 0.1 + 0.2], [1e300, 1e300], [-7e15, -7e15 + 1]],
+    ids=str,
+)
+def test_rewards_that_differ_by_rounding_are_equal(rewards: list[float]) -> None:
+    assert group_advantages(rewards).tolist() == [0.0] * len(rewards)
+
+
+@pytest.mark.parametrize("rewards", [[1e-9, 2e-9], [1e9, 1e9 + 1], [1e150, -1e150]], ids=str)
+def test_small_differences_between_rewards_count(rewards: list[float]) -> None:
+    low, high = sorted(range(2), key=rewards.__getitem__)
+    assert group_advantages(rewards)[[low, high]].tolist() == pytest.approx([-1.0, 1.0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [[1e300, 0.0], [1e300, -1e300], [1.7e308, -1.7e308], [math.inf, 0.0], [math.inf] * 2, [math.nan, 1.0], [1e-200, 0]],
+    ids=str,
+)
+def test_rewards_without_a_finite_deviation_are_refused(rewards: list[float]) -> None:
+    with pytest.raises(UserError, match=r"^rewards from .* cannot be compared: their deviation is .*reward.function"):
+        group_advantages(rewards)
 
 
 @given(st.lists(st.integers(-50, 50).map(lambda n: n / 10), min_size=2, max_size=16))

@@ -20,6 +20,7 @@ from common.trajectory import Score, Task, Trajectory
 from models import load_model
 from rollout.collect import Rollout
 from train import rl_trainer
+from train.optimize import Learner
 from train.samples import kept_samples
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "rl_tiny.yaml"
@@ -126,7 +127,7 @@ def test_metrics_of_a_run(runs: Runs) -> None:
         assert row.keys() >= PER_STEP
         assert None not in row.values()
         assert 0 <= row["logp_diff_max"] <= 2e-5 and abs(row["mismatch_kl"]) < 1e-6
-        assert row["updates"] == 2 and row["groups"] == row["groups_kept"] == 4
+        assert row["updates"] == 2 and row["updates_skipped"] == 0 and row["groups"] == row["groups_kept"] == 4
         assert row["lr"] == pytest.approx(3e-4) and row["grad_norm"] > 0
         assert row["kl"] > 0  # the second update's, to the policy before the first
         parts = [value for key, value in row.items() if key.startswith("seconds_")]
@@ -306,6 +307,78 @@ def test_kl_to_the_initial_model(tiny_sdar: Path, tmp_path: Path) -> None:
     assert steps_of(resumed, untimed=True)[1] == steps_of(tmp_path / "initial" / "rl_tiny", untimed=True)[1]
 
 
+# ---- updates without a signal
+
+
+def state_of(learner: Learner) -> list[torch.Tensor]:
+    """Copies of the weights and of the optimizer's moments, and the schedule's place."""
+    moments = [tensor for state in learner.optimizer.state_dict()["state"].values() for tensor in state.values()]
+    place = torch.tensor(learner.scheduler.last_epoch)
+    return [tensor.clone() for tensor in (*learner.network.state_dict().values(), *moments, place)]
+
+
+def unchanged(learner: Learner, before: list[torch.Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(state_of(learner), before, strict=True))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "coupled"},
+        {"shrink": 2, "old_logp": "engine"},
+        {"ratio_level": "sequence"},
+        {"use_kl_estimator_k3": False},
+        {"tis_cap": 2.0},
+    ],
+    ids=str,
+)
+def test_without_a_signal_nothing_moves(
+    drawn: Drawn, changes: dict, beta: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All advantages 0: weights, moments and schedule are bit-equal whatever beta is, and the mismatch is measured."""
+    drawn.learn(updates_per_step=1)  # the optimizer has moments, which alone would move the weights
+    before, equal = state_of(drawn.learner), [replace(one, advantage=0.0) for one in drawn.samples]
+    figures = drawn.learn(equal, exact=False, updates_per_step=2, beta=beta, **changes)
+    assert unchanged(drawn.learner, before)
+    assert (figures["updates"], figures["updates_skipped"], figures["bad_steps"]) == (0, 2, 0)
+    assert figures["logp_diff_max"] > 0 and "loss" not in figures
+    assert capsys.readouterr().out.count("2 of 2 updates skipped: every advantage is 0") == 1
+
+
+def test_updates_with_a_signal_are_taken_beside_those_without(drawn: Drawn) -> None:
+    samples = [replace(one, advantage=float(number == 2)) for number, one in enumerate(drawn.samples)]
+    figures = drawn.learn(samples, updates_per_step=4)
+    assert (figures["updates"], figures["updates_skipped"]) == (1, 3)
+    assert figures["predicted_tokens"] == samples[2].trajectory.length and figures["logp_diff_max"] <= 1e-5
+    assert drawn.learn(exact=False, updates_per_step=2)["updates_skipped"] == 0
+
+
+def test_stale_weights_are_seen_without_a_signal(drawn: Drawn) -> None:
+    with torch.no_grad():
+        drawn.learner.network.model.model.layers[2].mlp.up_proj.weight.mul_(1.05)
+    with pytest.raises(UserError, match="logp_diff_max"):
+        drawn.learn([replace(one, advantage=0.0) for one in drawn.samples])
+
+
+@pytest.mark.parametrize("value", ["null", "model"])
+def test_a_run_of_equal_rewards_ends_where_it_began(tiny_sdar: Path, tmp_path: Path, value: str) -> None:
+    """Untrained, every answer is wrong; no group is dropped. A new value model expects 0, which is what comes."""
+    folder = run_rl(
+        tiny_sdar,
+        tmp_path,
+        reward__function="null",
+        experiment__total_step=2,
+        experiment__eval_every=0,
+        model__value_base_model=tiny_sdar if value == "model" else "null",
+        evaluation__remasking_strategy="low_confidence_static",
+    )
+    for row in steps_of(folder):
+        assert row["groups_kept"] == 4 and row["updates"] == 0 and row["updates_skipped"] == 2
+    assert same_weights(tiny_sdar, folder / "ckpt" / "optimized")
+
+
 # ---- the check that the trainer reproduces the engine
 
 
@@ -352,8 +425,37 @@ def test_merged_steps_start_from_their_own_logp(drawn: Drawn) -> None:
     mean = sum(a * n for a, n in zip(advantages, lengths)) / sum(lengths)
     assert figures["loss"] == pytest.approx(-mean, abs=1e-5)
     assert figures["logp_diff_max"] <= 1e-5  # measured on exact replays all the same
-    drawn.learner.network.load_state_dict(drawn.start)
-    assert drawn.learn(shrink=2, old_logp="engine")["kl"] > 1e-3
+
+
+NO_REPLAY = [{"method": "random_masking", "lower_p": 0.4}, {"method": "coupled"}, {"shrink": 2}, {"stale": True}]
+
+
+def stand_still(learner: Learner) -> None:
+    """Updates that change nothing, so that all of a step's are its first."""
+    learner.optimizer.param_groups[0]["lr"] = learner.scheduler.base_lrs[0] = 0.0
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("changes", NO_REPLAY, ids=str)
+@pytest.mark.parametrize(("old_logp", "updates"), [("detach", 1), ("engine", 1), ("engine", 2)])
+def test_the_kl_is_to_the_start_of_the_step_on_the_same_views(
+    drawn: Drawn, old_logp: str, updates: int, changes: dict, level: str
+) -> None:
+    """Whatever ratios start from, before the first update the KL is 0, also where the engine's numbers are others."""
+    stand_still(drawn.learner)
+    changes = dict(changes)
+    if changes.pop("stale", False):
+        with torch.no_grad():
+            drawn.learner.network.model.model.layers[2].mlp.up_proj.weight.mul_(1.05)
+    for k3 in (True, False):
+        keys = {"old_logp": old_logp, "updates_per_step": updates, "ratio_level": level, "use_kl_estimator_k3": k3}
+        figures = drawn.learn(exact=False, **keys, **changes)
+        assert figures["updates"] == updates
+        assert figures["kl"] == 0.0 if updates == 1 else abs(figures["kl"]) < 1e-6
+    # the ratio itself does start from the engine's numbers where they are asked for
+    assert (abs(figures["loss"] - drawn.learn(exact=False, **changes, ratio_level=level)["loss"]) > 1e-4) == (
+        old_logp == "engine"
+    )
 
 
 @pytest.mark.parametrize("old_logp", ["engine", "recompute", "detach"])

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 from common.errors import UserError
+from common.reward_schema import JudgeConfig
 from common.runtime import Stopwatch
 from common.schema import PromptsConfig, RewardConfig, Sampling
 from common.trajectory import Response, Score, Task
 from models.prompts import instruction
-from reward.score import make_scorer
+from reward.score import check_tasks, make_scorer
 from reward.workers import Workers
 from rollout.collect import collect, kind_of
 from rollout.scoring import stop_workers, submitter
@@ -150,6 +151,10 @@ def test_the_reward_command(tmp_path):
         ('{"task": 0}', [], "line 1 of .* is not"),
         ("{", [], "line 1 of .* is not valid JSON"),
         ("", [], "has no lines"),
+        ('{"task": 0, "response": "\\ud83d"}', [], r"line 1 of .* has in `response` half a character \(\\ud83d\)"),
+        ('{"task": 0, "response": "x", "n": 1%s}' % ("0" * 5000), [], "has in `n` a number of 5001 digits"),
+        ("[" * 10**5, [], "line 1 of .* is nested too deeply"),
+        ('{"task": 0, "response": "x"}', ["kind=code"], "data: task '0' has no `test_method`, which reward.kind=code"),
         ('{"task": 0, "response": "x"}', ["kind=maths"], "kind=maths: not a value it takes"),
         ('{"task": 0, "response": "x"}', ["memory_mb=1"], "memory_mb=1: not a value it takes"),
         ('{"task": 0, "response": "x"}', ["speed=1"], "unknown key speed=1; keys: data, responses, out, kind"),
@@ -168,6 +173,32 @@ def test_mistakes_of_the_reward_command(tmp_path, monkeypatch, capsys, line, arg
     assert end.value.code == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and told.count("\n") == 1 and re.search(message, told)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reward", "record", "lacks"),
+    [
+        ("math", {}, {"ground_truth_answer": "1"}, None),
+        ("general", {}, {"ground_truth_answer": "1"}, None),
+        ("code", {}, {"test_method": "stdio"}, None),
+        ("code", {}, {"ground_truth_answer": "1"}, "`test_method`, which dataset.data_type=code"),
+        ("math", {"kind": "code"}, {"ground_truth_answer": "1"}, "`test_method`, which reward.kind=code"),
+        ("math", {}, {"test_method": "stdio"}, "`ground_truth_answer`, which dataset.data_type=math"),
+        ("general", {}, {"test_method": "stdio"}, "`ground_truth_answer`, which dataset.data_type=general"),
+        ("code", {"kind": "general"}, {"test_method": "stdio"}, "`ground_truth_answer`, which reward.kind=general"),
+        ("code", {"function": "benchmarks.coin_flip:coin_flip"}, {"ground_truth_answer": "1"}, None),
+        ("math", {"kind": "judge", "judge": JudgeConfig("http://x/v1", "m")}, {"test_method": "stdio"}, None),
+    ],
+)
+def test_tasks_that_no_response_could_pass_are_refused(kind, reward, record, lacks):
+    scorer = make_scorer(RewardConfig(**reward), kind)
+    both = {"ground_truth_answer": "1", "test_method": "stdio"}
+    tasks = [Task(str(n), "q", one.get("ground_truth_answer"), one) for n, one in enumerate((both, record))]
+    if lacks is None:
+        assert check_tasks(scorer, tasks, "dataset.train_dataset") is None
+    else:
+        with pytest.raises(UserError, match=f"dataset.train_dataset: task '1' has no {lacks} .*set .* to"):
+            check_tasks(scorer, tasks, "dataset.train_dataset")
 
 
 def test_the_rewards_of_the_docs(tmp_path, monkeypatch):

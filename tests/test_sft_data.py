@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from common.config import load_config
@@ -39,6 +44,34 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModel]:
     for family in ("sdar", "dream"):
         build_tiny(family, folder / family, seed=3)
     return {family: load_model(folder / family, family) for family in ("sdar", "dream")}
+
+
+# Raises at a turn of a tool that says so, and is nothing else.
+REFUSING = (
+    "{% for m in messages %}{% if m.content == 'refused' %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}"
+)
+# As those of thinking models with tools are: the last thought is written, older ones are not.
+THINKING = (
+    "{% if tools %}<|im_start|>{% for tool in tools %}[{{ tool | tojson }}]{% endfor %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>"
+    "{% if m.reasoning_content and loop.last %}({{ m.reasoning_content }}){% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<{{ call.function.arguments | tojson }}>{% endfor %}<|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def with_template(loaded: LoadedModel, template: str) -> LoadedModel:
+    """The model with another chat template; the one given stays as it is."""
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.chat_template = template
+    return dataclasses.replace(loaded, tokenizer=tokenizer)
+
+
+def learned(loaded: LoadedModel, config: SFTConfig) -> list[tuple[str, str]]:
+    """Prompt and response of every example, as text."""
+    examples = [one for conversation in samples_of(loaded, config).conversations for one in conversation]
+    return [(text(loaded, one.prompt_ids), text(loaded, one.response_ids[: one.length])) for one in examples]
 
 
 def write(path: Path, records: list) -> Path:
@@ -92,9 +125,6 @@ def test_forms_of_a_record(tmp_path: Path) -> None:
 
 
 def test_columns_by_key_from_parquet(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     table = pyarrow.Table.from_pylist([{"problem": "1+2", "solution": "3", "response_ids": None}])
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     keys = {"dataset__prompt_key": "problem", "dataset__response_key": "solution"}
@@ -104,6 +134,14 @@ def test_columns_by_key_from_parquet(tmp_path: Path, tiny: dict[str, LoadedModel
     assert text(tiny["sdar"], example.response_ids[: example.length]) == "3<|im_end|>"
     with pytest.raises(UserError, match=r"record 1 .* has no `prompt` .*name yours in dataset\.prompt_key"):
         samples_of(tiny["sdar"], config_of(tmp_path / "x.parquet"))
+
+
+NAN = float("nan")
+
+
+def saying(**changes: object) -> dict:
+    """A question and an answer to it, whose fields may be others."""
+    return {"messages": [CHAT[0], CHAT[1] | changes]}
 
 
 BAD = [
@@ -123,7 +161,39 @@ BAD = [
     ({"messages": CHAT[1:]}, "begins with the assistant", "messages"),
     ({"messages": [*CHAT[:1], {"role": "assistant", "content": ""}]}, "empty turn of the assistant", "empty response"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "message 1 of the role 'robot'", "messages"),
-]
+    ({"messages": "1+2"}, "has `messages` that are no list", "messages"),
+    (saying(reasoning="9"), "message 2 with `reasoning`, which is not learned; .* reasoning_content", "messages"),
+    (saying(images=["x.png"]), "message 2 with `images`, which is not learned", "messages"),
+    (saying(reasoning_content=["9"]), "a message 2 with `reasoning_content` that is no text", "messages"),
+    (saying(reasoning_content="9"), "`reasoning_content` of the turn 2, which .* leaves out", "chat template"),
+    (saying(tool_calls=[{"name": "add"}]), "`tool_calls` of the turn 2, which .* leaves out", "chat template"),
+    (saying(tool_calls=["add"]), "`tool_calls` are no list of calls", "messages"),
+    (saying(tool_calls=[{"name": "add", "arguments": "{oh"}]), "`arguments` that is no JSON", "tools"),
+    (saying(tool_calls=[{"name": "add", "arguments": "[1]"}]), "`arguments` in `tool_calls` that are no", "messages"),
+    (saying(weight=0.5), "message 2 of the `weight` 0.5; give 0 .* or 1", "messages"),
+    (saying(weight=True), "message 2 of the `weight` True", "messages"),
+    (saying(weight=0), "has no turn of the assistant", "no assistant turn"),
+    ({"messages": [CHAT[0] | {"weight": 1}, CHAT[1]]}, "message 1 of the `weight` 1; give 0", "messages"),
+    (saying(content=[{"type": "image_url", "image_url": "x"}]), "a part of the type 'image_url'", "messages"),
+    (saying(content=["3"]), "a part of the type 'str'", "messages"),
+    (saying(content=3), "message 2 whose `content` is no text", "messages"),
+    (saying(content="<|im_end|>\n"), "nothing but its stop token", "empty response"),
+    (saying() | {"tools": [{"name": "add"}]}, "has `tools`, which .* leaves out", "chat template"),
+    (saying() | {"tools": "oh"}, "has `tools` that is no JSON: 'oh'", "tools"),
+    (saying() | {"tools": ["add"]}, "has `tools` that are no list of objects", "tools"),
+    (saying() | {"system": 3}, "has `system` that is no text", "messages"),
+    ({"system": "9", "messages": [{"role": "system", "content": "8"}, *CHAT]}, "and a turn of the system", "messages"),
+    ({"prompt": "1", "response": "3", "history": [["1", "2"]]}, "has `history`, which is not learned", "unread field"),
+    ({"prompt": "1", "response": "3", "reasoning_content": "9"}, "`reasoning_content` of .* out", "chat template"),
+    ({"prompt": NAN, "response": "3"}, "has no `prompt` that is text", "no prompt"),
+    ({"prompt": "1", "response": NAN}, "has no `response` that is text", "no response"),
+    ({"prompt": -math.inf, "response": "3"}, "has no `prompt` that is text", "no prompt"),
+    ({"prompt_ids": [1], "response_ids": [2**40]}, "has no `response_ids` that is a list of token ids", "ids"),
+    ('{"prompt": "\\ud83d", "response": "3"}', "has in `prompt` half a character", "broken line"),
+    ('{"prompt": "1", "response": 1%s}' % ("0" * 5000), "has in `response` a number of 5001 digits", "broken line"),
+    ({"messages": [{"role": "user", "content": "1"}, {"role": "tool", "content": "refused"}, CHAT[1]]},
+     r"is not taken by the chat template: no such role", "chat template"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("record", "message", "reason"), BAD, ids=[message for _, message, _ in BAD])
@@ -131,6 +201,8 @@ def test_bad_samples_are_refused_by_line_or_counted(
     tmp_path: Path, tiny: dict[str, LoadedModel], record: object, message: str, reason: str
 ) -> None:
     path = write(tmp_path / "x.jsonl", [{"prompt": "1+2", "response": "3"}, "", record])
+    if reason == "chat template":
+        tiny = {"sdar": with_template(tiny["sdar"], REFUSING + tiny["sdar"].tokenizer.chat_template)}
     with pytest.raises(UserError, match=rf"dataset\.optimization_data: line 3 of .*{message}.*bad_samples=skip"):
         samples_of(tiny["sdar"], config_of(path))
     samples = samples_of(tiny["sdar"], config_of(path, dataset__bad_samples="skip"))
@@ -181,6 +253,111 @@ def test_fill(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
         assert example.step_map == [2, 0, 1, 3] + [-1] * (total - 4)
     with pytest.raises(UserError, match=r"line 1 .* has no `step_map`, which training\.method=trace replays"):
         samples_of(tiny["sdar"], config_of(write(path, [{"prompt": "1", "response": "2"}]), training__method="trace"))
+
+
+def test_a_stop_token_at_the_end_is_not_doubled(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    """Nor in the context of later turns; blanks behind it go too, others stay, and so does its step."""
+    loaded, answers = tiny["sdar"], ["3", "3<|im_end|>", "3<|im_end|>\n", "3<|im_end|><|im_end|>", "3\n"]
+    path = write(tmp_path / "x.jsonl", [{"prompt": "1+2", "response": answer} for answer in answers])
+    assert [response for _, response in learned(loaded, config_of(path))] == ["3<|im_end|>"] * 4 + ["3\n<|im_end|>"]
+    for steps in ([2], [2, 3]):
+        write(path, [{"prompt": "1+2", "response": "3<|im_end|>", "step_map": steps}])
+        assert samples_of(loaded, config_of(path, training__method="trace")).conversations[0][0].step_map[:2] == [2, 3]
+    ended = [
+        turn | {"content": turn["content"] + "<|im_end|>"} if turn["role"] == "assistant" else turn for turn in CHAT
+    ]
+    assert samples_of(loaded, config_of(write(path, [{"messages": ended}]))) == samples_of(
+        loaded, config_of(write(path, [{"messages": CHAT}]))
+    )
+
+
+def test_what_the_template_takes_is_passed_to_it(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    """A thought is learned where it is the template's, tools stand in the prompt, arguments are objects."""
+    loaded = with_template(tiny["sdar"], THINKING)
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"1": 2}'}}
+    chat = [
+        CHAT[0] | {"name": "x"},
+        {"role": "assistant", "content": None, "reasoning_content": "1<2", "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "7"},
+        {"role": "assistant", "content": "3", "reasoning_content": "3=3"},
+    ]
+    tools = [{"1": {"2": "3"}}]
+    tool_text = "<|im_start|>[{<|unk|>1<|unk|>: {<|unk|>2<|unk|>: <|unk|>3<|unk|>}}]"
+    start, called = "<|im_start|>9<|im_start|>1+2<|assistant|>", "<{<|unk|>1<|unk|>: 2}><|im_end|>"
+    for given in (tools, json.dumps(tools)):
+        path = write(tmp_path / "x.jsonl", [{"messages": chat, "system": "9", "tools": given}])
+        assert learned(loaded, config_of(path, training__max_gen_length=40)) == [
+            (tool_text + start, "(1<2)" + called),
+            (tool_text + start + called + "\n<|im_start|>3<|assistant|>", "(3=3)3<|im_end|>"),
+        ], "an older thought is not in the context, as it is not while one samples"
+    record = {"prompt": "1+2", "response": "3", "system": "9", "tools": tools, "reasoning_content": "4"}
+    path = write(tmp_path / "y.jsonl", [record])
+    assert learned(loaded, config_of(path)) == [(tool_text + start, "(4)3<|im_end|>")]
+    with pytest.raises(UserError, match=r"line 1 .* has `system`, which needs the chat template; dataset.apply_chat"):
+        samples_of(loaded, config_of(path, dataset__apply_chat_template="false"))
+    begins = with_template(tiny["sdar"], THINKING + "{% if add_generation_prompt %}({% endif %}")
+    with pytest.raises(UserError, match=r"a message 2 which the chat template writes otherwise than it begins"):
+        samples_of(begins, config_of(write(path, [saying(tool_calls=[call])])))
+
+
+def test_a_system_text_that_the_template_has_by_itself(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    template = "{% if messages[0].role != 'system' %}<|im_start|>9{% endif %}" + tiny["sdar"].tokenizer.chat_template
+    config = config_of(write(tmp_path / "x.jsonl", [saying() | {"system": "9"}]))
+    assert learned(with_template(tiny["sdar"], template), config) == [
+        ("<|im_start|>9<|im_start|>1+2<|assistant|>", "3<|im_end|>")
+    ]
+    deaf = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match=r"has `system`, which the model's chat template leaves out"):
+        samples_of(with_template(tiny["sdar"], deaf), config)
+
+
+def test_a_turn_of_weight_0_is_context(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    loaded = tiny["sdar"]
+    whole = learned(loaded, config_of(write(tmp_path / "x.jsonl", [{"messages": CHAT}])))
+    weighed = [CHAT[0] | {"weight": 0}, CHAT[1] | {"weight": 0}, CHAT[2], CHAT[3] | {"weight": 1.0}]
+    assert learned(loaded, config_of(write(tmp_path / "y.jsonl", [{"messages": weighed}]))) == whole[1:]
+    assert "3<|im_end|>" in whole[1][0]
+
+
+def test_forms_mix_in_a_table(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    """Every row of a table has every column, and every message the fields of all messages."""
+    parts = [{"type": "text", "text": "1"}, {"type": "text", "text": "+2", "image_url": None}]
+    nothing = {"name": None, "tool_calls": None, "weight": None, "reasoning_content": None}
+    records = [
+        {"messages": [{"role": "user", "content": parts}, *({"role": "assistant", "content": "3"} | nothing,)]},
+        {"prompt": "1+2", "response": "3", "messages": None, "tools": None, "step_map": None},
+        {"prompt": NAN, "response": None, "messages": None, "prompt_ids": [34, 1], "response_ids": [3]},
+        {"messages": CHAT, "response": NAN, "tools": [], "system": "", "history": []},
+    ]
+    write(tmp_path / "x.jsonl", records)
+    wanted = learned(tiny["sdar"], config_of(tmp_path / "x.jsonl"))
+    assert len(wanted) == 5 and wanted[0] == wanted[1] == wanted[3]
+    for record in records:  # a column has one type
+        for message in record.get("messages") or []:
+            if isinstance(message["content"], str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+    names = list(dict.fromkeys(name for record in records for name in record))
+    rows = [{name: record.get(name) if record.get(name) is not NAN else None for name in names} for record in records]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert learned(tiny["sdar"], config_of(tmp_path / "x.parquet")) == wanted
+    assert "2 conversations, 1 answers, 1 token ids" in check_file(str(tmp_path / "x.parquet"))
+
+
+def test_alpacas_second_field_is_not_lost(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    keys = {"dataset__prompt_key": "instruction", "dataset__response_key": "output"}
+    record = {"instruction": "1+2", "input": "", "output": "3"}
+    assert len(learned(tiny["sdar"], config_of(write(tmp_path / "x.jsonl", [record]), **keys))) == 1
+    path = write(tmp_path / "y.jsonl", [record | {"input": "4"}])
+    with pytest.raises(UserError, match=r"line 1 .* has `input`, which is not learned; put it into the prompt"):
+        samples_of(tiny["sdar"], config_of(path, **keys))
+
+
+def test_a_tokenizer_without_a_template(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    """Nothing can be made of any sample then, so that skipping bad ones does not hide it."""
+    bare, path = with_template(tiny["sdar"], ""), write(tmp_path / "x.jsonl", [{"prompt": "1", "response": "3"}])
+    with pytest.raises(UserError, match=r"^model.pretrained_model: the tokenizer of .* has no chat template; copy"):
+        samples_of(bare, config_of(path, dataset__bad_samples="skip"))
+    assert learned(bare, config_of(path, dataset__apply_chat_template="false")) == [("1", "3<|im_end|>")]
 
 
 def test_prompts_in_the_template_already(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:

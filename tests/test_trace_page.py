@@ -177,3 +177,12 @@ def test_the_command(tiny_sdar: Path, tmp_path: Path) -> None:
         main(load_config("trace", arguments))
     with pytest.raises(UserError, match="samples: no file nowhere"):
         main(load_config("trace", [*arguments, "samples=nowhere.jsonl"]))
+    for line, fault in {
+        '{"task_id": "0", "step': "line 1 of .* is not valid JSON",
+        '{"task": 0, "response": "x"}': "line 1 of .* is no response as eval.py and rl.py write them",
+        '{"task_id": "0", "step_map": [0]}': "line 1 of .* is no response as eval.py and rl.py write them",
+        '{"task_id": "0", "step_map": []}': "holds no traces",
+    }.items():
+        (tmp_path / "samples.jsonl").write_text(line + "\n")
+        with pytest.raises(UserError, match=f"samples: .*{fault}"):
+            main(load_config("trace", [*arguments, f"samples={tmp_path}/samples.jsonl"]))

@@ -97,6 +97,19 @@ def test_without_values_advantages_would_be_the_group_s(drawn: Drawn, tiny_sdar:
     assert figures["loss"] == pytest.approx(-0.5, abs=1e-5)
 
 
+def test_the_value_model_learns_where_the_policy_has_no_signal(drawn: Drawn, tiny_sdar: Path) -> None:
+    """Importance weights of 0 leave the policy without advantages; the value model has its errors all the same."""
+    drawn.learn()
+    policy, critic = drawn.learner.network, critic_of(tiny_sdar)
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    far = [replace(s.trajectory, logp=[one + 1000 for one in s.trajectory.logp]) for s in drawn.samples]
+    samples = [replace(one, trajectory=other, reward=1.0) for one, other in zip(drawn.samples, far)]
+    rows = [drawn.learn(samples, False, critic, tis_cap=1.0, updates_per_step=2) for _ in range(2)]
+    assert all(row["updates"] == 0 and row["updates_skipped"] == 2 for row in rows)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
+    assert rows[1]["value_loss"] < rows[0]["value_loss"]
+
+
 def test_a_value_run_resumes_exactly(tiny_sdar: Path, tmp_path: Path) -> None:
     keys = SHORT | {"model__value_base_model": tiny_sdar, "experiment__train_value_every": 2}
     keys |= {"optimizer__params__value_learning_rate": 1e-3, "training__updates_per_step": 1}

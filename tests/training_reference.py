@@ -88,7 +88,7 @@ def random_trajectory(
 def trace_views(
     trajectory: Trajectory, block_size: int, mask_id: int, shrink: int = 1, post_num: int = 0
 ) -> list[PlainView]:
-    """TraceRL's views: for every block, every `shrink` neighbouring distinct steps of it."""
+    """TraceRL's views: for every block, every `shrink` neighbouring distinct steps of it, which are one step then."""
     prompt, response, step_map = trajectory.prompt_ids, trajectory.response_ids, trajectory.step_map
     views = []
     for start in range(0, len(prompt) + len(response), block_size):
@@ -105,7 +105,7 @@ def trace_views(
                     view.offsets.append(offset)
                     view.targets.append(token)
                     view.response_indices.append(i)
-                    view.steps.append(step_map[i])
+                    view.steps.append(merged[0])
             if view.offsets:
                 views.append(view)
     return views

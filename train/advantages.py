@@ -6,13 +6,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from common.errors import UserError
+
+ROUNDING = 1e-12  # of a reward, relative
+
 
 def group_advantages(rewards: Sequence[float]) -> np.ndarray:
-    """The z-score of each reward in its group, population deviation; 0 where all are equal (GRPO)."""
+    """The z-score of each reward in its group, population deviation; 0 where all are equal (GRPO).
+
+    Rewards that differ by rounding only, as means over different numbers of equal terms do, are equal. UserError where
+    rewards or their deviation are not finite, or the deviation underflows to 0.
+    """
     values = np.asarray(rewards, dtype=np.float64)
-    if (values == values[0]).all():  # asked of the values: rounding can leave equal ones a deviation of 1e-17
-        return np.zeros_like(values)
-    return (values - values.mean()) / values.std()
+    low, high = values.min(), values.max()
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite([low, high]).all() and high - low <= ROUNDING * max(abs(low), abs(high)):
+            return np.zeros_like(values)
+        deviation = values.std()
+    if not 0 < deviation < np.inf:
+        raise UserError(
+            f"rewards from {low:g} to {high:g} for one task cannot be compared: their deviation is {deviation:g}; "
+            "scale what reward.function (or the judge) returns to moderate numbers"
+        )
+    return (values - values.mean()) / deviation
 
 
 def keep_group(correct: Sequence[bool], bounds: Sequence[float] | None) -> bool:

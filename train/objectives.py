@@ -75,7 +75,7 @@ def loss_weights(rows: Sequence[Row], loss_norm: str, max_gen_length: int, noisi
 
     token: the mean over all predicted tokens. length: the sum over a response's predicted tokens / max_gen_length,
     mean over the responses and over the `noisings` of each (random masking). step: the mean within each trace step,
-    summed over the steps, mean over responses.
+    summed over the steps (those that `shrink` merged are one), mean over responses.
     """
     trajectory = np.concatenate([np.full(len(row.target), row.trajectory) for row in rows])
     step = np.concatenate([row.step for row in rows])

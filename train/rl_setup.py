@@ -21,7 +21,7 @@ from data.tasks import load_tasks
 from models import LoadedModel, load_model, load_network
 from models.lora import add_lora
 from models.value import load_value
-from reward.score import make_scorer
+from reward.score import check_tasks, make_scorer
 from rollout.collect import Scorer
 from rollout.report import RunPage
 from sample.engine import Engine
@@ -72,8 +72,11 @@ def read_inputs(config: RLConfig) -> Inputs:
             f"rollout.num_task_per_step: {config.rollout.num_task_per_step} is more than the {len(tasks)} tasks "
             f"of dataset.train_dataset {config.dataset.train_dataset}"
         )
+    scorer = make_scorer(config.reward, config.dataset.data_type)
+    check_tasks(scorer, tasks, "dataset.train_dataset")
+    check_tasks(scorer, eval_tasks, "evaluation.eval_dataset")
     view_method(config.training.method)
-    return Inputs(tasks, eval_tasks, make_scorer(config.reward, config.dataset.data_type))
+    return Inputs(tasks, eval_tasks, scorer)
 
 
 def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> Run:

@@ -35,7 +35,7 @@ class StepTokens:
     rows: list[Row]
     engine_logp: Tensor
     old_logp: Tensor
-    logp_ref: Tensor
+    logp_ref: Tensor | None  # None: the policy's own before the step's only update, which the loss has at hand
     advantage: Tensor
     recomputed: bool  # old_logp is the trainer's own, on these views
     mismatch: dict[str, float] | None  # None: to be measured in the first update
@@ -50,6 +50,7 @@ class Part:
     rows: list[Row]
     tokens: np.ndarray  # (predicted,) index into StepTokens' fields
     fields: TokenFields
+    own_reference: bool  # the KL is to the policy that the update starts from: fields.logp_ref does not count
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Totals:
 
     updates: int = 0
     bad_steps: int = 0
+    skipped: int = 0  # updates in which no advantage differs from 0
     tokens: int = 0
     terms: int = 0  # ratios: of tokens, or of sequences
     sums: dict[str, float] = field(default_factory=dict)
@@ -84,6 +86,7 @@ class Totals:
 
     def means(self) -> dict[str, float]:
         figures: dict[str, float] = {"updates": self.updates, "bad_steps": self.bad_steps}
+        figures["updates_skipped"] = self.skipped
         if self.updates == 0:
             return figures
         per = {"loss": self.updates, "grad_norm": self.updates, "kl": self.terms, "clip_fraction": self.terms}
@@ -149,19 +152,23 @@ def starting_point(
     engine_logp = gather(rows, samples, lambda trajectory: trajectory.logp)
     auto = training.old_logp == "auto" and not (replays and exact and training.tis_cap is None)
     recomputed = training.old_logp == "recompute" or auto
-    old_logp, mismatch = engine_logp, None
-    if recomputed:
+    # the KL's reference is the trainer's own, or the engine's where the two are the same
+    own_reference = training.kl_reference == "old" and training.updates_per_step == 1
+    old_logp, logp_ref, mismatch = engine_logp, None if own_reference else engine_logp, None
+    if recomputed or (training.kl_reference == "old" and not own_reference and not (replays and exact)):
         temperature = samples[0].trajectory.temperature
         batches = micro_batches(rows, training.tokens_per_micro_batch)
-        old_logp = batch_logp(learner, batches, len(engine_logp), temperature)
-        mismatch = mismatch_of(old_logp, engine_logp) if replays else None
+        present = batch_logp(learner, batches, len(engine_logp), temperature)
+        old_logp = present if recomputed else engine_logp
+        logp_ref = None if own_reference else present
+        mismatch = mismatch_of(present, engine_logp) if replays else None
     if not replays:
         _, *logp = replay(learner, samples[: training.mismatch_sample], training, layout)
         mismatch = mismatch_of(*logp)
     if mismatch and exact:
         check_ratios(mismatch["logp_diff_max"])
     advantage = torch.tensor([samples[number].advantage for number in trajectory_of(rows)], dtype=torch.float32)
-    return StepTokens(rows, engine_logp, old_logp, old_logp, advantage, recomputed, mismatch)
+    return StepTokens(rows, engine_logp, old_logp, logp_ref, advantage, recomputed, mismatch)
 
 
 def truncated_weights(
@@ -192,11 +199,11 @@ def shares(
         weight = loss_weights(rows, training.loss_norm, max_gen_length, noisings(training))
         fields = TokenFields(
             step.old_logp[tokens],
-            step.logp_ref[tokens],
+            (step.old_logp if step.logp_ref is None else step.logp_ref)[tokens],
             step.advantage[tokens],
             torch.tensor(weight, dtype=torch.float32),
         )
-        yield Part(rows, tokens, fields)
+        yield Part(rows, tokens, fields, own_reference=step.logp_ref is None)
 
 
 def update_policy(
@@ -207,16 +214,22 @@ def update_policy(
     temperature: float,
     exact: bool,
 ) -> dict[str, float]:
-    """One update of the policy for every part; the figures of the step."""
+    """One update of the policy for every part that has a signal; the figures of the step.
+
+    Where every advantage is 0 only the KL would be left, and of its rounding noise Adam makes full steps.
+    """
     totals = Totals()
-    for number, part in enumerate(parts):
+    for part in parts:
+        if not ranks.any_rank(bool(part.fields.advantage.any())):
+            totals.skipped += 1
+            continue
         first = None
-        if number == 0 and step.mismatch is None:
+        if step.mismatch is None:
             first = FirstLogp(step.engine_logp[part.tokens], exact)
         batches, now = micro_batches(part.rows, training.tokens_per_micro_batch), Totals()
         if training.ratio_level == "sequence":
             present = part.fields.old_logp
-            if number > 0 or not step.recomputed:
+            if totals.updates > 0 or not step.recomputed:
                 present = batch_logp(learner, batches, len(present), temperature)
             loss = sequence_step_loss(learner, part, present, training, temperature, now, first)
         else:
@@ -230,6 +243,14 @@ def update_policy(
             totals.take(now)
         else:
             totals.bad_steps += 1
+    if totals.skipped:
+        console.print(f"{totals.skipped} of {len(parts)} updates skipped: every advantage is 0, as of equal rewards")
+    if step.mismatch is None and parts:  # all were skipped
+        batches = micro_batches(parts[0].rows, training.tokens_per_micro_batch)
+        engine_logp = step.engine_logp[parts[0].tokens]
+        step.mismatch = mismatch_of(batch_logp(learner, batches, len(engine_logp), temperature), engine_logp)
+        if exact:
+            check_ratios(step.mismatch["logp_diff_max"])
     return totals.means()
 
 
@@ -248,6 +269,8 @@ def token_step_loss(
         fields = part.fields.select(torch.from_numpy(batch.predicted)).to(logp.device)
         if training.old_logp == "detach":
             fields = replace(fields, old_logp=logp.detach())
+        if part.own_reference:
+            fields = replace(fields, logp_ref=logp.detach())
         result = clipped_loss(logp, fields, training)
         if first is not None:
             first.see(batch.predicted, logp)
@@ -282,7 +305,7 @@ def sequence_step_loss(
     old_logp = present if training.old_logp == "detach" else part.fields.old_logp
     fields = TokenFields(
         per_response(old_logp),
-        per_response(part.fields.logp_ref),
+        per_response(present if part.own_reference else part.fields.logp_ref),
         per_response(part.fields.advantage),
         torch.full((count,), 1 / count),
     )

@@ -19,6 +19,8 @@ from train.advantages import group_advantages, keep_group, trace_advantages
 from train.packing import Row, make_rows
 from train.views import RL_METHODS, Views
 
+LARGEST_REWARD = 1e15  # summed over ten thousand tokens and squared it is still a float32
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -58,12 +60,12 @@ def kept_samples(
         group = [rollout for rollout in whole if rollout.score.verdict != "infrastructure"]
         if not group or not keep_group([rollout.score.correct for rollout in group], bounds):
             continue
-        rewards = [rollout.score.reward for rollout in group]
-        if drop_equal and len(set(rewards)) == 1:
+        advantages = group_advantages([rollout.score.reward for rollout in group])
+        if drop_equal and not advantages.any():
             continue
         samples += [
             Sample(rollout.trajectory, advantage, rollout.score.reward, rollout.score.token_rewards)
-            for rollout, advantage in zip(group, group_advantages(rewards).tolist())
+            for rollout, advantage in zip(group, advantages.tolist())
         ]
     return samples
 
@@ -125,25 +127,23 @@ def value_targets(
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns of every predicted token, (predicted,) each, from the value model's `values`.
 
-    The rows are those of traces: the views of a trajectory, in their order, are the trace's steps. An outcome's reward
-    lies on the tokens of the last predicted step, process rewards on every token.
+    The rows are those of traces, and steps that were merged are one. An outcome's reward lies on the tokens of the last
+    predicted step, process rewards on every token. UserError where a reward is too large for the loss, in float32.
     """
-    trajectory, step = trajectory_of(rows), view_of(rows)
+    trajectory, step = trajectory_of(rows), np.concatenate([row.step for row in rows])
     index = np.concatenate([row.response_index for row in rows])
     value = values.double().numpy()
     advantages, returns = np.zeros_like(value), np.zeros_like(value)
     for number in np.unique(trajectory):
         own = np.flatnonzero(trajectory == number)
         reward = token_rewards(samples[number], index[own], step[own])
+        if (largest := np.abs(reward).max()) > LARGEST_REWARD:
+            raise UserError(
+                f"task '{samples[number].trajectory.task_id}': a reward of size {largest:g}; a value model learns "
+                "rewards as they are, so scale what reward.function (or the judge) returns to moderate numbers"
+            )
         advantages[own], returns[own] = trace_advantages(reward, value[own], step[own], gamma, lam)
     return torch.tensor(advantages, dtype=torch.float32), torch.tensor(returns, dtype=torch.float32)
-
-
-def view_of(rows: Sequence[Row]) -> np.ndarray:
-    """A number for the view of every predicted token, ascending over the rows, (predicted,)."""
-    # under full attention a row is one view, its number in the row 0
-    pairs = [np.stack([np.full(len(row.target), n), row.view[row.predict_at]], 1) for n, row in enumerate(rows)]
-    return np.unique(np.concatenate(pairs), axis=0, return_inverse=True)[1].ravel()
 
 
 def token_rewards(sample: Sample, index: np.ndarray, step: np.ndarray) -> np.ndarray:

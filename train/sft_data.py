@@ -11,11 +11,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
+from common.records import Record
 from common.schema import SFTConfig, SFTDatasetConfig
-from data.sft_records import Answer, BadSample, Ids, Sample, Unwanted, load_samples
+from data.sft_records import Answer, BadSample, Chat, Ids, Sample, Unwanted, load_samples
 from models import LoadedModel
 from models.family import Family
-from models.prompts import end_of_turn, instruction, turns_text
+from models.prompts import ChatTemplateError, end_of_turn, instruction, turns_text
 from train.views import Example
 
 # Examples of one conversation, each of whose prompts goes on from the example before it. Under block attention they
@@ -84,7 +85,10 @@ def usable(
         try:
             if isinstance(sample, BadSample):
                 raise sample
-            yield make(sample)
+            try:
+                yield make(sample)
+            except ChatTemplateError as error:
+                raise BadSample("chat template", f"is not taken by the chat template: {error.reason}") from None
         except Unwanted as error:
             samples.left_out[error.reason] += 1
         except BadSample as error:
@@ -113,32 +117,94 @@ def instruction_of(config: SFTConfig, family: Family) -> str:
 def encode_sample(
     sample: Sample, tokenizer: PreTrainedTokenizerBase, dataset: SFTDatasetConfig, around: str, stop: int
 ) -> list[Example]:
-    """One example for each of the assistant's turns, not filled up, texts ended by `stop`; BadSample if unfit.
+    """One example for each of the assistant's turns, not filled up, texts ended by `stop`.
 
-    Ids stay as they are: text is never made of them and tokenised again.
+    BadSample if unfit, ChatTemplateError if the template says so. Ids stay as they are: text is never made of them and
+    tokenised again.
     """
-
-    def ids_of(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
     if isinstance(sample, Ids):
         ends = [n for n, token in enumerate(sample.response_ids, 1) if token in (stop, tokenizer.eos_token_id)]
         length = sample.length or (ends[0] if ends else len(sample.response_ids))
         return [Example(sample.prompt_ids, sample.response_ids, length, sample.step_map)]
-    if isinstance(sample, Answer):
-        prompt = sample.prompt
-        if dataset.apply_chat_template:
-            question = around.replace("{question}", prompt)
-            prompt = turns_text(tokenizer, [{"role": "user", "content": question}])
-        response = [*ids_of(sample.response), stop]
-        return [Example(ids_of(prompt), response, len(response), whole_step_map(sample.step_map, len(response)))]
     examples = []
-    for number, turn in enumerate(sample.messages):
-        if turn["role"] == "assistant":
-            prompt = ids_of(turns_text(tokenizer, sample.messages[:number]))
-            response = [*ids_of(turn["content"]), stop]
-            examples.append(Example(prompt, response, len(response)))
+    for prompt, response in _texts(sample, tokenizer, dataset, around, stop):
+        if not response.strip():
+            raise BadSample("empty response", "has a response that is nothing but its stop token")
+        ids = [*tokenizer.encode(response, add_special_tokens=False), stop]
+        steps = whole_step_map(sample.step_map, len(ids)) if isinstance(sample, Answer) else None
+        examples.append(Example(tokenizer.encode(prompt, add_special_tokens=False), ids, len(ids), steps))
     return examples
+
+
+def _texts(
+    sample: Answer | Chat, tokenizer: PreTrainedTokenizerBase, dataset: SFTDatasetConfig, around: str, stop: int
+) -> Iterator[tuple[str, str]]:
+    """Prompt, and response without its stop token, of every turn to be learned."""
+    if isinstance(sample, Answer) and not dataset.apply_chat_template:
+        for field in ("system", "tools", "reasoning_content"):
+            if getattr(sample, field):
+                told = f"has `{field}`, which needs the chat template; dataset.apply_chat_template is False"
+                raise BadSample("chat template", told)
+        yield sample.prompt, without_stop(sample.response, tokenizer, stop)
+        return
+    if isinstance(sample, Answer):
+        answer = {"role": "assistant", "content": sample.response}
+        if sample.reasoning_content:
+            answer["reasoning_content"] = sample.reasoning_content
+        messages = [{"role": "user", "content": around.replace("{question}", sample.prompt)}, answer]
+    else:
+        messages = sample.messages
+    said = {place for place, turn in enumerate(messages) if turn["role"] == "assistant"}
+    messages = [
+        turn | {"content": without_stop(turn["content"], tokenizer, stop)} if place in said else turn
+        for place, turn in enumerate(messages)
+    ]
+    system = [{"role": "system", "content": sample.system}] if sample.system else []
+    check_taken(tokenizer, system, messages, sample.tools)
+    for place in sorted(said - set(sample.context_only if isinstance(sample, Chat) else ())):
+        before, turn = [*system, *messages[:place]], messages[place]
+        prompt = turns_text(tokenizer, before, tools=sample.tools)
+        if turn.keys() == {"role", "content"}:
+            yield prompt, turn["content"]
+            continue
+        whole = turns_text(tokenizer, [*before, turn], whole=True, tools=sample.tools)
+        if not whole.startswith(prompt):
+            told = f"has a message {place + 1} which the chat template writes otherwise than it begins an answer"
+            raise BadSample("chat template", told)
+        yield prompt, without_stop(whole.removeprefix(prompt), tokenizer, stop)
+
+
+def without_stop(text: str, tokenizer: PreTrainedTokenizerBase, stop: int) -> str:
+    """A response without the stop tokens, and the blanks behind them, that it already ends in."""
+    ends = {tokenizer.convert_ids_to_tokens(stop), tokenizer.eos_token} - {None}
+    while end := next((end for end in ends if text.rstrip().endswith(end)), None):
+        text = text.rstrip().removesuffix(end)
+    return text
+
+
+def check_taken(
+    tokenizer: PreTrainedTokenizerBase, system: list[Record], messages: list[Record], tools: list[Record] | None
+) -> None:
+    """BadSample where the chat template leaves out what a sample holds: it says the same without."""
+
+    def written(turns: list[Record], whole: bool = False) -> str:
+        return turns_text(tokenizer, [*system, *turns], whole, tools)
+
+    left_out = []
+    if tools and written(messages[:1]) == turns_text(tokenizer, [*system, messages[0]]):
+        left_out.append("`tools`")
+    # A template may have the same words for where there are none, so leaving them out need not change anything.
+    if system and system[0]["content"].strip() not in written(messages[:1]):
+        left_out.append("`system`")
+    for place, turn in enumerate(messages):
+        for name in ("reasoning_content", "tool_calls"):
+            without = {key: value for key, value in turn.items() if key != name}
+            before = messages[:place]
+            if name in turn and written([*before, turn], True) == written([*before, without], True):
+                left_out.append(f"`{name}` of the turn {place + 1}")
+    if left_out:
+        told = f"has {left_out[0]}, which the model's chat template leaves out; leave it out or take another template"
+        raise BadSample("chat template", told)
 
 
 def whole_step_map(step_map: list[int] | None, length: int) -> list[int] | None:

@@ -25,7 +25,7 @@ from data.tasks import load_tasks
 from models import LoadedModel, load_model, load_network, save_model
 from models.lora import add_lora
 from models.tiny import build_tiny
-from reward.score import make_scorer
+from reward.score import check_tasks, make_scorer
 from rollout.evaluate import evaluate
 from sample.engine import Engine
 from train.devices import make_accelerator, whole_networks, whole_weights
@@ -112,6 +112,7 @@ def set_up(config: SFTConfig) -> tuple[Run, Samples]:
     located = read_samples(dataset)
     tasks = load_tasks(dataset.eval_dataset, "dataset.eval_dataset") if dataset.eval_dataset else []
     tasks = tasks[: config.evaluation.num_task or None]
+    check_tasks(make_scorer(RewardConfig(), dataset.data_type), tasks, "dataset.eval_dataset")
     if training.stop_at_accuracy is not None and not tasks:
         raise UserError("dataset.eval_dataset: empty, but training.stop_at_accuracy needs tasks to measure it on")
 

@@ -27,7 +27,7 @@ class Views:
     targets: np.ndarray  # (views, width) clean ids
     predict: np.ndarray  # (views, width) bool
     response_index: np.ndarray  # (views, width) index into the response, negative in the prompt
-    step: np.ndarray  # (views, width) step of the trace at which a token was unmasked; without a trace, the noising
+    step: np.ndarray  # (views, width) the trace's step, the first of those merged; without a trace, the noising
     weight: np.ndarray | None = None  # (views, width) of each prediction in the loss of finetuning; None: 1
     causal: bool = False  # each token sees those before it, and nothing is masked
 
@@ -100,7 +100,8 @@ def trace_views(
     masked = (group_drawn & (group_trace >= first_step[:, None])) | (grid.in_response & ~drawn)[group_row]
     predict = masked & group_drawn & (group_trace <= last_step[:, None])
     predict &= grid.response_index[group_row] < trajectory.length + post_num
-    return _views(grid, group_row, masked, predict, group_trace, mask_id)
+    step_of_view = np.broadcast_to(first_step[:, None], predict.shape)
+    return _views(grid, group_row, masked, predict, step_of_view, mask_id)
 
 
 def random_views(

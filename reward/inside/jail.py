@@ -11,6 +11,7 @@ import os
 import platform
 import resource
 import struct
+from collections.abc import Iterable
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -45,23 +46,68 @@ DENIED: dict[str, dict[str, int]] = {
         **{"shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180},
     },
 }
-# Without namespaces a program has its user's other processes in reach: no new processes, no signals to any.
-DENIED_PLAIN: dict[str, dict[str, int]] = {
+# Without namespaces a program has its user's other processes in reach: no new processes, no signals to any, no say in
+# when and where they run. Landlock knows nothing of a file's owner, times and attributes.
+DENIED_FALLBACK: dict[str, dict[str, int]] = {
     "x86_64": {
         **{"fork": 57, "vfork": 58, "kill": 62, "setsid": 112, "setpgid": 109, "execve": 59, "execveat": 322},
         **{"rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "pidfd_send_signal": 424, "pidfd_open": 434},
-        **{"prlimit64": 302, "setpriority": 141, "tkill": 200},
+        **{"prlimit64": 302, "setpriority": 141, "tkill": 200, "sched_setparam": 142, "sched_setscheduler": 144},
+        **{"sched_setaffinity": 203, "sched_setattr": 314, "ioprio_set": 251, "migrate_pages": 256},
+        **{"move_pages": 279, "kcmp": 312, "process_madvise": 440, "process_mrelease": 448, "get_robust_list": 274},
+        **{"chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260, "setxattr": 188, "lsetxattr": 189},
+        **{"fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199, "truncate": 76},
+        **{"inotify_add_watch": 254, "fanotify_init": 300, "openat2": 437},
     },
     "aarch64": {
         **{"kill": 129, "setsid": 157, "setpgid": 154, "execve": 221, "execveat": 281, "tkill": 130},
         **{"rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240, "pidfd_send_signal": 424, "pidfd_open": 434},
-        **{"prlimit64": 261, "setpriority": 140},
+        **{"prlimit64": 261, "setpriority": 140, "sched_setparam": 118, "sched_setscheduler": 119},
+        **{"sched_setaffinity": 122, "sched_setattr": 274, "ioprio_set": 30, "migrate_pages": 238},
+        **{"move_pages": 239, "kcmp": 272, "process_madvise": 440, "process_mrelease": 448, "get_robust_list": 100},
+        **{"fchown": 55, "fchownat": 54, "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "removexattr": 14},
+        **{"lremovexattr": 15, "fremovexattr": 16, "truncate": 45, "inotify_add_watch": 27, "fanotify_init": 262},
+        **{"openat2": 437},
     },
 }
+# Answered as if done: the mode and the times of a copied file mean nothing to a run, and shutil.copy needs them.
+IGNORED: dict[str, dict[str, int]] = {
+    "x86_64": {
+        **{"chmod": 90, "fchmod": 91, "fchmodat": 268, "utime": 132, "utimes": 235, "futimesat": 261},
+        **{"utimensat": 280},
+    },
+    "aarch64": {"fchmod": 52, "fchmodat": 53, "utimensat": 88},
+}
+# Without Landlock too, nothing can tell a program's own folder from others: it changes none.
+DENIED_READ_ONLY: dict[str, dict[str, int]] = {
+    "x86_64": {
+        **{"creat": 85, "mkdir": 83, "mkdirat": 258, "mknod": 133, "mknodat": 259, "rmdir": 84, "unlink": 87},
+        **{"unlinkat": 263, "symlink": 88, "symlinkat": 266, "link": 86, "linkat": 265, "rename": 82},
+        **{"renameat": 264, "renameat2": 316},
+    },
+    "aarch64": {
+        **{"mkdirat": 34, "mknodat": 33, "unlinkat": 35, "symlinkat": 36, "linkat": 37, "renameat": 38},
+        **{"renameat2": 276},
+    },
+}
+# Calls that open a file, and which argument has the flags.
+OPEN = {"x86_64": {2: 1, 257: 2}, "aarch64": {56: 2}}
+O_ACCESS, O_CREATE, O_TRUNCATE = 0o3, 0o100, 0o1000
+FCNTL, IOCTL = {"x86_64": 72, "aarch64": 25}, {"x86_64": 16, "aarch64": 29}
+# F_SETOWN, F_SETSIG, F_SETOWN_EX: any signal, by way of a descriptor; F_SETLEASE, F_NOTIFY: files of the user's.
+FCNTL_DENIED = (8, 10, 15, 1024, 1026)
+# TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX: what Python itself asks of any descriptor.
+IOCTL_ALLOWED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+FIRST_UNKNOWN = 449  # later calls are the same on all machines and needed by nothing; some change files
 CLONE = {"x86_64": 56, "aarch64": 220}
 TGKILL = {"x86_64": 234, "aarch64": 131}
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE3, CLONE_THREAD, EPERM, ENOSYS = 435, 0x10000, 1, 38
+# The filter's language: (code, lines to skip if true, if false, constant).
+Line = tuple[int, int, int, int]
+LOAD, EQUAL, AT_LEAST, ANY_BIT, AND, GIVE = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
+KILL, ERROR = 0x80000000, 0x00050000
+REFUSE, ALLOW = (GIVE, 0, 0, ERROR | EPERM), (GIVE, 0, 0, 0x7FFF0000)
 
 
 def check(result: int, what: str) -> None:
@@ -124,13 +170,18 @@ def drop_privileges() -> None:
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
-def filter_system_calls(plain: bool) -> None:
-    """Refuse the system calls of DENIED, and of DENIED_PLAIN where there are no namespaces."""
+def filter_system_calls(kind: str) -> None:
+    """Refuse the system calls that no program needs. The kind says what else is there to keep it in.
+
+    `namespaces`: these. `folder`: Landlock. `read-only`: nothing, so that programs change no file at all. Raises
+    OSError where there is no list for this machine and no namespaces either.
+    """
     machine = platform.machine()
     if machine not in DENIED:
-        return  # the other walls stand without it
-    denied = [*DENIED[machine].values(), *(DENIED_PLAIN[machine].values() if plain else ())]
-    program = _bpf(machine, denied, plain)
+        if kind == "namespaces":
+            return  # the other walls stand without it
+        raise OSError(f"there is no filter of system calls for {machine}")
+    program = _bpf(machine, kind)
     code = b"".join(struct.pack("HBBI", *line) for line in program)
     buffer = ctypes.create_string_buffer(code, len(code))
 
@@ -141,29 +192,46 @@ def filter_system_calls(plain: bool) -> None:
     check(LIBC.prctl(PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.byref(filled), 0, 0), "seccomp")
 
 
-def _bpf(machine: str, denied: list[int], plain: bool) -> list[tuple[int, int, int, int]]:
-    """The filter as (code, jump if true, jump if false, constant)."""
-    load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    kill, errno, allow = 0x80000000, 0x00050000, 0x7FFF0000
+def _bpf(machine: str, kind: str) -> list[Line]:
+    """The filter of one kind."""
     lines = [
-        (load, 0, 0, 4),
-        (equal, 1, 0, AUDIT_ARCH[machine]),
-        (give, 0, 0, kill),
-        (load, 0, 0, 0),
-        (at_least, 0, 1, 0x40000000),  # the x32 interface has other numbers for the same calls
-        (give, 0, 0, kill),
-        (equal, 0, 1, CLONE3),  # its flags cannot be seen; the C library falls back to clone
-        (give, 0, 0, errno | ENOSYS),
+        (LOAD, 0, 0, 4),
+        (EQUAL, 1, 0, AUDIT_ARCH[machine]),
+        (GIVE, 0, 0, KILL),
+        (LOAD, 0, 0, 0),
+        (AT_LEAST, 0, 1, 0x40000000),  # the x32 interface has other numbers for the same calls
+        (GIVE, 0, 0, KILL),
     ]
-    for number in denied:
-        lines += [(equal, 0, 1, number), (give, 0, 0, errno | EPERM)]
-    first_argument = 16
-    if plain:  # threads only, and signals to oneself only
-        lines += [(equal, 0, 4, CLONE[machine]), (load, 0, 0, first_argument), (any_bit, 1, 0, CLONE_THREAD)]
-        lines += [(give, 0, 0, errno | EPERM), (give, 0, 0, allow)]
-        lines += [(equal, 0, 4, TGKILL[machine]), (load, 0, 0, first_argument), (equal, 1, 0, os.getpid())]
-        lines += [(give, 0, 0, errno | EPERM), (give, 0, 0, allow)]
-    else:
-        lines += [(equal, 0, 3, CLONE[machine]), (load, 0, 0, first_argument), (any_bit, 0, 1, ANY_NAMESPACE)]
-        lines += [(give, 0, 0, errno | EPERM)]
-    return [*lines, (give, 0, 0, allow)]
+    lines += _answer(ERROR | ENOSYS, [CLONE3])  # its flags cannot be seen; the C library falls back to clone
+    lines += _answer(ERROR | EPERM, DENIED[machine].values())
+    if kind == "namespaces":
+        lines += _on_argument(CLONE[machine], 0, [(ANY_BIT, 0, 1, ANY_NAMESPACE), REFUSE])
+        return [*lines, ALLOW]
+    lines += [(AT_LEAST, 0, 1, FIRST_UNKNOWN), (GIVE, 0, 0, ERROR | ENOSYS)]
+    lines += _answer(ERROR | EPERM, DENIED_FALLBACK[machine].values())
+    lines += _answer(ERROR, IGNORED[machine].values())
+    lines += _on_argument(CLONE[machine], 0, [(ANY_BIT, 1, 0, CLONE_THREAD), REFUSE])  # threads only
+    lines += _on_argument(TGKILL[machine], 0, [(EQUAL, 1, 0, os.getpid()), REFUSE])  # signals to oneself only
+    commands = [line for command in FCNTL_DENIED for line in ((EQUAL, 0, 1, command), REFUSE)]
+    lines += _on_argument(FCNTL[machine], 1, commands)
+    commands = [line for command in IOCTL_ALLOWED for line in ((EQUAL, 0, 1, command), ALLOW)]
+    lines += _on_argument(IOCTL[machine], 1, [*commands, REFUSE])
+    if kind == "read-only":
+        lines += _answer(ERROR | EPERM, DENIED_READ_ONLY[machine].values())
+        opening = [(ANY_BIT, 0, 1, O_ACCESS | O_CREATE | O_TRUNCATE), REFUSE]
+    else:  # before its version 3, Landlock lets a file be emptied that is opened to be read
+        opening = [(ANY_BIT, 0, 3, O_TRUNCATE), (AND, 0, 0, O_ACCESS), (EQUAL, 0, 1, os.O_RDONLY), REFUSE]
+    for number, argument in OPEN[machine].items():
+        lines += _on_argument(number, argument, opening)
+    return [*lines, ALLOW]
+
+
+def _answer(answer: int, numbers: Iterable[int]) -> list[Line]:
+    """Give one answer to some calls."""
+    return [line for number in numbers for line in ((EQUAL, 0, 1, number), (GIVE, 0, 0, answer))]
+
+
+def _on_argument(number: int, argument: int, lines: list[Line]) -> list[Line]:
+    """Judge one call by the low half of one of its arguments; what `lines` do not answer is allowed."""
+    lines = [(LOAD, 0, 0, 16 + 8 * argument), *lines, ALLOW]
+    return [(EQUAL, 0, len(lines), number), *lines]

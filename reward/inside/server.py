@@ -4,7 +4,8 @@ A request is one message with descriptors. For each the server forks a *keeper*,
 *cell* into them, watches its time and memory, kills it with all it started, and reports on the request's control
 socket. The cell has no descriptor of the keeper's, and cannot see it. Closing the control socket is the order to kill.
 
-Runs inside the sandbox and imports nothing of the project: `python server.py SOCKET_DESCRIPTOR namespaces|plain`.
+Runs inside the sandbox and imports nothing of the project: `python server.py namespaces SOCKET_DESCRIPTOR`, or, where
+there are none, `landlock PATHS SOCKET_DESCRIPTOR` or `plain …`, PATHS being what `fallback.prepare` is told.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+import fallback
 import jail
 import programs
+from fallback import Fallback
 
 # Imported before the first fork, so that no run pays for what most programs import.
 PRELOADED = """bisect cmath collections copy datetime decimal fractions functools heapq io itertools math operator
 queue random re statistics string struct traceback typing"""
-NOBODY = 65534
 DESCRIPTORS = 7  # control, order, stdin, stdout, stderr, channel, result
 START = 5  # the cell's descriptor on which it says that it is shut in; its other five are numbered from 0
 POLL = 0.02  # seconds between looks at a running cell
@@ -44,8 +46,8 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:
-    requests = socket.socket(fileno=int(sys.argv[1]))
-    plain = sys.argv[2] == "plain"
+    requests = socket.socket(fileno=int(sys.argv[-1]))
+    shut = None if sys.argv[1] == "namespaces" else fallback.prepare(sys.argv[1], sys.argv[2])
     for name in PRELOADED.split():
         __import__(name)
     for name in ("exit", "quit"):  # what `site` would add, which is not run
@@ -54,10 +56,8 @@ def main() -> None:
         raise LookupError
     except LookupError:
         traceback.format_exc()  # the first traceback imports more
-    if not plain and os.getuid() == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+    if not shut and os.getuid() == 0:
+        fallback.become_nobody()
         jail.prctl(jail.PR_SET_DUMPABLE, 1)  # else the keepers could not write their uid_map
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are reaped by the kernel
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the keyboard is the trainer's business
@@ -77,12 +77,12 @@ def main() -> None:
             child = -1
         if child == 0:
             requests.close()
-            keep(descriptors, plain)
+            keep(descriptors, shut)
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def keep(descriptors: list[int], plain: bool) -> None:
+def keep(descriptors: list[int], shut: Fallback | None) -> None:
     """Run one cell and report on it; ends the process."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     control = socket.socket(fileno=descriptors[0])
@@ -91,11 +91,9 @@ def keep(descriptors: list[int], plain: bool) -> None:
         with open(descriptors[1], "rb") as file:
             order = json.load(file)
         proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)  # ours: of the pid namespace that sees the cell
-        if plain:
+        if shut:
             jail.prctl(jail.PR_SET_CHILD_SUBREAPER, 1)
-            folder = tempfile.mkdtemp(prefix="cell-")
-            if os.getuid() == 0:
-                os.chown(folder, NOBODY, NOBODY)
+            folder = fallback.make_folder(shut)
         else:
             jail.enter_namespaces()
             jail.mount_folders()
@@ -103,18 +101,18 @@ def keep(descriptors: list[int], plain: bool) -> None:
         pid = os.fork()
         if pid == 0:
             os.close(started)
-            enter_cell(order, descriptors, start, folder)
+            enter_cell(order, descriptors, start, shut, folder)
         os.close(start)
         for descriptor in descriptors[2:]:
             os.close(descriptor)
         said = os.read(started, 1000)
         if said == b"started":
             control.send(said)
-            report = watch(pid, proc, control, order)
+            report = watch(pid, proc, control, order, folder)
         else:
             report = {"reason": "infrastructure", "error": said.decode() or "the cell ended before it began"}
-        if report["reason"] != "exited" or plain:
-            kill_tree(pid, proc, plain)
+        if report["reason"] != "exited" or shut:
+            kill_tree(pid, proc, orphans=bool(shut))
     except OSError as error:
         report = {"reason": "infrastructure", "error": str(error)}
     if folder:
@@ -123,7 +121,9 @@ def keep(descriptors: list[int], plain: bool) -> None:
     os._exit(0)
 
 
-def enter_cell(order: dict[str, Any], descriptors: list[int], start: int, folder: str | None) -> None:
+def enter_cell(
+    order: dict[str, Any], descriptors: list[int], start: int, shut: Fallback | None, folder: str | None
+) -> None:
     """The cell's own process: give everything up, then run the order."""
     try:
         jail.prctl(jail.PR_SET_PDEATHSIG, jail.SIGKILL)
@@ -137,16 +137,15 @@ def enter_cell(order: dict[str, Any], descriptors: list[int], start: int, folder
             os.dup2(descriptor, number)
         os.closerange(START + 1, 1024)
         os.chdir(folder or "/tmp")
-        if folder and os.getuid() == 0:
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
         os.environ.update(HOME=folder or "/tmp", TMPDIR=folder or "/tmp")
         tempfile.tempdir = None
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        jail.set_limits(order["memory"], None if folder else order["processes"], order["seconds"])
-        jail.drop_privileges()
-        jail.filter_system_calls(plain=bool(folder))
+        if shut:
+            fallback.shut_in(shut, folder, order)
+        else:
+            jail.set_limits(order["memory"], order["processes"], order["seconds"])
+            jail.drop_privileges()
+            jail.filter_system_calls("namespaces")
         run = programs.MODES[order["mode"]]
         if order["mode"] != "tests":
             os.close(programs.RESULT)
@@ -170,8 +169,8 @@ class Usage:
     memory: int = 0
 
 
-def watch(pid: int, proc: int, control: socket.socket, order: dict[str, Any]) -> dict[str, Any]:
-    """Wait for the cell's end, or for the first limit it passes; the report."""
+def watch(pid: int, proc: int, control: socket.socket, order: dict[str, Any], folder: str | None) -> dict[str, Any]:
+    """Wait for the cell's end, or for the first limit it passes; the report. A folder on the disk is watched too."""
     begin = time.monotonic()
     ended = os.pidfd_open(pid)
     poll = select.poll()
@@ -192,6 +191,8 @@ def watch(pid: int, proc: int, control: socket.socket, order: dict[str, Any]) ->
                 reason = "timeout"
             elif usage.memory > order["memory"] * 1.1:
                 reason = "memory"
+            elif folder and fallback.is_overfull(folder):
+                reason = "output_limit"
     wall = time.monotonic() - begin
     report = {"reason": reason, "wall": wall, "cpu": usage.cpu}
     if reason == "exited":
@@ -235,13 +236,13 @@ def _tree(pid: int, proc: int) -> list[int]:
     return found
 
 
-def kill_tree(pid: int, proc: int, plain: bool) -> None:
+def kill_tree(pid: int, proc: int, orphans: bool) -> None:
     """Kill the cell and wait for it. With namespaces its death is that of all in them, and the wait is for all."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
-    while plain and (left := _tree(os.getpid(), proc)[1:]):  # orphans are ours: we are the subreaper
+    while orphans and (left := _tree(os.getpid(), proc)[1:]):  # orphans are ours: we are the subreaper
         for number in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(number, signal.SIGKILL)

@@ -1,0 +1,95 @@
+"""Every attack, in every kind of sandbox: none passes, none gets out, nothing is left running, the scorer lives on."""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.sandbox_attacks import ATTACKS, NOT_HELD, TASKS
+from common.errors import UserError
+from reward import sandbox
+from reward.code_reward import CodeLimits, run_tests
+from reward.sandbox import sandbox_kind, stop_sandbox
+from reward.sandbox_kinds import KINDS
+
+LIMITS = CodeLimits(memory=512 << 20, output=4 << 20)
+# They wait for the limit of wall time, which is the keeper's and the same in the last kind as in the others.
+SLOW = {"the tests' own code run by the program", "the test looked for in files", "threads without end"}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One kind of sandbox after another."""
+    stop_sandbox()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "KINDS", {request.param: KINDS[request.param]})
+        try:
+            yield sandbox_kind()
+        except UserError as error:
+            pytest.skip(str(error))
+        finally:
+            stop_sandbox()
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    """A folder with a file that must stay as it is, and a port to which nobody may connect."""
+    folder = tmp_path_factory.mktemp("host")
+    folder.chmod(0o777)
+    (folder / "secret.txt").write_text("secret")
+    (folder / "secret.txt").chmod(0o666)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        yield folder, listener
+
+
+def processes_below(pid: int) -> list[int]:
+    found, todo = [], [pid]
+    while todo:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended while we looked
+            for name in Path(f"/proc/{todo.pop()}/task").glob("*/children"):
+                children = [int(number) for number in name.read_text().split()]
+                found += children
+                todo += children
+    return found
+
+
+def resting_processes(most: int) -> int:
+    """How many processes the server has once it is idle; keepers end a moment after they have reported."""
+    deadline = time.monotonic() + 10
+    while (count := len(processes_below(sandbox._server.process.pid))) > most and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return count
+
+
+def attack_program(name: str, folder: Path, port: int) -> tuple[str, str, tuple[str, ...]]:
+    method, program, verdicts = ATTACKS[name]
+    return method, program.replace("HOST", str(folder)).replace("PORT", str(port)), verdicts
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_no_attack_passes_or_escapes(kind, name, host):
+    if kind == "plain" and name in SLOW:
+        pytest.skip("waits for a limit that is tested in the other kinds")
+    folder, listener = host
+    before = (folder / "secret.txt").stat()
+    method, program, verdicts = attack_program(name, folder, listener.getsockname()[1])
+    server = sandbox._server
+    verdict = run_tests(program, TASKS[method], LIMITS)
+    assert name in NOT_HELD[kind] or (verdict in verdicts and verdict != "passed")
+    assert [path.name for path in folder.iterdir()] == ["secret.txt"]
+    assert (folder / "secret.txt").read_text() == "secret" and not os.listxattr(folder / "secret.txt")
+    after = (folder / "secret.txt").stat()
+    assert [after.st_mode, after.st_uid, after.st_gid, after.st_mtime] == [
+        *(before.st_mode, before.st_uid, before.st_gid, before.st_mtime)
+    ]
+    with pytest.raises(BlockingIOError):
+        listener.accept()
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("left")]
+    assert sandbox._server is server and server.process.poll() is None
+    most = 2 if kind == "namespaces" else 0  # bubblewrap's own process 1, and the server
+    assert resting_processes(most) <= most, "something is left running"
