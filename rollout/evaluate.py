@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from common.boxed import extract_boxed
 from common.errors import UserError
 from common.ranks import from_main, is_main, world
 from common.runtime import Stopwatch
@@ -14,7 +15,6 @@ from common.schema import DatasetConfig, Sampling, SFTDatasetConfig
 from common.trajectory import Task
 from models import LoadedModel
 from reward.general_reward import extract_answer
-from reward.math_reward import extract_boxed
 from reward.score import Scorer as RewardScorer
 from rollout.collect import Rollout, Scorer, collect, prompts_within
 from rollout.samples import append_sample, drop_torn_lines, known_rollouts, sample_line

@@ -68,6 +68,14 @@ def test_math_records():
     row = {"problem": "p", "solution": "first \\boxed{1}, then \\boxed{\\frac{1}{2}}.", "level": "Level 5"}
     (record,) = convert_records([row])
     assert record["question"] == "p" and record["ground_truth_answer"] == "\\frac{1}{2}"
+    written = {
+        "$\\boxed 5$.": "5",
+        "\\fbox{7}": "7",
+        "$\\boxed{1}$ or $\\boxed{2}$": "1, 2",
+        "$\\boxed{3}$ \\boxed{}": "3",
+    }
+    rows = [row | {"solution": f"It is {text}"} for text in written]
+    assert [record["ground_truth_answer"] for record in convert_records(rows)] == list(written.values())
     assert convert_records([row | {"answer": "3"}])[0]["ground_truth_answer"] == "3"
     with pytest.raises(UserError, match="record 2 cannot be converted: its `solution` has no"):
         convert_records([row, row | {"solution": "none"}])

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 import eval as eval_script
+from common.boxed import extract_boxed
 from common.errors import UserError
 from common.schema import DatasetConfig, Sampling
 from common.trajectory import Score, Task, Trajectory
 from models import load_model
-from reward.math_reward import extract_boxed
 from rollout.collect import Rollout
 from rollout.evaluate import evaluate, name_settings, summarize
 from sample.engine import Engine
