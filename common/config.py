@@ -34,7 +34,7 @@ from common.layers import (
     split_arguments,
 )
 from common.older_keys import FULL_ATTENTION, UPDATE_SIZE_KEYS
-from common.schema import JOBS, RolloutConfig, Sampling
+from common.schema import JOBS, RolloutConfig, Sampling, TaskSampling
 
 REQUIRED = {
     "rl": ("model.pretrained_model", "dataset.train_dataset"),
@@ -148,7 +148,7 @@ def load_config(job: str, argv: list[str]) -> Any:
     return cfg
 
 
-def settings_of(evaluation: Sampling) -> list[Sampling]:
+def settings_of(evaluation: TaskSampling) -> list[TaskSampling]:
     """One object per sampling setting: entry i of every list; a single value holds for all of them.
 
     Expects a section of a loaded config; raises UserError where lists have different lengths.

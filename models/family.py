@@ -24,6 +24,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 
 from common.errors import UserError
+from common.threads import settle_threads
 from common.user_code import load_object
 from models.tokenizer import load_tokenizer, no_code_for, save_tokenizer, special_token_id
 
@@ -98,6 +99,8 @@ def load_model(
     """Load network and tokenizer from a checkpoint's folder or hub name; UserError where they are unfit."""
     folder = local_folder(path)
     model = load_network(folder, family_name, dtype, device)
+    if torch.device(device).type == "cpu":
+        settle_threads(model.num_parameters())
     tokenizer = load_tokenizer(folder)
     family = find_family(family_name)
     mask_id = find_mask_id(model, tokenizer, family)

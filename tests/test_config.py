@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from shipped import shipped
 
 from common.config import dump_config, load_config, parse_or_help, settings_of
 from common.errors import UserError
@@ -261,7 +262,7 @@ def test_config_of_another_job():
 
 # What ships --------------------------------------------------------------------------------------------------------
 
-SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+SHIPPED = shipped("configs", "*.yaml")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

@@ -184,7 +184,7 @@ MISTAKES: list[tuple[str, Callable[[Place], Any], str]] = [
         lambda p: stop_ids_of(load_model(p.model, "sdar"), ["<|end|>"]),
         r"rollout.stop_token_list: '<\|end\|>' is no token of the model's tokenizer",
     ),
-    ("a reward without its module", lambda p: make_scorer(RewardConfig(function="my_rewards:score")), r"reward.function: there is no module 'my_rewards'"),
+    ("a reward without its module", lambda p: make_scorer(RewardConfig(function="no_module:score")), r"reward.function: there is no module 'no_module'"),
     ("a reward without a colon", lambda p: make_scorer(RewardConfig(function="my_reward")), r"'my_reward' is not of the form module:function"),
     (
         "a judge without an address",

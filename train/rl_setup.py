@@ -21,7 +21,7 @@ from data.tasks import load_tasks
 from models import LoadedModel, load_model, load_network
 from models.lora import add_lora
 from models.value import load_value
-from reward.score import check_tasks, make_scorer
+from reward.score import check_tasks, evaluation_scorer, make_scorer
 from rollout.collect import Scorer
 from rollout.report import RunPage
 from sample.engine import Engine
@@ -69,7 +69,7 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
             )
         scorer = make_scorer(config.reward, config.dataset.data_type)
         check_tasks(scorer, tasks, "dataset.train_dataset")
-        check_tasks(scorer, eval_tasks, "evaluation.eval_dataset")
+        check_tasks(scorer_of_evaluation(config), eval_tasks, "evaluation.eval_dataset")
         view_method(config.training.method)
     with stages("sft"):
         made = make_start(config)
@@ -104,6 +104,12 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
         stages=stages,
         page=RunPage(folder, loaded, config.rollout.block_size, experiment.total_step),
     )
+
+
+def scorer_of_evaluation(config: RLConfig) -> Scorer:
+    """The scorer of held-out tasks: by their own answers, whatever gives the rewards."""
+    kind = None if config.reward.kind == "judge" else config.reward.kind
+    return evaluation_scorer(config.reward, config.evaluation.data_type or kind or config.dataset.data_type)
 
 
 def make_start(config: RLConfig) -> bool:

@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.health import watched
 from common.metrics import MetricsLog, draw_curves, open_metrics
 from common.runtime import Stopwatch, console, device_and_dtype, prepare_run_folder, progress, seed_everything
-from common.schema import RewardConfig, SFTConfig
+from common.schema import SFTConfig
 from common.stop import Stopped, exit_code, resume_command, signals_noted, stop_requested
 from common.training_schema import SFTTrainingConfig
 from common.trajectory import Task
@@ -25,7 +25,7 @@ from data.tasks import load_tasks
 from models import LoadedModel, load_model, load_network, save_model
 from models.lora import add_lora
 from models.tiny import build_tiny
-from reward.score import check_tasks, make_scorer
+from reward.score import check_tasks, evaluation_scorer
 from rollout.evaluate import evaluate
 from sample.engine import Engine
 from train.devices import make_accelerator, whole_networks, whole_weights
@@ -112,7 +112,7 @@ def set_up(config: SFTConfig) -> tuple[Run, Samples]:
     located = read_samples(dataset)
     tasks = load_tasks(dataset.eval_dataset, "dataset.eval_dataset") if dataset.eval_dataset else []
     tasks = tasks[: config.evaluation.num_task or None]
-    check_tasks(make_scorer(RewardConfig(), dataset.data_type), tasks, "dataset.eval_dataset")
+    check_tasks(evaluation_scorer(config.reward, dataset.data_type), tasks, "dataset.eval_dataset")
     if training.stop_at_accuracy is not None and not tasks:
         raise UserError("dataset.eval_dataset: empty, but training.stop_at_accuracy needs tasks to measure it on")
 
@@ -304,9 +304,9 @@ def sampled_figures(config: SFTConfig, loaded: LoadedModel, tasks: list[Task]) -
         loaded,
         tasks,
         settings_of(config.evaluation),
-        make_scorer(RewardConfig(), config.dataset.data_type),
+        evaluation_scorer(config.reward, config.dataset.data_type),
         config.dataset,
-        config.training.max_prompt_len,
+        config.evaluation.max_prompt_len,
         config.training.seed,
     )
     figures: dict[str, float] = {"eval/accuracy": next(iter(results.values())).accuracy}
