@@ -44,7 +44,10 @@ def turns_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id with which the chat template ends an assistant's turn; the end of sequence where there is no such."""
+    """The id with which the chat template ends an assistant's turn; the end of sequence where there is no such.
+
+    UserError where the tokenizer has neither.
+    """
     if tokenizer.chat_template:
         answer = "7"
         turns = [{"role": "user", "content": answer}, {"role": "assistant", "content": answer}]
@@ -53,6 +56,16 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
         for id in tokenizer.encode(behind, add_special_tokens=False):
             if said and id in special:
                 return id
+    return end_of_sequence(tokenizer)
+
+
+def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends a text and fills what lies behind it; UserError where the tokenizer names none."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.pretrained_model: the tokenizer of {tokenizer.name_or_path} has no eos_token, with which responses "
+            "end and are filled up; set eos_token in its tokenizer_config.json"
+        )
     return tokenizer.eos_token_id
 
 
