@@ -77,7 +77,7 @@ class Sampling:
     merge_commit: bool | None = key(
         None, "block attention: a block's clean keys are computed in the next one's first forward; null: where it pays"
     )
-    stop_token_list: list[str] | None = key(None, "tokens that end a response; null: the tokenizer's own")
+    stop_token_list: list[str] | None = key(None, "tokens that end a response too, beside the model's own")
     start_with_think: bool = key(False, "begin the assistant's turn with <think>")
 
 

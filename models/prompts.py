@@ -70,11 +70,9 @@ def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def stop_ids_of(loaded: LoadedModel, tokens: Sequence[str] | None) -> tuple[int, ...]:
-    """The ids of the given tokens, or the model's own stop ids where none are given."""
-    if tokens is None:
-        return loaded.stop_ids
-    vocabulary = loaded.tokenizer.get_vocab()
-    for token in tokens:
+    """The model's own stop ids and those of the given tokens, ascending; UserError for a token that it lacks."""
+    vocabulary = loaded.tokenizer.get_vocab() if tokens else {}
+    for token in tokens or ():
         if token not in vocabulary:
             raise UserError(f"rollout.stop_token_list: {token!r} is no token of the model's tokenizer; leave it out")
-    return tuple(vocabulary[token] for token in tokens)
+    return tuple(sorted({*loaded.stop_ids, *(vocabulary[token] for token in tokens or ())}))

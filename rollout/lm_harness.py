@@ -20,6 +20,7 @@ from common.schema import Sampling
 from common.trajectory import Request
 from models import LoadedModel, load_model
 from models.family import family_of
+from models.prompts import stop_ids_of
 from sample.engine import Engine
 from sample.likelihood import response_elbo
 
@@ -51,7 +52,8 @@ class HarnessModel:
         for numbers in by_settings.values():
             settings = generation_settings(self.settings, asked[numbers[0]][1])
             requests = [Request(str(n), self.encode(asked[n][0]), seed=self.seed) for n in numbers]
-            for trajectory in self.engine.generate(requests, settings):
+            stops = stop_ids_of(self.loaded, settings.stop_token_list)
+            for trajectory in self.engine.generate(requests, settings, stop_ids=stops):
                 ids = trajectory.response_ids[: trajectory.length]
                 number = int(trajectory.task_id)
                 text = self.loaded.tokenizer.decode(ids, skip_special_tokens=True)
