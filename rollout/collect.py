@@ -143,7 +143,10 @@ def collect(
             keep(rollout)
     groups = [group for group in groups if None not in group]  # a prompt is refused with all its samples
     if prompts and not groups:
-        raise UserError("rollout.cache_tokens: every request was refused; allow more, or set it to null")
+        raise UserError(
+            "every request was refused: rollout.cache_tokens is too small (set it to null), or the prompts leave no "
+            "room in the model's positions (lower max_prompt_len)"
+        )
     tell_unscored(groups)
     return groups
 

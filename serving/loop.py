@@ -145,7 +145,7 @@ class EngineLoop:
 
     def open(self, settings: Sampling) -> None:
         """Set the engine up for these settings, with room for as many of the longest requests as it may hold."""
-        room = self.max_prompt_len
+        room = min(self.max_prompt_len, self.engine.longest_prompt(settings))
         if settings.cache_tokens is not None:  # what is left beside a response and its last block's tail
             room = min(room, settings.cache_tokens - settings.max_token - settings.block_size + 1)
         longest = Request("", [0] * max(1, room))
@@ -178,11 +178,11 @@ class EngineLoop:
         return events
 
     def refusals(self) -> list[tuple[Stream, Event]]:
-        """An error for each stream that the engine turned away, because its cache could never hold it."""
+        """An error for each stream that the engine turned away, because cache or network could never hold it."""
         held = [ticket.request for ticket in (*self.engine.active, *self.engine.waiting)]
         held = {id(request) for request in (*held, *self.engine.queue.items[self.engine.queue.next :])}
         gone = [self.active.pop(key) for key in list(self.active) if key not in held]
-        told = "the cache cannot hold the prompt and so long a response (cache_tokens); ask for less"
+        told = "the model's positions or the cache (cache_tokens) cannot hold prompt and response; ask for less"
         return [(stream, Event(error=told, status=400)) for stream in gone]
 
     def progress(self, seated: list[Request]) -> list[tuple[Stream, Event]]:
