@@ -9,7 +9,7 @@ command line. `Any` marks a key that takes a scalar or a list (evaluation under 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from common.keys import key, section
 from common.reward_schema import KINDS, RewardConfig
@@ -29,7 +29,9 @@ DTYPES = ("auto", "float32", "bfloat16")
 class Sampling:
     """How responses are drawn; shared by rollout, evaluation and generate.py."""
 
-    block_size: Any = key(4, "tokens denoised together; blocks are aligned to position 0", low=1)
+    block_size: Any = key(
+        4, "tokens denoised together; blocks are aligned to position 0; not set: the checkpoint's own", low=1
+    )
     denoising_steps_per_block: int = key(4, "static: steps in which one block is unmasked", low=1)
     max_token: int = key(
         2000, "longest response in tokens; the prompt's remainder in the first block is not counted", low=1
@@ -213,8 +215,15 @@ class SFTDatasetConfig:
     prompts: PromptsConfig = section(PromptsConfig)
 
 
+class Job:
+    """What a job's config knows of itself beside its keys."""
+
+    # The keys that YAML or the command line set; the model may set others. None: made in Python, all are as meant.
+    written: ClassVar[frozenset[str] | None] = None
+
+
 @dataclass
-class RLConfig:
+class RLConfig(Job):
     """python rl.py config=… : reinforcement learning."""
 
     experiment: ExperimentConfig = section(ExperimentConfig)
@@ -229,7 +238,7 @@ class RLConfig:
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Job):
     """python eval.py config=… : accuracy of a model."""
 
     experiment: ExperimentConfig = section(ExperimentConfig)
@@ -245,7 +254,7 @@ class EvalConfig:
 
 
 @dataclass
-class SFTConfig:
+class SFTConfig(Job):
     """train/sft_*.py config=… : supervised finetuning."""
 
     experiment: SFTExperimentConfig = section(SFTExperimentConfig)
@@ -258,7 +267,7 @@ class SFTConfig:
 
 
 @dataclass
-class OneModel(Sampling):
+class OneModel(Job, Sampling):
     model: str = key("", "folder or hub id of the model")
     model_base: str = key("", "the family; empty: the first that reads this kind of checkpoint")
     dtype: str = key("auto", "of the weights: auto, float32, bfloat16", choices=DTYPES)

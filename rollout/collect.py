@@ -143,10 +143,7 @@ def collect(
             keep(rollout)
     groups = [group for group in groups if None not in group]  # a prompt is refused with all its samples
     if prompts and not groups:
-        raise UserError(
-            "every request was refused: rollout.cache_tokens is too small (set it to null), or the prompts leave no "
-            "room in the model's positions (lower max_prompt_len)"
-        )
+        raise UserError("every request was refused: raise rollout.cache_tokens, or lower max_prompt_len (said above)")
     tell_unscored(groups)
     return groups
 

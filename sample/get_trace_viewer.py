@@ -19,6 +19,7 @@ from common.runtime import console, device_and_dtype
 from common.schema import TraceConfig
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model
+from models.defaults import take_defaults
 from models.family import family_of
 from models.prompts import encode_prompt, stop_ids_of
 from sample.engine import Engine
@@ -32,6 +33,7 @@ def main(config: TraceConfig) -> Path:
         raise UserError('prompt is empty: give prompt="…", or samples=runs/X/samples.jsonl')
     device, dtype = device_and_dtype(config.dtype)
     loaded = load_model(config.model, config.model_base or family_of(config.model), dtype, device)
+    take_defaults(config, loaded)
     traces = read_traces(config, loaded) if config.samples else draw_traces(config, loaded)
     out = Path(config.out)
     write_trace_page(out, traces, config.prompt or config.samples, f"{config.model}, {config.remasking_strategy}")

@@ -14,6 +14,7 @@ from common.runtime import console, device_and_dtype
 from common.schema import GenerateConfig
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model
+from models.defaults import take_defaults
 from models.family import family_of
 from models.prompts import encode_prompt, encode_turns, stop_ids_of
 from sample.engine import Engine
@@ -28,6 +29,7 @@ def main(config: GenerateConfig) -> None:
     """Answer `config.prompt`; without one, chat until the user leaves."""
     device, dtype = device_and_dtype(config.dtype)
     loaded = load_model(config.model, config.model_base or family_of(config.model), dtype, device)
+    take_defaults(config, loaded)
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
     if config.prompt:
         answer(
