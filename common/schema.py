@@ -9,7 +9,7 @@ command line. `Any` marks a key that takes a scalar or a list (evaluation under 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from common.keys import key, section
 from common.reward_schema import KINDS, RewardConfig, ScoringConfig
@@ -32,7 +32,9 @@ LONG_TASKS = "tasks with longer prompts are not drawn and count as wrong"
 class Sampling:
     """How responses are drawn: all that the engine reads."""
 
-    block_size: Any = key(4, "tokens denoised together; blocks are aligned to position 0", low=1)
+    block_size: Any = key(
+        4, "tokens denoised together; blocks are aligned to position 0; not set: the checkpoint's own", low=1
+    )
     denoising_steps_per_block: int = key(4, "static: steps in which one block is unmasked", low=1)
     max_token: int = key(
         2000, "longest response in tokens; the prompt's remainder in the first block is not counted", low=1
@@ -79,7 +81,7 @@ class Sampling:
     merge_commit: bool | None = key(
         None, "block attention: a block's clean keys are computed in the next one's first forward; null: where it pays"
     )
-    stop_token_list: list[str] | None = key(None, "tokens that end a response; null: the tokenizer's own")
+    stop_token_list: list[str] | None = key(None, "tokens that end a response too, beside the model's own")
     start_with_think: bool = key(False, "begin the assistant's turn with <think>")
 
 
@@ -241,8 +243,15 @@ class SFTDatasetConfig(EvalDatasetConfig):
     )
 
 
+class Job:
+    """What a job's config knows of itself beside its keys."""
+
+    # The keys that YAML or the command line set; the model may set others. None: made in Python, all are as meant.
+    written: ClassVar[frozenset[str] | None] = None
+
+
 @dataclass
-class RLConfig:
+class RLConfig(Job):
     """python rl.py config=… : reinforcement learning."""
 
     experiment: ExperimentConfig = section(ExperimentConfig)
@@ -257,7 +266,7 @@ class RLConfig:
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Job):
     """python eval.py config=… : accuracy of a model."""
 
     experiment: EvalExperimentConfig = section(EvalExperimentConfig)
@@ -273,7 +282,7 @@ class EvalConfig:
 
 
 @dataclass
-class SFTConfig:
+class SFTConfig(Job):
     """train/sft_*.py config=… : supervised finetuning."""
 
     experiment: SFTExperimentConfig = section(SFTExperimentConfig)
@@ -287,7 +296,7 @@ class SFTConfig:
 
 
 @dataclass
-class OneModel(Sampling):
+class OneModel(Job, Sampling):
     model: str = key("", "folder or hub id of the model")
     model_base: str = key("", "the family; empty: the first that reads this kind of checkpoint")
     dtype: str = key("auto", "of the weights: auto, float32, bfloat16", choices=DTYPES)

@@ -141,7 +141,7 @@ def collect(
             keep(rollout)
     groups = [group for group in groups if None not in group]  # a prompt is refused with all its samples
     if prompts and not groups:
-        raise UserError("rollout.cache_tokens: every request was refused; allow more, or set it to null")
+        raise UserError("every request was refused: raise rollout.cache_tokens, or lower max_prompt_len (said above)")
     tell_unscored(groups)
     return groups
 

@@ -19,6 +19,7 @@ from common.runtime import device_and_dtype
 from common.schema import Sampling
 from common.trajectory import Request
 from models import LoadedModel, load_model
+from models.defaults import take_defaults
 from models.family import family_of
 from models.prompts import stop_ids_of, turns_text
 from sample.engine import Engine
@@ -108,6 +109,7 @@ def make_harness_model(pretrained: str, **given: Any) -> HarnessModel:
     config = load_config("generate", arguments)
     device, dtype = device_and_dtype(config.dtype)
     loaded = load_model(config.model, config.model_base or family_of(config.model), dtype, device)
+    take_defaults(config, loaded)
     settings = Sampling(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling)})
     return HarnessModel(loaded, settings, seed, masks)
 

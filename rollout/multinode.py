@@ -12,7 +12,8 @@ from common.runtime import console, device_and_dtype
 from common.schema import EvalConfig, Sampling
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, find_family, load_model, load_tokenizer
-from models.family import local_folder
+from models.family import check_model_type, local_folder, own_block_size
+from models.files import check_files
 from rollout import evaluate_job
 from rollout.cluster import live_nodes
 from sample.engine import Engine
@@ -127,10 +128,13 @@ class RemoteEngines:
 
 def load_everywhere(config: EvalConfig) -> tuple[LoadedModel, RemoteEngines]:
     """The engines of all nodes, and what this process needs of the model beside them: no weights."""
+    folder, family = local_folder(config.model), find_family(config.model_base)
+    check_model_type(folder, family)
+    check_files(folder)
+    tokenizer = load_tokenizer(folder)  # before any worker: a mistake is told here
     engines = RemoteEngines(config)
     mask_id, stop_ids = engines.ids()
-    tokenizer = load_tokenizer(local_folder(config.model))
-    return LoadedModel(None, tokenizer, find_family(config.model_base), mask_id, stop_ids), engines
+    return LoadedModel(None, tokenizer, family, mask_id, stop_ids, own_block_size(folder, family)), engines
 
 
 def evaluate_over_nodes(config: EvalConfig) -> int:

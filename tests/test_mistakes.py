@@ -109,7 +109,7 @@ MISTAKES: list[tuple[str, Callable[[Place], Any], str]] = [
     ),
     (
         "more steps than tokens in a block",
-        lambda p: load_config("eval", [EVAL, "rollout.denoising_steps_per_block=8"]),
+        lambda p: load_config("eval", [EVAL, "rollout.denoising_steps_per_block=8", "rollout.block_size=4"]),
         r"denoising_steps_per_block=8 is more than rollout.block_size=4",
     ),
     ("one response in RL", lambda p: load_config("rl", [RL, "rollout.num_response_per_task=1"]), r"takes at least 2"),

@@ -19,6 +19,7 @@ from common.schema import RLConfig
 from common.trajectory import Task
 from data.tasks import load_tasks
 from models import LoadedModel, load_model, load_network
+from models.defaults import take_defaults
 from models.lora import add_lora
 from models.value import load_value
 from reward.score import check_tasks, evaluation_scorer, make_scorer
@@ -77,6 +78,7 @@ def set_up(config: RLConfig, stages: Stopwatch) -> Run:
         stages.seconds.pop("sft")
     with stages("load"):
         loaded, learner, reference = load_networks(config)
+        take_defaults(config, loaded)
         critic = load_critic(config)
         experiment = config.experiment
         # last, so that a mistake above leaves an older run where it is

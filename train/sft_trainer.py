@@ -23,6 +23,7 @@ from common.training_schema import SFTTrainingConfig
 from common.trajectory import Task
 from data.tasks import load_tasks
 from models import LoadedModel, load_model, load_network, save_model
+from models.defaults import take_defaults
 from models.lora import add_lora
 from models.tiny import build_tiny
 from reward.score import check_tasks, evaluation_scorer
@@ -122,6 +123,7 @@ def set_up(config: SFTConfig) -> tuple[Run, Samples]:
     # where it need not hold a new network: last, so that a mistake in the data leaves an older run where it is
     folder = make_folder() if config.model.pretrained_model == TINY else None
     loaded = load(config, folder)
+    take_defaults(config, loaded)
     check_method(training.method, loaded)
     samples = make_samples(config, loaded, located)
     if reasons := told_reasons(samples, training.max_prompt_len, training.max_gen_length):
