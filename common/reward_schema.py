@@ -42,6 +42,9 @@ class ScoringConfig:
     time_limit: float = key(5.0, "code: seconds of processor time where a task has no test_time_limit", low=0.01)
     memory_mb: int = key(1024, "code: memory of a program", low=64)
     output_mb: int = key(16, "code: what a program may write to stdout and stderr", low=1)
+    float_tolerance: float = key(
+        1e-6, "code: how far a printed number may be from the wanted one, absolutely or relative to it", low=0
+    )
     match: str = key("exact", "general: exact, or fuzzy (the reward is the similarity)", choices=("exact", "fuzzy"))
     fuzzy_threshold: float = key(0.8, "general, fuzzy: similarity from which a response is correct", low=0, high=1)
 

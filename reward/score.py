@@ -26,7 +26,7 @@ def score_math(text: str, task: Task, reward: RewardConfig) -> Score:
 
 def score_code(text: str, task: Task, reward: RewardConfig) -> Score:
     """The response's program against the task's tests."""
-    limits = CodeLimits(reward.time_limit, reward.memory_mb << 20, reward.output_mb << 20)
+    limits = CodeLimits(reward.time_limit, reward.memory_mb << 20, reward.output_mb << 20, reward.float_tolerance)
     return code_score(text, task, limits)
 
 
