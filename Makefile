@@ -16,7 +16,7 @@ SHOWN += ; s/^Installing collected.*/writing all of them to .venv, a minute or t
 .venv/.ready: SHELL := /bin/bash
 .venv/.ready: .SHELLFLAGS := -o pipefail -c
 .venv/.ready: requirements.txt
-	@echo "setup, once: some 190 packages into .venv, 2 to 5 minutes; 3 GB on disk, about 8 with CUDA"
+	@echo "setup, once: some 165 packages into .venv, a few minutes; 2.5 GB on disk, more with CUDA"
 	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
 	@$(BIN)/pip install --disable-pip-version-check --progress-bar off -r requirements.txt | sed -un '$(SHOWN)'
 	@touch $@
