@@ -8,10 +8,19 @@ BIN := .venv/bin
 
 setup: .venv/.ready
 
+# pip's output, less the packages that others need, small downloads and what is there already
+SHOWN := /^Collecting .*(from -r/s/ *(from.*//p
+SHOWN += ; /Downloading .*([0-9.]*[0-9][0-9.]* [MG]B)/{/([0-9]\.[0-9]* MB)/!s/^ *Downloading/  downloading/p;}
+SHOWN += ; s/^Installing collected.*/writing all of them to .venv, a minute or two/p
+
+.venv/.ready: SHELL := /bin/bash
+.venv/.ready: .SHELLFLAGS := -o pipefail -c
 .venv/.ready: requirements.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "setup, once: some 165 packages into .venv, a few minutes; 2.5 GB on disk, more with CUDA"
+	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar off -r requirements.txt | sed -un '$(SHOWN)'
 	@touch $@
+	@echo "setup is done"
 
 demo: setup
 	$(BIN)/python rl.py config=configs/rl_tiny.yaml experiment.project=demo training.seed=$(SEED) $(ARGS)

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import sys
 
-import models  # noqa: F401 — registers the families
 from common.config import parse_or_help
 from common.errors import one_line_errors
-from sample.functions import block_diffusion_generate, diffusion_generate, generate_ids
+from sample.functions import block_diffusion_generate, diffusion_generate, generate_ids  # registers the families
 
 __all__ = ["block_diffusion_generate", "diffusion_generate", "generate_ids"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from common.schema import DatasetConfig, PromptsConfig, RewardConfig, Sampling
+from common.schema import EvalDatasetConfig, PromptsConfig, RewardConfig, TaskSampling
 from common.trajectory import Request
 from data.tasks import load_tasks
 from models import LoadedModel, load_model
@@ -34,8 +34,8 @@ CACHES = {
     "prefix, horizon 5": {"use_cache": True, "further_horizon": 5},
     "prefix, horizon 0": {"use_cache": True, "further_horizon": 0},
 }
-SHORT = Sampling(max_token=20, block_size=5, steps=20, num_response_per_task=8)
-LONG = Sampling(max_token=256, block_size=32, steps=64)
+SHORT = TaskSampling(max_token=20, block_size=5, steps=20, num_response_per_task=8)
+LONG = TaskSampling(max_token=256, block_size=32, steps=64)
 HORIZON = {5: 32, 0: 0}  # of the short canvas → of the long one
 REPEATS = 3
 
@@ -43,7 +43,7 @@ REPEATS = 3
 def accuracies(loaded: LoadedModel, engine: Engine, strategy: str) -> dict[str, tuple[float, float, float]]:
     """By cache: accuracy, its standard error, tokens per forward."""
     tasks = load_tasks("arithmetic_3_test", "dataset.eval_dataset")
-    dataset = DatasetConfig(data_type="math", prompts=PromptsConfig(math="{question}"))
+    dataset = EvalDatasetConfig(data_type="math", prompts=PromptsConfig(math="{question}"))
     scorer = make_scorer(RewardConfig(), "math")
     found = {}
     for name, cache in CACHES.items():

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks import use_threads
 from benchmarks.plain_loop import synchronize
 from benchmarks.rollout import requests_of
 from benchmarks.shapes import SHAPES, make_network, rate_settings
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     model, mask_id = make_network(options.shape, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = Sampling(
         max_token=options.tokens, temperature=options.temperature, remasking_strategy="low_confidence_static"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import use_threads
 from benchmarks.plain_loop import Clock, plain_loop, synchronize
 from benchmarks.shapes import SHAPES, make_network, rate_settings, roofline
 from common.metrics import print_table
@@ -29,7 +30,7 @@ AT_LEAST = 4  # responses of the plain loop, and of the engine, in what is compa
 def main() -> None:
     options = parse()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     model, mask_id = make_network(options.shape, device)
     console.print(
         f"{options.shape}, {device.type}, {next(model.parameters()).dtype}, {torch.get_num_threads()} threads, "

@@ -20,9 +20,9 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import httpx
-import torch
 
 import models.tiny
+from benchmarks import use_threads
 from common.metrics import print_table
 from common.schema import Sampling
 from common.trajectory import Request
@@ -65,7 +65,7 @@ async def through_the_server(streams: int) -> tuple[float, int]:
 
 def main(width: int, streams: int) -> None:
     """Measure and print."""
-    torch.set_num_threads(1)
+    use_threads(1)
     models.tiny.WIDTH, models.tiny.FEED_FORWARD = width, 3 * width
     with tempfile.TemporaryDirectory() as folder:
         models.tiny.build_tiny("sdar", folder, seed=0)

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from benchmarks import use_threads
 from benchmarks.plain_training import plain_batches, plain_logp, plain_rows
 from common.metrics import print_table
 from common.training_schema import RLTrainingConfig
@@ -157,7 +158,7 @@ def plain_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple[
 
 def measured(step: Callable, options: argparse.Namespace) -> dict[str, float]:
     """One variant in this process: tokens, seconds, and memory above the loaded model's."""
-    torch.set_num_threads(1)
+    use_threads(1)
     model = make_model()
     if not options.keep_activations:
         model.gradient_checkpointing_enable()

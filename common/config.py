@@ -34,7 +34,7 @@ from common.layers import (
     split_arguments,
 )
 from common.older_keys import FULL_ATTENTION, UPDATE_SIZE_KEYS
-from common.schema import JOBS, RolloutConfig, Sampling
+from common.schema import JOBS, RolloutConfig, Sampling, TaskSampling
 
 REQUIRED = {
     "rl": ("model.pretrained_model", "dataset.train_dataset"),
@@ -130,14 +130,16 @@ def load_config(job: str, argv: list[str]) -> Any:
     if path and not values.get("experiment.project") and "experiment.project" in keys_of(JOBS[job]):
         values["experiment.project"] = path.stem  # before interpolations are resolved: others refer to it
     cfg = to_dataclass(job, values)
+    cfg.written = written_keys(values)
     check_values(cfg)
     for key in REQUIRED[job]:
         if not value_at(cfg, key):
             place = f"in {path} or " if path else ""
             raise UserError(f"{key} is empty: set it {place}as {key}=… on the command line")
-    for section in vars(cfg).values():
+    for name, section in vars(cfg).items():
         if isinstance(section, Sampling):
-            settings_of(section)
+            # a block size that is not set comes with the model, and is held against the steps then
+            (settings_of if f"{name}.block_size" in cfg.written else zipped)(section)
     notes += filter(None, [derive_update_size(job, cfg, values), derive_keep_accuracy(job, cfg, values)])
     for jobs, is_wrong, message in COMBINATIONS:
         if job in jobs and is_wrong(cfg):
@@ -148,12 +150,41 @@ def load_config(job: str, argv: list[str]) -> Any:
     return cfg
 
 
-def settings_of(evaluation: Sampling) -> list[Sampling]:
+def written_keys(values: dict[str, Any]) -> frozenset[str]:
+    """The keys that are set; one that only refers to another, as ${rollout.block_size}, counts where that is set."""
+
+    def is_set(key: str) -> bool:
+        reference = re.fullmatch(r"\$\{([\w.]+)\}", str(values.get(key)))
+        return key in values and (reference is None or is_set(reference[1]))
+
+    return frozenset(filter(is_set, values))
+
+
+def settings_of(evaluation: TaskSampling) -> list[TaskSampling]:
     """One object per sampling setting: entry i of every list; a single value holds for all of them.
 
-    Expects a section of a loaded config; raises UserError where lists have different lengths.
+    Expects a section of a loaded config; raises UserError where lists have different lengths, or a block more steps
+    than tokens.
     """
-    name = next((one for one in ("rollout", "evaluation") if one in type(evaluation).__name__.lower()), "sampling")
+    name, settings = section_name(evaluation), zipped(evaluation)
+    for one in settings:
+        if one.denoising_steps_per_block > one.block_size:
+            steps = one.denoising_steps_per_block
+            raise UserError(
+                f"{name}.denoising_steps_per_block={steps} is more than {name}.block_size={one.block_size}: "
+                "each step unmasks at least one token"
+            )
+    return settings
+
+
+def section_name(evaluation: Sampling) -> str:
+    """How messages call a sampling section."""
+    return next((one for one in ("rollout", "evaluation") if one in type(evaluation).__name__.lower()), "sampling")
+
+
+def zipped(evaluation: Sampling) -> list[Sampling]:
+    """As `settings_of`, of a section whose block size may not be known yet."""
+    name = section_name(evaluation)
     lists = {key: value for key in ZIPPED if isinstance(value := getattr(evaluation, key), list)}
     lengths = {key: len(value) for key, value in lists.items()}
     if lists and isinstance(evaluation, RolloutConfig):
@@ -163,15 +194,7 @@ def settings_of(evaluation: Sampling) -> list[Sampling]:
         told = ", ".join(f"{name}.{key} has {length}" for key, length in lengths.items())
         raise UserError(f"lists of settings must have the same number of entries: {told}")
     count = next(iter(lengths.values()), 1)
-    settings = [replace(evaluation, **{key: value[i] for key, value in lists.items()}) for i in range(count)]
-    for one in settings:
-        if one.denoising_steps_per_block > one.block_size:
-            steps = one.denoising_steps_per_block
-            raise UserError(
-                f"{name}.denoising_steps_per_block={steps} is more than {name}.block_size={one.block_size}: "
-                "each step unmasks at least one token"
-            )
-    return settings
+    return [replace(evaluation, **{key: value[i] for key, value in lists.items()}) for i in range(count)]
 
 
 def dump_config(cfg: Any) -> str:

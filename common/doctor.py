@@ -20,6 +20,7 @@ from typing import Any
 
 from common.config import load_config
 from common.errors import UserError, one_line_errors
+from common.json_file import read_object
 from common.layers import find_config, infer_job, read_layers
 from common.metrics import print_table
 from common.schema import Sampling
@@ -108,7 +109,7 @@ def devices() -> list[dict[str, Any]]:
 def read_size(model: str) -> Size:
     """A network's size from its folder, or the hub's cache; UserError where neither has it."""
     folder = _local(model)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json", "model")
 
     def first(*names: str) -> int:
         return next(int(config[name]) for name in names if config.get(name))

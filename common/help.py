@@ -26,6 +26,10 @@ Lists are typed `key=[0,1]`, nothing is `key=null`.
 
 In evaluation `remasking_strategy`, `block_size`, `top_k`, `temperature`, `top_p` and `dynamic_threshold` may be
 lists of one length: entry i of each makes setting i, and a single value holds for all.
+
+Of the sampling keys that neither YAML nor command line sets, `block_size` is the checkpoint's own (config.json), with
+as many denoising steps a block, and full attention has its family's (`sampling` in its row under `models/`), with a
+step for every token. What was taken so is printed, and stands in the run's config.yaml.
 """
 
 

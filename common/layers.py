@@ -246,8 +246,19 @@ def translate(
             inside = names_of([one for one in known if one.startswith(f"{key}.")])
             raise UserError(f"{key}={show(value)} in {source}: {key} is a section; its keys are {inside}")
         else:
-            raise UserError(f"unknown key {key}={show(value)} in {source}; {nearest(key, list(known))}")
+            raise UserError(refusal(job, key, value, source))
     return values
+
+
+def refusal(job: str, key: str, value: Any, source: str) -> str:
+    """What to tell of a key that the job does not read: a key of other jobs, or of none."""
+    known = list(keys_of(JOBS[job]))
+    others = [ENTRY_SCRIPTS[other] for other, cls in JOBS.items() if key in keys_of(cls)]
+    leaf = key.rpartition(".")[2]
+    if not others or any(one.rpartition(".")[2] == leaf for one in known):
+        return f"unknown key {key}={show(value)} in {source}; {nearest(key, known)}"
+    readers = ", ".join(others)
+    return f"{key}={show(value)} in {source}: {ENTRY_SCRIPTS[job]} does not read it, only {readers}; leave it out"
 
 
 def meant(value: Any) -> Any:

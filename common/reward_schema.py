@@ -34,7 +34,23 @@ class JudgeConfig:
 
 
 @dataclass
-class RewardConfig:
+class ScoringConfig:
+    """How an answer is checked against the task's own."""
+
+    truncated_is_wrong: bool = key(True, "a response cut at the length limit earns nothing")
+    workers: int = key(1, "processes that score beside the rollout; 0 scores in the rollout's own", low=0)
+    time_limit: float = key(5.0, "code: seconds of processor time where a task has no test_time_limit", low=0.01)
+    memory_mb: int = key(1024, "code: memory of a program", low=64)
+    output_mb: int = key(16, "code: what a program may write to stdout and stderr", low=1)
+    float_tolerance: float = key(
+        1e-6, "code: how far a printed number may be from the wanted one, absolutely or relative to it", low=0
+    )
+    match: str = key("exact", "general: exact, or fuzzy (the reward is the similarity)", choices=("exact", "fuzzy"))
+    fuzzy_threshold: float = key(0.8, "general, fuzzy: similarity from which a response is correct", low=0, high=1)
+
+
+@dataclass
+class RewardConfig(ScoringConfig):
     kind: str | None = key(
         None,
         "math, code, general or judge: what decides whether a response is correct; null: dataset.data_type",
@@ -43,11 +59,4 @@ class RewardConfig:
     function: str | None = key(
         None, "my_module:my_reward, called with (response, task), returns a number or one for each token", function=True
     )
-    truncated_is_wrong: bool = key(True, "a response cut at the length limit earns nothing")
-    workers: int = key(1, "processes that score beside the rollout; 0 scores in the rollout's own", low=0)
-    time_limit: float = key(5.0, "code: seconds of processor time where a task has no test_time_limit", low=0.01)
-    memory_mb: int = key(1024, "code: memory of a program", low=64)
-    output_mb: int = key(16, "code: what a program may write to stdout and stderr", low=1)
-    match: str = key("exact", "general: exact, or fuzzy (the reward is the similarity)", choices=("exact", "fuzzy"))
-    fuzzy_threshold: float = key(0.8, "general, fuzzy: similarity from which a response is correct", low=0, high=1)
     judge: JudgeConfig = section(JudgeConfig)

@@ -9,10 +9,10 @@ command line. `Any` marks a key that takes a scalar or a list (evaluation under 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from common.keys import key, section
-from common.reward_schema import KINDS, RewardConfig
+from common.reward_schema import KINDS, RewardConfig, ScoringConfig
 from common.training_schema import (
     OptimizerConfig,
     RLOptimizerConfig,
@@ -21,15 +21,20 @@ from common.training_schema import (
     SFTTrainingConfig,
 )
 
+# What the classes below have together, a job's config has: a job reads every key of its own (tests/test_key_reads.py).
+
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded")
 DTYPES = ("auto", "float32", "bfloat16")
+LONG_TASKS = "tasks with longer prompts are not drawn and count as wrong"
 
 
 @dataclass
 class Sampling:
-    """How responses are drawn; shared by rollout, evaluation and generate.py."""
+    """How responses are drawn: all that the engine reads."""
 
-    block_size: Any = key(4, "tokens denoised together; blocks are aligned to position 0", low=1)
+    block_size: Any = key(
+        4, "tokens denoised together; blocks are aligned to position 0; not set: the checkpoint's own", low=1
+    )
     denoising_steps_per_block: int = key(4, "static: steps in which one block is unmasked", low=1)
     max_token: int = key(
         2000, "longest response in tokens; the prompt's remainder in the first block is not counted", low=1
@@ -67,7 +72,6 @@ class Sampling:
     further_horizon: int | None = key(
         None, "full attention, cached: positions recomputed behind the block, those beyond unseen; null: all", low=0
     )
-    num_response_per_task: int = key(1, "responses drawn for each task", low=1)
     max_active: int = key(256, "sequences sampled side by side", low=1)
     cache_tokens: int | None = key(
         None,
@@ -77,12 +81,19 @@ class Sampling:
     merge_commit: bool | None = key(
         None, "block attention: a block's clean keys are computed in the next one's first forward; null: where it pays"
     )
-    stop_token_list: list[str] | None = key(None, "tokens that end a response; null: the tokenizer's own")
+    stop_token_list: list[str] | None = key(None, "tokens that end a response too, beside the model's own")
     start_with_think: bool = key(False, "begin the assistant's turn with <think>")
 
 
 @dataclass
-class RankSampling(Sampling):
+class TaskSampling(Sampling):
+    """Sampling of several responses to each of many tasks."""
+
+    num_response_per_task: int = key(1, "responses drawn for each task", low=1)
+
+
+@dataclass
+class RankSampling(TaskSampling):
     """Sampling by a job that may have ranks."""
 
     tensor_parallel_size: int = key(
@@ -98,10 +109,19 @@ class RolloutConfig(RankSampling):
 
 
 @dataclass
-class EvaluationConfig(Sampling):
-    eval_dataset: str = key("", "name, path or hub id; empty: dataset.eval_dataset or the held-out split")
-    data_type: str | None = key(None, "math, code or general; null: dataset.data_type", choices=KINDS)
+class SFTEvaluationConfig(TaskSampling):
+    """Evaluation by a job that trains."""
+
     num_task: int = key(0, "use the first n tasks; 0 for all", low=0)
+    max_prompt_len: int = key(4096, LONG_TASKS, low=1)
+
+
+@dataclass
+class EvaluationConfig(SFTEvaluationConfig):
+    eval_dataset: str = key("", "name, path or hub id; empty: dataset.eval_dataset")
+    data_type: str | None = key(
+        None, "math, code or general: what decides here; null: reward.kind, or dataset.data_type", choices=KINDS
+    )
 
 
 @dataclass
@@ -111,21 +131,34 @@ class EvalRolloutConfig(RankSampling):
 
 @dataclass
 class ExperimentBase:
+    """Where a run lies."""
+
     project: str = key("", "name of the run's folder; empty: the config file's stem")
     runs_dir: str = key("runs", "folder of all runs")
     start_from_scratch: bool = key(True, "an existing run folder is moved aside (True) or resumed (False)")
-    keep_last: int = key(2, "checkpoints kept", low=1)
-    trackers: list[str] = key(
-        ["tensorboard"],
-        "where curves go besides metrics.jsonl: tensorboard, wandb, trackio",
-        choices=("tensorboard", "wandb", "trackio"),
+
+
+@dataclass
+class EvalExperimentConfig(ExperimentBase):
+    """Of a job that starts its own ranks, or joins nodes."""
+
+    deepspeed_file: str | None = key(
+        None, "a file of accelerate_configs/, by which ranks are launched; null: one process, or as launched already"
     )
+    join_timeout: float = key(600.0, "many nodes: seconds to wait for those that are to join", low=1)
+    ssh: list[str] | None = key(None, "many nodes: node 0 starts the others by this, as [ssh, -i, KEY]; null: does not")
 
 
 @dataclass
 class TrainingExperiment(ExperimentBase):
     """Of what may run for days."""
 
+    keep_last: int = key(2, "checkpoints kept", low=1)
+    trackers: list[str] = key(
+        ["tensorboard"],
+        "where curves go besides metrics.jsonl: tensorboard, wandb, trackio",
+        choices=("tensorboard", "wandb", "trackio"),
+    )
     hang_timeout: float = key(1800.0, "a rank that did not move for so many seconds is reported; 0: never", low=0)
 
 
@@ -135,13 +168,8 @@ class SFTExperimentConfig(TrainingExperiment):
 
 
 @dataclass
-class ExperimentConfig(TrainingExperiment):
-    deepspeed_file: str | None = key(
-        None, "a file of accelerate_configs/, by which ranks are launched; null: one process, or as launched already"
-    )
-    join_timeout: float = key(600.0, "many nodes: seconds to wait for those that are to join", low=1)
+class ExperimentConfig(TrainingExperiment, EvalExperimentConfig):
     max_failures: int = key(3, "many nodes: how often a run goes on after it lost a node", low=0)
-    ssh: list[str] | None = key(None, "many nodes: node 0 starts the others by this, as [ssh, -i, KEY]; null: does not")
     total_step: int = key(50, "RL steps", low=1)
     save_every: int = key(10, "steps between checkpoints; 0: only the final model", low=0)
     train_value_every: int = key(1, "RL steps between those in which the value model learns; 1: in every one", low=1)
@@ -164,7 +192,6 @@ class ModelConfig:
     pretrained_model: str = key("", "folder or hub id of the model; `tiny`: a new small network (SFT only)")
     model_base: str = key("sdar", "the family: sdar, trado, dream, llada, mmada, or my_module:MY_FAMILY")
     optimized_name: str = key("optimized", "folder of the trained model under ckpt/")
-    made_by: str | None = key(None, "an SFT config that makes pretrained_model where that folder is missing")
     dtype: str = key(
         "auto", "of the weights: auto (bfloat16 on a GPU, float32 elsewhere), float32, bfloat16", choices=DTYPES
     )
@@ -183,20 +210,26 @@ class PromptsConfig:
 
 @dataclass
 class RLModelConfig(ModelConfig):
+    made_by: str | None = key(None, "an SFT config that makes pretrained_model where that folder is missing")
     value_base_model: str | None = key(None, "folder or hub id of the value model's start; null: no value model")
     optimized_value_name: str = key("optimized_value", "folder of the trained value model under ckpt/")
 
 
 @dataclass
-class DatasetConfig:
-    train_dataset: str = key("", "tasks to learn from: a name, a path (json, jsonl, parquet) or a hub id")
-    eval_dataset: str = key("", "tasks to evaluate on")
+class EvalDatasetConfig:
+    eval_dataset: str = key("", "tasks to evaluate on: a name, a path (json, jsonl, parquet) or a hub id")
     data_type: str = key("math", "how answers are checked: math, code or general", choices=KINDS)
     prompts: PromptsConfig = section(PromptsConfig)
 
 
 @dataclass
-class SFTDatasetConfig:
+class DatasetConfig(EvalDatasetConfig):
+    train_dataset: str = key("", "tasks to learn from: a name, a path (json, jsonl, parquet) or a hub id")
+
+
+@dataclass
+class SFTDatasetConfig(EvalDatasetConfig):
+    eval_dataset: str = key("", "tasks on which accuracy is measured by sampling; empty: it is not")
     optimization_data: str = key("", "samples to learn: a name, a path (json, jsonl, parquet) or a hub id")
     prompt_key: str = key("prompt", "the field of a record that holds the prompt")
     response_key: str = key("response", "the field of a record that holds the response")
@@ -208,13 +241,17 @@ class SFTDatasetConfig:
     validation_share: float = key(
         0.0, "share of the prompts whose samples are kept out and give the validation loss", low=0, high=0.9
     )
-    eval_dataset: str = key("", "tasks on which accuracy is measured by sampling; empty: it is not")
-    data_type: str = key("math", "how answers are checked: math, code or general", choices=KINDS)
-    prompts: PromptsConfig = section(PromptsConfig)
+
+
+class Job:
+    """What a job's config knows of itself beside its keys."""
+
+    # The keys that YAML or the command line set; the model may set others. None: made in Python, all are as meant.
+    written: ClassVar[frozenset[str] | None] = None
 
 
 @dataclass
-class RLConfig:
+class RLConfig(Job):
     """python rl.py config=… : reinforcement learning."""
 
     experiment: ExperimentConfig = section(ExperimentConfig)
@@ -229,36 +266,37 @@ class RLConfig:
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Job):
     """python eval.py config=… : accuracy of a model."""
 
-    experiment: ExperimentConfig = section(ExperimentConfig)
+    experiment: EvalExperimentConfig = section(EvalExperimentConfig)
     model: str = key("", "folder or hub id of the model")
     model_base: str = key("sdar", "the family: sdar, trado, dream, llada, mmada, or my_module:MY_FAMILY")
     made_by: str | None = key(None, "an SFT config that makes the model where that folder is missing")
     dtype: str = key("auto", "of the weights: auto, float32, bfloat16", choices=DTYPES)
     seed: int = key(10086, "of the draws", low=0)
-    max_prompt_len: int = key(4096, "longer prompts are dropped and counted", low=1)
-    dataset: DatasetConfig = section(DatasetConfig)
+    max_prompt_len: int = key(4096, LONG_TASKS, low=1)
+    dataset: EvalDatasetConfig = section(EvalDatasetConfig)
     reward: RewardConfig = section(RewardConfig)
     rollout: EvalRolloutConfig = section(EvalRolloutConfig)
 
 
 @dataclass
-class SFTConfig:
+class SFTConfig(Job):
     """train/sft_*.py config=… : supervised finetuning."""
 
     experiment: SFTExperimentConfig = section(SFTExperimentConfig)
     model: ModelConfig = section(ModelConfig)
     dataset: SFTDatasetConfig = section(SFTDatasetConfig)
+    reward: ScoringConfig = section(ScoringConfig)
     training: SFTTrainingConfig = section(SFTTrainingConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     lr_scheduler: SchedulerConfig = section(SchedulerConfig)
-    evaluation: EvaluationConfig = section(EvaluationConfig)
+    evaluation: SFTEvaluationConfig = section(SFTEvaluationConfig)
 
 
 @dataclass
-class OneModel(Sampling):
+class OneModel(Job, Sampling):
     model: str = key("", "folder or hub id of the model")
     model_base: str = key("", "the family; empty: the first that reads this kind of checkpoint")
     dtype: str = key("auto", "of the weights: auto, float32, bfloat16", choices=DTYPES)
@@ -274,7 +312,7 @@ class GenerateConfig(OneModel):
 
 
 @dataclass
-class TraceConfig(GenerateConfig):
+class TraceConfig(GenerateConfig, TaskSampling):
     out: str = key("trace.html", "the page to write")
     samples: str = key("", "show responses of this samples.jsonl or rollouts/step-0001.jsonl instead of new ones")
     task_id: str = key("", "samples: those of one task; empty: the first ones")

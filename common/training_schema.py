@@ -96,7 +96,7 @@ class SFTTrainingConfig(TrainingBase):
         "none: mean over predicted tokens; elbo: each weighted by 1/t, t its masking probability",
         choices=("none", "elbo"),
     )
-    block_size: int = key(4, "tokens denoised together", low=1)
+    block_size: int = key(4, "tokens denoised together; not set: the checkpoint's own", low=1)
     batch_size: int = key(32, "samples in one update, over all devices", low=1)
     num_train_epochs: int = key(1, "passes over the data", low=1)
     max_steps: int = key(0, "stop after so many updates; 0: by epochs", low=0)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when called
 if str(Path(__file__).resolve().parent) in sys.path:
     sys.path.remove(str(Path(__file__).resolve().parent))  # no file of this folder stands in for a library
 
+from common.boxed import extract_boxed
 from common.errors import UserError, one_line_errors
 from common.records import Record, fault_of, present
 from data.tasks import DATA_DIR, load_from_hub, load_records, load_tasks
@@ -153,7 +154,9 @@ def from_math(row: Record) -> Record:
     r"""`answer` where there is one, else the last box of the solution."""
     answer = row.get("answer")
     if answer is None:
-        answer = last_box(row["solution"])
+        answer = extract_boxed(row["solution"])
+        if not answer:
+            raise ValueError("its `solution` has no \\boxed{…}")
     record = {"question": row["problem"], "ground_truth_answer": str(answer)}
     record |= {key: row[key] for key in ("unique_id", "subject", "level", "type") if row.get(key) is not None}
     return record | ({"solution": row["solution"]} if row.get("solution") else {})
@@ -196,17 +199,6 @@ def from_mbpp(row: Record) -> Record:
         "test_time_limit": 5,
     }
     return record | ({"entry_point": called[-1]} if called else {})
-
-
-def last_box(solution: str) -> str:
-    r"""What stands in the last `\boxed{…}` of a published solution."""
-    start = solution.rfind("\\boxed{")
-    depth = 0
-    for place in range(start + 6, len(solution) if start >= 0 else 0):
-        depth += (solution[place] == "{") - (solution[place] == "}")
-        if depth == 0:
-            return solution[start + 7 : place]
-    raise ValueError("its `solution` has no \\boxed{…}")
 
 
 NUMERIC = {"answer", "Answer", "ID", "task_id", "ground_truth_answer"}  # fields that may be numbers too

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from common.code_tests import check_input_output, checked_usage
 from common.errors import UserError
 from common.records import Record, fault_of, parse, present, read_bytes, read_lines, read_text
 from common.trajectory import Task
@@ -152,6 +153,10 @@ def check_tests(record: Record, where: str) -> None:
         if not isinstance(record.get(field) or "", str):
             raise UserError(f"{where} has a `{field}` that is no text")
     check_python(record.get("prefix") or "", f"{where}: `prefix`")
+    if method == "function":
+        checked_usage(record["test_list"], record.get("prefix") or "", record.get("entry_point") or "", where)
+    else:
+        check_input_output(record, where)
     limit = record.get("test_time_limit")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit <= 3600):
         raise UserError(f"{where} has the `test_time_limit` {limit!r:.40}; give seconds, above 0 and up to 3600")

@@ -20,7 +20,8 @@ from launch.accelerate import launch_ranks, launched
 from launch.ray_cluster import live_nodes
 from launch.start_model import make_missing_model
 from models import LoadedModel, find_family, load_model, load_tokenizer
-from models.family import local_folder
+from models.family import check_model_type, local_folder, own_block_size
+from models.files import check_files
 from rollout import evaluate_job
 from sample.engine import Engine
 
@@ -150,10 +151,13 @@ class RemoteEngines:
 
 def load_everywhere(config: EvalConfig) -> tuple[LoadedModel, RemoteEngines]:
     """The engines of all nodes, and what this process needs of the model beside them: no weights."""
+    folder, family = local_folder(config.model), find_family(config.model_base)
+    check_model_type(folder, family)
+    check_files(folder)
+    tokenizer = load_tokenizer(folder)  # before any worker: a mistake is told here
     engines = RemoteEngines(config)
     mask_id, stop_ids = engines.ids()
-    tokenizer = load_tokenizer(local_folder(config.model))
-    return LoadedModel(None, tokenizer, find_family(config.model_base), mask_id, stop_ids), engines
+    return LoadedModel(None, tokenizer, family, mask_id, stop_ids, own_block_size(folder, family)), engines
 
 
 def evaluate_over_nodes(config: EvalConfig) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from common.errors import one_line_errors
-from common.schema import ExperimentConfig
+from common.schema import EvalExperimentConfig
 from launch.nodes import Place
 from launch.ray_cluster import follow
 
@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> None:
     nodes, port, patience, role, head, host = arguments
     hosts = (head, *[host] * int(role))
     place = Place(int(role), int(nodes), hosts, int(port))
-    experiment = ExperimentConfig(join_timeout=float(patience))
+    experiment = EvalExperimentConfig(join_timeout=float(patience))
     sys.exit(follow(place, experiment, token=sys.stdin.readline().strip()))
 
 

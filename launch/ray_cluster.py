@@ -23,7 +23,7 @@ import torch
 
 from common.errors import UserError
 from common.runtime import console
-from common.schema import ExperimentConfig
+from common.schema import EvalExperimentConfig
 from launch.nodes import Place
 
 AGENTS = ("dashboard-agent-grpc", "metrics-export", "dashboard-agent-listen", "runtime-env-agent")
@@ -52,7 +52,7 @@ class Job:
         return len(self.told)
 
 
-def drive_or_follow(place: Place, experiment: ExperimentConfig, drive: Any, script: Path) -> int:
+def drive_or_follow(place: Place, experiment: EvalExperimentConfig, drive: Any, script: Path) -> int:
     """Run `drive()` on the first node of a cluster of all of them, and nothing but Ray on the others.
 
     Returns the job's exit code, on every node. With experiment.ssh the first node starts the others.
@@ -114,7 +114,7 @@ def wait_for_nodes(wanted: int, patience: float, place: Place | None = None) -> 
 
 
 @contextlib.contextmanager
-def head_node(place: Place, experiment: ExperimentConfig, token: str) -> Iterator[None]:
+def head_node(place: Place, experiment: EvalExperimentConfig, token: str) -> Iterator[None]:
     """Ray's head on this node, and this process connected to it; its token where the other nodes find it."""
     with tempfile.TemporaryDirectory() as folder, private_token(token, Path(folder) / "token"):
         import ray  # it reads how to show its token as it is imported
@@ -145,7 +145,7 @@ def head_node(place: Place, experiment: ExperimentConfig, token: str) -> Iterato
             shared.unlink(missing_ok=True)
 
 
-def follow(place: Place, experiment: ExperimentConfig, token: str | None = None) -> int:
+def follow(place: Place, experiment: EvalExperimentConfig, token: str | None = None) -> int:
     """Join the first node's cluster, stay until the job is over, and return its exit code."""
     limit = time.monotonic() + experiment.join_timeout
     address = f"{place.head}:{place.port}"
@@ -237,7 +237,7 @@ def connect(address: str, process: subprocess.Popen, patience: float) -> bool:
 
 
 @contextlib.contextmanager
-def started_by_ssh(place: Place, experiment: ExperimentConfig, token: str, script: Path) -> Iterator[None]:
+def started_by_ssh(place: Place, experiment: EvalExperimentConfig, token: str, script: Path) -> Iterator[None]:
     """The other nodes joined by ssh, for jobs whose other nodes wait idly; the token goes through standard input."""
     module = [sys.executable, "-m", "launch.join", str(place.nodes), str(place.port), str(experiment.join_timeout)]
     processes = []
@@ -258,12 +258,12 @@ def started_by_ssh(place: Place, experiment: ExperimentConfig, token: str, scrip
                 process.terminate()
 
 
-def token_file(experiment: ExperimentConfig) -> Path:
+def token_file(experiment: EvalExperimentConfig) -> Path:
     """Where the first node leaves the cluster's token for the others, on the storage that they share."""
     return Path(experiment.runs_dir) / f".{experiment.project}.ray-token"
 
 
-def read_token(experiment: ExperimentConfig) -> str | None:
+def read_token(experiment: EvalExperimentConfig) -> str | None:
     file = token_file(experiment)
     return file.read_text() if file.exists() else None
 

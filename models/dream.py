@@ -29,4 +29,13 @@ DREAM = Family(
     config_class=DreamConfig,
     model_class=DreamModel,
     instructions={"math": MATH_FINAL, **CODE},
+    # as published for GSM8K: one block, by entropy
+    sampling={
+        "max_token": 256,
+        "block_size": 256,
+        "temperature": 0.1,
+        "top_p": 0.9,
+        "target": "neg_entropy",
+        "remasking_strategy": "low_confidence_static",
+    },
 )

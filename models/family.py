@@ -6,12 +6,13 @@ from outside.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -24,8 +25,17 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 
 from common.errors import UserError
+from common.threads import settle_threads
 from common.user_code import load_object
-from models.tokenizer import load_tokenizer, no_code_for, save_tokenizer, special_token_id
+from models.files import MALFORMED, check_files, read_config
+from models.tokenizer import (
+    TOKENIZER_FILES,
+    has_tokenizer,
+    load_tokenizer,
+    no_code_for,
+    save_tokenizer,
+    special_token_id,
+)
 
 # Instructions around a task; `{question}` is replaced by it.
 MATH_STEPS = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -51,17 +61,19 @@ class Family:
     config_class: type
     model_class: type
     instructions: dict[str, str]  # data_type: text around {question}
+    sampling: dict[str, Any] = field(default_factory=dict)  # keys of `Sampling` where a config says nothing
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network with what its checkpoint says about ids."""
+    """A network with what its checkpoint says about ids and blocks."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     family: Family
     mask_id: int
     stop_ids: tuple[int, ...]  # ascending
+    block_size: int | None = None  # None: config.json names none
 
 
 FAMILIES: dict[str, Family] = {}
@@ -98,10 +110,14 @@ def load_model(
     """Load network and tokenizer from a checkpoint's folder or hub name; UserError where they are unfit."""
     folder = local_folder(path)
     model = load_network(folder, family_name, dtype, device)
+    if torch.device(device).type == "cpu":
+        settle_threads(model.num_parameters())
     tokenizer = load_tokenizer(folder)
     family = find_family(family_name)
     mask_id = find_mask_id(model, tokenizer, family)
-    return LoadedModel(model, tokenizer, family, mask_id, find_stop_ids(model, tokenizer))
+    check_token_ids(folder, model, tokenizer)
+    stop_ids = find_stop_ids(model, tokenizer)
+    return LoadedModel(model, tokenizer, family, mask_id, stop_ids, own_block_size(folder, family))
 
 
 def load_network(
@@ -111,6 +127,7 @@ def load_network(
     family = find_family(family_name)
     folder = local_folder(path)
     check_model_type(folder, family)
+    check_files(folder)
     try:
         with _quiet():
             model, report = family.model_class.from_pretrained(
@@ -120,16 +137,26 @@ def load_network(
                 ignore_mismatched_sizes=True,  # they are reported below, by the name they have in the file
                 output_loading_info=True,
             )
+    except (UserError, torch.OutOfMemoryError):
+        raise
     except StrictDataclassError as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"model.pretrained_model: {folder}/config.json does not fit {family.name} ({reason})"
         ) from error
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, SafetensorError, UnpicklingError, EOFError) as error:
+        # torch's own words on pickles advise to run them
+        reason = "no file of plain tensors" if isinstance(error, UnpicklingError) else one_line(error)
         raise UserError(f"model.pretrained_model: {folder} holds no weights that can be read ({reason})") from error
+    except (RuntimeError, *MALFORMED) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(
+            f"model.pretrained_model: {folder}/config.json or its weights do not fit {family.name} ({reason})"
+        ) from error
     check_tensors(folder, family, report)
-    return model.to(device)
+    model = model.to(device)
+    check_finite(folder, family, model)
+    return model
 
 
 def save_model(
@@ -160,7 +187,10 @@ def local_folder(path: str | Path) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):
         raise UserError(f"model.pretrained_model: no folder {str(path)!r}; {way_out}")
     try:
-        return Path(snapshot_download(str(path), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
+        folder = Path(snapshot_download(str(path), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
+        if not any(folder.glob("*.safetensors")):  # an older repository: torch's own format, read without its pickles
+            folder = Path(snapshot_download(str(path), allow_patterns=["pytorch_model*.bin"]))
+        return folder
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.pretrained_model: {str(path)!r} is no folder and could not be downloaded "
@@ -187,13 +217,27 @@ def family_of(path: str | Path) -> str:
 
 def read_model_type(folder: Path) -> str | None:
     """The `model_type` of a checkpoint's config.json; UserError where there is none to read."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"model.pretrained_model: {folder} has no config.json; give the folder of a checkpoint")
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except json.JSONDecodeError as error:
-        raise UserError(f"model.pretrained_model: {file} is not JSON ({error})") from error
+    return read_config(folder).get("model_type")
+
+
+def own_block_size(folder: Path, family: Family) -> int | None:
+    """The block size that a checkpoint's config.json names, where its family attends by blocks; UserError if unfit."""
+    size = read_config(folder).get("block_size") if family.attention == "block" else None
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise UserError(
+            f"model.pretrained_model: {folder}/config.json: block_size: {size!r} is no whole number above 0; mend it"
+        )
+    return size
+
+
+def longest_sequence(config: Any) -> int:
+    """Positions that a network knows, prompt and response together; a scaled rotary table (YaRN) knows more of them."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    length = config.max_position_embeddings
+    if rope.get("rope_type", "default") in ("default", "llama3", "longrope"):
+        return length
+    original = rope.get("original_max_position_embeddings") or length
+    return max(length, int(original * (rope.get("factor") or 1.0)))
 
 
 def check_model_type(folder: Path, family: Family) -> None:
@@ -223,6 +267,29 @@ def check_tensors(folder: Path, family: Family, report: dict[str, Any]) -> None:
         raise UserError(f"model.pretrained_model: {folder} has {_counted(names)}, which {family.name} has no place for")
 
 
+@torch.no_grad()
+def check_finite(folder: Path, family: Family, model: PreTrainedModel) -> None:
+    """Raise UserError naming the first tensor with a value that is no number; a shard is looked at where it lies."""
+    for name, parameter in model.named_parameters():
+        tensor = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's ZeRO-3 keeps a rank's part there
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+            name = _original_names(family, [name])[0]
+            raise UserError(
+                f"model.pretrained_model: {folder}: tensor {name} holds NaN or infinite values; "
+                "the training that wrote it failed, or the file is damaged"
+            )
+
+
+def check_token_ids(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError for a token whose id the network does not have."""
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+    if largest >= model.config.vocab_size:
+        raise UserError(
+            f"model.pretrained_model: {folder}: the tokenizer's token {token!r} has id {largest}, the network only "
+            f"{model.config.vocab_size} ids; enlarge it (resize_token_embeddings), or take the token out"
+        )
+
+
 def find_mask_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: Family) -> int:
     """Return the id of the mask token by tokenizer, then config; UserError if neither has one that the network has."""
     mask_id = tokenizer.mask_token_id
@@ -241,13 +308,37 @@ def find_mask_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fam
     return mask_id
 
 
-def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     """Return the ids that end a response, ascending: every end of sequence named, and the chat turn's end."""
-    ids: set[int] = {special_token_id(tokenizer, token) for token in END_OF_TURN}
+    ids: set[int | None] = {special_token_id(tokenizer, token) for token in END_OF_TURN} if tokenizer else set()
     for holder in (model.generation_config, model.config, tokenizer):
         value = getattr(holder, "eos_token_id", None)
         ids.update(value if isinstance(value, (list, tuple)) else [value])
     return tuple(sorted(i for i in ids if i is not None and 0 <= i < model.config.vocab_size))
+
+
+def stop_ids_of_network(model: PreTrainedModel) -> tuple[int, ...]:
+    """The ids that end a response, for a network alone: those of `find_stop_ids`, by the tokenizer beside its weights.
+
+    A network that was not read from a checkpoint has those of its configs.
+    """
+    return find_stop_ids(model, _tokenizer_beside(model.config.name_or_path or ""))
+
+
+@cache
+def _tokenizer_beside(name_or_path: str) -> PreTrainedTokenizerBase | None:
+    folder = Path(name_or_path)
+    if name_or_path and not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name_or_path, allow_patterns=TOKENIZER_FILES, local_files_only=True))
+        except (OSError, ValueError):  # it is no hub name, or its tokenizer was never fetched
+            return None
+    return load_tokenizer(folder) if has_tokenizer(folder) else None
+
+
+def one_line(error: BaseException) -> str:
+    """The first sentence of what an error says."""
+    return (str(error).strip().splitlines() or [""])[0].split(". ")[0]
 
 
 def _original_names(family: Family, names: Any) -> list[str]:

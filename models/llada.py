@@ -27,6 +27,7 @@ LLAMA_SHAPE: dict[str, tuple[Any, ...]] = {
     "rope": (True,),
     "scale_logits": (False, None),
 }
+STATIC_GREEDY = {"temperature": 0.0, "remasking_strategy": "low_confidence_static"}
 
 
 class LLaDAConfig(OriginalConfig, LlamaConfig):
@@ -105,6 +106,7 @@ LLADA = Family(
     config_class=LLaDAConfig,
     model_class=LLaDAModelLM,
     instructions={"math": MATH_FINAL, **CODE},
+    sampling={"max_token": 256, "block_size": 8, **STATIC_GREEDY},  # as published for GSM8K
 )
 MMADA = Family(
     name="mmada",
@@ -115,4 +117,5 @@ MMADA = Family(
     config_class=MMaDAConfig,
     model_class=MMadaModelLM,
     instructions={"math": MATH_FINAL, **CODE},
+    sampling={"max_token": 256, "block_size": 64, **STATIC_GREEDY},  # as published for GSM8K
 )

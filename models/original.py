@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import logging
+from functools import cache
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from common.errors import UserError
+
+EVERYWHERE = ("sdpa", "eager")  # implementations of attention that every device has
+logger = logging.getLogger(__name__)
 
 
 class OriginalConfig:
@@ -30,6 +35,11 @@ class OriginalConfig:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Return the config of a parsed config.json, or (config, unused kwargs) where the caller asks for both."""
         original = copy.deepcopy(config_dict)
+        config_dict = dict(config_dict)
+        for key in ("attn_implementation", "_attn_implementation"):
+            asked = config_dict.pop(key, None)
+            if asked not in (None, *EVERYWHERE):
+                _tell_attention(asked)
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         loaded = super(OriginalConfig, config).to_dict()
@@ -65,6 +75,16 @@ class OriginalConfig:
             theirs["rope_theta"] = rope.pop("rope_theta", None)
             theirs["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
         return theirs
+
+
+@cache
+def _tell_attention(asked: str) -> None:
+    logger.warning(
+        "config.json: attn_implementation: %r is no choice for every device: torch's sdpa is used, unless "
+        "from_pretrained is called with attn_implementation=%r",
+        asked,
+        asked,
+    )
 
 
 class DiffusionNetwork:

@@ -75,7 +75,10 @@ def turns_text(
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id with which the chat template ends an assistant's turn; the end of sequence where there is no such."""
+    """The id with which the chat template ends an assistant's turn; the end of sequence where there is no such.
+
+    UserError where the tokenizer has neither.
+    """
     if tokenizer.chat_template:
         answer = "7"
         turns = [{"role": "user", "content": answer}, {"role": "assistant", "content": answer}]
@@ -84,15 +87,23 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
         for id in tokenizer.encode(behind, add_special_tokens=False):
             if said and id in special:
                 return id
+    return end_of_sequence(tokenizer)
+
+
+def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends a text and fills what lies behind it; UserError where the tokenizer names none."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.pretrained_model: the tokenizer of {tokenizer.name_or_path} has no eos_token, with which responses "
+            "end and are filled up; set eos_token in its tokenizer_config.json"
+        )
     return tokenizer.eos_token_id
 
 
 def stop_ids_of(loaded: LoadedModel, tokens: Sequence[str] | None) -> tuple[int, ...]:
-    """The ids of the given tokens, or the model's own stop ids where none are given."""
-    if tokens is None:
-        return loaded.stop_ids
-    vocabulary = loaded.tokenizer.get_vocab()
-    for token in tokens:
+    """The model's own stop ids and those of the given tokens, ascending; UserError for a token that it lacks."""
+    vocabulary = loaded.tokenizer.get_vocab() if tokens else {}
+    for token in tokens or ():
         if token not in vocabulary:
             raise UserError(f"rollout.stop_token_list: {token!r} is no token of the model's tokenizer; leave it out")
-    return tuple(vocabulary[token] for token in tokens)
+    return tuple(sorted({*loaded.stop_ids, *(vocabulary[token] for token in tokens or ())}))

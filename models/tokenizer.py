@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from common.errors import UserError
+from models.files import MALFORMED, check_texts
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,14 +32,42 @@ _OURS: set[str] = set()  # model types whose tokenizers AutoTokenizer leaves to 
 _auto_from_pretrained = AutoTokenizer.from_pretrained
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint's folder holds a fast tokenizer, or the files of which one is made."""
+    return (folder / "tokenizer.json").is_file() or all(
+        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
+    )
+
+
 def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Return the fast tokenizer of a checkpoint's folder; UserError if it has none. kwargs: from_pretrained's."""
-    if (Path(folder) / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(str(folder), **kwargs)
-    if (Path(folder) / "vocab.json").is_file() and (Path(folder) / "merges.txt").is_file():
-        # Dream publishes Qwen2's files with a class of its own, which is Qwen2's
-        return Qwen2Tokenizer.from_pretrained(str(folder), **kwargs)
-    raise UserError(f"model.pretrained_model: {folder} has no tokenizer; copy the base model's tokenizer.json there")
+    """Return the fast tokenizer of a checkpoint's folder; UserError if it has none, or its files are damaged.
+
+    kwargs: from_pretrained's.
+    """
+    folder = Path(folder)
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"model.pretrained_model: {folder} has no tokenizer; copy the base model's tokenizer.json there"
+        )
+    check_texts(folder)
+    whole = folder / "tokenizer.json"
+    # Dream publishes Qwen2's files with a class of its own, which is Qwen2's
+    kind = PreTrainedTokenizerFast if whole.is_file() else Qwen2Tokenizer
+    if whole.is_file():
+        try:
+            Tokenizer.from_str(whole.read_text(encoding="utf-8"))
+        except Exception as error:  # tokenizers has no class of its own for it
+            raise UserError(
+                f"model.pretrained_model: {whole} is no tokenizer ({error}); copy the base model's tokenizer.json there"
+            ) from error
+    try:
+        return kind.from_pretrained(str(folder), **kwargs)
+    except MALFORMED as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"model.pretrained_model: the tokenizer's files in {folder} do not fit each other ({reason}); "
+            "copy the base model's there"
+        ) from error
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

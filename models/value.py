@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,11 +54,17 @@ def load_value(
     except UserError as error:
         raise UserError(str(error).replace("model.pretrained_model", "model.value_base_model", 1)) from error
     if (folder / HEAD_FILE).is_file():
-        head = load_file(folder / HEAD_FILE)
+        where = f"model.value_base_model: {folder / HEAD_FILE}"
+        try:
+            head = load_file(folder / HEAD_FILE)
+        except SafetensorError as error:
+            raise UserError(f"{where} cannot be read ({error}); copy it anew") from error
         shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in value.head.state_dict().items()}
         if shapes != wanted:
-            raise UserError(f"model.value_base_model: {folder / HEAD_FILE} holds {shapes}, the network takes {wanted}")
+            raise UserError(f"{where} holds {shapes}, the network takes {wanted}")
+        if not all(tensor.isfinite().all() for tensor in head.values()):
+            raise UserError(f"{where} holds NaN or infinite values; the training that wrote it failed")
         value.head.load_state_dict(head)
     return value
 

@@ -35,6 +35,7 @@ from reward.score import check_tasks, make_scorer
 from reward.workers import Workers
 
 FILES = ("data", "responses", "out")
+UNREAD = "truncated_is_wrong"  # whether a response was cut is not known of one that was written by anything
 
 
 @one_line_errors
@@ -65,7 +66,7 @@ def read_arguments(arguments: list[str]) -> tuple[dict[str, str], RewardConfig]:
     """The three files, and the reward section that the other arguments set."""
     files: dict[str, str] = {}
     reward = RewardConfig(workers=os.cpu_count() or 1)
-    known = keys_of(RewardConfig)
+    known = {key: one for key, one in keys_of(RewardConfig).items() if key != UNREAD}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         key = key.removeprefix("reward.")

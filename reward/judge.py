@@ -10,12 +10,14 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from typing import Any
 
+from common.boxed import extract_boxed, final_part
 from common.errors import UserError
 from common.reward_schema import JudgeConfig
 from common.trajectory import Response, Score, Task
-from reward.math_reward import extract_boxed
+from reward import notation
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # a server that is busy or starting
 CORRECT_FROM = 0.5
@@ -42,7 +44,9 @@ The part to judge:
 
 How good is this part, from 0 (wrong or no help) to 1 (right and a step ahead)? Judge this part only. Think it over, \
 then put the number in \\boxed{}."""
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+LABEL = re.compile(r"[^\d:=]{0,60}\b(?:score|rating|grade|vote|verdict)\b[\s*]*(?:is\b|[:=])?[\s*:]*", re.IGNORECASE)
+WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
+OUT_OF = re.compile(r"\s*\bout of\b\s*")
 FIELD = re.compile(r"\{(question|reference|response|chunk)\}")
 
 
@@ -129,10 +133,16 @@ def _prompt(judge: JudgeConfig, task: Task, response: str, chunk: str) -> str:
 
 
 def _number(answer: str) -> float | None:
-    """The boxed number, else the last one, within 0 and 1."""
+    """The vote, within 0 and 1: the boxed number, else the last line where that is a number and no more."""
     boxed = extract_boxed(answer)
-    found = NUMBER.findall(boxed if boxed is not None else answer)
-    return min(1.0, max(0.0, float(found[-1]))) if found else None
+    vote = boxed if boxed is not None else (final_part(answer).strip().splitlines() or [""])[-1]
+    vote = notation.without_text(LABEL.sub("", vote[:200], count=1).strip("*$ ").removesuffix("."))
+    vote = OUT_OF.sub("/", vote)
+    # `3 steps` is no vote, though it would be an answer.
+    found = None if WORD.search(vote) else notation.number(notation.plain(vote))
+    if found is None:
+        return None
+    return float(min(Fraction(1), max(Fraction(0), found.value / (100 if found.is_percent else 1))))
 
 
 def _mean(votes: list[float | None]) -> float | None:

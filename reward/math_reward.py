@@ -12,42 +12,25 @@ import re
 import subprocess
 import sys
 import threading
-from decimal import Decimal
 from pathlib import Path
 
+from common.boxed import extract_boxed
 from common.trajectory import Score
+from reward import notation
 
-MAX_ANSWER = 1000  # characters; a longer answer is not compared
+MAX_ANSWER = 1000  # characters; a longer answer is right only where it is the reference's own text
 MAX_DEPTH = 16  # of brackets; the parser's time doubles with each
 CPU_SECONDS = 3.0  # of one comparison in the worker
-NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?")
 WORKING = re.compile(
-    r"(?:[\d\s.,;(){}=+*/-]|\\(?:times|cdot|[dt]?frac|left|right|[,;!]))+"
+    r"(?:[\d\s.,;(){}\[\]=+*/-]|\\(?:times|cdot|div|[dt]?frac|left|right|[,;!{}]))+"
 )  # digits and operators only
-OPERATOR = re.compile(r"[\d)}]\s*(?:[+*;-]|\\times|\\cdot)")
-BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+OPERATOR = re.compile(r"[\d)}]\s*(?:[+*;-]|\\times|\\cdot|\\div)")
+WRAPPED = re.compile(r"\$\$?(.+?)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]|(?:\\(?:mathbf|boldsymbol|bm)\s*)?\{(.+)\}", re.DOTALL)
+DOTS = "\\ldots"
 
 _said: set[str] = set()
 _lock = threading.Lock()  # one comparison at a time: there is one worker
 _worker: subprocess.Popen[str] | None = None
-
-
-def extract_boxed(text: str) -> str | None:
-    r"""What stands in the last complete `\boxed{…}`, nested braces included; None where there is none."""
-    start = text.find("\\boxed")
-    if start < 0:
-        return None
-    stack: list[int] = []  # for each open brace, where its box's content starts; -1 for other braces
-    last = (-1, -1)
-    for match in BRACES.finditer(text, start):
-        token = match.group()
-        if token == "}":
-            opened = stack.pop() if stack else -1
-            if opened > last[0]:
-                last = (opened, match.start())
-        elif token.endswith("{") and token[:2] != "\\{":
-            stack.append(match.end() if token != "{" else -1)
-    return text[last[0] : last[1]].strip() if last[0] >= 0 else None
 
 
 def math_score(response: str, answer: str, truncated: bool = False) -> Score:
@@ -63,36 +46,90 @@ def math_score(response: str, answer: str, truncated: bool = False) -> Score:
 
 def answers_equal(predicted: str, reference: str) -> bool:
     """Whether two answers (numbers, LaTeX, text, sets, intervals, matrices, percentages, with units) are equal."""
+    if max(len(predicted), len(reference)) > MAX_ANSWER:
+        return predicted.strip() == reference.strip()
     predicted, reference = _trim(predicted), _trim(reference)
     if predicted == reference:
         return True
-    if not predicted or len(predicted) > MAX_ANSWER or _depth(predicted) > MAX_DEPTH:
+    if not predicted or _depth(predicted) > MAX_DEPTH:
         return False
-    number, reference_number = _number(predicted), _number(reference)
+    numbers = notation.digits(predicted), notation.digits(reference)
+    if numbers[0] and numbers[1]:
+        return notation.numbers_equal(*numbers)
+    if notation.contradict(predicted, reference):
+        return False
+    return _plain_equal(notation.plain(predicted), notation.plain(reference))
+
+
+def _plain_equal(predicted: str, reference: str) -> bool:
+    """`answers_equal` of answers in plain notation."""
+    if notation.contradict(predicted, reference):
+        return False
+    chosen, right = notation.option(predicted), notation.option(reference)
+    if chosen or right:
+        return _options_equal(predicted, reference, chosen, right)
+    if DOTS in predicted or DOTS in reference:
+        return _parts_equal(predicted.split(DOTS), reference.split(DOTS))
+    names = notation.words(predicted), notation.words(reference)
+    if names[0] and names[1]:
+        return names[0] == names[1]
+    if notation.without_spaces(predicted) == notation.without_spaces(reference):
+        return True
+    number, reference_number = notation.number(predicted), notation.number(reference)
     if reference_number is not None:
         if number is None and WORKING.fullmatch(predicted):
-            number = _number(predicted.rpartition("=")[2].strip(" (){}"))
+            number = notation.number(predicted.rpartition("=")[2].strip(" (){}"))
             if number is None and OPERATOR.search(predicted):
                 # `4+2+8+1` for 15: math-verify would work it out, and RL soon learns to box the question itself.
                 return False
         if number is not None:
-            return _numbers_equal(number, reference_number)
+            return notation.numbers_equal(number, reference_number)
     return _verified(predicted, reference)
 
 
+def _options_equal(
+    predicted: str, reference: str, chosen: tuple[str, str] | None, right: tuple[str, str] | None
+) -> bool:
+    """Options of a multiple choice: by their letters, by their texts, and by both where both are given."""
+    letter, text = chosen or _letter_or_text(predicted)
+    right_letter, right_text = right or _letter_or_text(reference)
+    letters = letter == right_letter if letter and right_letter else None
+    texts = answers_equal(text, right_text) if text and right_text else None
+    return letters is not False and texts is not False and (letters or texts or False)
+
+
+def _letter_or_text(answer: str) -> tuple[str, str]:
+    bare = notation.without_text(answer)
+    return (bare, "") if re.fullmatch("[A-J]", bare) else ("", answer)
+
+
+def _parts_equal(predicted: list[str], reference: list[str]) -> bool:
+    """What stands before, between and after the dots of a list or sum."""
+    if len(predicted) != len(reference):
+        return False
+    parts = [(a.strip(" ,;+"), b.strip(" ,;+")) for a, b in zip(predicted, reference)]
+    return all(a == b or (a and b and answers_equal(a, b)) for a, b in parts)
+
+
 def _trim(text: str) -> str:
-    text = text.strip()
-    if len(text) > 2 and text[0] == text[-1] == "$":
-        text = text[1:-1].strip()
-    return text[:-1].rstrip() if text.endswith(".") else text
+    """The answer without what goes around all of it: formula signs, braces, bold type, a full stop."""
+    text = text.strip().removesuffix(".").rstrip()
+    while text[:1] in ("$", "\\", "{") and (match := WRAPPED.fullmatch(text)):
+        inner = match[match.lastindex or 0].strip()
+        if not inner or not _closes_last(inner):
+            break
+        text = inner.removesuffix(".").rstrip()
+    return text
 
 
-def _number(text: str) -> Decimal | None:
-    r"""A plain integer or decimal, `1,234` and `1{,}234` included."""
-    text = text.replace("{,}", ",").replace(",\\!", ",").replace("−", "-")
-    if not NUMBER.fullmatch(text) or not any(character.isdigit() for character in text):
-        return None
-    return Decimal(text.replace(",", ""))
+def _closes_last(inner: str) -> bool:
+    """Whether no brace or formula sign of `inner` closes what stands around it."""
+    depth = 0
+    for brace in re.findall(r"\\.|[{}$]", inner):
+        depth += (brace == "{") - (brace == "}")
+        if depth < 0 or brace in ("$", "\\)", "\\]"):
+            return False
+    return depth == 0
 
 
 def _depth(text: str) -> int:
@@ -102,14 +139,6 @@ def _depth(text: str) -> int:
         depth += (character in "([{") - (character in ")]}")
         deepest = max(deepest, depth)
     return deepest
-
-
-def _numbers_equal(a: Decimal, b: Decimal) -> bool:
-    if a == b:
-        return True
-    both_whole = a == a.to_integral_value() and b == b.to_integral_value()
-    # 0.30000000000000004 in a data file means 0.3.
-    return not both_whole and abs(a - b) <= Decimal("1e-9") * max(abs(a), abs(b))
 
 
 @functools.lru_cache(maxsize=65536)

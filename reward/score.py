@@ -6,11 +6,11 @@ import difflib
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from common.errors import UserError
-from common.schema import RewardConfig
+from common.schema import RewardConfig, ScoringConfig
 from common.trajectory import Response, Score, Task
 from common.user_code import load_function
 from reward.code_reward import CodeLimits, code_score
@@ -26,7 +26,7 @@ def score_math(text: str, task: Task, reward: RewardConfig) -> Score:
 
 def score_code(text: str, task: Task, reward: RewardConfig) -> Score:
     """The response's program against the task's tests."""
-    limits = CodeLimits(reward.time_limit, reward.memory_mb << 20, reward.output_mb << 20)
+    limits = CodeLimits(reward.time_limit, reward.memory_mb << 20, reward.output_mb << 20, reward.float_tolerance)
     return code_score(text, task, limits)
 
 
@@ -101,6 +101,12 @@ def check_tasks(scorer: Scorer, tasks: Sequence[Task], key: str) -> None:
                 f"{key}: task '{task.id}' has no `{lacks}`, which {setting}={scorer.reward.kind or scorer.data_type} "
                 f"judges by; add it (data/README.md) or set {setting} to {instead}"
             )
+
+
+def evaluation_scorer(reward: ScoringConfig, data_type: str) -> Scorer:
+    """A scorer by the task's own answer: with the config's limits and matching, without its function or judge."""
+    own = {field.name: getattr(reward, field.name) for field in fields(ScoringConfig)}
+    return make_scorer(RewardConfig(**own), data_type)
 
 
 def _check_kind(kind: str, key: str) -> None:

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.health import beat
 from common.ranks import Queue, any_of_team, gather, is_first_of_team
 from common.runtime import Stopwatch, console, progress, timed
-from common.schema import DatasetConfig, Sampling, SFTDatasetConfig
+from common.schema import EvalDatasetConfig, TaskSampling
 from common.stop import Stopped, stop_requested
 from common.trajectory import Request, Response, Score, Task, Trajectory
 from models import LoadedModel
@@ -39,25 +39,23 @@ class Rollout:
 def prompts_within(
     loaded: LoadedModel,
     tasks: Sequence[Task],
-    dataset: DatasetConfig | SFTDatasetConfig,
-    settings: Sampling,
+    dataset: EvalDatasetConfig,
+    settings: TaskSampling,
     max_prompt_len: int,
 ) -> list[tuple[Task, list[int]]]:
-    """Tasks with their prompt ids; those whose prompt is longer than `max_prompt_len` are left out, and said."""
+    """Tasks with their prompt ids; those whose prompt is longer than `max_prompt_len` are not among them, and said."""
     encoded = [(task, encode_task(loaded, task, dataset, settings.start_with_think)) for task in tasks]
     kept = [(task, ids) for task, ids in encoded if len(ids) <= max_prompt_len]
     if len(kept) < len(encoded):
         longest = max(len(ids) for _, ids in encoded)
         console.print(
-            f"{len(encoded) - len(kept)} of {len(encoded)} tasks dropped: their prompts exceed max_prompt_len "
-            f"{max_prompt_len} (longest {longest})"
+            f"{len(encoded) - len(kept)} of {len(encoded)} tasks not drawn: their prompts exceed "
+            f"max_prompt_len {max_prompt_len} (longest {longest})"
         )
     return kept
 
 
-def encode_task(
-    loaded: LoadedModel, task: Task, dataset: DatasetConfig | SFTDatasetConfig, thinking: bool
-) -> list[int]:
+def encode_task(loaded: LoadedModel, task: Task, dataset: EvalDatasetConfig, thinking: bool) -> list[int]:
     """A task's prompt ids, within the instruction of its kind."""
     around = instruction(loaded.family, kind_of(task, dataset.data_type), dataset.prompts, thinking)
     return encode_prompt(loaded, task.question, around, thinking)
@@ -72,7 +70,7 @@ def collect(
     engine: Engine,
     loaded: LoadedModel,
     prompts: Sequence[tuple[Task, list[int]]],
-    settings: Sampling,
+    settings: TaskSampling,
     scorer: Scorer,
     watch: Stopwatch,
     seed: int,
@@ -143,7 +141,7 @@ def collect(
             keep(rollout)
     groups = [group for group in groups if None not in group]  # a prompt is refused with all its samples
     if prompts and not groups:
-        raise UserError("rollout.cache_tokens: every request was refused; allow more, or set it to null")
+        raise UserError("every request was refused: raise rollout.cache_tokens, or lower max_prompt_len (said above)")
     tell_unscored(groups)
     return groups
 

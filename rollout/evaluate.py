@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from common.boxed import extract_boxed
 from common.errors import UserError
 from common.ranks import from_main, is_main, world
-from common.runtime import Stopwatch
-from common.schema import DatasetConfig, Sampling, SFTDatasetConfig
+from common.runtime import Stopwatch, console
+from common.schema import EvalDatasetConfig, TaskSampling
 from common.trajectory import Task
 from models import LoadedModel
 from reward.general_reward import extract_answer
-from reward.math_reward import extract_boxed
 from reward.score import Scorer as RewardScorer
 from rollout.collect import Rollout, Scorer, collect, prompts_within
 from rollout.samples import append_sample, drop_torn_lines, known_rollouts, sample_line
@@ -32,7 +32,7 @@ class Evaluation:
     """Figures of one setting over one set of tasks."""
 
     setting: str
-    tasks: int
+    tasks: int  # all that were asked for
     responses: int
     accuracy: float  # share of correct responses
     standard_error: float  # of the accuracy, clustered by task
@@ -40,6 +40,7 @@ class Evaluation:
     response_length: float  # mean tokens through the stop token
     truncated: float  # share cut at the limit
     tokens_per_second: float  # of the responses drawn now; 0 where all were there before
+    unanswered: int = 0  # tasks that got no response, counted as wrong: too long for max_prompt_len or the cache
     pass_at: dict[int, float] = field(default_factory=dict)  # k → unbiased pass@k
     majority_at: dict[int, float] = field(default_factory=dict)  # k → majority@k, where answers can be compared
     categories: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # field → value → its figures
@@ -49,9 +50,9 @@ def evaluate(
     engine: Engine,
     loaded: LoadedModel,
     tasks: Sequence[Task],
-    settings: Sequence[Sampling],
+    settings: Sequence[TaskSampling],
     scorer: Scorer,
-    dataset: DatasetConfig | SFTDatasetConfig,
+    dataset: EvalDatasetConfig,
     max_prompt_len: int,
     seed: int,
     samples_file: Path | None = None,
@@ -60,6 +61,7 @@ def evaluate(
 ) -> dict[str, Evaluation]:
     """Accuracy and cost under each setting, by the setting's name; every response is appended to `samples_file`.
     `step` says there after how many steps of training; with `resume` the responses that it holds are not drawn again.
+    A task that cannot be answered, for its length, is said and counts as wrong. UserError if that is every task.
 
     Draws depend on (seed, task, sample) alone, so two models or two moments are compared under the same numbers.
     """
@@ -92,10 +94,14 @@ def evaluate(
             known=known,
             keep=keep,
         )
+        answered = {group[0].task.id for group in groups}
+        unanswered = [task for task in tasks if task.id not in answered]
+        if unanswered:
+            console.print(f"{len(unanswered)} of {len(tasks)} tasks have no response and count as wrong")
         drawn = [one for group in groups for one in group if (one.task.id, one.trajectory.sample) not in known]
         seconds = sum(rollout.seconds for rollout in drawn) * engine.team / world()
         tokens = sum(rollout.trajectory.length for rollout in drawn)
-        results[name] = summarize(name, groups, seconds, answer_of(scorer), tokens)
+        results[name] = summarize(name, groups, seconds, answer_of(scorer), tokens, unanswered)
     return results
 
 
@@ -105,17 +111,22 @@ def summarize(
     seconds: float,
     answer: Callable[[str], str | None] | None = None,
     drawn: int | None = None,
+    unanswered: Sequence[Task] = (),
 ) -> Evaluation:
     """Count one setting's responses, one group per task; `answer` reads a text's answer, for majority@k.
 
-    `drawn` is how many of the tokens took those `seconds`, where some were there before.
+    `drawn` is how many of the tokens took those `seconds`, where some were there before. Tasks that are `unanswered`
+    count as wrong.
     """
     rollouts = [rollout for group in groups for rollout in group]
-    mean, error = accuracy_of(groups)
+    shares = [(group[0].task, sum(one.score.correct for one in group) / len(group)) for group in groups]
+    shares += [(task, 0.0) for task in unanswered]
+    mean, error = mean_and_error([share for _, share in shares])
+    answered = len(groups) / len(shares)
     tokens = sum(rollout.trajectory.length for rollout in rollouts)
     return Evaluation(
         setting=name,
-        tasks=len(groups),
+        tasks=len(shares),
         responses=len(rollouts),
         accuracy=mean,
         standard_error=error,
@@ -123,15 +134,11 @@ def summarize(
         response_length=tokens / len(rollouts),
         truncated=sum(rollout.trajectory.finish_reason == "length" for rollout in rollouts) / len(rollouts),
         tokens_per_second=(tokens if drawn is None else drawn) / seconds if seconds else 0.0,
-        pass_at=pass_at(groups),
-        majority_at=majority_at(groups, answer) if answer else {},
-        categories=by_category(groups),
+        unanswered=len(unanswered),
+        pass_at={k: answered * value for k, value in pass_at(groups).items()},
+        majority_at={k: answered * value for k, value in majority_at(groups, answer).items()} if answer else {},
+        categories=by_category(shares),
     )
-
-
-def accuracy_of(groups: Sequence[Sequence[Rollout]]) -> tuple[float, float]:
-    """Share of correct responses and its standard error, over the means of tasks."""
-    return mean_and_error([sum(rollout.score.correct for rollout in group) / len(group) for group in groups])
 
 
 def pass_at(groups: Sequence[Sequence[Rollout]]) -> dict[int, float]:
@@ -153,17 +160,20 @@ def majority_at(groups: Sequence[Sequence[Rollout]], answer: Callable[[str], str
     return found
 
 
-def by_category(groups: Sequence[Sequence[Rollout]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Tasks, accuracy and standard error for each value of each category that the data set has, 2 to 50 values."""
+def by_category(shares: Sequence[tuple[Task, float]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Tasks, accuracy and standard error for each value of each category that the data set has, 2 to 50 values.
+
+    `shares` holds every task with the share of its responses that are right.
+    """
     found = {}
     for name in CATEGORY_FIELDS:
-        parts: dict[str, list[Sequence[Rollout]]] = defaultdict(list)
-        for group in groups:
-            value = group[0].task.record.get(name)
+        parts: dict[str, list[float]] = defaultdict(list)
+        for task, share in shares:
+            value = task.record.get(name)
             if isinstance(value, (str, int)):
-                parts[str(value)].append(group)
+                parts[str(value)].append(share)
         if 2 <= len(parts) <= 50:
-            figures = {value: (len(part), *accuracy_of(part)) for value, part in sorted(parts.items())}
+            figures = {value: (len(part), *mean_and_error(part)) for value, part in sorted(parts.items())}
             keys = ("tasks", "accuracy", "standard_error")
             found[name] = {value: dict(zip(keys, numbers)) for value, numbers in figures.items()}
     return found
@@ -185,7 +195,7 @@ def tokens_per_forward(rollouts: Sequence[Rollout]) -> float:
     return sum(r.trajectory.length for r in rollouts) / sum(r.trajectory.steps for r in rollouts)
 
 
-def name_settings(settings: Sequence[Sampling]) -> dict[str, Sampling]:
+def name_settings(settings: Sequence[TaskSampling]) -> dict[str, TaskSampling]:
     """A short name for each setting: its strategy and, where that is not enough, whatever else tells them apart."""
     rows = [asdict(setting) for setting in settings]
     names = [row["remasking_strategy"].removeprefix("low_confidence_") for row in rows]

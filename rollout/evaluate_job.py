@@ -14,6 +14,7 @@ from common.schema import EvalConfig, Sampling
 from common.trajectory import Task
 from data.tasks import load_tasks
 from models import LoadedModel, load_model
+from models.defaults import take_defaults
 from reward.score import check_tasks, make_scorer
 from rollout.evaluate import Evaluation, evaluate, name_settings
 from rollout.fingerprint import Fingerprint, check_resumable, fingerprint_of
@@ -35,6 +36,7 @@ def main(
     scorer = make_scorer(config.reward, config.dataset.data_type)
     check_tasks(scorer, tasks, "dataset.eval_dataset")
     loaded, engine = (load or load_here)(config)
+    take_defaults(config, loaded)
     settings = settings_of(config.rollout)
     named = name_settings(settings)
     experiment = config.experiment

@@ -19,11 +19,13 @@ from common.runtime import device_and_dtype
 from common.schema import Sampling
 from common.trajectory import Request
 from models import LoadedModel, load_model
+from models.defaults import take_defaults
 from models.family import family_of
-from models.prompts import turns_text
+from models.prompts import stop_ids_of, turns_text
 from sample.engine import Engine
 from sample.likelihood import response_elbo
 
+HARNESS_WRITES = ("prompt", "prompt_template", "start_with_think")  # keys of generate.py that say what a prompt is
 DEFAULT_MASKS = 128  # LLaDA's choice for most tasks
 # The harness's names of generation settings → ours.
 GENERATION = {"max_gen_toks": "max_token", "max_new_tokens": "max_token", "temperature": "temperature"}
@@ -52,7 +54,8 @@ class HarnessModel:
         for numbers in by_settings.values():
             settings = generation_settings(self.settings, asked[numbers[0]][1])
             requests = [Request(str(n), self.encode(asked[n][0]), seed=self.seed) for n in numbers]
-            for trajectory in self.engine.generate(requests, settings):
+            stops = stop_ids_of(self.loaded, settings.stop_token_list)
+            for trajectory in self.engine.generate(requests, settings, stop_ids=stops):
                 ids = trajectory.response_ids[: trajectory.length]
                 number = int(trajectory.task_id)
                 text = self.loaded.tokenizer.decode(ids, skip_special_tokens=True)
@@ -98,11 +101,15 @@ def cut(text: str, until: str | Sequence[str]) -> str:
 
 def make_harness_model(pretrained: str, **given: Any) -> HarnessModel:
     """Load a model by the harness's `model_args`; UserError for an unknown or wrong key."""
+    for key in HARNESS_WRITES:
+        if key in given:
+            raise UserError(f"{key}={given[key]}: the harness makes the prompts; leave it out")
     masks, seed = int(given.pop("masks", DEFAULT_MASKS)), int(given.pop("seed", 0))
     arguments = [f"model={pretrained}", "prompt=unused", *(f"{key}={value}" for key, value in given.items())]
     config = load_config("generate", arguments)
     device, dtype = device_and_dtype(config.dtype)
     loaded = load_model(config.model, config.model_base or family_of(config.model), dtype, device)
+    take_defaults(config, loaded)
     settings = Sampling(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling)})
     return HarnessModel(loaded, settings, seed, masks)
 

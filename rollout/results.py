@@ -31,6 +31,8 @@ def _row(result: Evaluation) -> dict[str, Any]:
         "responses": result.responses,
         "accuracy": f"{100 * result.accuracy:.1f} % ± {100 * result.standard_error:.1f}",
     }
+    if result.unanswered:
+        row["unanswered, counted as wrong"] = result.unanswered
     row |= {f"pass@{k}": f"{100 * value:.1f} %" for k, value in result.pass_at.items()}
     row |= {f"majority@{k}": f"{100 * value:.1f} %" for k, value in result.majority_at.items()}
     return row | {

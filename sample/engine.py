@@ -13,7 +13,7 @@ from common.ranks import Queue
 from common.runtime import console
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
-from models.family import family_of_network
+from models.family import family_of_network, longest_sequence
 from sample import block_attention
 from sample.attention import Rotary, engine_attention, has_flash
 from sample.cache import KeyValueCache, affordable_tokens
@@ -40,6 +40,7 @@ class Engine:
         self.model = model
         self.mask_id = mask_id
         self.full_attention = family_of_network(model).attention == "full"
+        self.positions = longest_sequence(model.config)
         self.device = next(model.parameters()).device
         self.own_stop_ids = sorted(stop_ids)
         self.team = team_of(model)  # ranks that draw together: they must be given the same requests
@@ -65,7 +66,8 @@ class Engine:
     ) -> Iterator[Trajectory]:
         """Yield a trajectory for every request, in the order in which they finish; of a shared queue, for this rank's.
 
-        A request that the cache could never hold is refused: its trajectory is empty, with finish_reason "refused".
+        A request that the cache could never hold is refused: its trajectory is empty, with finish_reason "refused". So
+        is one whose prompt fills the positions that the network knows; a response is cut where they end.
         `on_step` is called after every step; `stop_ids` take the place of the engine's own.
         """
         self.start(requests, settings, self.own_stop_ids if stop_ids is None else stop_ids)
@@ -96,12 +98,18 @@ class Engine:
         cached = settings.use_cache or not self.full_attention
         rows = min(settings.max_active, self.queue.share())
         ends = [self.ticket(0, request).canvas_end for request in self.queue]
-        tokens = self.cache_tokens(rows * max(ends)) if cached else rows * max(ends)
-        fitting = [end for end in ends if end <= tokens]
-        if len(fitting) < len(ends):
+        wanted = rows * min(max(ends), self.positions)
+        tokens = self.cache_tokens(wanted) if cached else wanted
+        fitting = [end for end in ends if end <= min(tokens, self.positions)]
+        if beyond := sum(end > self.positions for end in ends):
             console.print(
-                f"{len(ends) - len(fitting)} requests refused: with its response one comes to {max(ends)} tokens, "
-                f"and the cache holds {tokens} (rollout.cache_tokens)"
+                f"{beyond} requests refused: their prompts leave no room in the model's {self.positions} positions"
+            )
+        if len(fitting) + beyond < len(ends):
+            longest = max(end for end in ends if end <= self.positions)
+            console.print(
+                f"{len(ends) - beyond - len(fitting)} requests refused: with its response one comes to {longest} "
+                f"tokens, and the cache holds {tokens} (rollout.cache_tokens)"
             )
         longest = max(fitting, default=1)
         self.room = Room(min(tokens, rows * longest), rows, longest)
@@ -128,8 +136,20 @@ class Engine:
         """
         block, prompt = self.settings.block_size, len(request.prompt_ids)
         origin, limit = prompt if self.full_attention else 0, prompt + self.settings.max_token
+        last = self.positions - (self.positions - origin) % block  # end of the last whole block that the network knows
+        if prompt < last < limit:
+            limit = last
+            self.tell(
+                f"max_token {self.settings.max_token}: the model has {self.positions} positions, prompt and response "
+                "together; responses to long prompts are cut there"
+            )
         start, end = prompt - (prompt - origin) % block, limit + (origin - limit) % block
-        return Ticket(number, request, start, end, reach=end if self.full_attention else start + block)
+        return Ticket(number, request, start, limit, end, reach=end if self.full_attention else start + block)
+
+    def longest_prompt(self, settings: Sampling) -> int:
+        """Tokens of the longest prompt to which the network's positions leave room for a response."""
+        block = settings.block_size
+        return self.positions - block if self.full_attention else self.positions - self.positions % block - 1
 
     def cache_tokens(self, wanted: int) -> int:
         """Positions for which keys may be kept: what is wanted, less where the config or the memory says so."""
@@ -228,7 +248,7 @@ class Engine:
             "masked": torch.arange(ids.shape[1]) >= prompt_end[:, None],
             "key": torch.tensor([ticket.request.stream_key() for ticket in new]),
             "prompt_end": prompt_end,
-            "response_end": prompt_end + self.settings.max_token,
+            "response_end": torch.tensor([ticket.response_end for ticket in new]),
             "canvas_end": torch.tensor([ticket.canvas_end for ticket in new]),
             "block_start": torch.tensor([ticket.block_start for ticket in new]),
             "cached": torch.tensor([ticket.block_start for ticket in new]),

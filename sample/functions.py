@@ -9,7 +9,9 @@ from torch import Tensor
 
 from common.schema import Sampling
 from common.trajectory import Request
+from models.family import stop_ids_of_network
 from sample.engine import Engine
+from sample.records import refused
 
 
 def block_diffusion_generate(
@@ -17,25 +19,28 @@ def block_diffusion_generate(
     prompt: Mapping[str, Tensor] | Tensor,
     mask_id: int,
     gen_length: int = 128,
-    block_length: int = 4,
-    denoising_steps: int = 4,
+    block_length: int = 8,
+    denoising_steps: int = 8,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     remasking_strategy: str = "low_confidence_dynamic",
-    confidence_threshold: float = 0.9,
+    confidence_threshold: float = 0.85,
+    stopping_criteria_idx: Iterable[int] | None = None,
     stop_ids: Iterable[int] | None = None,
     seed: int | None = None,
 ) -> Tensor:
     """Prompt and response ids, (batch, prompt length + longest response), padded on the right.
 
     `prompt` is a tokenizer's output, or its input ids (batch, length); left padding is told by its attention mask.
-    A response ends with the first of `stop_ids` (the model's own by default) or after `gen_length` tokens. The same
-    `seed` gives the same responses; without one, torch's generator gives a new one at each call.
+    A response ends with the first stop token or after `gen_length` tokens. Stop tokens are the model's own, by its
+    configs and the tokenizer beside its weights, and those of `stopping_criteria_idx`; `stop_ids` takes the place of
+    the model's own. The same `seed` gives the same responses; without one, torch's generator gives a new one at each
+    call. A block has at most as many denoising steps as tokens.
     """
     settings = Sampling(
         block_size=block_length,
-        denoising_steps_per_block=denoising_steps,
+        denoising_steps_per_block=min(block_length, denoising_steps),
         steps=denoising_steps * -(-gen_length // block_length),
         max_token=gen_length,
         temperature=temperature,
@@ -44,7 +49,7 @@ def block_diffusion_generate(
         remasking_strategy=remasking_strategy,
         dynamic_threshold=confidence_threshold,
     )
-    return generate_ids(model, prompt, mask_id, settings, stop_ids, seed)
+    return generate_ids(model, prompt, mask_id, settings, stop_ids, seed, stopping_criteria_idx)
 
 
 def diffusion_generate(
@@ -62,6 +67,7 @@ def diffusion_generate(
     confidence_threshold: float = 0.9,
     use_cache: bool = False,
     further_horizon: int | None = None,
+    stopping_criteria_idx: Iterable[int] | None = None,
     stop_ids: Iterable[int] | None = None,
     seed: int | None = None,
 ) -> Tensor:
@@ -84,7 +90,7 @@ def diffusion_generate(
         use_cache=use_cache,
         further_horizon=further_horizon,
     )
-    return generate_ids(model, prompt, mask_id, settings, stop_ids, seed)
+    return generate_ids(model, prompt, mask_id, settings, stop_ids, seed, stopping_criteria_idx)
 
 
 def generate_ids(
@@ -94,19 +100,22 @@ def generate_ids(
     settings: Sampling,
     stop_ids: Iterable[int] | None,
     seed: int | None,
+    stopping_criteria_idx: Iterable[int] | None = None,
 ) -> Tensor:
-    """Prompt and response ids for each row of `prompt`, drawn side by side."""
+    """Prompt and response ids for each row of `prompt`, drawn side by side; stops as in `block_diffusion_generate`."""
+    own = stop_ids_of_network(model) if stop_ids is None else stop_ids
+    stops = sorted({*own, *(stopping_criteria_idx or ())})
     ids, real = (prompt, None) if isinstance(prompt, Tensor) else (prompt["input_ids"], prompt.get("attention_mask"))
     ids = ids.reshape(-1, ids.shape[-1])
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.reshape(ids.shape).bool()
-    own_stops = model.generation_config.eos_token_id if stop_ids is None else list(stop_ids)
-    stops = [own_stops] if isinstance(own_stops, int) else own_stops or []
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     requests = [Request(str(n), row[keep].tolist(), seed=seed) for n, (row, keep) in enumerate(zip(ids, real))]
     responses: list[list[int]] = [[] for _ in requests]
     for trajectory in Engine(model, mask_id, stops).generate(requests, settings):
+        if trajectory.finish_reason == "refused":
+            raise refused(trajectory)
         responses[int(trajectory.task_id)] = trajectory.response_ids[: trajectory.length]
-    padding = model.config.pad_token_id if model.config.pad_token_id is not None else (stops or [0])[0]
+    padding = model.config.pad_token_id if model.config.pad_token_id is not None else (*stops, 0)[0]
     width = max(map(len, responses))
     padded = [response + [padding] * (width - len(response)) for response in responses]
     return torch.cat([ids, torch.tensor(padded, device=ids.device)], dim=1)

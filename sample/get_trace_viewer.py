@@ -19,9 +19,11 @@ from common.runtime import console, device_and_dtype
 from common.schema import TraceConfig
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model
+from models.defaults import take_defaults
 from models.family import family_of
 from models.prompts import encode_prompt, stop_ids_of
 from sample.engine import Engine
+from sample.records import refused
 from sample.traces import Trace, trace_of, write_trace_page
 
 
@@ -31,6 +33,7 @@ def main(config: TraceConfig) -> Path:
         raise UserError('prompt is empty: give prompt="…", or samples=runs/X/samples.jsonl')
     device, dtype = device_and_dtype(config.dtype)
     loaded = load_model(config.model, config.model_base or family_of(config.model), dtype, device)
+    take_defaults(config, loaded)
     traces = read_traces(config, loaded) if config.samples else draw_traces(config, loaded)
     out = Path(config.out)
     write_trace_page(out, traces, config.prompt or config.samples, f"{config.model}, {config.remasking_strategy}")
@@ -43,7 +46,9 @@ def draw_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
     prompt = encode_prompt(loaded, config.prompt, config.prompt_template, config.start_with_think)
     requests = [Request("prompt", prompt, sample, config.seed) for sample in range(config.num_response_per_task)]
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
-    drawn = engine.generate(requests, config, stop_ids=stop_ids_of(loaded, config.stop_token_list))
+    drawn = list(engine.generate(requests, config, stop_ids=stop_ids_of(loaded, config.stop_token_list)))
+    if drawn[0].finish_reason == "refused":
+        raise refused(drawn[0])
     return [
         trace_of(loaded, one, config.block_size, f"response {one.sample + 1}", config.remasking_strategy)
         for one in sorted(drawn, key=lambda one: one.sample)

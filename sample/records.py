@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.errors import UserError
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from sample.draw import rollout_temperature
@@ -36,7 +37,7 @@ def trajectory_of(
 
 
 def refusal_of(request: Request, settings: Sampling) -> Trajectory:
-    """The empty record of a request that the cache could never hold."""
+    """The empty record of a request that cache or network could never hold."""
     return Trajectory(
         task_id=request.task_id,
         sample=request.sample,
@@ -51,4 +52,12 @@ def refusal_of(request: Request, settings: Sampling) -> Trajectory:
         steps=0,
         forwards=0,
         temperature=rollout_temperature(settings),
+    )
+
+
+def refused(trajectory: Trajectory) -> UserError:
+    """What to tell whoever waits for the response to a request that was refused; the engine has said why."""
+    return UserError(
+        f"a prompt of {len(trajectory.prompt_ids)} tokens leaves no room for a response in the model's positions, or "
+        "in the cache (cache_tokens); shorten it"
     )

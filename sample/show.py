@@ -9,13 +9,16 @@ from pathlib import Path
 from rich.live import Live
 from rich.text import Text
 
+from common.errors import UserError
 from common.runtime import console, device_and_dtype
 from common.schema import GenerateConfig
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model
+from models.defaults import take_defaults
 from models.family import family_of
 from models.prompts import encode_prompt, encode_turns, stop_ids_of
 from sample.engine import Engine
+from sample.records import refused
 from sample.traces import trace_of, write_trace_page
 
 MASK = "░"
@@ -26,6 +29,7 @@ def main(config: GenerateConfig) -> None:
     """Answer `config.prompt`; without one, chat until the user leaves."""
     device, dtype = device_and_dtype(config.dtype)
     loaded = load_model(config.model, config.model_base or family_of(config.model), dtype, device)
+    take_defaults(config, loaded)
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
     if config.prompt:
         answer(
@@ -44,6 +48,8 @@ def answer(engine: Engine, loaded: LoadedModel, config: GenerateConfig, prompt: 
     with denoising(engine, loaded, len(prompt)) as on_step:
         stops = stop_ids_of(loaded, config.stop_token_list)
         (trajectory,) = engine.generate([request], config, on_step, stops)
+    if trajectory.finish_reason == "refused":
+        raise refused(trajectory)
     trajectory.text = loaded.tokenizer.decode(trajectory.response_ids[: trajectory.length], skip_special_tokens=True)
     console.print(Text(trajectory.text))
     console.print(
@@ -82,6 +88,10 @@ def chat(engine: Engine, loaded: LoadedModel, config: GenerateConfig) -> None:
             except KeyboardInterrupt:  # of the answer, not of the chat
                 turns.pop()
                 console.print("stopped", style="dim")
+                continue
+            except UserError as error:  # the conversation has become too long
+                turns.pop()
+                console.print(f"{error}, or begin anew by /new", style="dim", markup=False)
                 continue
             number += 1
             turns.append({"role": "assistant", "content": last.text})

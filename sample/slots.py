@@ -81,7 +81,8 @@ class Ticket:
     number: int  # place in the order of arrival: the youngest gives way when the cache runs out
     request: Request
     block_start: int  # where its first block begins
-    canvas_end: int
+    response_end: int  # the length limit
+    canvas_end: int  # end of the block that holds the limit
     reach: int  # the next forward writes nothing at or behind this position
     state: Slots | None = None  # one row on the host: of a sequence that had to give way
 

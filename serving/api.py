@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from reprlib import repr as show
 from typing import Any
 
-from jinja2 import TemplateError
-
 from common.config import fault_of
 from common.keys import keys_of
 from common.schema import Sampling, ServeConfig
 from models import LoadedModel
-from models.prompts import encode_turns
+from models.prompts import ChatTemplateError, encode_turns
 
 # Sampling keys that a request may set; the last three are no part of OpenAI's interface.
 PER_REQUEST = ("temperature", "top_p", "top_k", "remasking_strategy", "dynamic_threshold")
@@ -46,7 +44,6 @@ TEXT_OWN = (*OWN, "prompt", "echo", "best_of")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 PASSED_ON = ("name", "tool_call_id", "reasoning_content")  # texts that a chat template may read
 # What a template's own faults come as, those of its expressions included; a UserError is a ValueError.
-TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 MOST_CHOICES = 1024  # of one request
 TEXT_LENGTH = 16  # tokens of a completion that names no max_tokens, as OpenAI has it
 
@@ -210,9 +207,8 @@ def _chat_prompt(messages: Any, config: ServeConfig, loaded: LoadedModel) -> lis
             turn["role"] = "system"  # its name before; most templates leave out a role that they do not know
     try:
         return encode_turns(loaded, turns, config.start_with_think)
-    except TEMPLATE_FAULTS as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise ApiError(f"messages: the model's chat template cannot take these ({told})", "messages") from None
+    except ChatTemplateError as error:
+        raise ApiError(f"messages: the model's chat template cannot take these ({error.reason})", "messages") from None
 
 
 def _turn(message: Any, where: str) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class EngineLoop:
 
     def open(self, settings: Sampling) -> None:
         """Set the engine up for these settings, with room for as many of the longest requests as it may hold."""
-        room = self.max_prompt_len
+        room = min(self.max_prompt_len, self.engine.longest_prompt(settings))
         if settings.cache_tokens is not None:  # what is left beside a response and its last block's tail
             room = min(room, settings.cache_tokens - settings.max_token - settings.block_size + 1)
         longest = Request("", [0] * max(1, room))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from shipped import shipped
 
 from common.config import dump_config, load_config, parse_or_help, settings_of
 from common.errors import UserError
@@ -181,7 +182,12 @@ MISTAKES = [
     ("sft", "training.batch_size=0", "training.batch_size=0", "must be at least 1"),
     # combinations
     ("rl", "training.lower_p=0.95", "training.lower_p=0.95", "above training.upper_p=0.9"),
-    ("rl", "rollout.denoising_steps_per_block=8", "rollout.denoising_steps_per_block=8", "rollout.block_size=4"),
+    (
+        "rl",
+        "rollout={denoising_steps_per_block: 8, block_size: 4}",
+        "rollout.denoising_steps_per_block=8",
+        "rollout.block_size=4",
+    ),
     ("eval", "rollout.block_size=[4,2]", "rollout.denoising_steps_per_block=4", "rollout.block_size=2"),
     ("rl", "training.updates_per_step=9", "training.updates_per_step=9", "rollout.num_task_per_step=4"),
     ("rl", "training.keep_accuracy=[0.8,0.2]", "training.keep_accuracy=[0.8, 0.2]", "ascending"),
@@ -261,7 +267,7 @@ def test_config_of_another_job():
 
 # What ships --------------------------------------------------------------------------------------------------------
 
-SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+SHIPPED = shipped("configs", "*.yaml")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

@@ -68,6 +68,14 @@ def test_math_records():
     row = {"problem": "p", "solution": "first \\boxed{1}, then \\boxed{\\frac{1}{2}}.", "level": "Level 5"}
     (record,) = convert_records([row])
     assert record["question"] == "p" and record["ground_truth_answer"] == "\\frac{1}{2}"
+    written = {
+        "$\\boxed 5$.": "5",
+        "\\fbox{7}": "7",
+        "$\\boxed{1}$ or $\\boxed{2}$": "1, 2",
+        "$\\boxed{3}$ \\boxed{}": "3",
+    }
+    rows = [row | {"solution": f"It is {text}"} for text in written]
+    assert [record["ground_truth_answer"] for record in convert_records(rows)] == list(written.values())
     assert convert_records([row | {"answer": "3"}])[0]["ground_truth_answer"] == "3"
     with pytest.raises(UserError, match="record 2 cannot be converted: its `solution` has no"):
         convert_records([row, row | {"solution": "none"}])
@@ -117,6 +125,11 @@ BAD = {
     "test_list of numbers": (CODE | {"test_list": [1]}, "has no `test_list`"),
     "test_list empty": (CODE | {"test_list": []}, "has no `test_list`"),
     "test_list not Python": (CODE | {"test_list": ["assert f(1) = 1"]}, "`test_list` entry 1 is not valid Python"),
+    "test_list as a text": (CODE | {"test_list": '["assert f(1) == 1"]'}, "`test_list` is a list written as one text"),
+    "test_list that calls nothing": (CODE | {"test_list": ["def check(c): assert c(1)"]}, "no assertion that is run"),
+    "test_list without the program": (CODE | {"test_list": ["assert 1 + 1 == 2"]}, "uses nothing of the program's"),
+    "test_output empty": (STDIO | {"test_output": ["", " \n"]}, "`test_output` is empty everywhere"),
+    "lists as texts": (STDIO | {"test_input": '["1"]', "test_output": '["2"]'}, "are lists written as one text"),
     "prefix not Python": (CODE | {"prefix": "import"}, "`prefix` is not valid Python"),
     "entry_point": (CODE | {"entry_point": 3}, "`entry_point` that is no text"),
     "test_output": (STDIO | {"test_output": ["1"]}, "2 `test_input` but 1 `test_output`"),

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from shipped import shipped
 
 from tests import distributed_job
 from train.learner_state import load_learner
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+CONFIGS = shipped("accelerate_configs", "*.yaml")
 STAGES = ("zero2", "zero3")
 
 

@@ -10,6 +10,7 @@ import torch
 from common import doctor
 from common.config import load_config
 from common.doctor import GIB, Size, advice, main, needs, read_size
+from common.errors import UserError
 from models import load_network
 
 EIGHT_B = Size(8_000_000_000, 36, 4096, 1024, 151_936)
@@ -57,3 +58,12 @@ def test_the_report(tiny_sdar: Path, capsys: pytest.CaptureFixture[str], monkeyp
     with pytest.raises(SystemExit):
         main(["config=configs/eval_tiny.yaml", "model=/absent"])
     assert "/absent is neither a checkpoint's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, line", [(b"[]", "holds a list"), (b"\xff\xfe{", "is not UTF-8"), (b"{", "is not JSON")]
+)
+def test_a_damaged_config(content: bytes, line: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"^model: .*config.json {line}"):
+        read_size(str(tmp_path))

@@ -10,18 +10,23 @@ import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import eval as eval_script
+from common.boxed import extract_boxed
+from common.config import load_config
 from common.errors import UserError
-from common.schema import DatasetConfig, Sampling
+from common.runtime import Stopwatch
+from common.schema import EvalDatasetConfig, PromptsConfig, Sampling, TaskSampling
 from common.trajectory import Score, Task, Trajectory
 from models import load_model
-from reward.math_reward import extract_boxed
 from rollout.collect import Rollout
 from rollout.evaluate import evaluate, name_settings, summarize
 from sample.engine import Engine
+from train import rl_trainer, sft_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -237,9 +242,70 @@ def test_names_of_settings() -> None:
     assert list(named)[1] == "dynamic-dynamic_threshold=0.5"
 
 
+def all_right(text: str, task: Task, truncated: bool) -> Score:
+    return Score(1.0, True, "passed")
+
+
+@pytest.mark.parametrize("limit", [{"max_prompt_len": 9}, {"cache_tokens": 16}], ids=["prompt", "cache"])
+def test_tasks_without_a_response_count_as_wrong(
+    tiny_sdar: Path, capsys: pytest.CaptureFixture[str], limit: dict[str, int]
+) -> None:
+    """Two of four tasks are answered, both right: 50 %, of pass@k and of their categories too."""
+    loaded = load_model(tiny_sdar, "sdar")
+    engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
+    questions = {"1+1": 1, "2+3": 2, "1+1+1+1+1+1+1+1": 1, "4+4+4+4+4+4+4+4+4": 1}
+    tasks = [Task(str(n), text, "6", {"level": level}) for n, (text, level) in enumerate(questions.items())]
+    setting = TaskSampling(max_token=4, num_response_per_task=2, cache_tokens=limit.get("cache_tokens"))
+    dataset = EvalDatasetConfig(prompts=PromptsConfig(math="{question}"))
+    longest = limit.get("max_prompt_len", 100)
+    (found,) = evaluate(engine, loaded, tasks, [setting], all_right, dataset, longest, seed=1).values()
+    assert (found.tasks, found.unanswered, found.responses, found.accuracy) == (4, 2, 4, 0.5)
+    assert found.pass_at == {2: 0.5}
+    shares = {level: (row["tasks"], row["accuracy"]) for level, row in found.categories["level"].items()}
+    assert shares == {"1": (3, pytest.approx(1 / 3)), "2": (1, 1.0)}
+    assert "2 of 4 tasks have no response and count as wrong" in capsys.readouterr().out
+
+
 def test_all_prompts_too_long(tiny_sdar: Path) -> None:
     loaded = load_model(tiny_sdar, "sdar")
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
     tasks = [Task("0", "1+2+3", "6")]
     with pytest.raises(UserError, match="max_prompt_len: every prompt of the evaluation is longer than 3"):
-        evaluate(engine, loaded, tasks, [Sampling()], lambda *_: Score(0.0, False, ""), DatasetConfig(), 3, seed=1)
+        evaluate(engine, loaded, tasks, [TaskSampling()], all_right, EvalDatasetConfig(), 3, seed=1)
+
+
+REWARD = ("time_limit=9", "memory_mb=99", "match=fuzzy", "workers=3", "truncated_is_wrong=False")
+DECIDED_BY = [  # job, keys, what decides whether a held-out answer is right, the kind of its prompt
+    ("rl", [], "math", "math"),
+    ("rl", ["reward.kind=general"], "general", "math"),
+    ("rl", ["reward.kind=judge", "dataset.data_type=code"], "code", "code"),
+    ("rl", ["reward.kind=general", "evaluation.data_type=code"], "code", "code"),
+    ("rl", ["reward.function=benchmarks.coin_flip:coin_flip"], "math", "math"),
+    ("sft", ["dataset.data_type=general"], "general", "general"),
+]
+
+
+@pytest.mark.parametrize(("job", "keys", "decides", "asked"), DECIDED_BY)
+def test_evaluation_during_training_obeys_the_config(
+    job: str, keys: list[str], decides: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the task's own answer, under the config's limits and words; the limit of training's prompts is another."""
+    keys = [*keys, *(f"reward.{one}" for one in REWARD), "training.max_prompt_len=5", "evaluation.max_prompt_len=77"]
+    config = load_config(job, [f"config={ROOT}/configs/{job}_tiny.yaml", *keys])
+    given: list[tuple] = []
+    result = SimpleNamespace(accuracy=0.5, tokens_per_forward=1.0)
+    for trainer in (rl_trainer, sft_trainer):
+        monkeypatch.setattr(trainer, "evaluate", lambda *one, **others: given.append(one) or {"static": result})
+    loaded = SimpleNamespace(model=torch.nn.Linear(1, 1), mask_id=0, stop_ids=[])
+    if job == "rl":
+        run = SimpleNamespace(config=config, engine=None, loaded=loaded, eval_tasks=[], stages=Stopwatch())
+        run.folder, run.step, run.metrics = tmp_path, 0, SimpleNamespace(log=lambda row: None)
+        rl_trainer.evaluate_now(run)
+    else:
+        monkeypatch.setattr(sft_trainer, "Engine", lambda *_: None)
+        sft_trainer.sampled_figures(config, loaded, [])
+    ((_, _, _, _, scorer, dataset, longest, _),) = given
+    reward = scorer.reward
+    assert (reward.time_limit, reward.memory_mb, reward.match, reward.workers) == (9, 99, "fuzzy", 3)
+    assert not reward.truncated_is_wrong and reward.function is None and not reward.judge.base_url
+    assert (scorer.data_type, reward.kind, dataset.data_type, longest) == (decides, None, asked, 77)

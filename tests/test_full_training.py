@@ -26,7 +26,7 @@ from train.views import SFT_METHODS, Example, random_views, trace_views
 
 FAMILIES = ("dream", "llada", "mmada")
 MASK = 7
-SETTINGS = Sampling(max_token=16, block_size=8, steps=12, dynamic_threshold=0.1, num_response_per_task=2)
+SETTINGS = Sampling(max_token=16, block_size=8, steps=12, dynamic_threshold=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,10 @@ from common.page import read_data
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from generate import block_diffusion_generate
+from models import load_model, load_tokenizer
+from models.family import _tokenizer_beside, stop_ids_of_network
+from models.prompts import stop_ids_of
+from rollout.lm_harness import make_harness_model
 from sample import show
 from sample.engine import Engine
 
@@ -77,7 +84,9 @@ def test_the_call_of_the_readme(model: PreTrainedModel, tokenizer: PreTrainedTok
     "ours, theirs",
     [
         ({}, {}),
-        ({"block_length": 8, "denoising_steps": 3}, {"block_size": 8, "denoising_steps_per_block": 3}),
+        ({"denoising_steps": 3}, {"denoising_steps_per_block": 3}),
+        ({"block_length": 4, "denoising_steps": 2}, {"block_size": 4, "denoising_steps_per_block": 2}),
+        ({"block_length": 4}, {"block_size": 4, "denoising_steps_per_block": 4}),  # no more steps than tokens
         ({"temperature": 0.0}, {"temperature": 0.0}),
         ({"temperature": 0.7, "top_k": 6, "top_p": 0.8}, {"temperature": 0.7, "top_k": 6, "top_p": 0.8}),
         ({"remasking_strategy": "sequential"}, {"remasking_strategy": "sequential"}),
@@ -90,7 +99,8 @@ def test_arguments_are_the_samplers(
 ) -> None:
     tokens = encoded(tokenizer, "4+2+8+1")
     request = Request("0", tokens["input_ids"][0].tolist(), seed=3)
-    settings = Sampling(**{"max_token": 12} | theirs)
+    original = {"block_size": 8, "denoising_steps_per_block": 8, "dynamic_threshold": 0.85}
+    settings = Sampling(**{"max_token": 12} | original | theirs)
     (expected,) = Engine(model, tokenizer.mask_token_id, [tokenizer.eos_token_id]).generate([request], settings)
     arguments = {"gen_length": 12, "seed": 3} | ours
     output = block_diffusion_generate(model, tokens, tokenizer.mask_token_id, **arguments)
@@ -146,19 +156,84 @@ def test_responses_are_padded_on_the_right(model: PreTrainedModel, tokenizer: Pr
     assert min(ends) < max(ends)
 
 
-def test_the_models_own_stop_tokens_end_a_response(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+def eos_of_config(folder: Path, ids: list[int]) -> None:
+    edit_json(folder / "config.json", eos_token_id=ids[0])
+
+
+def eos_of_generation(folder: Path, ids: list[int]) -> None:
+    edit_json(folder / "generation_config.json", eos_token_id=ids)
+
+
+def eos_of_tokenizer(folder: Path, ids: list[int]) -> None:
+    edit_json(folder / "tokenizer_config.json", eos_token=load_tokenizer(folder).convert_ids_to_tokens(ids[0]))
+
+
+def edit_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("place", [eos_of_config, eos_of_generation, eos_of_tokenizer])
+def test_the_functions_know_the_stops_of_the_engine(
+    place: Callable[[Path, list[int]], None], tiny_sdar: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
+    """An end of sequence counts wherever the checkpoint names it; further ones add to it."""
     tokens = encoded(tokenizer, "4+2+8+1")
-    settings = {"mask_id": tokenizer.mask_token_id, "gen_length": 12, "seed": 2}
+    settings = {"mask_id": tokenizer.mask_token_id, "gen_length": 24, "seed": 2}
+    folder = Path(shutil.copytree(tiny_sdar, tmp_path / "model"))
+    model = AutoModelForCausalLM.from_pretrained(str(folder))
     (free,) = responses(block_diffusion_generate(model, tokens, stop_ids=[], **settings), tokens)
-    for own in (free[5], [free[5], free[8]], [free[8], free[2]]):
-        monkeypatch.setattr(model.generation_config, "eos_token_id", own)
-        (got,) = responses(block_diffusion_generate(model, tokens, **settings), tokens)
-        first = min(free.index(stop) for stop in ([own] if isinstance(own, int) else own))
-        assert got == free[: first + 1]
-    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
-    assert responses(block_diffusion_generate(model, tokens, **settings), tokens) == [free]
+    assert load_model(folder, "sdar").stop_ids == (34,) == stop_ids_of_network(model)
+    own = [free[9], free[12]]
+    place(folder, own)
+    _tokenizer_beside.cache_clear()
+    changed, loaded = AutoModelForCausalLM.from_pretrained(str(folder)), load_model(folder, "sdar")
+    assert loaded.stop_ids == stop_ids_of_network(changed) and set(loaded.stop_ids) & set(own)
+
+    def end(stops: Iterable[int]) -> list[int]:
+        return free[: min((free.index(stop) + 1 for stop in stops if stop in free), default=len(free))]
+
+    def got(**given: object) -> list[int]:
+        return responses(block_diffusion_generate(changed, tokens, **settings, **given), tokens)[0]
+
+    assert got() == end(loaded.stop_ids) != free
+    for more in ([free[3]], [free[20]], [free[1], 1000]):
+        assert got(stopping_criteria_idx=more) == end([*loaded.stop_ids, *more])
+        assert got(stopping_criteria_idx=more, stop_ids=[]) == end(more)
+
+
+@pytest.mark.parametrize("tokens, ids", [(None, (34,)), ([], (34,)), (["7"], (7, 34)), (["<|im_end|>", "5"], (5, 34))])
+def test_a_stop_token_list_adds_to_the_models_own(
+    tokens: list[str] | None, ids: tuple[int, ...], tiny_sdar: Path
+) -> None:
+    assert stop_ids_of(load_model(tiny_sdar, "sdar"), tokens) == ids
+
+
+def test_the_harness_knows_the_stop_token_list(tiny_sdar: Path) -> None:
+    def answer(**given: object) -> str:
+        return make_harness_model(str(tiny_sdar), max_token=40, seed=1, **given).generate([("4+2", {})])[0]
+
+    free = answer()
+    assert answer(stop_token_list=f"[{free[5]!r}]") == free[: free.index(free[5]) + 1] != free
+
+
+def test_a_network_made_in_python_has_the_stops_of_its_configs(model: PreTrainedModel) -> None:
+    network = type(model)(copy.deepcopy(model.config))
+    network.config.name_or_path = ""
+    network.generation_config.eos_token_id = [7, 8]
+    assert stop_ids_of_network(network) == (7, 8, 34)
+
+
+def test_the_originals_call_by_place(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """All of its arguments in its order; the last one is `stopping_criteria_idx`."""
+    tokens, mask_id = encoded(tokenizer, "4+2+8+1"), tokenizer.mask_token_id
+    torch.manual_seed(0)
+    by_place = block_diffusion_generate(
+        model, tokens, mask_id, 12, 8, 8, 1.0, 0, 1.0, "low_confidence_dynamic", 0.85, [3]
+    )
+    torch.manual_seed(0)
+    assert torch.equal(
+        by_place, block_diffusion_generate(model, tokens, mask_id, gen_length=12, stopping_criteria_idx=[3])
+    )
 
 
 def test_seeds(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

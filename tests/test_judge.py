@@ -77,6 +77,44 @@ def test_votes(server, answers, reward):
     assert score.reward == pytest.approx(reward) and score.correct == (reward >= 0.5) and len(server.requests) == 3
 
 
+@pytest.mark.parametrize(
+    ("answer", "reward"),
+    [
+        ("\\boxed{8/10}", 0.8),
+        ("\\boxed{80\\%}", 0.8),
+        ("\\boxed{.5}", 0.5),
+        ("\\boxed{\\frac12}", 0.5),
+        ("\\boxed{½}", 0.5),
+        ("\\boxed{\\text{0.9}}", 0.9),
+        ("\\boxed{Score: 0.8}", 0.8),
+        ("\\boxed{1e-3}", 0.001),
+        ("\\boxed 0.3$", 0.3),
+        ("1e-3", 0.001),
+        ("It has 3 steps.\nFinal score: 7/10", 0.7),
+        ("**Score:** 8 out of 10", 0.8),
+        ("<think>\\boxed{1}</think> 0.25", 0.25),
+        ("\\boxed{-0.5}", 0.0),
+        ("3 steps, all wrong", None),
+        ("\\boxed{3 steps, all wrong}", None),
+        ("\\boxed{3 steps}", None),
+        ("The number of errors is 3.", None),
+        ("\\boxed{1 - 0.2}", None),
+        ("\\boxed{0.5}, \\boxed{0.7}", None),
+        ("\\boxed{nan}", None),
+        ("\\boxed{1/0}", None),
+        ("\\boxed{}", None),
+        ("", None),
+    ],
+)
+def test_a_vote_is_a_number_and_no_more(server, answer, reward):
+    server.answer = lambda prompt, number: answer
+    score = judged_score("r", TASK, judge(server))
+    if reward is None:
+        assert score == Score(0.0, False, "infrastructure")
+    else:
+        assert score == Score(reward, reward >= 0.5, "passed" if reward >= 0.5 else "failed")
+
+
 def test_no_vote_is_no_wrong_answer(server):
     server.answer = lambda prompt, number: "I cannot say"
     assert judged_score("r", TASK, judge(server, k_sample=2)) == Score(0.0, False, "infrastructure")

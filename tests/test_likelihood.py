@@ -85,6 +85,8 @@ def test_what_the_harness_gets(tiny_sdar: Path) -> None:
     assert long == ours.loaded.tokenizer.decode(alone.response_ids[: alone.length], skip_special_tokens=True)
     assert len(short) <= 4 and "0" not in short
     assert ours.encode_pair("1 ", "+2") == (ours.encode("1"), ours.encode(" +2"))
+    stopped = make_harness_model(str(tiny_sdar), max_token=8, seed=4, stop_token_list=f"['{long[1]}']")
+    assert stopped.generate([("1+2", {})]) == [long[: long.index(long[1]) + 1]] and len(long) > 2
     better, worse = ours.loglikelihood([("1+2=", "3"), ("", "1+2")])
     assert better < 0 and worse < 0
 
@@ -93,6 +95,8 @@ def test_mistakes_are_told(tiny_sdar: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match="remask"):
         make_harness_model(str(tiny_sdar), remask="static")
+    with pytest.raises(UserError, match="start_with_think=True: the harness makes the prompts"):
+        make_harness_model(str(tiny_sdar), start_with_think=True)
     with pytest.raises(UserError, match="pip install lm_eval"):
         register_with_harness()
 

@@ -109,7 +109,7 @@ MISTAKES: list[tuple[str, Callable[[Place], Any], str]] = [
     ),
     (
         "more steps than tokens in a block",
-        lambda p: load_config("eval", [EVAL, "rollout.denoising_steps_per_block=8"]),
+        lambda p: load_config("eval", [EVAL, "rollout.denoising_steps_per_block=8", "rollout.block_size=4"]),
         r"denoising_steps_per_block=8 is more than rollout.block_size=4",
     ),
     ("one response in RL", lambda p: load_config("rl", [RL, "rollout.num_response_per_task=1"]), r"takes at least 2"),
@@ -184,7 +184,7 @@ MISTAKES: list[tuple[str, Callable[[Place], Any], str]] = [
         lambda p: stop_ids_of(load_model(p.model, "sdar"), ["<|end|>"]),
         r"rollout.stop_token_list: '<\|end\|>' is no token of the model's tokenizer",
     ),
-    ("a reward without its module", lambda p: make_scorer(RewardConfig(function="my_rewards:score")), r"reward.function: there is no module 'my_rewards'"),
+    ("a reward without its module", lambda p: make_scorer(RewardConfig(function="no_module:score")), r"reward.function: there is no module 'no_module'"),
     ("a reward without a colon", lambda p: make_scorer(RewardConfig(function="my_reward")), r"'my_reward' is not of the form module:function"),
     (
         "a judge without an address",

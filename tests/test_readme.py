@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import runpy
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,7 @@ SMALL = {
     "generate.py": ["max_token=8"],
     "sample/get_trace_viewer.py": ["max_token=8", "out={folder}/trace.html"],
 }
+LICENCE = "283ea6cc2997a1a70da0049e09adf9317bb60ca1b51279b65196b83a69e1996b"
 HAVE_RUNS = ("eval.py", "rl.py", "train/sft_trado.py")
 # commands that run for ever, need more than one process or a network, and the tests that run them
 ELSEWHERE = {
@@ -103,3 +106,10 @@ def test_the_other_commands_have_tests_of_their_own() -> None:
         script = command.split()[1] if "-m" not in command else command.split()[2]
         word = {"demo": "coin_flip", "reward": "reward"}.get(script, Path(script).stem)
         assert word in (ROOT / path).read_text(encoding="utf-8"), path
+
+
+def test_the_licence() -> None:
+    """Apache-2.0: its whole text, and its SPDX name where packages are described."""
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert hashlib.sha256(text.strip().encode()).hexdigest() == LICENCE, "the text is the foundation's, to the letter"
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["license"] == "Apache-2.0"

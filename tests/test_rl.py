@@ -269,12 +269,14 @@ def test_tasks_with_long_prompts_are_dropped(
     short = {"experiment__total_step": 1, "evaluation__num_task": 2, "training__max_prompt_len": 9}
     short |= {"dataset__train_dataset": tmp_path / "tasks.jsonl"}
     folder = run_rl(tiny_sdar, tmp_path / "runs", **short)
-    assert "1 of 4 tasks dropped" in (out := capsys.readouterr().out) and "max_prompt_len 9 (longest 13)" in out
+    assert "1 of 4 tasks not drawn" in (out := capsys.readouterr().out) and "max_prompt_len 9 (longest 13)" in out
     asked = {one["question"] for one in lines_of(folder / "rollouts" / "step-0001.jsonl")}
     assert asked == {"1+1", "2+3", "4+4"}
     assert steps_of(folder)[0]["groups"] == 3
+    before = json.loads((folder / "results.json").read_text())["before"]
+    assert {(row["tasks"], row["unanswered"]) for row in before.values()} == {(2, 0)}  # that limit is training's
     with pytest.raises(UserError, match=r"max_prompt_len: every prompt of the evaluation is longer than 4"):
-        run_rl(tiny_sdar, tmp_path / "runs", **short | {"training__max_prompt_len": 4})
+        run_rl(tiny_sdar, tmp_path / "runs", **short | {"evaluation__max_prompt_len": 4})
     (tmp_path / "tasks.jsonl").write_text(tasks[2])
     with pytest.raises(UserError, match=r"training\.max_prompt_len: every prompt of the step is longer"):
         run_rl(tiny_sdar, tmp_path / "runs", rollout__num_task_per_step=1, **short)

@@ -13,7 +13,7 @@ import pytest
 from common.errors import UserError
 from common.reward_schema import JudgeConfig
 from common.runtime import Stopwatch
-from common.schema import PromptsConfig, RewardConfig, Sampling
+from common.schema import PromptsConfig, RewardConfig, TaskSampling
 from common.trajectory import Response, Score, Task
 from models.prompts import instruction
 from reward.score import check_tasks, make_scorer
@@ -157,7 +157,12 @@ def test_the_reward_command(tmp_path):
         ('{"task": 0, "response": "x"}', ["kind=code"], "data: task '0' has no `test_method`, which reward.kind=code"),
         ('{"task": 0, "response": "x"}', ["kind=maths"], "kind=maths: not a value it takes"),
         ('{"task": 0, "response": "x"}', ["memory_mb=1"], "memory_mb=1: not a value it takes"),
-        ('{"task": 0, "response": "x"}', ["speed=1"], "unknown key speed=1; keys: data, responses, out, kind"),
+        ('{"task": 0, "response": "x"}', ["speed=1"], "unknown key speed=1; keys: data, responses, out, workers"),
+        (
+            '{"task": 0, "response": "x"}',
+            ["truncated_is_wrong=True"],
+            "unknown key truncated_is_wrong",
+        ),
         ('{"task": 0, "response": "x"}', ["out=/no/where/x"], "out: the folder /no/where does not exist"),
     ],
 )
@@ -240,7 +245,7 @@ def test_a_rollout_is_scored_beside_and_in_order(own):
 
     scorer = make_scorer(own("def my_reward(response, task): return [int(token) for token in response.tokens]"), "math")
     prompts = [(Task("a", "q"), [0]), (Task("b", "q"), [0])]
-    settings = Sampling(num_response_per_task=2)
+    settings = TaskSampling(num_response_per_task=2)
     engine = SimpleNamespace(generate=generate, team=1)
     groups = collect(engine, loaded, prompts, settings, scorer, Stopwatch(), seed=0)
     assert [[one.score.token_rewards for one in group] for group in groups] == [[[1, 2, 3], [6]], [[4, 5], [7, 8]]]

@@ -469,3 +469,22 @@ def test_prepared_samples_are_those_that_they_came_from(
         patch.setattr("sys.argv", ["prepare_sft", f"config={ROOT}/configs/sft_tiny.yaml"])
         prepare_sft.main()
     assert "error: out= is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_tokenizer_without_an_end_of_sequence(template: bool, tiny: dict[str, LoadedModel], tmp_path: Path) -> None:
+    """With the turn's end in the template only what has to be filled up needs it."""
+    loaded = dataclasses.replace(tiny["sdar"], tokenizer=copy.deepcopy(tiny["sdar"].tokenizer))
+    loaded.tokenizer.eos_token = None
+    if not template:
+        loaded.tokenizer.chat_template = None
+    data = write(tmp_path / "data.jsonl", [{"prompt": "1+2", "response": "3"}])
+    for family in (loaded, dataclasses.replace(loaded, family=tiny["dream"].family)):
+        with pytest.raises(
+            UserError, match=r"has no eos_token, with which .*; set eos_token in its tokenizer_config.json"
+        ):
+            samples_of(family, config_of(data, dataset__apply_chat_template=template))
+    if template:  # 2 + 3 for the prompt in its turn, 2 + 1 for the response: two blocks
+        data = write(tmp_path / "data.jsonl", [{"prompt": "1+2", "response": "31"}])
+        (conversation,) = samples_of(loaded, config_of(data)).conversations
+        assert len(conversation[0].prompt_ids + conversation[0].response_ids) == 8

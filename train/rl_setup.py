@@ -19,9 +19,10 @@ from common.schema import RLConfig
 from common.trajectory import Task
 from data.tasks import load_tasks
 from models import LoadedModel, load_model, load_network
+from models.defaults import take_defaults
 from models.lora import add_lora
 from models.value import load_value
-from reward.score import check_tasks, make_scorer
+from reward.score import check_tasks, evaluation_scorer, make_scorer
 from rollout.collect import Scorer
 from rollout.report import RunPage
 from sample.engine import Engine
@@ -46,6 +47,7 @@ class Run:
     tasks: list[Task]
     eval_tasks: list[Task]
     scorer: Scorer
+    eval_scorer: Scorer
     metrics: MetricsLog
     stages: Stopwatch  # seconds by stage of the whole run
     page: RunPage
@@ -60,6 +62,7 @@ class Inputs:
     tasks: list[Task]
     eval_tasks: list[Task]
     scorer: Scorer
+    eval_scorer: Scorer  # by the tasks' own answers, whatever gives the rewards
 
 
 def read_inputs(config: RLConfig) -> Inputs:
@@ -74,9 +77,11 @@ def read_inputs(config: RLConfig) -> Inputs:
         )
     scorer = make_scorer(config.reward, config.dataset.data_type)
     check_tasks(scorer, tasks, "dataset.train_dataset")
-    check_tasks(scorer, eval_tasks, "evaluation.eval_dataset")
+    kind = None if config.reward.kind == "judge" else config.reward.kind
+    eval_scorer = evaluation_scorer(config.reward, config.evaluation.data_type or kind or config.dataset.data_type)
+    check_tasks(eval_scorer, eval_tasks, "evaluation.eval_dataset")
     view_method(config.training.method)
-    return Inputs(tasks, eval_tasks, scorer)
+    return Inputs(tasks, eval_tasks, scorer, eval_scorer)
 
 
 def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> Run:
@@ -84,6 +89,7 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> Run:
     with stages("load"):
         seed_everything(config.training.seed)
         loaded, learner, reference = load_networks(config)
+        take_defaults(config, loaded)
         critic = load_critic(config)
         experiment = config.experiment
         # last, so that a mistake above leaves an older run where it is
@@ -107,6 +113,7 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> Run:
         tasks=inputs.tasks,
         eval_tasks=inputs.eval_tasks,
         scorer=inputs.scorer,
+        eval_scorer=inputs.eval_scorer,
         metrics=metrics,
         stages=stages,
         page=RunPage(folder, loaded, config.rollout.block_size, experiment.total_step),

@@ -15,10 +15,9 @@ from common.health import watched
 from common.metrics import draw_curves
 from common.ranks import any_rank, from_main, is_main, rank
 from common.runtime import Stopwatch, console
-from common.schema import RewardConfig, RLConfig
+from common.schema import RLConfig
 from common.stop import Stopped, exit_code, resume_command, signals_noted, stop_requested
 from data.tasks import task_batch
-from reward.score import make_scorer
 from rollout.collect import Rollout, collect, prompts_within
 from rollout.evaluate import Evaluation, evaluate
 from rollout.samples import write_samples
@@ -178,16 +177,16 @@ def gather_samples(run: Run, number: int, watch: Stopwatch) -> tuple[list[list[R
 def evaluate_now(run: Run) -> dict[str, Evaluation]:
     """Accuracy on the held-out tasks under each evaluation setting, by the task's own answer; logged."""
     config = run.config
-    data_type = config.evaluation.data_type or config.dataset.data_type
+    prompts_of = config.evaluation.data_type or config.dataset.data_type
     with run.stages("evaluation"):
         results = evaluate(
             run.engine,
             run.loaded,
             run.eval_tasks,
             settings_of(config.evaluation),
-            make_scorer(RewardConfig(), data_type),
-            dataclasses.replace(config.dataset, data_type=data_type),
-            config.training.max_prompt_len,
+            run.eval_scorer,
+            dataclasses.replace(config.dataset, data_type=prompts_of),
+            config.evaluation.max_prompt_len,
             config.training.seed,
             samples_file=run.folder / "samples.jsonl",
             step=run.step,

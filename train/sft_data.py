@@ -16,7 +16,7 @@ from common.schema import SFTConfig, SFTDatasetConfig
 from data.sft_records import Answer, BadSample, Chat, Ids, Sample, Unwanted, load_samples
 from models import LoadedModel
 from models.family import Family
-from models.prompts import ChatTemplateError, end_of_turn, instruction, turns_text
+from models.prompts import ChatTemplateError, end_of_sequence, end_of_turn, instruction, turns_text
 from train.views import Example
 
 # Examples of one conversation, each of whose prompts goes on from the example before it. Under block attention they
@@ -245,7 +245,8 @@ def fill(example: Example, loaded: LoadedModel, config: SFTConfig) -> Example:
         padding = 0
     else:
         padding = -(-training.max_gen_length // training.block_size) * training.block_size - len(response)
-    response = response + [loaded.tokenizer.eos_token_id] * padding
+    if padding > 0:
+        response = response + [end_of_sequence(loaded.tokenizer)] * padding
     return Example(example.prompt_ids, response, example.length, steps and steps + [-1] * padding)
 
 

@@ -17,15 +17,16 @@ from common.errors import UserError
 from common.health import watched
 from common.metrics import MetricsLog, draw_curves, open_metrics
 from common.runtime import Stopwatch, console, device_and_dtype, prepare_run_folder, progress, seed_everything
-from common.schema import RewardConfig, SFTConfig
+from common.schema import SFTConfig
 from common.stop import Stopped, exit_code, resume_command, signals_noted, stop_requested
 from common.training_schema import SFTTrainingConfig
 from common.trajectory import Task
 from data.tasks import load_tasks
 from models import LoadedModel, load_model, load_network, save_model
+from models.defaults import take_defaults
 from models.lora import add_lora
 from models.tiny import build_tiny
-from reward.score import check_tasks, make_scorer
+from reward.score import check_tasks, evaluation_scorer
 from rollout.evaluate import evaluate
 from sample.engine import Engine
 from train.devices import make_accelerator, whole_networks, whole_weights
@@ -112,7 +113,7 @@ def set_up(config: SFTConfig) -> tuple[Run, Samples]:
     located = read_samples(dataset)
     tasks = load_tasks(dataset.eval_dataset, "dataset.eval_dataset") if dataset.eval_dataset else []
     tasks = tasks[: config.evaluation.num_task or None]
-    check_tasks(make_scorer(RewardConfig(), dataset.data_type), tasks, "dataset.eval_dataset")
+    check_tasks(evaluation_scorer(config.reward, dataset.data_type), tasks, "dataset.eval_dataset")
     if training.stop_at_accuracy is not None and not tasks:
         raise UserError("dataset.eval_dataset: empty, but training.stop_at_accuracy needs tasks to measure it on")
 
@@ -122,6 +123,7 @@ def set_up(config: SFTConfig) -> tuple[Run, Samples]:
     # where it need not hold a new network: last, so that a mistake in the data leaves an older run where it is
     folder = make_folder() if config.model.pretrained_model == TINY else None
     loaded = load(config, folder)
+    take_defaults(config, loaded)
     check_method(training.method, loaded)
     samples = make_samples(config, loaded, located)
     if reasons := told_reasons(samples, training.max_prompt_len, training.max_gen_length):
@@ -304,9 +306,9 @@ def sampled_figures(config: SFTConfig, loaded: LoadedModel, tasks: list[Task]) -
         loaded,
         tasks,
         settings_of(config.evaluation),
-        make_scorer(RewardConfig(), config.dataset.data_type),
+        evaluation_scorer(config.reward, config.dataset.data_type),
         config.dataset,
-        config.training.max_prompt_len,
+        config.evaluation.max_prompt_len,
         config.training.seed,
     )
     figures: dict[str, float] = {"eval/accuracy": next(iter(results.values())).accuracy}

@@ -1,14 +1,18 @@
 """Plain values over a pipe: what may pass between the program under test and the tests, and nothing else.
 
 The receiving side builds values of exact builtin types only, so that no method of the program's own (`__eq__`,
-`__bool__`, `__del__`) ever runs where the tests are. Runs inside the sandbox and imports nothing of the project.
+`__bool__`, `__del__`) ever runs where the tests are. What is not plain stays where it is and is referred to (`peer`).
+Runs inside the sandbox and imports nothing of the project.
 """
 
 from __future__ import annotations
 
+import builtins
 import collections
+import datetime
 import decimal
 import fractions
+import importlib
 import json
 import os
 import struct
@@ -17,50 +21,96 @@ from typing import Any
 
 MAX_FRAME = 64 * 2**20
 SAFE_INT = 2**53
-TEXT_TYPES = {"Decimal": decimal.Decimal, "Fraction": fractions.Fraction}
 SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque}
+MAPPINGS = {"dict": dict, "Counter": collections.Counter, "OrderedDict": collections.OrderedDict}
+BYTES = {"bytes": bytes, "bytearray": bytearray}
+VIEWS = tuple(type(view) for one in ({}, collections.OrderedDict()) for view in (one.keys(), one.values(), one.items()))
+# Types of the standard library whose values are rebuilt from a text.
+FROM_TEXT: dict[str, Callable[[str], Any]] = {
+    "decimal.Decimal": decimal.Decimal,
+    "fractions.Fraction": fractions.Fraction,
+    "datetime.date": datetime.date.fromisoformat,
+    "datetime.time": datetime.time.fromisoformat,
+    "datetime.datetime": datetime.datetime.fromisoformat,
+    "uuid.UUID": lambda text: importlib.import_module("uuid").UUID(text),
+}
+# Builtin types and constants that mean the same on both sides.
+BUILTIN_NAMES = """bool bytearray bytes complex dict float frozenset int list object range set str tuple type Ellipsis
+NotImplemented"""
+BUILTINS = {name: getattr(builtins, name) for name in BUILTIN_NAMES.split()} | {"NoneType": type(None)}
+# What a class of the program's may derive from and still be compared with plain values, by its content.
+BASES = (int, str, float, list, *SEQUENCES.values(), dict, *BYTES.values(), complex, decimal.Decimal)
+BASES += (fractions.Fraction, datetime.datetime, datetime.date, datetime.time, datetime.timedelta)
 
 
-def encode(value: Any, refer: Callable[[Any], int]) -> Any:
-    """A value as JSON; what is not plain becomes {"object": number} by `refer`, which may raise TypeError."""
-    if value is None or value is True or value is False:
+def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
+    """A value as JSON; what is not plain becomes what `refer` says of it, which may raise TypeError."""
+    kind = type(value)
+    if value is None or kind is bool or kind is str or kind is float:
         return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        number = int.__index__(value)
-        return number if -SAFE_INT < number < SAFE_INT else {"int": hex(number)}
-    if isinstance(value, float):
-        return float.__float__(value)
-    if isinstance(value, list):
-        return [encode(item, refer) for item in list.__iter__(value)]
-    for name, kind in SEQUENCES.items():
-        if isinstance(value, kind):
-            return {name: [encode(item, refer) for item in kind.__iter__(value)]}
-    if isinstance(value, dict):
-        return {"dict": [[encode(key, refer), encode(item, refer)] for key, item in dict.items(value)]}
-    return _encode_rare(value, refer)
-
-
-def _encode_rare(value: Any, refer: Callable[[Any], int]) -> Any:
-    if isinstance(value, (bytes, bytearray)):
-        return {type(value).__mro__[-2].__name__: value.hex()}
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if isinstance(value, range):
-        return {"range": [value.start, value.stop, value.step]}
-    if isinstance(value, (type({}.keys()), type({}.values()), type({}.items()))):
+    if kind is list:
         return [encode(item, refer) for item in value]
-    for name, kind in TEXT_TYPES.items():
-        if isinstance(value, kind):
-            return {"text": [name, str(value)]}
-    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+    if kind in _ENCODERS:
+        return _ENCODERS[kind](value, refer)
+    if kind.__module__ == "numpy" and hasattr(value, "tolist"):
         return encode(value.tolist(), refer)
-    return {"object": refer(value)}
+    if kind is collections.defaultdict:
+        return _mapping("dict")(value, refer)
+    if kind.__module__ == "uuid" and kind.__qualname__ == "UUID":
+        return {"text": ["uuid.UUID", str(value)]}
+    for name, known in BUILTINS.items():
+        if value is known:
+            return {"builtin": name}
+    return refer(value)
 
 
-def decode(data: Any, find: Callable[[int], Any]) -> Any:
-    """The value again; ValueError for anything that `encode` would not write."""
+def encode_base(value: Any, refer: Callable[[Any], Any]) -> Any:
+    """The content of a value whose type derives from one of BASES, as that type; None for any other."""
+    for base in BASES:
+        if isinstance(value, base):
+            if base in (str, float):
+                return base.__str__(value) if base is str else base.__float__(value)
+            if base is list:
+                return [encode(item, refer) for item in list.__iter__(value)]
+            return _ENCODERS[base](value, refer)
+    return None
+
+
+def _integer(value: int, refer: Callable[[Any], Any]) -> Any:
+    number = int.__index__(value)
+    return number if -SAFE_INT < number < SAFE_INT else {"int": hex(number)}
+
+
+def _sequence(name: str) -> Callable[[Any, Callable[[Any], Any]], Any]:
+    items = SEQUENCES[name].__iter__
+    return lambda value, refer: {name: [encode(item, refer) for item in items(value)]}
+
+
+def _mapping(name: str) -> Callable[[Any, Callable[[Any], Any]], Any]:
+    return lambda value, refer: {name: [[encode(key, refer), encode(one, refer)] for key, one in dict.items(value)]}
+
+
+_ENCODERS: dict[type, Callable[[Any, Callable[[Any], Any]], Any]] = {
+    int: _integer,
+    **{kind: _sequence(name) for name, kind in SEQUENCES.items()},
+    **{kind: _mapping(name) for name, kind in MAPPINGS.items()},
+    bytes: lambda value, refer: {"bytes": bytes.hex(value)},
+    bytearray: lambda value, refer: {"bytearray": bytearray.hex(value)},
+    complex: lambda value, refer: {"complex": [value.real, value.imag]},
+    range: lambda value, refer: {"range": [encode(n, refer) for n in (value.start, value.stop, value.step)]},
+    slice: lambda value, refer: {"slice": [encode(n, refer) for n in (value.start, value.stop, value.step)]},
+    **dict.fromkeys(VIEWS, lambda value, refer: [encode(item, refer) for item in value]),
+    decimal.Decimal: lambda value, refer: {"text": ["decimal.Decimal", decimal.Decimal.__str__(value)]},
+    fractions.Fraction: lambda value, refer: {"text": ["fractions.Fraction", fractions.Fraction.__str__(value)]},
+    datetime.date: lambda value, refer: {"text": ["datetime.date", datetime.date.isoformat(value)]},
+    datetime.time: lambda value, refer: {"text": ["datetime.time", datetime.time.isoformat(value)]},
+    datetime.datetime: lambda value, refer: {"text": ["datetime.datetime", datetime.datetime.isoformat(value)]},
+    datetime.timedelta: lambda value, refer: {"timedelta": [value.days, value.seconds, value.microseconds]},
+}
+
+
+def decode(data: Any, find: Callable[[str, Any], Any]) -> Any:
+    """The value again; `find(kind, content)` for what is referred to; ValueError for what `encode` would not write."""
     if data is None or isinstance(data, (bool, str, int, float)):
         return data
     if isinstance(data, list):
@@ -70,21 +120,23 @@ def decode(data: Any, find: Callable[[int], Any]) -> Any:
     kind, content = next(iter(data.items()))
     if kind in SEQUENCES:
         return SEQUENCES[kind]([decode(item, find) for item in content])
-    if kind == "dict":
-        return {decode(key, find): decode(item, find) for key, item in content}
+    if kind in MAPPINGS:
+        return MAPPINGS[kind]({decode(key, find): decode(item, find) for key, item in content})
     if kind == "int":
         return int(content, 16)
-    if kind in ("bytes", "bytearray"):
-        return {"bytes": bytes, "bytearray": bytearray}[kind].fromhex(content)
+    if kind in BYTES:
+        return BYTES[kind].fromhex(content)
     if kind == "complex":
         return complex(*content)
-    if kind == "range":
-        return range(*content)
+    if kind in ("range", "slice"):
+        return {"range": range, "slice": slice}[kind](*(decode(number, find) for number in content))
+    if kind == "timedelta":
+        return datetime.timedelta(*content)
     if kind == "text":
-        return TEXT_TYPES[content[0]](content[1])
-    if kind == "object" and type(content) is int:
-        return find(content)
-    raise ValueError(f"unknown kind {kind!r}")
+        return FROM_TEXT[content[0]](content[1])
+    if kind == "builtin":
+        return BUILTINS[content]
+    return find(kind, content)
 
 
 def send(descriptor: int, message: Any) -> None:
