@@ -6,8 +6,6 @@ From Python: `from generate import block_diffusion_generate, diffusion_generate`
 classes read every family's checkpoints.
 """
 
-from __future__ import annotations
-
 import sys
 
 from common.config import parse_or_help

@@ -1,7 +1,5 @@
 """Evaluation over many nodes, as the command of every node of a job: python multinode_eval.py config=X.yaml"""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

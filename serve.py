@@ -1,7 +1,5 @@
 """An OpenAI-compatible server for a diffusion language model: python serve.py model=PATH [port=8000] [key=value …]"""
 
-from __future__ import annotations
-
 import os
 import re
 import socket

@@ -1,7 +1,5 @@
 """The control reward: a coin flip. What it teaches is not a lift; a real reward has to beat it."""
 
-from __future__ import annotations
-
 import hashlib
 
 from common.trajectory import Task

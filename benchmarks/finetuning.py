@@ -6,8 +6,6 @@ Every way runs the same views of the same samples, and their losses must agree. 
 responses, through the stop token. Without a model the network is the project's tiny one.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

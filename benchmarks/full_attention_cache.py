@@ -5,8 +5,6 @@ forward are measured on held-out additions, speed on a canvas of 256 tokens, whe
 table in docs/full_attention.md is rewritten.
 """
 
-from __future__ import annotations
-
 import re
 import statistics
 import sys

@@ -8,8 +8,6 @@ equal rollouts (as many responses as the steps ask for) and at equal seconds of 
 seed's fastest method). The table goes to docs/learning.md, the figure to docs/pictures/learning.png.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

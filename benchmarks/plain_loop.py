@@ -4,8 +4,6 @@ What the engine is measured against; tests/test_engine_speed.py holds the two to
 choice of positions are the project's own functions, so that the loop spends its time in the model.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 

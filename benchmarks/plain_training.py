@@ -6,8 +6,6 @@ attention a row is [prompt, noised response]. Rows are padded to the longest, ma
 everywhere. This is the reference: it is written to be read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Every part is timed with the device waited for before and after, and without CUD
 to more than a step takes.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import time

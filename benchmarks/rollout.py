@@ -5,8 +5,6 @@ the median over rounds of those taken within one. `--requests N` instead sends N
 for 8 and prints the resident memory on the way.
 """
 
-from __future__ import annotations
-
 import argparse
 import resource
 import statistics

@@ -5,8 +5,6 @@ wrote is compared: weights bit for bit, metrics, samples and results but for tim
 is then resumed by AFTER, which must end with the same weights. For a rewrite that is to change nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Figures of the sandbox: python -m benchmarks.sandbox [attacks|speed]; `attacks` rewrites docs/sandbox.md's tables."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

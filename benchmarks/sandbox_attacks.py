@@ -6,8 +6,6 @@ verdicts that count as withstood; `passed` is in none. GROUPS has them by what t
 kind of sandbox does not withstand.
 """
 
-from __future__ import annotations
-
 from common.trajectory import Task
 
 TESTS = ["assert f(3) == 10", "assert f(41) == 1682\nassert [f(1), f(2)] == [2, 5]\nassert not f(0) > 1"]

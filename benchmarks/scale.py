@@ -3,8 +3,6 @@
 The formulas are those of docs/scale.md; the shapes are Qwen3's, which the SDAR and TraDo models share.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from common.metrics import print_table

@@ -6,8 +6,6 @@ that read block by block; tokens per second and their ratio, medians of seven ro
 it is 384 otherwise.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -7,8 +7,6 @@ from the family's base method: its right answers to training tasks are learned b
 again as the control. The table goes to the terminal, or between its two marks in --table.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

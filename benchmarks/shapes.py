@@ -1,7 +1,5 @@
 """Networks of the published sizes with random weights, an unmasking rate that is the same for all, and the limits."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from dataclasses import replace

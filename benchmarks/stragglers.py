@@ -11,8 +11,6 @@ Printed is the share of slot time spent waiting, over the steps of a simulated r
   one step off    a shared queue that goes on with the next step's responses while the step's last ones are drawn
 """
 
-from __future__ import annotations
-
 import heapq
 import json
 import sys

@@ -3,8 +3,6 @@
 A response of 10,000 tokens is played in headless Chromium; times are between animation frames.
 """
 
-from __future__ import annotations
-
 import random
 import shutil
 import statistics

@@ -12,8 +12,6 @@ under the same budget of 8,192 tokens in a micro-batch and, as the published con
 as well.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

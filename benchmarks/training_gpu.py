@@ -9,8 +9,6 @@ for the gradient of the activations, the language head at predicted positions on
 seen, and no recomputation. Each shape runs in a process of its own. Not measured yet.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

@@ -1,7 +1,5 @@
 r"""Where the answer stands in a text: in its last `\boxed{…}`, after the thought where a model thinks first."""
 
-from __future__ import annotations
-
 import re
 
 END_OF_THOUGHT = "</think>"

@@ -1,7 +1,5 @@
 """Checkpoints that are whole or absent: written beside, synced, renamed, and checked before they are read."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

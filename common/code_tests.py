@@ -1,7 +1,5 @@
 """What the tests of a code task use and check, read from their source; nothing is run."""
 
-from __future__ import annotations
-
 import ast
 import builtins
 import functools

@@ -4,8 +4,6 @@ Order, later wins: schema defaults < the layers a YAML names under `base:` < the
 `python -m common.config configs/X.yaml [key=value …]` prints the result, `--keys` the table of all keys.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import os

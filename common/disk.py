@@ -1,7 +1,5 @@
 """Files of a run on a disk that may fill up: what cannot be written is said, once a file, and the run goes on."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 The memory is an estimate by the formulas in `needs`, for one device; nothing is loaded or run.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """How a user's mistake is told: one line, exit code 2, no traceback."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import sys

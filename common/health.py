@@ -1,7 +1,5 @@
 """Whether a rank still moves: one that has not for a while is reported with the stack of all its threads."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import sys

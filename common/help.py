@@ -1,7 +1,5 @@
 """The text of --help, and the table of every key that makes configs/README.md."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """A JSON file that a user brings, read or refused in one line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """How a config's schema is written and read: fields with an explanation, and all keys below a section."""
 
-from __future__ import annotations
-
 from dataclasses import Field, field, fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints

@@ -3,8 +3,6 @@
 Every layer is a flat mapping of dotted keys to values; common.config gives the merged one its types and checks it.
 """
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The run's numbers: metrics.jsonl, trackers beside it, curves drawn from it, and small tables in the terminal."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import math

@@ -1,7 +1,5 @@
 """Keys of the original's YAML files, and what became of them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 # Keys of the original's YAML files. A key that the job's schema has is never looked up here.

@@ -4,8 +4,6 @@ A page has `<script type="application/json" id="data">…</script>`, which `fill
 by its hash alone. `python -m common.page FILE.html …` writes the hash after the script was edited.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

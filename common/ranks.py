@@ -3,8 +3,6 @@
 What ranks agree on travels over gloo, apart from the gradients, so that records and CPU tensors need no device.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import os

@@ -1,7 +1,5 @@
 """JSON that a user gives, read so that a mistake is one line: which file, which line, which field, what to do."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import math

@@ -2,8 +2,6 @@
 
 # ruff: noqa: RUF009 — `key` and `section` make fields, which is what dataclass defaults are for
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from common.keys import key, section

@@ -1,7 +1,5 @@
 """What a run stands on: its folder, its device and dtype, seeds, the console and progress bars."""
 
-from __future__ import annotations
-
 import os
 import random
 import time

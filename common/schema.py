@@ -6,8 +6,6 @@ command line. `Any` marks a key that takes a scalar or a list (evaluation under 
 
 # ruff: noqa: RUF009 — `key` and `section` make fields, which is what dataclass defaults are for
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

@@ -5,8 +5,6 @@ which would kill them soon after it got the signal itself; so it keeps the signa
 look for.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import signal

@@ -4,8 +4,6 @@ Threads that spin while they wait are quick alone, and hundreds of times slower 
 wants the same core: the one that all wait for is not running, because the others spin.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os

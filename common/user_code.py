@@ -1,7 +1,5 @@
 """Functions and families of the user's own, named in a config as `module:name`."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import os

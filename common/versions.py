@@ -1,7 +1,5 @@
 """Which software this is: for fingerprints of results, and for the doctor."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 import subprocess

@@ -4,8 +4,6 @@
 harder sums. Which split a tuple of operands falls into depends on nothing but a hash of the tuple.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import itertools

@@ -5,8 +5,6 @@ Reads it as tasks (question with ground_truth_answer or tests), or as SFT sample
 or 2.
 """
 
-from __future__ import annotations
-
 import collections
 import sys
 

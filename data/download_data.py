@@ -5,8 +5,6 @@ python data/download_data.py --from FILE [--out FILE]     convert a publisher's 
 python data/download_data.py --list                       what there is
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import difflib

@@ -1,7 +1,5 @@
 """Samples to finetune on, as they stand in a data set: an answer, a conversation, or the ids of a drawn response."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

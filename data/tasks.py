@@ -1,7 +1,5 @@
 """Tasks and records by name: arithmetic made on the spot, a file, or a set on the hub; and the data order of RL."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import io

@@ -1,7 +1,5 @@
 """Starting one process per device by `accelerate launch`, and passing on the wish to stop."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 Over nodes every device has an engine of its own. Requests are handed out as engines become free, results taken once.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A node that the first starts by ssh: python -m launch.join NODES PORT PATIENCE ROLE HEAD HOST, token on stdin."""
 
-from __future__ import annotations
-
 import sys
 
 from common.errors import one_line_errors

@@ -1,7 +1,5 @@
 """Which node of a job this is, and where the first one is, by what schedulers and launchers put in the environment."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

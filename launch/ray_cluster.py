@@ -3,8 +3,6 @@
 Nothing outside the job is touched: Ray's processes are this process's children, and end with it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets

@@ -3,8 +3,6 @@
 Over nodes Ray starts the ranks, and after a loss new ones that go on from the last checkpoint.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import tempfile

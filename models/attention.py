@@ -4,8 +4,6 @@ A network under it is sampled from with dense masks and trained with block masks
 transformers hands a BlockMask through unchanged, as it does any four-dimensional mask (5.17 and 5.23 alike).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

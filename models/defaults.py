@@ -1,7 +1,5 @@
 """What a config leaves open, taken from the checkpoint and its family once the model is loaded."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from common.config import settings_of

@@ -1,7 +1,5 @@
 """Dream and DiffuCoder: transformers' Qwen2 under full attention; the prediction for position i is at logits[i-1]."""
 
-from __future__ import annotations
-
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from models.family import CODE, MATH_FINAL, Family

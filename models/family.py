@@ -4,8 +4,6 @@ A family is a row: its classes are small subclasses of transformers', its manner
 from outside.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

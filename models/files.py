@@ -1,7 +1,5 @@
 """The files of a checkpoint, looked at before anything is made of them: what is damaged is told in one line."""
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path

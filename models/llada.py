@@ -1,7 +1,5 @@
 """LLaDA and MMaDA: transformers' Llama under full attention, with the checkpoints' own config keys and tensor names."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,7 +1,5 @@
 """Low-rank adapters by peft: trained in place of the network's own weights, merged for sampling, saved both ways."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """What every family's classes share: the publisher's config keys kept, full attention by default, no `generate`."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from functools import cache

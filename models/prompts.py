@@ -1,7 +1,5 @@
 """From a question to prompt ids, by the tokenizer's own chat template."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

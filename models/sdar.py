@@ -1,7 +1,5 @@
 """SDAR and TraDo: transformers' Qwen3 under block attention."""
 
-from __future__ import annotations
-
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from models.family import CODE, MATH_FINAL, MATH_STEPS, Family

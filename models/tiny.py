@@ -1,7 +1,5 @@
 """A new random network of any family, under a million parameters, with a character tokenizer for arithmetic."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

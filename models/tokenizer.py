@@ -1,7 +1,5 @@
 """Tokenizers: always transformers' fast ones, never a class that a checkpoint brings as Python code."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

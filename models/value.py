@@ -1,7 +1,5 @@
 """The value model: a family's network with a scalar head in place of its language head."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

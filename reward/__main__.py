@@ -11,8 +11,6 @@ Where kind is not given, tasks with a `test_method` are scored as code and the o
 
 # An entry script, though it lies beside what it runs: the only file here that knows of `data`.
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import json

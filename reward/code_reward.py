@@ -1,7 +1,5 @@
 """Does the program in a response pass its task's tests? The verdict is reached outside the program, never by it."""
 
-from __future__ import annotations
-
 import decimal
 import re
 import sys

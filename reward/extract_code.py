@@ -1,7 +1,5 @@
 """Which program a response gives: its fenced blocks, and the one among them that is meant."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 from collections.abc import Iterator, Sequence

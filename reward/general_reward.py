@@ -1,7 +1,5 @@
 """Free-text answers against a reference: equal as text, or similar enough."""
 
-from __future__ import annotations
-
 import difflib
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """A model behind an OpenAI-compatible endpoint that scores a response, or each chunk of it."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

@@ -3,8 +3,6 @@
 Only `math_worker` imports this, in a process that bounds the time and memory of each comparison.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Is the boxed answer the reference answer? Numbers and equal strings at once, the rest by math-verify in a worker."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools

@@ -4,8 +4,6 @@
 meaning (bases, quantifiers, units that differ), is compared by `contradict`.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

@@ -1,7 +1,5 @@
 """The kinds of sandbox: the command that starts each, and what is tried from inside before one is used."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -1,7 +1,5 @@
 """From the reward section of a config to a function that scores a response."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import numbers

@@ -5,8 +5,6 @@ comes (module path, reward config, data type), then one (text, task, truncated) 
 answered by ("score", Score), or ("user_error" or "error", text).
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import signal

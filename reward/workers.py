@@ -1,7 +1,5 @@
 """Scoring in processes of their own: responses go in as they finish, scores come back in order."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

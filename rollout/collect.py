@@ -1,7 +1,5 @@
 """Responses for a set of tasks: prompts encoded, drawn by the engine, scored as they finish."""
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ without `@` the last one. Tasks are paired by id; the p-value is that of the exa
 interval a bootstrap over tasks.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys

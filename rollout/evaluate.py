@@ -1,7 +1,5 @@
 """Evaluation: every task answered under each of several settings, counted, and written down."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """What eval.py runs: a model's accuracy under every setting of its config, with each response on disk."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What an evaluation's figures depend on, as hashes and values: two with the same fingerprint should agree."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -6,8 +6,6 @@ Arguments are lm_eval's own (`pip install lm_eval`, 0.4). `model_args` takes `pr
 `seed`, `masks` (patterns for a log-likelihood) and every sampling key, as `remasking_strategy` or `block_size`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Sequence

@@ -5,8 +5,6 @@
 One run's page lies in its folder; several are drawn over one another into `out`.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The written form of an evaluation: results.json, results.md and the table on the console."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """samples.jsonl: every response with its task, trace and verdict, one JSON object a line; written and read back."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Scoring beside the rollout of the next responses: from a scorer to something that takes responses as they finish."""
 
-from __future__ import annotations
-
 import atexit
 import pickle
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The trace page of an evaluation: some responses that were right and some that were not, under every setting."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What may be concluded from counts: errors of means, pass@k, majority@k, and whether two evaluations differ."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

@@ -3,8 +3,6 @@
 `forward` is the one place where the engine meets the network, `attend_over` the one where it meets an attention kernel.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ and stay. That last writing, the commit, either has a forward of its own or ride
 second line of tokens of the same sequence.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

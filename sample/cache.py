@@ -1,7 +1,5 @@
 """The key-value cache: one pool of tokens per layer, cut into slots of equal width."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor

@@ -1,7 +1,5 @@
 """The sampler: a queue of requests over slots whose whole state is tensors; one `step` is one forward for all."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 

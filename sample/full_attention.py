@@ -7,8 +7,6 @@ positions behind its end, and see nothing beyond. Where the prediction for posit
 starts one position earlier, so that every logit is there and no position is both kept and recomputed.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Sampling by one call from a loaded network: what `from generate import …` gives."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

@@ -4,8 +4,6 @@
 wrote, instead of new ones; `task_id=…` those of one task.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """CUDA graphs of whole steps, so that a step costs the host one launch."""
 
-from __future__ import annotations
-
 import torch
 
 from common.runtime import console

@@ -1,7 +1,5 @@
 """A lower bound on the log-likelihood of a given response, by Monte Carlo over masks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """One network over several devices for sampling: transformers' own tensor-parallel plan, in groups of equal size."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh

@@ -1,7 +1,5 @@
 """What is written down of a sequence that leaves its slot, or never had one."""
 
-from __future__ import annotations
-
 from common.errors import UserError
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory

@@ -1,7 +1,5 @@
 """How many sequences fit the cache, and how wide their slots must be: arithmetic on the host."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 SMALLEST = 64  # positions in a slot

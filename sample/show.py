@@ -1,7 +1,5 @@
 """What generate.py runs: one prompt, or a chat, each response printed as it is denoised."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One denoising step of all active sequences, as tensors on the device: nothing in it waits for the host."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -11,8 +11,6 @@ A strategy is called with
 and returns bool (batch, block), the positions to unmask, a subset of `masked`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

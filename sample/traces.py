@@ -1,7 +1,5 @@
 """Trajectories made visible: what trace.viewer.html shows, and the page with it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What is drawn as OpenAI's answers: the text as it grows, log-probabilities, choices and token counts."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """OpenAI's chat completions and completions: requests checked, so that nothing unfit reaches the engine."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """The web application: /v1/chat/completions, /v1/completions, /v1/models, /health, and a page to watch answers on."""
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import json

@@ -4,8 +4,6 @@ All requests that share a forward share their sampling settings. Those with othe
 one has waited `PATIENCE` seconds, nobody is let in before it.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

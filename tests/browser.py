@@ -1,7 +1,5 @@
 """A headless Chromium for the tests of pages; they are skipped where none is installed."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager

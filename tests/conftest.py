@@ -1,7 +1,5 @@
 """What all tests share: no network, one thread, an untrained tiny model."""
 
-from __future__ import annotations
-
 import os
 
 # before torch and transformers are imported; subprocesses inherit them

@@ -3,8 +3,6 @@
 Launched as `accelerate launch … --module tests.distributed_job MODEL FOLDER`; the same functions run in one process.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import sys

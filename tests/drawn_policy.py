@@ -1,7 +1,5 @@
 """A policy that has just drawn some responses, to learn from them in one call."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Which config keys a job's code reads, found by following the types of the code's variables."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import importlib

@@ -6,8 +6,6 @@ Every second kill falls into the writing of a checkpoint. Each life of the run i
 this one, which has imported all there is to import, and ended by SIGKILL.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

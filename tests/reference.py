@@ -5,8 +5,6 @@ strategies are scalar code in numpy's float32. Only the uniform random numbers c
 is their definition; `uniform` below spells that hash out in Python's own integers.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

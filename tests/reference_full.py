@@ -4,8 +4,6 @@ Without a cache every step runs the whole canvas. With one, transformers' own Dy
 block's first forward, and the window is run against a copy of it.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

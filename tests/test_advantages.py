@@ -1,7 +1,5 @@
 """GAE over a trace, the value loss, sequences' ELBOs and importance weights: by hand, by identity, by reference."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The mask by tiles against the dense one: the same pairs on any device, the same outputs and gradients on a GPU."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,8 +1,6 @@
 """Checkpoints that are damaged, unfit or of another kind: one line each, on every path that loads one, before a run's
 folder is made."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

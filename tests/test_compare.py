@@ -1,7 +1,5 @@
 """python -m rollout.compare: two evaluations paired by task."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

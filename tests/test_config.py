@@ -1,7 +1,5 @@
 """Configs: layers, types, older keys, and one line for every mistake."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

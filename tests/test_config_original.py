@@ -1,7 +1,5 @@
 """Older configs: the original's YAML files load, keep their meaning, and say what became of their keys."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a config leaves open comes from the checkpoint and its family; what it says stays, and is told once."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -1,7 +1,5 @@
 """A disk that fills up while a run lives: files stay whole, the run goes on, and each file is named once."""
 
-from __future__ import annotations
-
 import errno
 import resource
 import shutil

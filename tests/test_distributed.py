@@ -1,7 +1,5 @@
 """Several ranks give what one process gives: DeepSpeed's ZeRO-2 and ZeRO-3 over gloo, without a GPU."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

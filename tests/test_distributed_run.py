@@ -1,7 +1,5 @@
 """rl.py with experiment.deepspeed_file: one command, two ranks; stopped by a signal, resumed by one process."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """python -m common.doctor: what is there, and what a config will need."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

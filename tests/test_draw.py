@@ -1,7 +1,5 @@
 """The draw: random numbers that depend on names alone, the filters' order, and what confidence and logp are."""
 
-from __future__ import annotations
-
 import math
 from itertools import combinations
 

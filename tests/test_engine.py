@@ -1,7 +1,5 @@
 """The sampler against the plain one of tests/reference.py, and what a batch, a limit or a stop token may not change."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import replace

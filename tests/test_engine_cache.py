@@ -1,7 +1,5 @@
 """The engine's memory: commits that ride along, prompts shared, room that runs out, requests that never fit."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 The first two are held on the CPU, where they give the same responses; the last needs a GPU (`pytest -m gpu`).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The code of docs/engine.md runs, and gives what the engine gives."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

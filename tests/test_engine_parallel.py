@@ -1,7 +1,5 @@
 """A network divided over two processes draws what one process draws."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

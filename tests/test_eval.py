@@ -1,7 +1,5 @@
 """eval.py as it is typed, and its figures counted again by hand from samples.jsonl."""
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

@@ -1,7 +1,5 @@
 """Sampling with full attention against the plain loop of tests/reference_full.py, for every family that has it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

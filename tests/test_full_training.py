@@ -1,7 +1,5 @@
 """Training with full attention: views of the whole response, and the trainer's numbers against the engine's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

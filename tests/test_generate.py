@@ -1,7 +1,5 @@
 """generate.py as users call it: one function beside transformers' own loaders, and the command."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Every objective's update against the plain way: one row per denoising round, padded, dense masks, all logits."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run's health: hangs reported, full and unwritable disks, torn checkpoints skipped, a node's place found."""
 
-from __future__ import annotations
-
 import errno
 import threading
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A job takes the keys that its code reads, and refuses the others."""
 
-from __future__ import annotations
-
 import ast
 
 import pytest

@@ -1,7 +1,5 @@
 """The bound on a response's log-likelihood, and the harness's adapter on top of it."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """LoRA: adapters are what is trained, the engine has them merged, and both forms of the result load."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import peft

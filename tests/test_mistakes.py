@@ -2,8 +2,6 @@
 
 # ruff: noqa: E501 — one row for one mistake
 
-from __future__ import annotations
-
 import errno
 import json
 import re

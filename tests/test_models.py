@@ -1,7 +1,5 @@
 """Model families: the reference's logits, checkpoints kept as they were, no code of a checkpoint run, clear errors."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

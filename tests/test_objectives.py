@@ -1,7 +1,5 @@
 """Losses, their denominators and advantages against numbers worked out by hand and the plain reference."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

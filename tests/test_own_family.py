@@ -1,7 +1,5 @@
 """The family that docs/families.md registers from outside goes through the whole main job."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The packed forward against one row per view: log-probabilities, gradients, the mask, and the engine's own numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

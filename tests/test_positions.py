@@ -1,7 +1,5 @@
 """A network knows so many positions: prompt and response together stay within them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Every command of the README runs as it is written, on the tiny model in place of a large one."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import runpy

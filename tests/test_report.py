@@ -1,7 +1,5 @@
 """The run page: what is in it, in Chromium, and how rarely it is rewritten."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reinforcement learning from config to exported model on an untrained tiny network; seconds a run."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """serve.py through OpenAI's own client, over a real socket."""
 
-from __future__ import annotations
-
 import socket
 import threading
 import time

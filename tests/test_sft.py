@@ -1,7 +1,5 @@
 """Supervised finetuning as a job: a set memorised, validation, checkpoints, a run taken up again, the scripts."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """What finetuning reads: answers, chats, columns and drawn samples; bad and long samples told, none lost silently."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Every method of finetuning: its loss and gradient against the plain ones, packed in every way; the ELBO's weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """pass@k, majority@k, clustered errors and the paired tests, each against counting by hand."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

@@ -1,7 +1,5 @@
 """Signals: noted, acted on once, and not taken for a second one where a launcher passes the same one on."""
 
-from __future__ import annotations
-
 import os
 import signal
 

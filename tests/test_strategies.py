@@ -1,7 +1,5 @@
 """Strategies against plain per-row Python: ties, thresholds, and never a position that is not masked."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The shape of the code: imports go one way, files and functions stay short, tests assert something."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Threads: what a network is worth, what is free, and that nobody spins where others want the core."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

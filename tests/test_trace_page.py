@@ -1,7 +1,5 @@
 """The trace page in Chromium, driven by keys; and what goes into it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Value models, views of the user's own, dynamic sampling and importance weights, in the program that runs them."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

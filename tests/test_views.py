@@ -1,7 +1,5 @@
 """Views: the replay of a trace, and random blocks for finetuning, against loops written from the design."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np

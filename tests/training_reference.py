@@ -3,8 +3,6 @@
 Nothing here imports the trainer. Tests hold the packed forward, the vectorised views and the weighted losses to it.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """From raw rewards to advantages, and which groups are worth training on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ Both apply one rule, `train.packing.sees`. A block mask holds, for each tile of 
 in part or in full; the rest costs nothing, so that many trajectories can share one long row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

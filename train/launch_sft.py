@@ -1,7 +1,5 @@
 """What the per-family SFT scripts share: the command line."""
 
-from __future__ import annotations
-
 import sys
 
 from common.config import parse_or_help

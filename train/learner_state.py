@@ -1,7 +1,5 @@
 """A learner in a checkpoint: weights and moments by parameter name, whole, so that any number of ranks reads them."""
 
-from __future__ import annotations
-
 import io
 import json
 import random

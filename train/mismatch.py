@@ -1,7 +1,5 @@
 """Is what is trained what was sampled? The trainer's log-probabilities beside the engine's, before any update."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -4,8 +4,6 @@ A weight holds its token's whole denominator, counted over the whole update befo
 of an update is a plain sum, and neither micro-batch size nor number of devices changes it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The trained networks as functions of packed rows: log-probabilities, or values, at predicted positions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,8 +7,6 @@ assistant: prompt_ids and response_ids to learn from, prompt and response to loo
 Nothing is dropped for its length. Of the model only the tokenizer is loaded.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

@@ -1,7 +1,5 @@
 """Checkpoints of a run, from which it goes on as if it had not stopped, and the models it leaves."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a run tells: a step's figures, its line on the console, and the results of the whole."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

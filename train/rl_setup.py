@@ -1,7 +1,5 @@
 """Before the first step: what the config names is checked and loaded."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reinforcement learning in one resident program: sample, score, update, hand the weights back, evaluate."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from contextlib import ExitStack

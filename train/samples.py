@@ -1,7 +1,5 @@
 """From groups of scored rollouts to the samples of an RL step, their rows, and numbers for each predicted token."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

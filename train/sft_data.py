@@ -1,7 +1,5 @@
 """From samples of a data set to examples: in the chat template, as ids, filled up, none lost without a word."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """One update of finetuning: conversations → views → packed rows → weighted cross-entropy."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

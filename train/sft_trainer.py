@@ -1,7 +1,5 @@
 """Supervised finetuning: samples → views → packed rows → cross-entropy, with the machinery of RL."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import time

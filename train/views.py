@@ -6,8 +6,6 @@ positions, given the clean blocks before it; tokens of the prompt's remainder in
 (block_size None) a view is the whole response, given the prompt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

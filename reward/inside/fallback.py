@@ -3,8 +3,6 @@
 Runs inside the sandbox and imports nothing of the project.
 """
 
-from __future__ import annotations
-
 import importlib.abc
 import importlib.util
 import json

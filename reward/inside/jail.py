@@ -4,8 +4,6 @@ Runs inside the sandbox and imports nothing of the project. Everything is a plai
 second program started for each run (setpriv, prlimit, bwrap) would cost more than most runs do.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

@@ -4,8 +4,6 @@ Runs inside the sandbox and imports nothing of the project. What is forbidden gr
 what an old version cannot forbid, the filter on system calls in jail.py does. See man 7 landlock.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import struct

@@ -7,8 +7,6 @@ them, so that all it can influence is which values its functions return (`remote
 Runs inside the sandbox and imports nothing of the project.
 """
 
-from __future__ import annotations
-
 import atexit
 import builtins
 import importlib

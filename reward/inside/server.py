@@ -8,8 +8,6 @@ Runs inside the sandbox and imports nothing of the project: `python server.py na
 there are none, `landlock PATHS SOCKET_DESCRIPTOR` or `plain …`, PATHS being what `fallback.prepare` is told.
 """
 
-from __future__ import annotations
-
 import _sitebuiltins
 import builtins
 import contextlib

@@ -5,8 +5,6 @@ The receiving side builds values of exact builtin types only, so that no method 
 Runs inside the sandbox and imports nothing of the project.
 """
 
-from __future__ import annotations
-
 import builtins
 import collections
 import datetime

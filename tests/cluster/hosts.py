@@ -1,7 +1,5 @@
 """Two hosts on one machine: network namespaces with addresses of their own, and an ssh server in the second."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

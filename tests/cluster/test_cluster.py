@@ -1,7 +1,5 @@
 """Jobs over two hosts, each with an address of its own: `make test-cluster`. Needs root, iproute2, openssh-server."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
