@@ -30,7 +30,7 @@ from benchmarks import use_threads
 from benchmarks.plain_training import plain_batches, plain_logp, plain_rows
 from common.metrics import print_table
 from common.training_schema import RLTrainingConfig
-from common.trajectory import Trajectory
+from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models.sdar import SDARConfig, SDARForCausalLM
 from train import policy as policy_module
 from train.objectives import policy_loss
@@ -38,7 +38,7 @@ from train.optimize import Learner
 from train.packing import TokenFields
 from train.policy import Policy
 from train.rl_step import learn
-from train.samples import Layout, Sample, sample_rows
+from train.samples import Layout, sample_rows
 from train.views import trace_views
 
 VOCABULARY, PROMPT, RESPONSE, BLOCK = 32_000, 64, 256, 4
@@ -128,7 +128,10 @@ def packed_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple
     optimizer = KeepGradients(network.parameters(), lr=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     learner = Learner(network, optimizer, schedule, Accelerator(cpu=True), 1e9)
-    samples = [Sample(one, (-1.0) ** number) for number, one in enumerate(trajectories)]
+    samples = [
+        ScoredTrajectory(Task(one.task_id, ""), one, Score(1.0, True, "passed"), (-1.0) ** number)
+        for number, one in enumerate(trajectories)
+    ]
     training = RLTrainingConfig(old_logp="engine", tokens_per_micro_batch=BUDGET)
     learn(learner, samples, training, LAYOUT, RESPONSE, [0], exact=False)
     return optimizer, sum(len(row) for row in sample_rows(samples, training, LAYOUT, [0]))

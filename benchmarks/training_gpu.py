@@ -21,12 +21,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from benchmarks.training import LAYOUT, MASK, PROMPT, make_trajectories
 from common.metrics import print_table
 from common.training_schema import RLTrainingConfig
+from common.trajectory import Score, ScoredTrajectory, Task
 from models.sdar import SDARConfig, SDARForCausalLM
 from train.optimize import Learner, micro_batches
 from train.packing import Row
 from train.policy import Policy
 from train.rl_step import learn
-from train.samples import Sample, sample_rows
+from train.samples import sample_rows
 
 # Qwen3's: hidden size, layers, heads, feed-forward; 8 key-value heads of 128
 SHAPES = {
@@ -56,7 +57,10 @@ def measure(name: str) -> None:
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     learner = Learner(network, optimizer, schedule, Accelerator(mixed_precision="bf16"), 1.0)
-    samples = [Sample(one, (-1.0) ** n) for n, one in enumerate(make_trajectories(TRAJECTORIES, [RESPONSE]))]
+    samples = [
+        ScoredTrajectory(Task(one.task_id, ""), one, Score(1.0, True, "passed"), (-1.0) ** n)
+        for n, one in enumerate(make_trajectories(TRAJECTORIES, [RESPONSE]))
+    ]
     training = RLTrainingConfig(old_logp="engine", gradient_checkpointing_enable=True)
     rows = sample_rows(samples, training, LAYOUT, [0])
     seconds = []

@@ -82,17 +82,17 @@ def any_rank(flag: bool) -> bool:
     return bool(add_up(torch.tensor(float(flag))))
 
 
-def any_of_team(flag: bool, size: int) -> bool:
-    """Whether the flag is set on some rank of this rank's team of `size`. All ranks of the team must call it."""
+def any_of_tensor_group(flag: bool, size: int) -> bool:
+    """Whether the flag is set on some rank of this rank's tensor group of `size`. All its ranks must call it."""
     if size == 1:
         return flag
     found = torch.tensor(float(flag))
-    dist.all_reduce(found, group=_team(size))
+    dist.all_reduce(found, group=_tensor_group(size))
     return bool(found)
 
 
-def is_first_of_team(size: int) -> bool:
-    """Whether this rank speaks for its team; teams are `size` ranks that follow one another."""
+def is_first_of_tensor_group(size: int) -> bool:
+    """Whether this rank speaks for its tensor group; tensor groups are `size` ranks that follow one another."""
     return rank() % size == 0
 
 
@@ -106,12 +106,12 @@ class Queue(Generic[T]):
     """Items taken until none is left, each once. A shared one is made by all ranks, and each item goes to one of them.
 
     Every rank then holds all the items, in one order; a counter that the ranks share says which are taken.
-    Where ranks work in teams of `team`, each item goes to all of one team, whose ranks must all take alike.
+    Where `tensor_group` ranks sample together, each item goes to all of one group, whose ranks must take alike.
     """
 
-    def __init__(self, items: Iterable[T], shared: bool, team: int = 1):
+    def __init__(self, items: Iterable[T], shared: bool, tensor_group: int = 1):
         self.items: Sequence[T] = list(items)
-        self.team = team
+        self.tensor_group = tensor_group
         self.next = 0  # the place of the next free item, as far as this rank knows
         self.counter = next(_numbers) if shared and _many() else None
 
@@ -125,7 +125,7 @@ class Queue(Generic[T]):
 
     def share(self) -> int:
         """How many items are a rank's when they are dealt out evenly."""
-        return len(self.items) if self.counter is None else -(-len(self.items) * self.team // world())
+        return len(self.items) if self.counter is None else -(-len(self.items) * self.tensor_group // world())
 
     def take(self, count: int) -> Sequence[T]:
         """Up to `count` items that nobody has taken."""
@@ -134,12 +134,12 @@ class Queue(Generic[T]):
         return self.items[before : self.next]
 
     def _first_free(self, count: int) -> int:
-        """The place of the next item that no rank has, now this team's with those behind it."""
+        """The place of the next item that no rank has, now this tensor group's with those behind it."""
         place, store = torch.zeros((), dtype=torch.long), _store()  # which all ranks must ask for
-        if is_first_of_team(self.team):
+        if is_first_of_tensor_group(self.tensor_group):
             place.fill_(store.add(f"queue-{self.counter}", count) - count)
-        if self.team > 1:
-            dist.broadcast(place, src=rank() - rank() % self.team, group=_team(self.team))
+        if self.tensor_group > 1:
+            dist.broadcast(place, src=rank() - rank() % self.tensor_group, group=_tensor_group(self.tensor_group))
         return int(place)
 
 
@@ -153,8 +153,8 @@ def _control() -> dist.ProcessGroup:
 
 
 @functools.cache
-def _team(size: int) -> dist.ProcessGroup:
-    """This rank's team. All ranks must come here for a size's first time."""
+def _tensor_group(size: int) -> dist.ProcessGroup:
+    """This rank's tensor group. All ranks must come here for a size's first time."""
     return dist.new_subgroups(size, backend="gloo")[0]
 
 

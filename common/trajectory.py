@@ -1,4 +1,4 @@
-"""The records that travel from a prompt to a weight update: Task, Request, Trajectory, Score."""
+"""The records that travel from a prompt to a weight update: Task, Request, Trajectory, Score, ScoredTrajectory."""
 
 from __future__ import annotations
 
@@ -72,6 +72,17 @@ class Score:
     correct: bool
     verdict: str
     token_rewards: list[float] | None = None  # process rewards, one for each response token; reward is their mean
+
+
+@dataclass
+class ScoredTrajectory:
+    """A response to a task with what it earned, and the advantage of its reward within the task's group."""
+
+    task: Task
+    trajectory: Trajectory
+    score: Score
+    advantage: float = 0.0
+    seconds: float = 0.0  # of sampling, since the response that finished before
 
 
 class Response(str):

@@ -65,7 +65,7 @@ class RemoteEngines:
     What a lost worker had is drawn again by others, to the same response; a node that comes later is used too.
     """
 
-    team = 1  # each engine draws alone
+    tensor_group = 1  # each engine draws alone
 
     def __init__(self, config: EvalConfig):
         self.config = config

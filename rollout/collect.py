@@ -5,15 +5,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 
 from common.errors import UserError
 from common.health import beat
-from common.ranks import Queue, any_of_team, gather, is_first_of_team
+from common.ranks import Queue, any_of_tensor_group, gather, is_first_of_tensor_group
 from common.runtime import Stopwatch, console, progress, timed
 from common.schema import EvalDatasetConfig, TaskSampling
 from common.stop import Stopped, stop_requested
-from common.trajectory import Request, Response, Score, Task, Trajectory
+from common.trajectory import Request, Response, Score, ScoredTrajectory, Task
 from models import LoadedModel
 from models.prompts import encode_prompt, instruction, stop_ids_of
 from reward.score import Scorer as RewardScorer
@@ -22,16 +21,6 @@ from sample.engine import Engine
 
 Scorer = Callable[[str, Task, bool], Score]  # (response text, task, truncated) -> Score
 UNSCORED = Score(0.0, False, "infrastructure")
-
-
-@dataclass
-class Rollout:
-    """A task, one response to it and what the response earned."""
-
-    task: Task
-    trajectory: Trajectory
-    score: Score
-    seconds: float = 0.0  # of the rollout, since the response that finished before
 
 
 def prompts_within(
@@ -74,9 +63,9 @@ def collect(
     seed: int,
     step: int = 0,
     description: str = "rollout",
-    known: Mapping[tuple[str, int], Rollout] | None = None,
-    keep: Callable[[Rollout], None] | None = None,
-) -> list[list[Rollout]]:
+    known: Mapping[tuple[str, int], ScoredTrajectory] | None = None,
+    keep: Callable[[ScoredTrajectory], None] | None = None,
+) -> list[list[ScoredTrajectory]]:
     """Draw `num_response_per_task` responses to each task and score them; one group per task, in the given order.
 
     Ranks share the requests by what is left of them, and all have all the groups in the end. Raises Stopped, on every
@@ -89,13 +78,13 @@ def collect(
     samples, known = settings.num_response_per_task, known or {}
     groups = [[known.get((task.id, sample)) for sample in range(samples)] for task, _ in prompts]
     requests = missing_requests(prompts, groups, seed, step)
-    team = engine.team
-    queue = Queue(requests, shared=True, team=team)
+    tensor_group = engine.tensor_group
+    queue = Queue(requests, shared=True, tensor_group=tensor_group)
     place = {task.id: number for number, (task, _) in enumerate(prompts)}
     submit = submitter(scorer)
-    waiting: deque[tuple[Rollout, Future[Score]]] = deque()
+    waiting: deque[tuple[ScoredTrajectory, Future[Score]]] = deque()
     before = watch.seconds.get("rollout", 0.0)
-    scored: list[Rollout] = []
+    scored: list[ScoredTrajectory] = []
 
     def settle() -> None:
         rollout, score = waiting.popleft()
@@ -106,10 +95,10 @@ def collect(
 
     with progress(description, len(requests)) as advance, suppress(Stopped):
         stops = stop_ids_of(loaded, settings.stop_token_list)
-        drawn = engine.generate(queue, settings, on_step=lambda: stop_if_asked(team), stop_ids=stops)
+        drawn = engine.generate(queue, settings, on_step=lambda: stop_if_asked(tensor_group), stop_ids=stops)
         for trajectory in timed(drawn, watch, "rollout"):
             advance()
-            if trajectory.finish_reason == "refused" or not is_first_of_team(team):  # which has the same ones
+            if trajectory.finish_reason == "refused" or not is_first_of_tensor_group(tensor_group):
                 continue
             with watch("reward"):
                 task = prompts[place[trajectory.task_id]][0]
@@ -119,7 +108,7 @@ def collect(
                     text = Response.of(text, loaded.tokenizer.batch_decode([[one] for one in ids]))
                 score = submit(text, task, trajectory.finish_reason == "length")
                 now = watch.seconds["rollout"]
-                waiting.append((Rollout(task, trajectory, UNSCORED, now - before), score))
+                waiting.append((ScoredTrajectory(task, trajectory, UNSCORED, seconds=now - before), score))
                 before = now
                 while waiting and waiting[0][-1].done():
                     settle()
@@ -145,7 +134,7 @@ def collect(
 
 
 def missing_requests(
-    prompts: Sequence[tuple[Task, list[int]]], groups: Sequence[Sequence[Rollout | None]], seed: int, step: int
+    prompts: Sequence[tuple[Task, list[int]]], groups: Sequence[Sequence[ScoredTrajectory | None]], seed: int, step: int
 ) -> list[Request]:
     """A request for every response that is not there yet."""
     return [
@@ -156,7 +145,7 @@ def missing_requests(
     ]
 
 
-def tell_unscored(groups: Sequence[Sequence[Rollout]]) -> None:
+def tell_unscored(groups: Sequence[Sequence[ScoredTrajectory]]) -> None:
     """Say how many responses a failed sandbox or judge left without a score."""
     unknown = sum(rollout.score.verdict == "infrastructure" for group in groups for rollout in group)
     if unknown:
@@ -164,8 +153,8 @@ def tell_unscored(groups: Sequence[Sequence[Rollout]]) -> None:
         console.print(f"{unknown} of {total} responses could not be scored (infrastructure) and earn nothing")
 
 
-def stop_if_asked(team: int) -> None:
-    """Called at every denoising step, by all of a team's ranks. Raises Stopped, on all, where the run is to end."""
+def stop_if_asked(tensor_group: int) -> None:
+    """Called at every denoising step by all ranks of a tensor group. Raises Stopped on all where the run is to end."""
     beat()
-    if any_of_team(stop_requested(), team):
+    if any_of_tensor_group(stop_requested(), tensor_group):
         raise Stopped

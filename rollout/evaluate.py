@@ -10,11 +10,11 @@ from common.errors import UserError
 from common.ranks import from_main, is_main, world
 from common.runtime import Stopwatch, console
 from common.schema import EvalDatasetConfig, TaskSampling
-from common.trajectory import Task
+from common.trajectory import ScoredTrajectory, Task
 from models import LoadedModel
 from reward.general_reward import extract_answer
 from reward.score import Scorer as RewardScorer
-from rollout.collect import Rollout, Scorer, collect, prompts_within
+from rollout.collect import Scorer, collect, prompts_within
 from rollout.samples import append_sample, drop_torn_lines, known_rollouts, sample_line
 from rollout.statistics import majority_at_k, mean_and_error, pass_at_k, shown_ks
 from sample.engine import Engine
@@ -71,7 +71,7 @@ def evaluate(
         if not prompts:
             raise UserError(f"max_prompt_len: every prompt of the evaluation is longer than {max_prompt_len}; raise it")
 
-        def keep(rollout: Rollout, name: str = name) -> None:
+        def keep(rollout: ScoredTrajectory, name: str = name) -> None:
             if samples_file is not None:
                 append_sample(samples_file, sample_line(rollout, {"step": step, "setting": name}))
 
@@ -97,7 +97,7 @@ def evaluate(
         if unanswered:
             console.print(f"{len(unanswered)} of {len(tasks)} tasks have no response and count as wrong")
         drawn = [one for group in groups for one in group if (one.task.id, one.trajectory.sample) not in known]
-        seconds = sum(rollout.seconds for rollout in drawn) * engine.team / world()
+        seconds = sum(rollout.seconds for rollout in drawn) * engine.tensor_group / world()
         tokens = sum(rollout.trajectory.length for rollout in drawn)
         results[name] = summarize(name, groups, seconds, answer_of(scorer), tokens, unanswered)
     return results
@@ -105,7 +105,7 @@ def evaluate(
 
 def summarize(
     name: str,
-    groups: Sequence[Sequence[Rollout]],
+    groups: Sequence[Sequence[ScoredTrajectory]],
     seconds: float,
     answer: Callable[[str], str | None] | None = None,
     drawn: int | None = None,
@@ -139,14 +139,14 @@ def summarize(
     )
 
 
-def pass_at(groups: Sequence[Sequence[Rollout]]) -> dict[int, float]:
+def pass_at(groups: Sequence[Sequence[ScoredTrajectory]]) -> dict[int, float]:
     """Unbiased pass@k, mean over tasks, for k = 2, 4, 8, … and all responses."""
     counts = [(len(group), sum(rollout.score.correct for rollout in group)) for group in groups]
     ks = shown_ks(min(number for number, _ in counts))
     return {k: sum(pass_at_k(number, correct, k) for number, correct in counts) / len(counts) for k in ks}
 
 
-def majority_at(groups: Sequence[Sequence[Rollout]], answer: Callable[[str], str | None]) -> dict[int, float]:
+def majority_at(groups: Sequence[Sequence[ScoredTrajectory]], answer: Callable[[str], str | None]) -> dict[int, float]:
     """majority@k, mean over tasks, for the same k."""
     found: dict[int, float] = {}
     for k in shown_ks(min(map(len, groups))):
@@ -188,7 +188,7 @@ def _plain(answer: str | None) -> str | None:
     return "".join(answer.split()).casefold() or None if answer else None
 
 
-def tokens_per_forward(rollouts: Sequence[Rollout]) -> float:
+def tokens_per_forward(rollouts: Sequence[ScoredTrajectory]) -> float:
     """Response tokens, through the stop token, over denoising steps (TPF)."""
     return sum(r.trajectory.length for r in rollouts) / sum(r.trajectory.steps for r in rollouts)
 

@@ -20,8 +20,8 @@ from common.metrics import PANELS, Row, curves_of, read_rows
 from common.page import fill_page
 from common.ranks import is_main
 from common.runtime import console
+from common.trajectory import ScoredTrajectory
 from models import LoadedModel
-from rollout.collect import Rollout
 from rollout.show import trace_of_rollout
 from sample.traces import Trace, write_trace_page
 
@@ -40,11 +40,11 @@ class RunPage:
     loaded: LoadedModel | None  # None: responses are listed without traces
     block_size: int
     total_step: int
-    responses: list[tuple[str, int, Rollout]] = field(default_factory=list)  # (best or worst, step, response)
+    responses: list[tuple[str, int, ScoredTrajectory]] = field(default_factory=list)  # (best or worst, step, response)
     written: float = 0.0  # when the page was last finished, monotonic seconds
     cost: float = 0.0  # seconds that took
 
-    def note(self, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+    def note(self, step: int, groups: Sequence[Sequence[ScoredTrajectory]]) -> None:
         """Keep the best and the worst responses of a step."""
         ranked = sorted((one for group in groups for one in group), key=lambda one: one.score.reward)
         worst, best = ranked[:SHOWN], ranked[::-1][:SHOWN]
@@ -90,7 +90,7 @@ class RunPage:
         ]
 
 
-def response_row(kind: str, step: int, rollout: Rollout) -> dict[str, Any]:
+def response_row(kind: str, step: int, rollout: ScoredTrajectory) -> dict[str, Any]:
     """One response in the list."""
     return {
         "kind": kind,

@@ -8,15 +8,14 @@ from typing import Any
 
 from common.disk import append_lines, write_whole
 from common.ranks import main_only
-from common.trajectory import Score, Task, Trajectory
-from rollout.collect import Rollout
+from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 
 Line = dict[str, Any]
 OF_SCORE = [field.name for field in dataclasses.fields(Score)]
 OF_TRAJECTORY = {field.name: field for field in dataclasses.fields(Trajectory)}
 
 
-def sample_line(rollout: Rollout, about: Mapping[str, Any] | None = None) -> Line:
+def sample_line(rollout: ScoredTrajectory, about: Mapping[str, Any] | None = None) -> Line:
     """One response as it is written, `about` first."""
     line = dict(about or {}) | {"question": rollout.task.question}
     line |= {"ground_truth_answer": rollout.task.ground_truth_answer}
@@ -30,7 +29,9 @@ def append_sample(path: Path, line: Line) -> None:
 
 
 @main_only
-def write_samples(path: Path, groups: Sequence[Sequence[Rollout]], about: Mapping[str, Any] | None = None) -> None:
+def write_samples(
+    path: Path, groups: Sequence[Sequence[ScoredTrajectory]], about: Mapping[str, Any] | None = None
+) -> None:
     """Append every response of the groups."""
     rollouts = (rollout for group in groups for rollout in group)
     append_lines(path, "".join(json.dumps(sample_line(one, about), ensure_ascii=False) + "\n" for one in rollouts))
@@ -55,7 +56,9 @@ def drop_torn_lines(path: Path) -> None:
     write_whole(path, "".join(lines))
 
 
-def known_rollouts(path: Path, tasks: Sequence[Task], setting: str, step: int) -> dict[tuple[str, int], Rollout]:
+def known_rollouts(
+    path: Path, tasks: Sequence[Task], setting: str, step: int
+) -> dict[tuple[str, int], ScoredTrajectory]:
     """The responses of one setting that the file holds already, by (task id, sample)."""
     by_id = {task.id: task for task in tasks}
     found = {}
@@ -65,8 +68,8 @@ def known_rollouts(path: Path, tasks: Sequence[Task], setting: str, step: int) -
     return found
 
 
-def rollout_of(line: Line, task: Task) -> Rollout:
+def rollout_of(line: Line, task: Task) -> ScoredTrajectory:
     """A response as it was before it was written; lists of its trace that were left out are empty."""
     trace = {name: line.get(name, [] if "list" in str(field.type) else None) for name, field in OF_TRAJECTORY.items()}
     score = Score(**{name: line[name] for name in OF_SCORE})
-    return Rollout(task, Trajectory(**trace), score)
+    return ScoredTrajectory(task, Trajectory(**trace), score)

@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.schema import Sampling
-from common.trajectory import Task
+from common.trajectory import ScoredTrajectory, Task
 from models import LoadedModel
-from rollout.collect import Rollout
 from rollout.samples import known_rollouts
 from sample.traces import Trace, trace_of, write_trace_page
 
@@ -33,7 +32,7 @@ def write_evaluation_traces(
     return len(traces)
 
 
-def notable(rollouts: Iterable[Rollout], each: int = SHOWN) -> list[Rollout]:
+def notable(rollouts: Iterable[ScoredTrajectory], each: int = SHOWN) -> list[ScoredTrajectory]:
     """The first right ones and the first others, those right first; without a trace none."""
     traced = [one for one in rollouts if one.trajectory.step_map]
     right = [one for one in traced if one.score.correct]
@@ -41,7 +40,7 @@ def notable(rollouts: Iterable[Rollout], each: int = SHOWN) -> list[Rollout]:
     return right[:each] + wrong[:each]
 
 
-def trace_of_rollout(loaded: LoadedModel, rollout: Rollout, block_size: int, setting: str = "") -> Trace:
+def trace_of_rollout(loaded: LoadedModel, rollout: ScoredTrajectory, block_size: int, setting: str = "") -> Trace:
     """What the page shows of a scored response."""
     task, trajectory = rollout.task, rollout.trajectory
     name = f"{setting} {task.id} · {trajectory.sample + 1}".strip()

@@ -16,7 +16,7 @@ from sample import block_attention
 from sample.attention import Rotary, engine_attention, has_flash
 from sample.cache import KeyValueCache, affordable_tokens
 from sample.graphs import Graphs
-from sample.parallel import copy_into, team_of
+from sample.parallel import copy_into, tensor_group_of
 from sample.records import refusal_of, trajectory_of
 from sample.room import Room
 from sample.slots import Slots, Ticket, Watch
@@ -41,7 +41,7 @@ class Engine:
         self.positions = longest_sequence(model.config)
         self.device = next(model.parameters()).device
         self.own_stop_ids = sorted(stop_ids)
-        self.team = team_of(model)  # ranks that draw together: they must be given the same requests
+        self.tensor_group = tensor_group_of(model)  # ranks that draw together: they must be given the same requests
         self.told: set[str] = set()  # what is said once
         self.flash = not self.full_attention and has_flash(model)
         if self.device.type == "cuda" and not self.full_attention and not self.flash:

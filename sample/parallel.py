@@ -43,7 +43,7 @@ def shard(model: torch.nn.Module, size: int) -> int:
     return mesh["group"].get_local_rank()
 
 
-def team_of(model: torch.nn.Module) -> int:
+def tensor_group_of(model: torch.nn.Module) -> int:
     """How many processes hold a network together: 1 where it is whole."""
     return next((one.device_mesh.size() for one in model.parameters() if isinstance(one, DTensor)), 1)
 

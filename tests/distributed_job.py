@@ -21,13 +21,14 @@ from common.trajectory import Request
 from models import LoadedModel, load_model, load_network
 from models.value import load_value
 from sample.engine import Engine
+from tests.scored import scored
 from train.devices import make_accelerator, whole_networks, whole_weights
 from train.learner_state import load_learner, save_learner
 from train.optimize import Learner, make_learner, micro_batches, update
 from train.packing import make_rows
 from train.policy import Critic, Policy
 from train.rl_step import learn
-from train.samples import Layout, Sample
+from train.samples import Layout
 from train.sft_step import sft_update
 from train.views import Example, random_block_views
 
@@ -71,7 +72,7 @@ def learn_from(networks: Networks, number: int, rewards: list[float], critic: Le
     drawn = list(networks.engine.generate(ranks.Queue(requests, shared=True), settings, on_step=together_once()))
     together = [trajectory for part in ranks.gather(drawn) for trajectory in part]
     together.sort(key=lambda trajectory: int(trajectory.task_id))
-    samples = [Sample(one, reward, reward, None) for one, reward in zip(together, rewards)]
+    samples = [scored(one, reward, reward, None) for one, reward in zip(together, rewards)]
     layout = Layout(networks.loaded.mask_id, BLOCK)
     figures = learn(networks.learner, samples, TRAINING, layout, LENGTH, seed=[number], exact=True, critic=critic)
     return figures | {"own_responses": len(drawn)}

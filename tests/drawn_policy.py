@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from scored import scored
 
 from common.schema import Sampling
 from common.training_schema import OptimizerParams, RLTrainingConfig, SchedulerConfig
-from common.trajectory import Request
+from common.trajectory import Request, ScoredTrajectory
 from models import load_model
 from sample.engine import Engine
 from train.optimize import Learner, make_learner
 from train.policy import Policy
 from train.rl_step import learn
-from train.samples import Layout, Sample
+from train.samples import Layout
 
 BLOCK = 4
 
@@ -24,14 +25,14 @@ class Drawn:
     """A policy and responses it drew at temperature 1."""
 
     learner: Learner
-    samples: list[Sample]
+    samples: list[ScoredTrajectory]
     mask_id: int
 
     start: dict[str, torch.Tensor]  # the policy's weights
 
     def learn(
         self,
-        samples: list[Sample] | None = None,
+        samples: list[ScoredTrajectory] | None = None,
         exact: bool = True,
         critic: Learner | None = None,
         train_value: bool = True,
@@ -52,6 +53,6 @@ def drawn(tiny_sdar: Path) -> Drawn:
     requests = [Request(str(n), list(range(5 + n)), seed=1) for n in range(4)]
     trajectories = Engine(loaded.model, loaded.mask_id, loaded.stop_ids).generate(requests, settings)
     ordered = sorted(trajectories, key=lambda one: one.task_id)
-    samples = [Sample(one, (-1.0) ** n) for n, one in enumerate(ordered)]
+    samples = [scored(one, (-1.0) ** n) for n, one in enumerate(ordered)]
     start = {name: tensor.clone() for name, tensor in learner.network.state_dict().items()}
     return Drawn(learner, samples, loaded.mask_id, start)

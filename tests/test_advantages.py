@@ -8,6 +8,7 @@ import torch
 import training_reference as plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scored import scored
 
 from common.errors import UserError
 from common.trajectory import Trajectory
@@ -15,7 +16,7 @@ from train.advantages import explained_variance, trace_advantages
 from train.mismatch import importance_weights
 from train.objectives import loss_weights, policy_loss, sequence_shares, value_loss
 from train.packing import Row, TokenFields, make_rows
-from train.samples import Sample, token_rewards, value_targets
+from train.samples import token_rewards, value_targets
 from train.views import trace_views
 
 EMPTY = np.zeros(0, dtype=np.int64)
@@ -91,7 +92,7 @@ def test_with_lambda_zero_one_step_is_looked_ahead(trace: tuple) -> None:
 def test_an_outcome_s_reward_lies_on_the_last_step() -> None:
     """Two trajectories, the second with process rewards; the tokens behind its end earn nothing."""
     rows = [row([2, 0, 1], [4, 4, 5]), row([0, 1, 2], [0, 1, 1], trajectory=1)]
-    samples = [Sample(trajectory(3), 9.0, reward=2.0), Sample(trajectory(2, 4), 9.0, 0.5, [1.0, -1.0])]
+    samples = [scored(trajectory(3), 9.0, reward=2.0), scored(trajectory(2, 4), 9.0, 0.5, [1.0, -1.0])]
     advantages, returns = value_targets(rows, samples, torch.zeros(6), gamma=0.5, lam=1.0)
     assert returns.tolist() == [1.0, 1.0, 2.0, 1 - 0.25, -1.0, 0.0]
     assert torch.equal(advantages, returns)
@@ -118,7 +119,7 @@ def test_a_merged_step_is_one_step_to_the_loss_and_to_time(shrink: int, block_si
     own = np.repeat(np.arange(len(sizes)), sizes)
     rewards = [2.0 * (step == len(sizes) - 1) for step in own]
     wanted = plain.gae(rewards, values.tolist(), own.tolist(), 0.9, 0.8)
-    found = value_targets(rows, [Sample(trajectory(8), 0.0, reward=2.0)], torch.tensor(values), 0.9, 0.8)
+    found = value_targets(rows, [scored(trajectory(8), 0.0, reward=2.0)], torch.tensor(values), 0.9, 0.8)
     for one, other in zip(found, wanted):
         np.testing.assert_allclose(one.numpy(), other, rtol=1e-6)
 
@@ -131,14 +132,14 @@ def test_weights_of_merged_steps_by_hand() -> None:
 
 @pytest.mark.parametrize("tokens", [None, [0.0, 1e300, 0.0]])
 def test_a_value_model_is_given_no_reward_beyond_float32(tokens: list[float] | None) -> None:
-    samples = [Sample(trajectory(3), 0.0, -1e300, tokens)]
+    samples = [scored(trajectory(3), 0.0, -1e300, tokens)]
     with pytest.raises(UserError, match=r"^task 't': a reward of size 1e\+300; .* scale what reward.function"):
         value_targets([row([0, 1, 2], [0, 1, 2])], samples, torch.zeros(3), 1.0, 1.0)
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_process_rewards_must_match_the_tokens(count: int) -> None:
-    sample = Sample(trajectory(3, 5), 0.0, 0.0, [1.0] * count)
+    sample = scored(trajectory(3, 5), 0.0, 0.0, [1.0] * count)
     with pytest.raises(UserError, match=rf"^task 't', response 0: {count} rewards for 3 tokens; .* one for each token"):
         token_rewards(sample, np.array([0]), np.array([0]))
 

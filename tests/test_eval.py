@@ -19,9 +19,8 @@ from common.config import load_config
 from common.errors import UserError
 from common.runtime import Stopwatch
 from common.schema import EvalDatasetConfig, PromptsConfig, Sampling, TaskSampling
-from common.trajectory import Score, Task, Trajectory
+from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models import load_model
-from rollout.collect import Rollout
 from rollout.evaluate import evaluate, name_settings, summarize
 from sample.engine import Engine
 from train import rl_trainer, sft_trainer
@@ -169,12 +168,12 @@ def test_a_stopped_evaluation_goes_on(
 
 
 def test_accuracy_by_category_and_majority() -> None:
-    def answered(task: str, level: int, *answers: str) -> list[Rollout]:
+    def answered(task: str, level: int, *answers: str) -> list[ScoredTrajectory]:
         group = []
         for sample, answer in enumerate(answers):
             one = rollout(task, sample, answer == "7", 6, 4)
             one.trajectory.text = f"\\boxed{{{answer}}}"
-            group.append(Rollout(Task(task, "q", "7", {"level": level}), one.trajectory, one.score))
+            group.append(ScoredTrajectory(Task(task, "q", "7", {"level": level}), one.trajectory, one.score))
         return group
 
     groups = [answered("a", 1, "7", "7", "8"), answered("b", 1, "8", "9", "7"), answered("c", 5, "8", "8", "7")]
@@ -209,10 +208,10 @@ def test_an_empty_model_folder_is_one_line(
     assert not (tmp_path / "runs").exists()
 
 
-def rollout(task: str, sample: int, correct: bool, length: int, steps: int) -> Rollout:
+def rollout(task: str, sample: int, correct: bool, length: int, steps: int) -> ScoredTrajectory:
     reason = "length" if length == 12 else "stop"
     trajectory = Trajectory(task, sample, [], [], [], [], [], 1.0, reason, length, steps, steps + 1, 1.0)
-    return Rollout(Task(task, "q"), trajectory, Score(float(correct), correct, ""))
+    return ScoredTrajectory(Task(task, "q"), trajectory, Score(float(correct), correct, ""))
 
 
 def test_a_summary_by_hand() -> None:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from scored import scored
 
 from common.config import load_config
 from common.schema import Sampling
 from common.training_schema import RLTrainingConfig, SFTTrainingConfig
-from common.trajectory import Request, Trajectory
+from common.trajectory import Request, ScoredTrajectory, Trajectory
 from models import LoadedModel, load_model
 from models.tiny import build_tiny
 from sample.engine import Engine
@@ -19,7 +20,7 @@ from train.packing import make_rows, pack
 from train.policy import Policy
 from train.rl_step import learn
 from train.rl_trainer import main as train_rl
-from train.samples import Sample, gather, layout_of, noisings, sample_rows
+from train.samples import gather, layout_of, noisings, sample_rows
 from train.views import SFT_METHODS, Example, random_views, trace_views
 
 FAMILIES = ("dream", "llada", "mmada")
@@ -41,10 +42,12 @@ def learner_of(loaded: LoadedModel) -> Learner:
     return Learner(Policy(loaded.model, loaded.mask_id), optimizer, scheduler, Accelerator(), 1e9)
 
 
-def drawn(loaded: LoadedModel, settings: Sampling = SETTINGS, stops: tuple[int, ...] = (1, 2, 3)) -> list[Sample]:
+def drawn(
+    loaded: LoadedModel, settings: Sampling = SETTINGS, stops: tuple[int, ...] = (1, 2, 3)
+) -> list[ScoredTrajectory]:
     requests = [Request(f"t{n}", [5 * i % 30 for i in range(n)], seed=3) for n in (3, 5, 8, 9)]
     trajectories = Engine(loaded.model, loaded.mask_id, stops).generate(requests, settings)
-    return [Sample(one, (-1.0) ** n) for n, one in enumerate(sorted(trajectories, key=lambda one: one.task_id))]
+    return [scored(one, (-1.0) ** n) for n, one in enumerate(sorted(trajectories, key=lambda one: one.task_id))]
 
 
 def trajectory(step_map: list[int], length: int) -> Trajectory:
@@ -159,7 +162,7 @@ def test_a_shifted_step_map_is_seen(tiny: dict[str, LoadedModel]) -> None:
     loaded = tiny["dream"]
     samples = drawn(loaded)
     moved = [s.trajectory.step_map[1:8] + s.trajectory.step_map[:1] + s.trajectory.step_map[8:] for s in samples]
-    wrong = [Sample(Trajectory(**vars(s.trajectory) | {"step_map": m}), s.advantage) for s, m in zip(samples, moved)]
+    wrong = [scored(Trajectory(**vars(s.trajectory) | {"step_map": m}), s.advantage) for s, m in zip(samples, moved)]
     with pytest.raises(ValueError, match="logp_diff_max"):
         learn(learner_of(loaded), wrong, RLTrainingConfig(), layout_of(loaded, 8), 16, [0], exact=True)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import training_reference as plain
 from accelerate import Accelerator
+from scored import scored
 
 from benchmarks.plain_training import PlainRow, plain_batches, plain_logp, plain_rows, plain_values
 from common.training_schema import RLTrainingConfig
@@ -18,7 +19,7 @@ from models.value import ValueNetwork
 from train.optimize import Learner
 from train.policy import Critic, Policy
 from train.rl_step import learn
-from train.samples import Layout, Sample, view_method
+from train.samples import Layout, view_method
 from train.views import Views
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -135,7 +136,7 @@ def assert_same(found: Sequence[torch.Tensor], loss: torch.Tensor, network: torc
 
 def update_of(case: Case, training: RLTrainingConfig, critic: bool = False) -> Iterator[list[torch.Tensor]]:
     """The gradients of the packed update, the policy's and then the value model's."""
-    samples = [Sample(*fields) for fields in zip(case.trajectories, ADVANTAGES, REWARDS)]
+    samples = [scored(*fields) for fields in zip(case.trajectories, ADVANTAGES, REWARDS)]
     learners = [learner_of(Policy(case.policy, case.layout.mask_id))]
     learners += [learner_of(Critic(case.value))] if critic else []
     value = learners[1] if critic else None

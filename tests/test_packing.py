@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from scored import scored
 
 from common.errors import UserError
 from common.schema import Sampling
@@ -24,7 +25,7 @@ from train.optimize import Learner, batch_logp, make_learner, rate_factor, updat
 from train.packing import PackedBatch, Row, TokenFields, make_row, pack, visible
 from train.policy import Policy
 from train.rl_step import learn
-from train.samples import Layout, Sample, sample_rows
+from train.samples import Layout, sample_rows
 from train.views import trace_views
 
 GOLDEN = Path(__file__).parent / "golden" / "sdar"
@@ -62,7 +63,7 @@ def random_trajectories(network: Network, count: int, seed: int) -> list[Traject
 
 
 def packed_rows(network: Network, trajectories: Sequence[Trajectory], shrink: int = 1) -> list[Row]:
-    samples = [Sample(trajectory, 1.0) for trajectory in trajectories]
+    samples = [scored(trajectory, 1.0) for trajectory in trajectories]
     return sample_rows(samples, RLTrainingConfig(shrink=shrink, post_num=1), Layout(network.mask_id, BLOCK), [0])
 
 
@@ -209,7 +210,7 @@ def engine_like(network: Network, trajectories: Sequence[Trajectory]) -> list[Tr
 def test_the_update_does_not_depend_on_the_micro_batch(network: Network) -> None:
     """Seven responses in two updates: an uneven tail, and micro-batches of one row, of some, of all."""
     trajectories = engine_like(network, random_trajectories(network, 7, seed=21))
-    samples = [Sample(one, float(value)) for one, value in zip(trajectories, np.linspace(-1.5, 1.2, 7))]
+    samples = [scored(one, float(value)) for one, value in zip(trajectories, np.linspace(-1.5, 1.2, 7))]
     results = []
     for budget in (1, 260, 10**6):
         learner, optimizer = recording_learner(network)
@@ -229,7 +230,7 @@ def test_one_update_is_the_reference_s(network: Network) -> None:
     trajectories = engine_like(network, random_trajectories(network, 3, seed=31))
     advantage = [1.0, -0.25, -0.75]
     learner, optimizer = recording_learner(network)
-    samples = [Sample(one, value) for one, value in zip(trajectories, advantage)]
+    samples = [scored(one, value) for one, value in zip(trajectories, advantage)]
     training = RLTrainingConfig(tokens_per_micro_batch=100, loss_norm="length")
     learn(learner, samples, training, Layout(network.mask_id, BLOCK), 20, seed=[0], exact=True)
     responses = []
@@ -247,7 +248,7 @@ def test_one_update_is_the_reference_s(network: Network) -> None:
 def test_gradient_checkpointing_recomputes_layers_and_changes_nothing() -> None:
     model = load_network(GOLDEN, "sdar")
     network = Network(model, model.config.mask_token_id, model.config.vocab_size, ())
-    samples = [Sample(one, 1.0) for one in engine_like(network, random_trajectories(network, 2, seed=1))]
+    samples = [scored(one, 1.0) for one in engine_like(network, random_trajectories(network, 2, seed=1))]
     calls, results = [], []
     # a pre-hook: the second pass stops as soon as it has what the backward pass needs
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
@@ -360,7 +361,7 @@ def test_trainer_equals_engine(network: Network, settings_of_draw: dict) -> None
     trajectories = list(Engine(network.model, network.mask_id, network.stop_ids).generate(requests, drawn))
     assert len(trajectories) == 6
     # predict what lies behind the limit too: it was drawn and recorded like the rest
-    samples = [Sample(one, 1.0) for one in trajectories]
+    samples = [scored(one, 1.0) for one in trajectories]
     rows = sample_rows(samples, RLTrainingConfig(post_num=BLOCK), Layout(network.mask_id, BLOCK), [0])
     recorded = torch.cat([torch.tensor(one.logp)[row.response_index] for one, row in zip(trajectories, rows)])
     assert len(recorded) == sum(len(one.response_ids) for one in trajectories)

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from common.page import allow_script, read_data
-from common.trajectory import Score, Task, Trajectory
+from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models import load_model
 from rollout import report
-from rollout.collect import Rollout
 from rollout.report import TEMPLATE, RunPage, main, run_data, thin
 from tests.browser import chromium, open_page
 
@@ -36,10 +35,12 @@ def write_run(folder: Path, steps: int = 40) -> Path:
     return folder
 
 
-def rollout(task: str, reward: float) -> Rollout:
+def rollout(task: str, reward: float) -> ScoredTrajectory:
     ids = [1, 2, 3, 4]
     trajectory = Trajectory(task, 0, [5], ids, [0, 0, 1, 2], [-0.1] * 4, [0.9] * 4, 1.0, "stop", 4, 3, 4, 1.0, HOSTILE)
-    return Rollout(Task(task, HOSTILE, "7"), trajectory, Score(reward, reward > 0, "passed" if reward else "failed"))
+    return ScoredTrajectory(
+        Task(task, HOSTILE, "7"), trajectory, Score(reward, reward > 0, "passed" if reward else "failed")
+    )
 
 
 def test_a_living_run(browser: Any, tiny_sdar: Path, tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 from benchmarks.coin_flip import coin_flip
 from common.config import load_config
 from common.errors import UserError
-from common.trajectory import Score, Task, Trajectory
+from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models import load_model
-from rollout.collect import Rollout
 from train import rl_trainer
 from train.optimize import Learner
 from train.samples import kept_samples
@@ -478,9 +477,10 @@ def test_kept_samples() -> None:
     """Whole groups are dropped, and advantages are those within a group, of raw rewards."""
     trajectory = Trajectory("0", 0, [], [], [], [], [], 1.0, "stop", 0, 0, 0, 1.0)
 
-    def group(*rewards: float) -> list[Rollout]:
+    def group(*rewards: float) -> list[ScoredTrajectory]:
         return [
-            Rollout(Task("0", "q"), replace(trajectory, sample=n), Score(r, r > 0, "")) for n, r in enumerate(rewards)
+            ScoredTrajectory(Task("0", "q"), replace(trajectory, sample=n), Score(r, r > 0, ""))
+            for n, r in enumerate(rewards)
         ]
 
     groups = [group(1, 1, 1, 1), group(3, -1, -1, -1), group(0, 0, 0, 0)]

@@ -246,7 +246,7 @@ def test_a_rollout_is_scored_beside_and_in_order(own):
     scorer = make_scorer(own("def my_reward(response, task): return [int(token) for token in response.tokens]"), "math")
     prompts = [(Task("a", "q"), [0]), (Task("b", "q"), [0])]
     settings = TaskSampling(num_response_per_task=2)
-    engine = SimpleNamespace(generate=generate, team=1)
+    engine = SimpleNamespace(generate=generate, tensor_group=1)
     groups = collect(engine, loaded, prompts, settings, scorer, Stopwatch(), seed=0)
     assert [[one.score.token_rewards for one in group] for group in groups] == [[[1, 2, 3], [6]], [[4, 5], [7, 8]]]
     assert [[one.trajectory.text for one in group] for group in groups] == [["123", "6"], ["45", "78"]]

@@ -14,12 +14,11 @@ import pytest
 from common.config import load_config
 from common.errors import UserError
 from common.schema import Sampling, SFTConfig
-from common.trajectory import Request, Score, Task
+from common.trajectory import Request, Score, ScoredTrajectory, Task
 from data.check import check_file
 from data.sft_records import Answer, Chat, Ids, load_samples
 from models import LoadedModel, load_model
 from models.tiny import build_tiny
-from rollout.collect import Rollout
 from rollout.samples import write_samples
 from sample.engine import Engine
 from train import prepare_sft
@@ -422,7 +421,7 @@ def test_drawn_samples_are_learned_with_their_ids_and_steps(
     drawn = sorted(drawn, key=lambda one: one.task_id)
     for one in drawn:
         one.text = loaded.tokenizer.decode(one.response_ids[: one.length])
-    groups = [[Rollout(Task(one.task_id, "1+2", "3"), one, Score(1.0, True, "passed"))] for one in drawn]
+    groups = [[ScoredTrajectory(Task(one.task_id, "1+2", "3"), one, Score(1.0, True, "passed"))] for one in drawn]
     write_samples(tmp_path / "samples.jsonl", groups, {"step": 0, "setting": "dynamic"})
     config = config_of(tmp_path / "samples.jsonl", training__method="trace", training__block_size=4)
     config.dataset.correct_only = True

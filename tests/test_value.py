@@ -11,15 +11,15 @@ import pytest
 import torch
 from drawn_policy import BLOCK, Drawn
 from safetensors.torch import save_file
+from scored import scored
 from test_rl import run_rl, same_weights, steps_of
 
 from common.checkpoint import MANIFEST
 from common.errors import UserError
 from common.training_schema import OptimizerParams, RLTrainingConfig, SchedulerConfig
-from common.trajectory import Score, Task
+from common.trajectory import Score, ScoredTrajectory, Task
 from models import load_model, load_network, save_model
 from models.value import HEAD_FILE, ValueNetwork, load_value, save_value
-from rollout.collect import Rollout
 from train import rl_trainer
 from train.optimize import Learner, make_learner
 from train.policy import Critic
@@ -77,7 +77,7 @@ def test_an_unfit_value_model(tiny_sdar: Path, tmp_path: Path) -> None:
 def test_the_value_model_learns_the_reward(drawn: Drawn, tiny_sdar: Path) -> None:
     """From 0 its values approach the returns, at a rate of its own, and explain them; the policy's update is GAE's."""
     critic = critic_of(tiny_sdar)
-    samples = [replace(one, reward=float(n % 2)) for n, one in enumerate(drawn.samples)]
+    samples = [scored(one.trajectory, one.advantage, float(n % 2)) for n, one in enumerate(drawn.samples)]
     rows = [drawn.learn(samples, critic=critic, exact=False, updates_per_step=2) for _ in range(5)]
     assert critic.scheduler.get_last_lr() == [1e-3]
     assert rows[0]["value_mean"] == 0 and rows[0]["explained_variance"] == 0
@@ -90,7 +90,7 @@ def test_the_value_model_learns_the_reward(drawn: Drawn, tiny_sdar: Path) -> Non
 
 def test_without_values_advantages_would_be_the_group_s(drawn: Drawn, tiny_sdar: Path) -> None:
     """A zero value model, γ = λ = 1: every token's advantage is the response's raw reward, not its z-score."""
-    samples = [replace(one, reward=0.5) for one in drawn.samples]
+    samples = [scored(one.trajectory, one.advantage, 0.5) for one in drawn.samples]
     figures = drawn.learn(samples, critic=critic_of(tiny_sdar), beta=0.0)
     assert figures["loss"] == pytest.approx(-0.5, abs=1e-5)
 
@@ -101,7 +101,7 @@ def test_the_value_model_learns_where_the_policy_has_no_signal(drawn: Drawn, tin
     policy, critic = drawn.learner.network, critic_of(tiny_sdar)
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     far = [replace(s.trajectory, logp=[one + 1000 for one in s.trajectory.logp]) for s in drawn.samples]
-    samples = [replace(one, trajectory=other, reward=1.0) for one, other in zip(drawn.samples, far)]
+    samples = [scored(other, one.advantage, 1.0) for one, other in zip(drawn.samples, far)]
     rows = [drawn.learn(samples, False, critic, tis_cap=1.0, updates_per_step=2) for _ in range(2)]
     assert all(row["updates"] == 0 and row["updates_skipped"] == 2 for row in rows)
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
@@ -186,19 +186,19 @@ def test_views_of_one_s_own(drawn: Drawn, tmp_path: Path, monkeypatch: pytest.Mo
 def test_groups_of_equal_rewards_can_be_dropped(drawn: Drawn) -> None:
     trajectory = drawn.samples[0].trajectory
 
-    def group(*rewards: float) -> list[Rollout]:
-        return [Rollout(Task("0", "q"), trajectory, Score(one, True, "")) for one in rewards]
+    def group(*rewards: float) -> list[ScoredTrajectory]:
+        return [ScoredTrajectory(Task("0", "q"), trajectory, Score(one, True, "")) for one in rewards]
 
     groups = [group(0.5, 0.5), group(0.5, 1.0)]
     assert len(kept_samples(groups, None)) == 4
-    assert [one.reward for one in kept_samples(groups, None, drop_equal=True)] == [0.5, 1.0]
+    assert [one.score.reward for one in kept_samples(groups, None, drop_equal=True)] == [0.5, 1.0]
 
 
 def test_dynamic_sampling_fills_the_step(tiny_sdar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every other task's group is dropped: as many are drawn again as are missing, until they are there."""
     real, asked = rl_trainer.collect, []
 
-    def flat(*args: object, **kwargs: object) -> list[list[Rollout]]:
+    def flat(*args: object, **kwargs: object) -> list[list[ScoredTrajectory]]:
         groups = real(*args, **kwargs)
         asked.append(len(groups))
         for number, group in enumerate(groups):

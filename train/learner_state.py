@@ -77,7 +77,7 @@ def whole_state(learner: Learner, parameter: torch.nn.Parameter, stepped: bool) 
     """The parameter's moments, and its float32 weight where it has another, whole. All ranks must call it."""
     if not parameter.requires_grad:
         return {}
-    if learner.engine is None:
+    if learner.deepspeed is None:
         state = learner.optimizer.state.get(parameter, {})
         return {key: state[key] for key in MOMENTS if key in state}
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -91,19 +91,19 @@ def whole_state(learner: Learner, parameter: torch.nn.Parameter, stepped: bool) 
 def make_states(learner: Learner, steps: int) -> None:
     """Room for the moments, which the optimizer would make at its first step."""
     optimizer = learner.optimizer
-    if learner.engine is None:
+    if learner.deepspeed is None:
         flat = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     elif learner.sharded:
-        flat = learner.engine.optimizer.fp32_partitioned_groups_flat
+        flat = learner.deepspeed.optimizer.fp32_partitioned_groups_flat
     else:
-        flat = learner.engine.optimizer.single_partition_of_fp32_groups
+        flat = learner.deepspeed.optimizer.single_partition_of_fp32_groups
     for parameter in flat:
         moments = {key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS}
         optimizer.state[parameter] = {"step": torch.tensor(float(steps))} | moments
-    if learner.engine is not None and not learner.sharded:
+    if learner.deepspeed is not None and not learner.sharded:
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        for low, high in zip(learner.engine.optimizer.bit16_groups, flat):
+        for low, high in zip(learner.deepspeed.optimizer.bit16_groups, flat):
             lazy_init_hp_params_optimizer_state(low, high, optimizer.state)
 
 
@@ -114,7 +114,7 @@ def set_weight(learner: Learner, parameter: torch.nn.Parameter, value: Tensor | 
         return
     with whole(parameter, changed=True):
         parameter.data.copy_(value)
-    if learner.engine is None or not parameter.requires_grad:
+    if learner.deepspeed is None or not parameter.requires_grad:
         return
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
@@ -127,7 +127,7 @@ def set_weight(learner: Learner, parameter: torch.nn.Parameter, value: Tensor | 
 @torch.no_grad()
 def set_moment(learner: Learner, parameter: torch.nn.Parameter, key: str, value: Tensor) -> None:
     """Put a whole tensor in the place of one of the parameter's moments, or this rank's part of it."""
-    if learner.engine is None:
+    if learner.deepspeed is None:
         learner.optimizer.state[parameter][key].copy_(value)
         return
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state

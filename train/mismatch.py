@@ -10,10 +10,11 @@ from torch import Tensor
 from common import ranks
 from common.errors import UserError
 from common.training_schema import RLTrainingConfig
+from common.trajectory import ScoredTrajectory
 from train.objectives import kl_estimate
 from train.optimize import Learner, batch_logp, micro_batches
 from train.packing import Row
-from train.samples import Layout, Sample, gather, predicted_count, sample_rows, trajectory_of
+from train.samples import Layout, gather, predicted_count, sample_rows, trajectory_of
 
 RATIO_TOLERANCE = 1e-4  # fp32: rounding stays under 2e-5, a wrong replay or stale weights move it above 1e-2
 
@@ -54,7 +55,7 @@ class FirstLogp:
 
 
 def replay(
-    learner: Learner, samples: Sequence[Sample], training: RLTrainingConfig, layout: Layout
+    learner: Learner, samples: Sequence[ScoredTrajectory], training: RLTrainingConfig, layout: Layout
 ) -> tuple[list[Row], Tensor, Tensor]:
     """The exact replays of the trajectories: their rows, and the trainer's and the engine's logp, (predicted,) each."""
     rows = sample_rows(samples, replace(training, method="TraceRL", shrink=1), layout, seed=[0])

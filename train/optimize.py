@@ -36,25 +36,25 @@ class Learner:
     max_grad_norm: float
     max_bad_steps: int = 1
     bad_in_a_row: int = 0
-    engine: DeepSpeedEngine | None = None  # around the network, where DeepSpeed shards what belongs to it
+    deepspeed: DeepSpeedEngine | None = None  # around the network, where DeepSpeed shards what belongs to it
 
     @property
     def sharded(self) -> bool:
         """Whether a rank holds but a part of every weight (ZeRO-3)."""
-        return self.engine is not None and self.engine.zero_optimization_partition_weights()
+        return self.deepspeed is not None and self.deepspeed.zero_optimization_partition_weights()
 
     def forward(self, batch: PackedBatch, *options: float) -> Tensor | tuple[Tensor, ...]:
         """What the network says of a packed batch. Under ZeRO-3 all ranks must call it."""
         beat()
-        return (self.engine or self.network)(batch, *options)
+        return (self.deepspeed or self.network)(batch, *options)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the loss's gradients to those of the update's other micro-batches; `last` marks the update's last."""
-        if self.engine is None:
+        if self.deepspeed is None:
             loss.backward()
         else:
-            self.engine.set_gradient_accumulation_boundary(last)
-            self.engine.backward(loss * ranks.world())  # it takes the mean over ranks
+            self.deepspeed.set_gradient_accumulation_boundary(last)
+            self.deepspeed.backward(loss * ranks.world())  # it takes the mean over ranks
 
     def state_dict(self) -> dict:
         return {
@@ -100,16 +100,16 @@ def make_learner(
         weight_decay=optimizer.weight_decay,
     )
     limits = {"max_grad_norm": training.max_grad_norm, "max_bad_steps": training.max_bad_steps}
-    engine = None
+    deepspeed = None
     if accelerator.state.deepspeed_plugin is None:
         # not wrapped, also where ranks are many: `step` adds their gradients up
         network = accelerator.prepare_model(network, evaluation_mode=True)
     else:
-        engine = with_deepspeed(accelerator, network, adamw, training.max_grad_norm)
-        adamw = engine.basic_optimizer
+        deepspeed = with_deepspeed(accelerator, network, adamw, training.max_grad_norm)
+        adamw = deepspeed.basic_optimizer
     # not prepared: accelerate would advance it once per process and per accumulated micro-batch
     scheduler = torch.optim.lr_scheduler.LambdaLR(adamw, lambda done: rate_factor(schedule, done, updates))
-    return Learner(network, adamw, scheduler, accelerator, **limits, engine=engine)
+    return Learner(network, adamw, scheduler, accelerator, **limits, deepspeed=deepspeed)
 
 
 def rate_factor(schedule: SchedulerConfig, done: int, updates: int) -> float:
@@ -189,9 +189,9 @@ def update(
 
 def step(learner: Learner) -> float:
     """Clip the gradients and step, unless they are not finite, and forget them; returns their norm over all ranks."""
-    if learner.engine is not None:
-        learner.engine.step()  # it clips, and skips by itself
-        return float(learner.engine.get_global_grad_norm())
+    if learner.deepspeed is not None:
+        learner.deepspeed.step()  # it clips, and skips by itself
+        return float(learner.deepspeed.get_global_grad_norm())
     parameters = [parameter for parameter in learner.network.parameters() if parameter.requires_grad]
     if ranks.world() > 1:
         for parameter in parameters:

@@ -6,13 +6,12 @@ import json
 from common.errors import UserError
 from common.metrics import print_table
 from common.runtime import Stopwatch, console
-from rollout.collect import Rollout
+from common.trajectory import ScoredTrajectory
 from rollout.evaluate import Evaluation, tokens_per_forward
 from train.rl_setup import Run
-from train.samples import Sample
 
 
-def rollout_figures(groups: list[list[Rollout]], samples: list[Sample]) -> dict[str, float]:
+def rollout_figures(groups: list[list[ScoredTrajectory]], samples: list[ScoredTrajectory]) -> dict[str, float]:
     """Means over the step's responses."""
     rollouts = [rollout for group in groups for rollout in group]
     if not rollouts:
@@ -30,7 +29,7 @@ def rollout_figures(groups: list[list[Rollout]], samples: list[Sample]) -> dict[
     }
 
 
-def step_times(run: Run, groups: list[list[Rollout]], watch: Stopwatch) -> dict[str, float]:
+def step_times(run: Run, groups: list[list[ScoredTrajectory]], watch: Stopwatch) -> dict[str, float]:
     """Tokens per second of the rollout, and the step's seconds by stage."""
     tokens = sum(rollout.trajectory.length for group in groups for rollout in group)
     total = watch.total()

@@ -141,13 +141,13 @@ def load_networks(config: RLConfig) -> tuple[LoadedModel, Learner, Learner | Non
         with whole_networks(accelerator):
             return load_network(names.pretrained_model, names.model_base, dtype, device)
 
-    loaded, reference, team = trained, None, config.rollout.tensor_parallel_size
-    if learner.sharded or names.lora.r or team > 1 or next(trained.model.parameters()).dtype != dtype:
+    loaded, reference, tensor_group = trained, None, config.rollout.tensor_parallel_size
+    if learner.sharded or names.lora.r or tensor_group > 1 or next(trained.model.parameters()).dtype != dtype:
         loaded = dataclasses.replace(trained, model=copy_of_first())
-        shard(loaded.model, team)
+        shard(loaded.model, tensor_group)
     if config.training.kl_reference == "initial":
-        first = Policy(copy_of_first(), trained.mask_id) if learner.engine else copy.deepcopy(learner.network)
-        reference = dataclasses.replace(learner, network=first.requires_grad_(False), engine=None)
+        first = Policy(copy_of_first(), trained.mask_id) if learner.deepspeed else copy.deepcopy(learner.network)
+        reference = dataclasses.replace(learner, network=first.requires_grad_(False), deepspeed=None)
     return loaded, learner, reference
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from common import ranks
 from common.runtime import console
 from common.training_schema import RLTrainingConfig
+from common.trajectory import ScoredTrajectory
 from train.advantages import explained_variance
 from train.mismatch import FirstLogp, check_ratios, importance_weights, mismatch_of, replay
 from train.objectives import PolicyLoss, loss_weights, policy_loss, sequence_shares, value_loss
@@ -19,7 +20,6 @@ from train.optimize import Learner, batch_logp, batch_values, micro_batches, upd
 from train.packing import PackedBatch, Row, TokenFields
 from train.samples import (
     Layout,
-    Sample,
     gather,
     noisings,
     sample_rows,
@@ -96,7 +96,7 @@ class Totals:
 
 def learn(
     learner: Learner,
-    samples: Sequence[Sample],
+    samples: Sequence[ScoredTrajectory],
     training: RLTrainingConfig,
     layout: Layout,
     max_gen_length: int,
@@ -142,7 +142,7 @@ def learn(
 def starting_point(
     learner: Learner,
     rows: list[Row],
-    samples: Sequence[Sample],
+    samples: Sequence[ScoredTrajectory],
     training: RLTrainingConfig,
     layout: Layout,
     exact: bool,
@@ -172,7 +172,7 @@ def starting_point(
 
 
 def truncated_weights(
-    learner: Learner, step: StepTokens, samples: Sequence[Sample], training: RLTrainingConfig, layout: Layout
+    learner: Learner, step: StepTokens, samples: Sequence[ScoredTrajectory], training: RLTrainingConfig, layout: Layout
 ) -> Tensor:
     """The truncated importance weight of every predicted token, on the exact replay, (predicted,)."""
     if training.method == "TraceRL" and training.shrink == 1 and step.recomputed:

@@ -15,8 +15,9 @@ from common.ranks import any_rank, from_main, is_main, rank
 from common.runtime import Stopwatch, console
 from common.schema import RLConfig
 from common.stop import Stopped, exit_code, resume_command, signals_noted, stop_requested
+from common.trajectory import ScoredTrajectory
 from data.tasks import task_batch
-from rollout.collect import Rollout, collect, prompts_within
+from rollout.collect import collect, prompts_within
 from rollout.evaluate import Evaluation, evaluate
 from rollout.samples import write_samples
 from train.devices import whole_weights
@@ -24,7 +25,7 @@ from train.rl_checkpoint import export, resume, save
 from train.rl_report import report_step, rollout_figures, step_times, write_results
 from train.rl_setup import Inputs, Run, read_inputs, set_up
 from train.rl_step import learn
-from train.samples import Sample, kept_samples, layout_of
+from train.samples import kept_samples, layout_of
 
 
 def main(config: RLConfig, inputs: Inputs | None = None, stages: Stopwatch | None = None) -> int:
@@ -137,15 +138,17 @@ def exact_rollouts(run: Run) -> bool:
     return run.loaded.model.dtype == torch.float32 and not approximate
 
 
-def gather_samples(run: Run, number: int, watch: Stopwatch) -> tuple[list[list[Rollout]], list[Sample]]:
+def gather_samples(
+    run: Run, number: int, watch: Stopwatch
+) -> tuple[list[list[ScoredTrajectory]], list[ScoredTrajectory]]:
     """Groups of rollouts for the step's tasks; where the filter leaves none, more tasks, up to `max_resample` times.
 
     With dynamic sampling more tasks are drawn until as many groups are kept as there were to be.
     """
     config, training = run.config, run.config.training
     wanted = config.rollout.num_task_per_step
-    groups: list[list[Rollout]] = []
-    samples: list[Sample] = []
+    groups: list[list[ScoredTrajectory]] = []
+    samples: list[ScoredTrajectory] = []
     missing = wanted
     for _ in range(config.rollout.max_resample + 1):
         indices, run.cursor = task_batch(len(run.tasks), missing, run.cursor, training.seed)

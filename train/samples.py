@@ -1,7 +1,7 @@
 """From groups of scored rollouts to the samples of an RL step, their rows, and numbers for each predicted token."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -9,10 +9,9 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.training_schema import RLTrainingConfig
-from common.trajectory import Trajectory
+from common.trajectory import ScoredTrajectory, Trajectory
 from common.user_code import load_function
 from models import LoadedModel
-from rollout.collect import Rollout
 from train.advantages import group_advantages, keep_group, trace_advantages
 from train.packing import Row, make_rows
 from train.views import RL_METHODS, Views
@@ -35,19 +34,9 @@ def layout_of(loaded: LoadedModel, block_size: int) -> Layout:
     return Layout(loaded.mask_id, None if family.attention == "full" else block_size, family.logit_offset)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A trajectory, its advantage in the group, and its raw reward, as a whole and (process rewards) per token."""
-
-    trajectory: Trajectory
-    advantage: float
-    reward: float = 0.0
-    token_rewards: list[float] | None = None
-
-
 def kept_samples(
-    groups: Sequence[Sequence[Rollout]], bounds: Sequence[float] | None, drop_equal: bool = False
-) -> list[Sample]:
+    groups: Sequence[Sequence[ScoredTrajectory]], bounds: Sequence[float] | None, drop_equal: bool = False
+) -> list[ScoredTrajectory]:
     """Every response of the groups whose accuracy lies within `bounds`, with its advantage in the group.
 
     Responses that could not be scored are left out: nothing is known of them. `drop_equal` leaves out groups whose
@@ -61,10 +50,7 @@ def kept_samples(
         advantages = group_advantages([rollout.score.reward for rollout in group])
         if drop_equal and not advantages.any():
             continue
-        samples += [
-            Sample(rollout.trajectory, advantage, rollout.score.reward, rollout.score.token_rewards)
-            for rollout, advantage in zip(group, advantages.tolist())
-        ]
+        samples += [replace(rollout, advantage=advantage) for rollout, advantage in zip(group, advantages.tolist())]
     return samples
 
 
@@ -86,7 +72,7 @@ def view_method(method: str) -> Callable[..., Views]:
 
 
 def sample_rows(
-    samples: Sequence[Sample], training: RLTrainingConfig, layout: Layout, seed: Sequence[int]
+    samples: Sequence[ScoredTrajectory], training: RLTrainingConfig, layout: Layout, seed: Sequence[int]
 ) -> list[Row]:
     """The packed rows of all samples, in their order, with the views of the configured method."""
     method = view_method(training.method)
@@ -114,14 +100,16 @@ def trajectory_of(rows: Sequence[Row]) -> np.ndarray:
     return np.repeat([row.trajectory for row in rows], [len(row.target) for row in rows])
 
 
-def gather(rows: Sequence[Row], samples: Sequence[Sample], values: Callable[[Trajectory], list[float]]) -> Tensor:
+def gather(
+    rows: Sequence[Row], samples: Sequence[ScoredTrajectory], values: Callable[[Trajectory], list[float]]
+) -> Tensor:
     """Per-token values of the trajectories at the rows' predicted tokens, (predicted,) float32."""
     parts = [np.asarray(values(samples[row.trajectory].trajectory))[row.response_index] for row in rows]
     return torch.tensor(np.concatenate(parts), dtype=torch.float32)
 
 
 def value_targets(
-    rows: Sequence[Row], samples: Sequence[Sample], values: Tensor, gamma: float, lam: float
+    rows: Sequence[Row], samples: Sequence[ScoredTrajectory], values: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns of every predicted token, (predicted,) each, from the value model's `values`.
 
@@ -144,19 +132,19 @@ def value_targets(
     return torch.tensor(advantages, dtype=torch.float32), torch.tensor(returns, dtype=torch.float32)
 
 
-def token_rewards(sample: Sample, index: np.ndarray, step: np.ndarray) -> np.ndarray:
+def token_rewards(sample: ScoredTrajectory, index: np.ndarray, step: np.ndarray) -> np.ndarray:
     """The raw reward of each predicted token of one response, (predicted,); `index` into the response.
 
     UserError where process rewards are not one for each token of the response.
     """
     trajectory = sample.trajectory
-    if sample.token_rewards is None:
-        return np.where(step == step.max(), sample.reward, 0.0)
-    if len(sample.token_rewards) != trajectory.length:
+    if sample.score.token_rewards is None:
+        return np.where(step == step.max(), sample.score.reward, 0.0)
+    if len(sample.score.token_rewards) != trajectory.length:
         raise UserError(
-            f"task '{trajectory.task_id}', response {trajectory.sample}: {len(sample.token_rewards)} rewards for "
+            f"task '{trajectory.task_id}', response {trajectory.sample}: {len(sample.score.token_rewards)} rewards for "
             f"{trajectory.length} tokens; process rewards are one for each token, the stop token included"
         )
     rewards = np.zeros(len(trajectory.response_ids))  # tokens behind the end earn nothing
-    rewards[: trajectory.length] = sample.token_rewards
+    rewards[: trajectory.length] = sample.score.token_rewards
     return rewards[index]
