@@ -166,7 +166,9 @@ def dataclasses_in(hint: Any) -> Iterator[type]:
 def sections_of(cls: type, prefix: str = "") -> dict[str, type]:
     """Every key below a job's class, dotted, and the class whose field it is."""
     found: dict[str, type] = {}
-    for name, hint in hints_of(cls).items():
+    hints = hints_of(cls)
+    for name in (one.name for one in dataclasses.fields(cls)):
+        hint = hints[name]
         if dataclasses.is_dataclass(hint):
             found |= sections_of(hint, f"{prefix}{name}.")
         else:

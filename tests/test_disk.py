@@ -73,7 +73,7 @@ def test_a_run_learns_on_while_the_disk_is_full(tiny_sdar: Path, tmp_path: Path)
     keys |= {"experiment.total_step": 3, "experiment.save_every": 1, "experiment.trackers": "[tensorboard]"}
     keys |= {"rollout.num_task_per_step": 2, "rollout.num_response_per_task": 2, "training.keep_accuracy": "null"}
     keys |= {"evaluation.num_task": 2, "rollout.max_token": 8, "evaluation.max_token": 8}
-    keys |= {"reward.function": "tests.test_disk:fill_disk"}
+    keys |= {"reward.function": "tests.test_disk:fill_disk", "reward.truncated_is_wrong": False}
     disk = ["bwrap", "--dev-bind", "/", "/", "--size", "30000000", "--tmpfs", str(RUNS)]
     rl = [sys.executable, "rl.py", "config=configs/rl_tiny.yaml", *(f"{key}={value}" for key, value in keys.items())]
     done = subprocess.run([*disk, *rl], cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -17,8 +17,6 @@ from reward.sandbox import sandbox_kind, stop_sandbox
 from reward.sandbox_kinds import KINDS
 
 LIMITS = CodeLimits(memory=512 << 20, output=4 << 20)
-# They wait for the limit of wall time, which is the keeper's and the same in the last kind as in the others.
-SLOW = {"the tests' own code run by the program", "the test looked for in files", "threads without end"}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -73,8 +71,6 @@ def attack_program(name: str, folder: Path, port: int) -> tuple[str, str, tuple[
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_no_attack_passes_or_escapes(kind, name, host):
-    if kind == "plain" and name in SLOW:
-        pytest.skip("waits for a limit that is tested in the other kinds")
     folder, listener = host
     before = (folder / "secret.txt").stat()
     method, program, verdicts = attack_program(name, folder, listener.getsockname()[1])
