@@ -78,7 +78,7 @@ def _client(judge: JudgeConfig) -> "openai.OpenAI":
         import openai
     except ImportError:
         raise UserError("reward.judge needs: pip install openai") from None
-    # A client wants a key; `ask` leaves it out where there is none. It tries once, since `ask` waits as the config says.
+    # A client wants a key: `ask` sends none where there is none. It is `ask` that tries again, as the config says.
     key = os.environ.get(judge.api_key_env) or "none"
     return openai.OpenAI(base_url=judge.base_url, api_key=key, timeout=judge.timeout, max_retries=0)
 
