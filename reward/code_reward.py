@@ -138,9 +138,9 @@ def _function(program: str, task: Task, code_limits: CodeLimits, sandbox: Sandbo
         return "infrastructure", error
     if served.reason in LIMITS:
         return served.reason, error
-    said = tested.result.decode(errors="replace")
-    if tested.reason == "exited" and said in ("passed", "failed"):
-        return said, error
+    verdict = tested.result.decode(errors="replace")
+    if tested.reason == "exited" and verdict in ("passed", "failed"):
+        return verdict, error
     return tested.reason if tested.reason in LIMITS else "crashed", error
 
 

@@ -347,18 +347,18 @@ def _try_server(command: list[str], kind: str) -> tuple[Server | None, str]:
     theirs.close()
     ours.settimeout(START_SECONDS)
     try:
-        said = ours.recv(64)
+        reply = ours.recv(64)
     except OSError as error:
-        said = str(error).encode()
+        reply = str(error).encode()
     ours.settimeout(None)
-    if said == b"ready":
+    if reply == b"ready":
         server = Server(process, ours, os.getpid(), kind)
         error = _probe(server)
         if not error:
             threading.Thread(target=process.stderr.read, daemon=True).start()
             return server, ""
     else:
-        error = process.stderr.read().decode(errors="replace").strip() if not said else said.decode()
+        error = process.stderr.read().decode(errors="replace").strip() if not reply else reply.decode()
     ours.close()
     process.kill()
     process.wait()
