@@ -127,11 +127,11 @@ def serve(cpu_seconds: float, descriptor: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     os.set_inheritable(descriptor, False)
     connection = Connection(descriptor)
-    connection.send_bytes(b"ready")
     nowhere = os.open(os.devnull, os.O_WRONLY)  # for what the libraries print and warn of
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent wants no more
+        connection.send_bytes(b"ready")
         while True:
             pair = connection.recv_bytes()
             limit(cpu_seconds, WALL_SECONDS)

@@ -37,69 +37,63 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
         self.connection: Connection | None = None
         self.exit_code = 0  # of the process that ended last
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def ask(self, question: bytes) -> bytes:
         """The answer. EOFError where the process ended instead; the next question starts another."""
         with self._lock:
-            self._start()
+            self.start()
             try:
                 self.connection.send_bytes(question)
                 return self.connection.recv_bytes()
             except (EOFError, OSError):
-                self._end(END_SECONDS)
+                self.close()
                 raise EOFError from None
             except BaseException:  # an interrupt: the answer must not be taken for that to the next question
-                self._end(0)
+                self.close(0)
                 raise
 
     def start(self) -> None:
         """Start the process unless it runs. EOFError where it ends, or takes too long, before it is ready."""
         with self._lock:
-            self._start()
+            if self.process is not None and self.process.poll() is None:
+                return
+            self.close()
+            self.connection, theirs = multiprocessing.Pipe()
+            with theirs:
+                self.process = subprocess.Popen(
+                    [*self.command, str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,  # what a reward function prints is no part of this program's output
+                    pass_fds=[theirs.fileno()],
+                    env=os.environ | ONE_THREAD,
+                    start_new_session=True,  # an interrupt from the keyboard is the parent's business
+                )
+            ready = False
+            try:
+                if self.first:
+                    self.connection.send_bytes(self.first)
+                ready = self.connection.poll(self.start_seconds) and self.connection.recv_bytes() == READY
+            except OSError:  # it ended before it took the first message
+                pass
+            finally:
+                if not ready:
+                    self.close()
+            if not ready:
+                raise EOFError
 
     def close(self, seconds: float = END_SECONDS) -> None:
         """End the process: by closing its socket, so that it ends its own processes, and by force after `seconds`."""
         with self._lock:
-            self._end(seconds)
-
-    def _start(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            return
-        self._end(0)
-        self.connection, theirs = multiprocessing.Pipe()
-        with theirs:
-            self.process = subprocess.Popen(
-                [*self.command, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what a reward function prints is no part of this program's output
-                pass_fds=[theirs.fileno()],
-                env=os.environ | ONE_THREAD,
-                start_new_session=True,  # an interrupt from the keyboard is the parent's business
-            )
-        try:
-            if self.first:
-                self.connection.send_bytes(self.first)
-            ready = self.connection.poll(self.start_seconds) and self.connection.recv_bytes() == READY
-        except (EOFError, OSError):
-            ready = False
-        except BaseException:
-            self._end(0)
-            raise
-        if not ready:
-            self._end(0 if self.process.poll() is None else END_SECONDS)
-            raise EOFError
-
-    def _end(self, seconds: float) -> None:
-        if self.process is None:
-            return
-        self.connection.close()
-        try:
-            self.exit_code = self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.exit_code = self.process.wait()
-        self.process = None
+            if self.process is None:
+                return
+            self.connection.close()
+            try:
+                self.exit_code = self.process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.exit_code = self.process.wait()
+            self.process = None
 
 
 class Workers:
@@ -156,8 +150,8 @@ def serve() -> None:
     os.set_inheritable(descriptor, False)
     connection = Connection(descriptor)
     scorer = make_scorer(*connection.recv())
-    connection.send_bytes(READY)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent wants no more
+        connection.send_bytes(READY)
         while True:
             text, task, truncated = connection.recv()
             try:
