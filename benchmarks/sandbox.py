@@ -12,9 +12,8 @@ from pathlib import Path
 from benchmarks.sandbox_attacks import ATTACKS, GROUPS, NOT_HELD, SOLUTIONS, TASKS
 from common.errors import UserError
 from common.trajectory import Task
-from reward import sandbox
 from reward.code_reward import CodeLimits, run_tests
-from reward.sandbox import Cell, Limits, run_cells, sandbox_kind, stop_sandbox
+from reward.sandbox import Cell, Limits, Sandbox
 from reward.sandbox_kinds import KINDS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "sandbox.md"
@@ -23,7 +22,7 @@ LIMITS = CodeLimits(memory=512 << 20, output=4 << 20)
 
 def attacks() -> None:
     """Make every attack in every kind of sandbox that runs here, and write the verdicts into the docs."""
-    verdicts = {kind: _attack_all() for kind in _each_kind()}
+    verdicts = {sandbox.kind(): _attack_all(sandbox) for sandbox in _each_kind()}
     rows = [_row("attack", "task", *verdicts), _row(*["---"] * (2 + len(verdicts)))]
     held = [_row("a program that …", *verdicts), _row(*["---"] * (1 + len(verdicts)))]
     for group, members in GROUPS.items():
@@ -43,16 +42,16 @@ def attacks() -> None:
     DOCS.write_text(text, encoding="utf-8")
 
 
-def _attack_all() -> dict[str, str]:
-    """The verdict on every attack in the sandbox that is running, and whether it is another than it should be."""
-    verdicts, kind = {}, sandbox_kind()
+def _attack_all(sandbox: Sandbox) -> dict[str, str]:
+    """The verdict on every attack in a sandbox, and whether it is another than it should be."""
+    verdicts, kind = {}, sandbox.kind()
     for name, (method, program, withstood) in ATTACKS.items():
         with tempfile.TemporaryDirectory() as folder:
             secret = Path(folder, "secret.txt")
             secret.write_text("secret")
             secret.chmod(0o666)
             Path(folder).chmod(0o777)
-            verdict = run_tests(program.replace("HOST", folder).replace("PORT", "9"), TASKS[method], LIMITS)
+            verdict = run_tests(program.replace("HOST", folder).replace("PORT", "9"), TASKS[method], LIMITS, sandbox)
             unchanged = os.listdir(folder) == ["secret.txt"] and secret.read_text() == "secret"
         if name in NOT_HELD[kind]:
             verdict = f"not held ({verdict})"
@@ -62,17 +61,17 @@ def _attack_all() -> dict[str, str]:
     return verdicts
 
 
-def _each_kind() -> Iterator[str]:
-    """Start one kind of sandbox after another; those that cannot start here are left out."""
-    for kind, told in KINDS.items():
-        stop_sandbox()
-        sandbox.KINDS = {kind: told}
+def _each_kind() -> Iterator[Sandbox]:
+    """One kind of sandbox after another, started; those that cannot start here are left out."""
+    for kind in KINDS:
+        sandbox = Sandbox([kind])
         try:
-            yield sandbox_kind()
+            sandbox.kind()
         except UserError as error:
             print(error)
-    stop_sandbox()
-    sandbox.KINDS = KINDS
+        else:
+            yield sandbox
+        sandbox.close()
 
 
 def _row(*cells: str) -> str:
@@ -81,17 +80,17 @@ def _row(*cells: str) -> str:
 
 def speed() -> None:
     """For each kind: runs a second of trivial programs, and 32 at once at a limit of one second."""
-    for _ in _each_kind():
-        _speed_of_one()
+    for sandbox in _each_kind():
+        _speed_of_one(sandbox)
 
 
-def _speed_of_one() -> None:
-    print(f"{sandbox_kind()}, {len(os.sched_getaffinity(0))} processors, load {os.getloadavg()[0]:.1f}")
+def _speed_of_one(sandbox: Sandbox) -> None:
+    print(f"{sandbox.kind()}, {len(os.sched_getaffinity(0))} processors, load {os.getloadavg()[0]:.1f}")
     cell = Cell("program", {"source": "print(1)"}, Limits())
     task, solution = TASKS["function"], SOLUTIONS["function"]
     measures = {
-        "programs": lambda _: run_cells(cell)[0].stdout == b"1\n",
-        "functions (two sandboxed processes each)": lambda _: run_tests(solution, task) == "passed",
+        "programs": lambda _: sandbox.run(cell)[0].stdout == b"1\n",
+        "functions (two sandboxed processes each)": lambda _: run_tests(solution, task, sandbox=sandbox) == "passed",
     }
     for name, run in measures.items():
         with ThreadPoolExecutor(4) as pool:
@@ -102,7 +101,7 @@ def _speed_of_one() -> None:
     task = Task("io", "", None, TASKS["stdio"].record | {"test_time_limit": 1})
     with ThreadPoolExecutor(32) as pool:
         begin = time.perf_counter()
-        verdicts = list(pool.map(lambda program: run_tests(program, task), programs))
+        verdicts = list(pool.map(lambda program: run_tests(program, task, sandbox=sandbox), programs))
         print(f"32 at once at 1 s: {verdicts.count('passed')} right, {time.perf_counter() - begin:.2f} s in all")
 
 

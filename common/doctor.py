@@ -77,13 +77,13 @@ def main_report() -> list[dict[str, Any]]:
 
 def sandbox_row() -> dict[str, Any]:
     """The kind of sandbox that code rewards get here, and what it holds; one is started and ended."""
-    from reward.sandbox import sandbox_report, stop_sandbox
+    from reward.sandbox import SANDBOX
 
     try:
-        kind, told = sandbox_report()
+        kind, told = SANDBOX.report()
     except UserError as error:
         kind, told = "none", str(error)
-    stop_sandbox()
+    SANDBOX.close()
     return {"what": "sandbox", "found": kind, "note": told}
 
 

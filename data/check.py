@@ -33,8 +33,8 @@ def check_file(name: str) -> str:
                 raise UserError(f"file: {sample}")
         kinds = collections.Counter(KINDS[type(sample)] for sample in samples)
         traced = sum(getattr(sample, "step_map", None) is not None for sample in samples)
-        told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        return f"{name}: {len(samples)} SFT samples ({told}), {traced} with a step map"
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        return f"{name}: {len(samples)} SFT samples ({counts}), {traced} with a step map"
     tasks = load_tasks(name, "file")
     kinds = collections.Counter(task.record.get("test_method") or "answer" for task in tasks)
     repeated = len(tasks) - len({task.question for task in tasks})

@@ -1,13 +1,12 @@
 """Samples to finetune on, as they stand in a data set: an answer, a conversation, or the ids of a drawn response."""
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
 from common.records import Record, is_empty
-from data.tasks import located_records
+from data.tasks import as_text, located_records
 
 ROLES = ("system", "user", "assistant", "tool")
 # How `conversations` name who speaks; `messages` name the roles themselves.
@@ -141,20 +140,24 @@ def _chat(messages: list[Any], system: str | None, tools: list[Record] | None) -
     turns, learned = [], []
     for place, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise BadSample("messages", f"has a message {place + 1} that is no object")
+            raise _bad_message(place + 1, "that is no object")
         message = _filled(message)
         turns.append(_turn(message, place + 1))
         if _is_learned(message, turns[-1]["role"], place + 1):
             learned.append(place)
-    said_by = [turn["role"] for turn in turns]
+    roles = [turn["role"] for turn in turns]
     if not learned:
         raise BadSample("no assistant turn", "has no turn of the assistant, so nothing to learn")
-    if "user" not in said_by[: said_by.index("assistant")]:
+    if "user" not in roles[: roles.index("assistant")]:
         raise BadSample("messages", "begins with the assistant; a turn of the user must come first")
-    if system and said_by[0] == "system":
+    if system and roles[0] == "system":
         raise BadSample("messages", "has a `system` field and a turn of the system; leave one out")
-    context_only = [place for place, role in enumerate(said_by) if role == "assistant" and place not in learned]
+    context_only = [place for place, role in enumerate(roles) if role == "assistant" and place not in learned]
     return Chat(turns, tuple(context_only), system, tools)
+
+
+def _bad_message(number: int, fault: str) -> BadSample:
+    return BadSample("messages", f"has a message {number} {fault}")
 
 
 def _turn(message: Record, number: int) -> Record:
@@ -162,12 +165,11 @@ def _turn(message: Record, number: int) -> Record:
     known = ("role", "from", "content", "value", "weight", *TURN_FIELDS)
     unknown = next((field for field in message if field not in known), None)
     if unknown is not None:
-        told = f"has a message {number} with `{unknown}`, which is not learned; leave it out or use {', '.join(known)}"
-        raise BadSample("messages", told)
-    said = message.get("role", message.get("from"))
-    role = said if "role" in message else SPEAKERS.get(str(said))
+        raise _bad_message(number, f"with `{unknown}`, which is not learned; leave it out or use {', '.join(known)}")
+    speaker = message.get("role", message.get("from"))
+    role = speaker if "role" in message else SPEAKERS.get(str(speaker))
     if role not in ROLES:
-        raise BadSample("messages", f"has a message {number} of the role {said!r:.40}; use {', '.join(ROLES)}")
+        raise _bad_message(number, f"of the role {speaker!r:.40}; use {', '.join(ROLES)}")
     turn = {"role": role, "content": _content(message.get("content", message.get("value")), number)}
     for field in ("reasoning_content", "tool_call_id", "name"):
         if text := _optional(message, field, f"a message {number} with "):
@@ -175,7 +177,7 @@ def _turn(message: Record, number: int) -> Record:
     if calls := message.get("tool_calls"):
         turn["tool_calls"] = _tool_calls(calls, number)
     if turn["content"] is None and "tool_calls" not in turn:
-        raise BadSample("messages", f"has a message {number} whose `content` is no text")
+        raise _bad_message(number, "whose `content` is no text")
     if role == "assistant" and not (turn["content"] or "").strip() and "tool_calls" not in turn:
         raise BadSample("empty response", f"has an empty turn of the assistant, message {number}")
     return turn | {"content": turn["content"] or ""}
@@ -186,12 +188,11 @@ def _content(content: Any, number: int) -> str | None:
     if not isinstance(content, list):
         if content is None or isinstance(content, str):
             return content
-        raise BadSample("messages", f"has a message {number} whose `content` is no text")
+        raise _bad_message(number, "whose `content` is no text")
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
-            told = f"has a message {number} with a part of the type {kind!r:.40} in its `content`; only text is learned"
-            raise BadSample("messages", told)
+            raise _bad_message(number, f"with a part of the type {kind!r:.40} in its `content`; only text is learned")
     return "".join(part["text"] for part in content)
 
 
@@ -201,7 +202,7 @@ def _is_learned(message: Record, role: str, number: int) -> bool:
     weight = message.get("weight", int(own))
     if isinstance(weight, bool) or weight not in ((0, 1) if own else (0,)):
         allowed = "0 (not learned) or 1" if own else "0, as only the assistant's turns are learned"
-        raise BadSample("messages", f"has a message {number} of the `weight` {weight!r:.40}; give {allowed}")
+        raise _bad_message(number, f"of the `weight` {weight!r:.40}; give {allowed}")
     return bool(weight)
 
 
@@ -211,13 +212,12 @@ def _tool_calls(calls: Any, number: int) -> list[Record]:
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            told = f"has a message {number} whose `tool_calls` are no list of calls, each with the name of a function"
-            raise BadSample("messages", told)
+            raise _bad_message(number, "whose `tool_calls` are no list of calls, each with the name of a function")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _json(arguments, f"a message {number} with `arguments`") if arguments.strip() else {}
         if not isinstance(arguments, dict):
-            raise BadSample("messages", f"has a message {number} with `arguments` in `tool_calls` that are no object")
+            raise _bad_message(number, "with `arguments` in `tool_calls` that are no object")
         called = function | {"arguments": arguments}
         made.append(call | {"function": called} if "function" in call else called)
     return made
@@ -258,9 +258,7 @@ def _optional(record: Record, field: str, where: str) -> str | None:
 
 def _text(record: Record, field: str, what: str) -> str:
     """A column as text; numbers are taken as written."""
-    value = record.get(field)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) != math.inf:
-        value = str(value)
+    value = as_text(record.get(field))
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, str):

@@ -116,11 +116,15 @@ def _shuffled(num_tasks: int, epoch: int, seed: int) -> list[int]:
     return order
 
 
+def as_text(value: Any) -> Any:
+    """A number as its text, as it was written; anything else as it is."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) != math.inf
+    return str(value) if is_number else value
+
+
 def _text(record: Record, field: str, where: str) -> str:
-    """A field as text; numbers are taken as written, anything else is the user's mistake."""
-    value = record.get(field)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) != math.inf:
-        value = str(value)
+    """A field as text; anything but text or a number is the user's mistake."""
+    value = as_text(record.get(field))
     if not isinstance(value, str) or not value.strip():
         fields = ", ".join(record) or "none"
         raise UserError(f"{where} has no `{field}` (its fields: {fields:.200}); rename or add it, see data/README.md")
@@ -132,21 +136,17 @@ def check_tests(record: Record, where: str) -> None:
     method = record["test_method"]
     if method not in TEST_FIELDS:
         raise UserError(f"{where} has the `test_method` {method!r:.40}; use {' or '.join(TEST_FIELDS)}")
-    counts = {}
+    tests = {}
     for field in TEST_FIELDS[method]:
         value = record.get(field)
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list) or not values or not all(isinstance(one, str) for one in values):
+        tests[field] = [value] if isinstance(value, str) else value
+        if not (isinstance(tests[field], list) and tests[field] and all(isinstance(one, str) for one in tests[field])):
             raise UserError(f"{where} has no `{field}` that is a text or a list of texts, which {method} needs")
-        counts[field] = len(values)
-    if len(set(counts.values())) > 1:
-        told = " but ".join(f"{count} `{field}`" for field, count in counts.items())
-        raise UserError(f"{where} has {told}; give an output for every input")
-    if method == "function":
-        for number, test in enumerate(
-            [record["test_list"]] if isinstance(record["test_list"], str) else record["test_list"]
-        ):
-            check_python(test, f"{where}: `test_list` entry {number + 1}")
+    if len({len(texts) for texts in tests.values()}) > 1:
+        counts = " but ".join(f"{len(texts)} `{field}`" for field, texts in tests.items())
+        raise UserError(f"{where} has {counts}; give an output for every input")
+    for number, test in enumerate(tests.get("test_list", ()), 1):
+        check_python(test, f"{where}: `test_list` entry {number}")
     for field in ("prefix", "entry_point"):
         if not isinstance(record.get(field) or "", str):
             raise UserError(f"{where} has a `{field}` that is no text")

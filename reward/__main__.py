@@ -16,13 +16,16 @@ import contextlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import track
 
+from common.config import check_values, wrong_type
 from common.errors import UserError, one_line_errors
 from common.keys import keys_of
 from common.records import read_lines
@@ -30,7 +33,6 @@ from common.schema import RewardConfig
 from common.trajectory import Score, Task
 from data.tasks import load_tasks
 from reward.score import check_tasks, make_scorer
-from reward.workers import Workers
 
 FILES = ("data", "responses", "out")
 UNREAD = "truncated_is_wrong"  # whether a response was cut is not known of one that was written by anything
@@ -56,15 +58,15 @@ def main() -> None:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     counts = collections.Counter(score.verdict for score in scores)
     correct = sum(score.correct for score in scores)
-    told = ", ".join(f"{verdict} {count}" for verdict, count in counts.most_common())
-    print(f"{out}: {len(scores)} responses, {correct} correct ({told})")
+    shown = ", ".join(f"{verdict} {count}" for verdict, count in counts.most_common())
+    print(f"{out}: {len(scores)} responses, {correct} correct ({shown})")
 
 
 def read_arguments(arguments: list[str]) -> tuple[dict[str, str], RewardConfig]:
     """The three files, and the reward section that the other arguments set."""
     files: dict[str, str] = {}
-    reward = RewardConfig(workers=os.cpu_count() or 1)
-    known = {key: one for key, one in keys_of(RewardConfig).items() if key != UNREAD}
+    reward = OmegaConf.structured(RewardConfig(workers=os.cpu_count() or 1))
+    known = {key: info for key, info in keys_of(RewardConfig).items() if key != UNREAD}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         key = key.removeprefix("reward.")
@@ -73,31 +75,18 @@ def read_arguments(arguments: list[str]) -> tuple[dict[str, str], RewardConfig]:
         if key in FILES:
             files[key] = value
         elif key in known:
-            section, _, leaf = key.rpartition(".")
-            set_value(reward.judge if section else reward, leaf, value, known[key])
+            try:
+                OmegaConf.update(reward, key, None if value == "null" else value, merge=False)
+            except OmegaConfBaseException:
+                raise wrong_type(key, value, known[key]) from None
         else:
             raise UserError(f"unknown key {key}={value}; keys: {', '.join([*FILES, *known])}")
     for key in FILES:
         if not files.get(key):
             raise UserError(f"{key} is empty: python -m reward data=TASKS responses=FILE out=FILE")
+    reward = OmegaConf.to_object(reward)
+    check_values(reward)
     return files, reward
-
-
-def set_value(section: Any, name: str, text: str, known: tuple[Any, Any]) -> None:
-    """One key, of the type and within the bounds that the schema gives it."""
-    hint, field = known
-    limits = field.metadata
-    value = text if hint in (str, str | None) and text != "null" else yaml.safe_load(text)
-    kinds = {int: int, float: (int, float), bool: bool}.get(hint)
-    good = not kinds or (isinstance(value, kinds) and (hint is bool or not isinstance(value, bool)))
-    if good and isinstance(value, (int, float)) and not isinstance(value, bool):
-        low, high = limits.get("low"), limits.get("high")
-        good = (low is None or value >= low) and (high is None or value <= high)
-    if good and limits.get("choices") and value is not None:
-        good = value in limits["choices"]
-    if not good:
-        raise UserError(f"{name}={text}: not a value it takes ({limits['help']})")
-    setattr(section, name, value)
 
 
 def read_responses(path: Path, num_tasks: int) -> list[dict[str, Any]]:
@@ -119,18 +108,16 @@ def read_responses(path: Path, num_tasks: int) -> list[dict[str, Any]]:
 
 def score_all(tasks: list[Task], lines: list[dict[str, Any]], reward: RewardConfig) -> list[Score]:
     """Scores in the order of the lines."""
-    types = [data_type_of(tasks[line["task"]]) if reward.kind is None else reward.kind for line in lines]
-    for data_type in set(types):  # a mistake in the config or the tasks is told before any work
-        asked = [tasks[line["task"]] for line, its_type in zip(lines, types) if its_type == data_type]
-        check_tasks(make_scorer(reward, data_type), asked, "data")
+    types = [reward.kind or data_type_of(tasks[line["task"]]) for line in lines]
+    reward = replace(reward, workers=max(1, reward.workers))
+    scorers = {data_type: make_scorer(reward, data_type) for data_type in set(types)}
+    for data_type, scorer in scorers.items():  # a mistake in the config or the tasks is told before any work
+        check_tasks(scorer, [tasks[line["task"]] for line, kind in zip(lines, types) if kind == data_type], "data")
     with contextlib.ExitStack() as stack:
-        workers = {}
-        for data_type in set(types):
-            workers[data_type] = Workers(reward, data_type, max(1, reward.workers))
-            stack.callback(workers[data_type].close)
+        for scorer in scorers.values():
+            stack.enter_context(scorer)
         waiting = [
-            workers[data_type].submit(line["response"], tasks[line["task"]], False)
-            for line, data_type in zip(lines, types)
+            scorers[kind].submit(line["response"], tasks[line["task"]], False) for line, kind in zip(lines, types)
         ]
         shown = track(waiting, "scoring", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
         return [score.result() for score in shown]

@@ -3,7 +3,6 @@
 import decimal
 import re
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from common.code_tests import Usage, check_input_output, checked_usage
 from common.errors import UserError
 from common.trajectory import Score, Task
 from reward.extract_code import extract_code
-from reward.sandbox import Cell, Limits, Outcome, run_cells, stop_sandbox
+from reward.sandbox import SANDBOX, Cell, Limits, Outcome, Sandbox
 
 ATTEMPTS = 3  # to start a sandbox
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?", re.ASCII)
@@ -20,9 +19,6 @@ INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 LIMITS = ("timeout", "memory", "output_limit", "infrastructure")  # ends of a cell that are verdicts
 EXTRA_SECONDS = 2.0  # that the tests themselves may take beside the program
 MAX_PROGRAM = 1 << 20
-
-_count_lock = threading.Lock()
-infrastructure_failures = 0  # runs that could not start, retries not counted
 
 
 @dataclass(frozen=True)
@@ -50,22 +46,19 @@ def code_score(response: str, task: Task, limits: CodeLimits = CodeLimits()) -> 
     return Score(float(verdict == "passed"), verdict == "passed", verdict)
 
 
-def run_tests(program: str, task: Task, limits: CodeLimits = CodeLimits()) -> str:
+def run_tests(program: str, task: Task, limits: CodeLimits = CodeLimits(), sandbox: Sandbox = SANDBOX) -> str:
     """The verdict on a program: passed, failed, timeout, memory, output_limit, crashed or infrastructure."""
-    global infrastructure_failures
     method = METHODS.get(str(task.record.get("test_method")))
     if method is None:
         known = " or ".join(METHODS)
         raise UserError(f"reward.kind=code: task '{task.id}' has no test_method ({known}), see data/README.md")
     for attempt in range(ATTEMPTS):
-        verdict, error = method(program, task, limits)
+        verdict, error = method(program, task, limits, sandbox)
         if verdict != "infrastructure":
             return verdict
         print(f"reward: a sandbox could not start, attempt {attempt + 1} of {ATTEMPTS}: {error}", file=sys.stderr)
         if attempt == ATTEMPTS - 2:
-            stop_sandbox()  # the last attempt is made with a fresh one
-    with _count_lock:
-        infrastructure_failures += 1
+            sandbox.close()  # the last attempt is made with a fresh one
     return "infrastructure"
 
 
@@ -113,13 +106,13 @@ def _usage(task: Task) -> Usage:
     )
 
 
-def _stdio(program: str, task: Task, limits: CodeLimits) -> tuple[str, str]:
+def _stdio(program: str, task: Task, limits: CodeLimits, sandbox: Sandbox) -> tuple[str, str]:
     """Run the program on every input; its output is compared here."""
     record = task.record
     check_input_output(record, f"task '{task.id}'")
-    told = {"source": f"{record.get('prefix') or ''}\n{program}"}
+    order = {"source": f"{record.get('prefix') or ''}\n{program}"}
     for given, wanted in zip(_texts(record["test_input"]), _texts(record["test_output"]), strict=True):
-        (outcome,) = run_cells(Cell("program", told, limits.of(record), given.encode()))
+        (outcome,) = sandbox.run(Cell("program", order, limits.of(record), given.encode()))
         verdict = _failure(outcome)
         if not verdict and not outputs_equal(outcome.stdout.decode(errors="replace"), wanted, limits.float_tolerance):
             verdict = "failed"
@@ -128,7 +121,7 @@ def _stdio(program: str, task: Task, limits: CodeLimits) -> tuple[str, str]:
     return "passed", ""
 
 
-def _function(program: str, task: Task, code_limits: CodeLimits) -> tuple[str, str]:
+def _function(program: str, task: Task, code_limits: CodeLimits, sandbox: Sandbox) -> tuple[str, str]:
     """Serve the program's functions from one cell to the tests in another; only the latter can report a pass."""
     record, usage, limits = task.record, _usage(task), code_limits.of(task.record)
     prefix = record.get("prefix") or ""
@@ -137,7 +130,7 @@ def _function(program: str, task: Task, code_limits: CodeLimits) -> tuple[str, s
     wall = 2 * limits.seconds + 1 + EXTRA_SECONDS
     of_program = Limits(limits.seconds, wall, limits.memory, limits.output, limits.processes)
     of_tests = Limits(limits.seconds + EXTRA_SECONDS, wall + 2, limits.memory, limits.output, limits.processes)
-    served, tested = run_cells(
+    served, tested = sandbox.run(
         Cell("functions", {"prefix": prefix, "source": program}, of_program), Cell("tests", tests, of_tests)
     )
     error = served.error or tested.error
@@ -145,9 +138,9 @@ def _function(program: str, task: Task, code_limits: CodeLimits) -> tuple[str, s
         return "infrastructure", error
     if served.reason in LIMITS:
         return served.reason, error
-    said = tested.result.decode(errors="replace")
-    if tested.reason == "exited" and said in ("passed", "failed"):
-        return said, error
+    verdict = tested.result.decode(errors="replace")
+    if tested.reason == "exited" and verdict in ("passed", "failed"):
+        return verdict, error
     return tested.reason if tested.reason in LIMITS else "crashed", error
 
 

@@ -74,21 +74,17 @@ def _opened(line: str) -> Block | None:
     if not found:
         return None
     before, fence, rest = line[: found.start()], found.group(), line[found.end() :]
-    said = rest.strip()
-    python = PYTHON.match(said)
+    info = rest.strip()
+    python = PYTHON.match(info)
+    if python and fence in info:  # begun and ended within the line
+        return Block(fence, 0, True, False, [info.partition(fence)[0][python.end() :].strip()], closed=True)
     if before.strip():
-        inside = said.partition(fence) if python else None
-        if inside and inside[1]:  # begun and ended within the line
-            return Block(fence, 0, True, False, [inside[0][python.end() :].strip()], closed=True)
-        if fence[0] == "~" or (said and not (python and python.end() == len(said))):
+        if fence[0] == "~" or (info and not (python and python.end() == len(info))):
             return None
-    elif fence[0] in said:  # ```x``` is code within a text
-        inside = said.partition(fence)
-        if not (python and inside[1]):
-            return None
-        return Block(fence, 0, True, False, [inside[0][python.end() :].strip()], closed=True)
+    elif fence[0] in info:  # ```x``` is code within a text
+        return None
     indent = len(before) - len(before.lstrip(" ")) if not before.strip() else 0
-    return Block(fence, indent, bool(python), bool(said) and not python, [])
+    return Block(fence, indent, bool(python), bool(info) and not python, [])
 
 
 def _continued(block: Block, line: str) -> tuple[Block | None, Block | None]:
@@ -97,8 +93,8 @@ def _continued(block: Block, line: str) -> tuple[Block | None, Block | None]:
     mark = block.fence[0]
     run = len(stripped) - len(stripped.lstrip(mark))
     if run >= len(block.fence):
-        said = stripped[run:].strip()
-        if said and (PYTHON.match(said) or WORD.fullmatch(said)):
+        info = stripped[run:].strip()
+        if info and (PYTHON.match(info) or WORD.fullmatch(info)):
             return block, _opened(line)  # the end of this one was forgotten
         block.closed = True
         return block, None

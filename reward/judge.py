@@ -1,21 +1,20 @@
 """A model behind an OpenAI-compatible endpoint that scores a response, or each chunk of it."""
 
-import http.client
-import json
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING
 
 from common.boxed import extract_boxed, final_part
 from common.errors import UserError
 from common.reward_schema import JudgeConfig
 from common.trajectory import Response, Score, Task
 from reward import notation
+
+if TYPE_CHECKING:
+    import openai  # loaded where a judge is asked: it takes a second
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # a server that is busy or starting
 CORRECT_FROM = 0.5
@@ -60,8 +59,8 @@ def judged_score(response: str, task: Task, judge: JudgeConfig) -> Score:
     if not prompts:
         return Score(0.0, False, "no_answer")
     asked = [prompt for prompt in prompts for _ in range(judge.k_sample)]
-    with ThreadPoolExecutor(judge.parallel) as pool:
-        votes = [_number(answer) for answer in pool.map(lambda prompt: ask(judge, prompt), asked)]
+    with _client(judge) as client, ThreadPoolExecutor(judge.parallel) as pool:
+        votes = [_number(answer) for answer in pool.map(lambda prompt: ask(client, judge, prompt), asked)]
     scores = [_mean(votes[place : place + judge.k_sample]) for place in range(0, len(votes), judge.k_sample)]
     known = [score for score in scores if score is not None]
     if not known:
@@ -74,39 +73,46 @@ def judged_score(response: str, task: Task, judge: JudgeConfig) -> Score:
     return Score(reward, correct, "passed" if correct else "failed", tokens)
 
 
-def ask(judge: JudgeConfig, prompt: str) -> str:
+def _client(judge: JudgeConfig) -> "openai.OpenAI":
+    try:
+        import openai
+    except ImportError:
+        raise UserError("reward.judge needs: pip install openai") from None
+    # A client wants a key: `ask` sends none where there is none. It is `ask` that tries again, as the config says.
+    key = os.environ.get(judge.api_key_env) or "none"
+    return openai.OpenAI(base_url=judge.base_url, api_key=key, timeout=judge.timeout, max_retries=0)
+
+
+def ask(client: "openai.OpenAI", judge: JudgeConfig, prompt: str) -> str:
     """One answer of the judge; UserError, in one line, where it cannot be had."""
+    import openai
+
     url = judge.base_url.rstrip("/") + "/chat/completions"
-    body = {"model": judge.model, "messages": [{"role": "user", "content": prompt}]}
-    body |= {"temperature": judge.temperature, "max_tokens": judge.max_generation_token}
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(judge.api_key_env):
-        headers["Authorization"] = f"Bearer {key}"
-    wait, trouble = judge.first_wait, ""
+    anonymous = {} if os.environ.get(judge.api_key_env) else {"Authorization": openai.Omit()}
+    trouble = ""
     for attempt in range(judge.retries + 1):
         if attempt:
-            time.sleep(wait)
-            wait *= 2
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+            time.sleep(judge.first_wait * 2 ** (attempt - 1))
         try:
-            with urllib.request.urlopen(request, timeout=judge.timeout) as answer:
-                return _content(json.load(answer))
-        except urllib.error.HTTPError as error:
-            trouble = f"HTTP {error.code}: {_one_line(error.read(2000).decode(errors='replace'))}"
-            if error.code not in RETRIED:
+            answer = client.chat.completions.create(
+                model=judge.model,
+                messages=[{"role": "user", "content": prompt}],
+                temperature=judge.temperature,
+                max_tokens=judge.max_generation_token,
+                extra_headers=anonymous,
+            )
+            content = answer.choices[0].message.content
+            return content if isinstance(content, str) else ""
+        except openai.APIStatusError as error:
+            trouble = f"HTTP {error.status_code}: {_one_line(error.response.text)}"
+            if error.status_code not in RETRIED:
                 raise UserError(f"reward.judge: {url} refused ({trouble}); see base_url, model and key") from None
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            reason = getattr(error, "reason", error)
-            trouble = _one_line(str(reason)) or type(error).__name__
+        except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError) as error:  # no sense in it
+            trouble = _one_line(str(error.__cause__ or error)) or type(error).__name__
     raise UserError(
         f"reward.judge: {url} gave no answer in {judge.retries + 1} attempts ({trouble}); is it running? "
         "Correct reward.judge.base_url or start it, then resume the run"
     )
-
-
-def _content(answer: Any) -> str:
-    content = answer["choices"][0]["message"]["content"]
-    return content if isinstance(content, str) else ""
 
 
 def _chunk_prompts(judge: JudgeConfig, task: Task, response: str) -> tuple[list[str], list[int]]:

@@ -1,24 +1,21 @@
 """Is the boxed answer the reference answer? Numbers and equal strings at once, the rest by math-verify in a worker."""
 
-import atexit
-import contextlib
 import functools
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
-import threading
 from pathlib import Path
 
 from common.boxed import extract_boxed
 from common.trajectory import Score
 from reward import notation
+from reward.workers import Worker
 
 MAX_ANSWER = 1000  # characters; a longer answer is right only where it is the reference's own text
 MAX_DEPTH = 16  # of brackets; the parser's time doubles with each
-CPU_SECONDS = 3.0  # of one comparison in the worker
+CPU_SECONDS = 3.0  # of one comparison by math-verify
+START_SECONDS = 300.0
 WORKING = re.compile(
     r"(?:[\d\s.,;(){}\[\]=+*/-]|\\(?:times|cdot|div|[dt]?frac|left|right|[,;!{}]))+"
 )  # digits and operators only
@@ -26,15 +23,50 @@ OPERATOR = re.compile(r"[\d)}]\s*(?:[+*;-]|\\times|\\cdot|\\div)")
 WRAPPED = re.compile(r"\$\$?(.+?)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]|(?:\\(?:mathbf|boldsymbol|bm)\s*)?\{(.+)\}", re.DOTALL)
 DOTS = "\\ldots"
 
-_said: set[str] = set()
-_lock = threading.Lock()  # one comparison at a time: there is one worker
-_worker: subprocess.Popen[str] | None = None
+
+class MathVerify:
+    """math-verify in a worker process, which ends itself where a comparison takes too long or too much memory."""
+
+    def __init__(self, cpu_seconds: float = CPU_SECONDS) -> None:
+        # -P keeps this folder off the module path: no file of ours may stand in for a library there.
+        command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(cpu_seconds)]
+        self.worker = Worker(command, start_seconds=START_SECONDS)
+        self.equal = functools.lru_cache(maxsize=65536)(self._equal)
+        self._said: set[str] = set()
+
+    def _equal(self, predicted: str, reference: str) -> bool:
+        """math-verify's word, or False where it takes too long. A worker that cannot start is no wrong answer."""
+        if importlib.util.find_spec("math_verify") is None:
+            self._say_once(
+                "missing",
+                "reward: math-verify is not installed, so that only plain numbers and equal strings count as correct: "
+                "pip install math-verify",
+            )
+            return False
+        try:
+            self.worker.start()
+        except EOFError:
+            raise RuntimeError(
+                f"the process that compares answers could not start (exit code {self.worker.exit_code}); see above"
+            ) from None
+        try:
+            return json.loads(self.worker.ask(json.dumps([predicted, reference]).encode()))
+        except EOFError:
+            message = f"reward: comparing {predicted[:80]!r} took too long and counts as failed (said once)"
+            self._say_once("overrun", message)
+            return False
+
+    def _say_once(self, what: str, message: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            print(message, file=sys.stderr, flush=True)
 
 
-def math_score(response: str, answer: str, truncated: bool = False) -> Score:
-    """Reward 1 where the last boxed answer equals the reference; verdict passed, failed, no_answer or truncated."""
-    if truncated:
-        return Score(0.0, False, "truncated")
+MATH_VERIFY = MathVerify()  # this process's; its worker is started when needed and ends with this process
+
+
+def math_score(response: str, answer: str) -> Score:
+    """Reward 1 where the last boxed answer equals the reference; verdict passed, failed or no_answer."""
     predicted = extract_boxed(response)
     if not predicted:
         return Score(0.0, False, "no_answer")
@@ -82,7 +114,7 @@ def _plain_equal(predicted: str, reference: str) -> bool:
                 return False
         if number is not None:
             return notation.numbers_equal(number, reference_number)
-    return _verified(predicted, reference)
+    return MATH_VERIFY.equal(predicted, reference)
 
 
 def _options_equal(
@@ -137,83 +169,3 @@ def _depth(text: str) -> int:
         depth += (character in "([{") - (character in ")]}")
         deepest = max(deepest, depth)
     return deepest
-
-
-@functools.lru_cache(maxsize=65536)
-def _verified(predicted: str, reference: str) -> bool:
-    """math-verify's word, or False where it takes too long."""
-    if not _can_verify():
-        return False
-    with _lock:
-        worker = _running_worker()
-        assert worker.stdin is not None and worker.stdout is not None
-        line = ""
-        try:
-            worker.stdin.write(json.dumps([predicted, reference]) + "\n")
-            worker.stdin.flush()
-            line = worker.stdout.readline()
-        except BrokenPipeError:
-            pass
-        finally:
-            if not line:  # it ended, or we were interrupted: its answer must not be read as that to the next question
-                stop_worker()
-    if line:
-        return json.loads(line)
-    _say_once("overrun", f"reward: comparing {predicted[:80]!r} took too long and counts as failed (said once)")
-    return False
-
-
-def _can_verify() -> bool:
-    if importlib.util.find_spec("math_verify") is not None:
-        return True
-    _say_once(
-        "missing",
-        "reward: math-verify is not installed, so that only plain numbers and equal strings count as correct: "
-        "pip install math-verify",
-    )
-    return False
-
-
-def _running_worker() -> subprocess.Popen[str]:
-    """The worker, started where there is none. A worker that cannot start is an error, never a wrong answer."""
-    global _worker
-    if _worker is None or _worker.poll() is not None:
-        stop_worker()
-        # -P keeps this folder off the module path: no file of ours may stand in for a library there.
-        command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(CPU_SECONDS)]
-        # One thread: on hosts of many cores a numerical library's buffers alone would pass the memory limit.
-        _worker = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # an interrupt from the keyboard is the parent's business
-        )
-        atexit.register(stop_worker)
-        assert _worker.stdout is not None
-        if _worker.stdout.readline() != "ready\n":
-            code = _worker.wait()
-            _worker = None
-            raise RuntimeError(f"the process that compares answers could not start (exit code {code}); see above")
-    return _worker
-
-
-def stop_worker() -> None:
-    """End the worker; the next comparison that needs one starts another."""
-    global _worker
-    worker, _worker = _worker, None
-    if worker is None:
-        return
-    worker.kill()
-    worker.wait()
-    for pipe in (worker.stdin, worker.stdout):
-        if pipe is not None:
-            with contextlib.suppress(BrokenPipeError):  # a request that was never read
-                pipe.close()
-
-
-def _say_once(what: str, message: str) -> None:
-    if what not in _said:
-        _said.add(what)
-        print(message, file=sys.stderr, flush=True)

@@ -1,11 +1,9 @@
 """Running programs that nobody has read. This side starts the fork server in its sandbox and talks to it.
 
-`run_cells` runs one cell, or several that are joined by a channel, and tells how each ended. What keeps a cell in is
-in `reward/inside`, what starts it in `reward/sandbox_kinds.py`; docs/sandbox.md lists the attacks it was held against.
+`Sandbox.run` runs one cell, or two that are joined by a channel, and says how each ended. What keeps a cell in is in
+`reward/inside`, what starts it in `reward/sandbox_kinds.py`; docs/sandbox.md lists the attacks it was held against.
 `python -m reward.sandbox` says which kind of sandbox this machine gets, why, and what it holds.
 """
-
-from __future__ import annotations
 
 import atexit
 import fcntl
@@ -19,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +39,6 @@ ENVIRONMENT = {
     "PYTHONPATH": "/packages",
 }
 
-_lock = threading.Lock()
-_slots = threading.BoundedSemaphore(max(2, os.cpu_count() or 1))  # more at once would only wait for a processor
-_server: Server | None = None
-_started = False  # whether a server has ever run in this process
-_said: set[str] = set()
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -64,10 +57,10 @@ class Limits:
 
 @dataclass
 class Cell:
-    """One process to run: a mode of `inside/programs.py`, what it is told, what it reads."""
+    """One process to run: a mode of `inside/programs.py`, the fields of its order, what it reads."""
 
     mode: str
-    told: dict[str, Any]
+    order: dict[str, Any]
     limits: Limits
     stdin: bytes = b""
 
@@ -98,56 +91,103 @@ class Server:
     broken: tuple[str, ...] = ()  # what the probe could do, of PROBED
 
 
-def run_cells(*cells: Cell) -> list[Outcome]:
-    """Run cells side by side, joined pairwise by a channel where there are two; how each ended.
+class Sandbox:
+    """A fork server in its sandbox: started with the first run, replaced when it has died, ended by `close`."""
 
-    When the last of two has written its result and ended, the other is stopped. Where a sandbox that ran before cannot
-    be started again, all end as infrastructure; UserError where none of KINDS has ever run.
-    """
-    with _lock:
-        try:
-            server = _running_server()
-        except UserError as error:
-            if not _started:
-                raise
-            return [Outcome("infrastructure", error=str(error)) for _ in cells]
-    with _slots:
-        return _run_cells(server, cells)
+    def __init__(self, kinds: Sequence[str] = tuple(KINDS)) -> None:
+        """`kinds` are tried in this order."""
+        self.kinds = kinds
+        self.server: Server | None = None
+        self._has_run = False
+        self._reported: set[str] = set()  # kinds that the user has been warned of
+        self._lock = threading.Lock()
+        # More cells at once would only wait for a processor.
+        self._slots = threading.BoundedSemaphore(max(2, os.cpu_count() or 1))
 
+    def run(self, *cells: Cell) -> list[Outcome]:
+        """Run cells side by side, joined by a channel where there are two; how each ended.
 
-def sandbox_kind() -> str:
-    """The kind, of KINDS, that programs run in here; starts the server."""
-    with _lock:
-        return _running_server().kind
-
-
-def sandbox_report() -> tuple[str, str]:
-    """The kind of sandbox that this machine gets, and in one line why, what it holds and what it does not."""
-    with _lock:
-        _said.update(KINDS)  # it is said by whoever asked
-        server = _running_server()
-        return server.kind, _describe(server)
-
-
-def stop_sandbox() -> None:
-    """End the fork server and all that runs under it; the next run starts another."""
-    global _server
-    with _lock:
-        server, _server = _server, None
-        if server is None:
-            return
-        server.requests.close()
-        if server.pid == os.getpid():
+        When the last of two has written its result and ended, the other is stopped. Where a sandbox that ran before
+        cannot be started again, all end as infrastructure; UserError where it has never run.
+        """
+        with self._lock:
             try:
-                server.process.wait(5)
-            except subprocess.TimeoutExpired:
-                server.process.kill()
-                server.process.wait()
+                server = self._running_server()
+            except UserError as error:
+                if not self._has_run:
+                    raise
+                return [Outcome("infrastructure", error=str(error)) for _ in cells]
+        with self._slots:
+            return _run_cells(server, cells)
+
+    def kind(self) -> str:
+        """The kind that programs run in here; starts the server."""
+        with self._lock:
+            return self._running_server().kind
+
+    def report(self) -> tuple[str, str]:
+        """The kind of sandbox that this machine gets, and in one line why, what it holds and what it does not."""
+        with self._lock:
+            self._reported.update(KINDS)
+            server = self._running_server()
+            return server.kind, _describe(server)
+
+    def close(self) -> None:
+        """End the fork server and all that runs under it; the next run starts another."""
+        with self._lock:
+            server, self.server = self.server, None
+            if server is None:
+                return
+            server.requests.close()
+            if server.pid == os.getpid():
+                try:
+                    server.process.wait(5)
+                except subprocess.TimeoutExpired:
+                    server.process.kill()
+                    server.process.wait()
+
+    def _running_server(self) -> Server:
+        """The server, started where there is none; the lock is held."""
+        server = self.server
+        if server is not None and (server.pid != os.getpid() or server.process.poll() is not None):
+            server.requests.close()
+            self.server = None
+        if self.server is None:
+            self.server = self._start_server()
+            if not self._has_run:
+                atexit.register(self.close)
+            self._has_run = True
+        return self.server
+
+    def _start_server(self) -> Server:
+        if sys.platform != "linux":
+            raise UserError(
+                f"reward.kind=code: running programs needs Linux, this is {sys.platform}; use reward.function"
+            )
+        reasons: list[str] = []
+        for kind in self.kinds:
+            for command in start_commands(kind):
+                server, why = _try_server(command, kind)
+                if server and kind == "namespaces":
+                    return server
+                if server:
+                    server.why = "; ".join(dict.fromkeys(reasons))
+                    if kind not in self._reported:
+                        self._reported.add(kind)
+                        print(f"reward: {_describe(server)}", file=sys.stderr, flush=True)
+                    return server
+                reasons.append(f"{command[0]} cannot start here ({why})" if kind == "namespaces" else f"{kind}: {why}")
+            if kind == "namespaces" and not reasons:
+                reasons.append("bubblewrap is not installed (apt-get install bubblewrap)")
+        raise UserError(f"reward.kind=code: no sandbox can start here: {'; '.join(reasons)}")
+
+
+SANDBOX = Sandbox()  # this process's
 
 
 def _run_cells(server: Server, cells: tuple[Cell, ...]) -> list[Outcome]:
     channel = [end.detach() for end in socket.socketpair()] if len(cells) == 2 else [None] * len(cells)
-    runs = [_start(server, cell, end) for cell, end in zip(cells, channel)]
+    runs = [_Run(server, cell, end) for cell, end in zip(cells, channel)]
     with selectors.DefaultSelector() as selector:
         for run in runs:
             for name, descriptor in run.pipes.items():
@@ -163,7 +203,7 @@ def _run_cells(server: Server, cells: tuple[Cell, ...]) -> list[Outcome]:
                 break
             for event, _ in events:
                 run, name = event.data
-                if not _read(run, name):
+                if not (run.read_control() if name == "control" else run.read_pipe(name)):
                     selector.unregister(event.fileobj)
             # Where the program ended first, what it ended of is still to come.
             if len(runs) > 1 and runs[-1].ended and runs[-1].taken["result"] not in (b"", b"ended"):
@@ -176,12 +216,62 @@ def _run_cells(server: Server, cells: tuple[Cell, ...]) -> list[Outcome]:
 class _Run:
     """A cell that is running, seen from outside."""
 
-    def __init__(self, limits: Limits, control: socket.socket, pipes: dict[str, int]) -> None:
-        self.limits, self.control, self.pipes = limits, control, pipes
-        self.outcome = Outcome()
+    def __init__(self, server: Server, cell: Cell, channel: int | None) -> None:
+        """Send the request for a cell to the server; its ends of all descriptors are closed here."""
+        self.limits, self.outcome = cell.limits, Outcome()
         self.taken = {"stdout": bytearray(), "result": bytearray()}
         self.written = 0
         self.started = self.ended = False
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pipes: dict[str, int] = {}
+        order = json.dumps({**cell.order, "mode": cell.mode, **cell.limits.order()}).encode()
+        given = [theirs.detach(), _memory_file(order), _memory_file(cell.stdin)]
+        for name in ("stdout", "stderr", "result"):
+            self.pipes[name], end = os.pipe()
+            given.append(end)
+        given.insert(-1, channel if channel is not None else os.open(os.devnull, os.O_RDWR))
+        try:
+            socket.send_fds(server.requests, [b"run"], given)
+        except OSError as error:
+            self.outcome.error = str(error)
+        finally:
+            for descriptor in given:
+                os.close(descriptor)
+
+    def read_control(self) -> bool:
+        """Take what the keeper says of the cell; False at the end."""
+        try:
+            data = self.control.recv(1 << 16)
+        except OSError:
+            data = b""
+        if data == b"started":
+            self.started = True
+            return True
+        self.ended = True
+        outcome = self.outcome
+        if data:
+            report = json.loads(data)
+            limit = outcome.reason  # an output limit that stopped it stays the reason
+            vars(outcome).update(report)
+            outcome.reason = limit or report["reason"]
+        else:
+            # Once the program runs, the loss of its keeper may be its own doing: then it is no accident to be retried.
+            outcome.reason = outcome.reason or ("lost" if self.started else "infrastructure")
+            outcome.error = outcome.error or "the keeper of the cell ended without a report"
+        return False
+
+    def read_pipe(self, name: str) -> bool:
+        """Take what the cell has written; False at the end."""
+        outcome, data = self.outcome, os.read(self.pipes[name], 1 << 16)
+        if name == "stderr":
+            outcome.stderr = (outcome.stderr + data)[-ERROR_BYTES:]
+        elif outcome.reason != "output_limit":
+            self.taken[name] += data
+        self.written += len(data)
+        if self.written > self.limits.output and not self.ended and not outcome.reason:
+            outcome.reason = "output_limit"
+            self.stop()
+        return bool(data)
 
     def stop(self) -> None:
         if not self.ended:
@@ -198,30 +288,6 @@ class _Run:
             os.close(descriptor)
 
 
-def _start(server: Server, cell: Cell, channel: int | None) -> _Run:
-    """Send one request to the server; its ends of all descriptors are closed here."""
-    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours: dict[str, int] = {}
-    order = json.dumps({**cell.told, "mode": cell.mode, **cell.limits.order()}).encode()
-    given = [theirs.detach(), _memory_file(order)]
-    given.append(_memory_file(cell.stdin))
-    for name in ("stdout", "stderr"):
-        ours[name], end = os.pipe()
-        given.append(end)
-    given.append(channel if channel is not None else os.open(os.devnull, os.O_RDWR))
-    ours["result"], end = os.pipe()
-    given.append(end)
-    run = _Run(cell.limits, control, ours)
-    try:
-        socket.send_fds(server.requests, [b"run"], given)
-    except OSError as error:
-        run.outcome.error = str(error)
-    finally:
-        for descriptor in given:
-            os.close(descriptor)
-    return run
-
-
 def _memory_file(content: bytes) -> int:
     """A read-only file of its own: unlike a pipe it needs nobody to feed it, and cannot be told apart from a file."""
     descriptor = os.memfd_create("input", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
@@ -232,78 +298,6 @@ def _memory_file(content: bytes) -> int:
     seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return descriptor
-
-
-def _read(run: _Run, name: str) -> bool:
-    """Take what one descriptor has; False at its end."""
-    outcome = run.outcome
-    if name == "control":
-        data = _receive(run.control)
-        if data == b"started":
-            run.started = True
-            return True
-        run.ended = True
-        if data:
-            report = json.loads(data)
-            limit = outcome.reason  # an output limit that stopped it stays the reason
-            vars(outcome).update(report)
-            outcome.reason = limit or report["reason"]
-        else:
-            # Once the program runs, the loss of its keeper may be its own doing: then it is no accident to be retried.
-            outcome.reason = outcome.reason or ("lost" if run.started else "infrastructure")
-            outcome.error = outcome.error or "the keeper of the cell ended without a report"
-        return False
-    data = os.read(run.pipes[name], 1 << 16)
-    if name == "stderr":
-        outcome.stderr = (outcome.stderr + data)[-ERROR_BYTES:]
-    elif outcome.reason != "output_limit":
-        run.taken[name] += data
-    run.written += len(data)
-    if run.written > run.limits.output and not run.ended and not outcome.reason:
-        outcome.reason = "output_limit"
-        run.stop()
-    return bool(data)
-
-
-def _receive(control: socket.socket) -> bytes:
-    try:
-        return control.recv(1 << 16)
-    except OSError:
-        return b""
-
-
-def _running_server() -> Server:
-    """The server, started where there is none; the lock is held."""
-    global _server, _started
-    if _server is not None and (_server.pid != os.getpid() or _server.process.poll() is not None):
-        _server.requests.close()
-        _server = None
-    if _server is None:
-        _server = _start_server()
-        _started = True
-        atexit.register(stop_sandbox)
-    return _server
-
-
-def _start_server() -> Server:
-    if sys.platform != "linux":
-        raise UserError(f"reward.kind=code: running programs needs Linux, this is {sys.platform}; use reward.function")
-    reasons: list[str] = []
-    for kind in KINDS:
-        for command in start_commands(kind):
-            server, why = _try_server(command, kind)
-            if server:
-                if kind == "namespaces":
-                    return server
-                server.why = "; ".join(dict.fromkeys(reasons))
-                if kind not in _said:
-                    _said.add(kind)
-                    print(f"reward: {_describe(server)}", file=sys.stderr, flush=True)
-                return server
-            reasons.append(f"{command[0]} cannot start here ({why})" if kind == "namespaces" else f"{kind}: {why}")
-        if kind == "namespaces" and not reasons:
-            reasons.append("bubblewrap is not installed (apt-get install bubblewrap)")
-    raise UserError(f"reward.kind=code: no sandbox can start here: {'; '.join(reasons)}")
 
 
 def _describe(server: Server) -> str:
@@ -353,18 +347,18 @@ def _try_server(command: list[str], kind: str) -> tuple[Server | None, str]:
     theirs.close()
     ours.settimeout(START_SECONDS)
     try:
-        said = ours.recv(64)
+        reply = ours.recv(64)
     except OSError as error:
-        said = str(error).encode()
+        reply = str(error).encode()
     ours.settimeout(None)
-    if said == b"ready":
+    if reply == b"ready":
         server = Server(process, ours, os.getpid(), kind)
         error = _probe(server)
         if not error:
             threading.Thread(target=process.stderr.read, daemon=True).start()
             return server, ""
     else:
-        error = process.stderr.read().decode(errors="replace").strip() if not said else said.decode()
+        error = process.stderr.read().decode(errors="replace").strip() if not reply else reply.decode()
     ours.close()
     process.kill()
     process.wait()
@@ -374,8 +368,7 @@ def _try_server(command: list[str], kind: str) -> tuple[Server | None, str]:
 @one_line_errors
 def main() -> None:
     """Print which kind of sandbox this machine gets, why, and what it holds."""
-    kind, told = sandbox_report()
-    print(f"{kind}: {told}")
+    print(": ".join(SANDBOX.report()))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """From the reward section of a config to a function that scores a response."""
 
 import difflib
+import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from concurrent.futures import Future
+from dataclasses import fields
+from typing import Any, Self
 
 from common.errors import UserError
 from common.schema import RewardConfig, ScoringConfig
@@ -15,6 +17,7 @@ from reward.code_reward import CodeLimits, code_score
 from reward.general_reward import general_score
 from reward.judge import judged_score
 from reward.math_reward import math_score
+from reward.workers import Workers
 
 
 def score_math(text: str, task: Task, reward: RewardConfig) -> Score:
@@ -46,13 +49,17 @@ KINDS: dict[str, Callable[[str, Task, RewardConfig], Score]] = {
 }
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """Called with (response text, task, truncated), returns a Score; made by `make_scorer`."""
+class RewardScorer:
+    """Scores responses as the reward section of a config says; made by `make_scorer`.
 
-    reward: RewardConfig  # with data_type, what a process of its own needs to make the same scorer
-    data_type: str | None
-    score: Callable[[str, Task, RewardConfig], Score]
+    Called, it scores here and now; `submit` has its processes do it, which `close` ends, or the end of a `with`.
+    """
+
+    def __init__(
+        self, reward: RewardConfig, data_type: str | None, score: Callable[[str, Task, RewardConfig], Score]
+    ) -> None:
+        self.reward, self.data_type, self.score = reward, data_type, score
+        self._workers: Workers | None = None
 
     @property
     def needs_tokens(self) -> bool:
@@ -68,9 +75,41 @@ class Scorer:
         judged = judged_score(text, task, self.reward.judge)
         return Score(judged.reward, scored.correct, scored.verdict, judged.token_rewards)
 
+    def submit(self, text: str, task: Task, truncated: bool) -> Future[Score]:
+        """Have a response scored by one of `reward.workers` processes, which are kept; at once where that is 0."""
+        if not self.reward.workers:
+            return scored_at_once(self, text, task, truncated)
+        if self._workers is None:
+            self._workers = Workers(self.reward, self.data_type, self.reward.workers)
+        return self._workers.submit(text, task, truncated)
 
-def make_scorer(reward: RewardConfig, data_type: str | None = None) -> Scorer:
-    """A function of (response text, task, truncated) as the config asks for it.
+    def close(self) -> None:
+        """Drop what is not scored yet and end the processes; a response that comes later starts new ones."""
+        workers, self._workers = self._workers, None
+        if workers:
+            workers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def submitter(scorer: Callable[[str, Task, bool], Score]) -> Callable[[str, Task, bool], Future[Score]]:
+    """A function that has a response scored: beside this process where the scorer has processes, else at once."""
+    return scorer.submit if isinstance(scorer, RewardScorer) else functools.partial(scored_at_once, scorer)
+
+
+def scored_at_once(scorer: Callable[[str, Task, bool], Score], text: str, task: Task, truncated: bool) -> Future[Score]:
+    """The score, as a future that is done."""
+    done: Future[Score] = Future()
+    done.set_result(scorer(text, task, truncated))
+    return done
+
+
+def make_scorer(reward: RewardConfig, data_type: str | None = None) -> RewardScorer:
+    """A scorer of (response text, task, truncated) as the config asks for it.
 
     `reward.function` is the user's own; otherwise `reward.kind`, or else the type of the data, chooses from KINDS. A
     judge beside another kind gives the rewards, and the kind decides what is correct.
@@ -80,11 +119,10 @@ def make_scorer(reward: RewardConfig, data_type: str | None = None) -> Scorer:
     kind = reward.kind or data_type or "math"
     _check_kind(kind, "reward.kind")
     _check_judge(reward, kind)
-    score = _user_score(reward.function) if reward.function else KINDS[kind]
-    return Scorer(reward, data_type, score)
+    return RewardScorer(reward, data_type, _user_score(reward.function) if reward.function else KINDS[kind])
 
 
-def check_tasks(scorer: Scorer, tasks: Sequence[Task], key: str) -> None:
+def check_tasks(scorer: RewardScorer, tasks: Sequence[Task], key: str) -> None:
     """UserError for the first task that has nothing to judge a response by: no response to it could be right."""
     needs_tests, needs_answer = scorer.score is score_code, scorer.score in (score_math, score_general)
     for task in tasks:
@@ -101,7 +139,7 @@ def check_tasks(scorer: Scorer, tasks: Sequence[Task], key: str) -> None:
             )
 
 
-def evaluation_scorer(reward: ScoringConfig, data_type: str) -> Scorer:
+def evaluation_scorer(reward: ScoringConfig, data_type: str) -> RewardScorer:
     """A scorer by the task's own answer: with the config's limits and matching, without its function or judge."""
     own = {field.name: getattr(reward, field.name) for field in fields(ScoringConfig)}
     return make_scorer(RewardConfig(**own), data_type)

@@ -15,8 +15,7 @@ from common.stop import Stopped, stop_requested
 from common.trajectory import Request, Response, Score, ScoredTrajectory, Task
 from models import LoadedModel
 from models.prompts import encode_prompt, instruction, stop_ids_of
-from reward.score import Scorer as RewardScorer
-from rollout.scoring import submitter
+from reward.score import RewardScorer, submitter
 from sample.engine import Engine
 
 Scorer = Callable[[str, Task, bool], Score]  # (response text, task, truncated) -> Score

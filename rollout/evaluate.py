@@ -13,7 +13,7 @@ from common.schema import EvalDatasetConfig, TaskSampling
 from common.trajectory import ScoredTrajectory, Task
 from models import LoadedModel
 from reward.general_reward import extract_answer
-from reward.score import Scorer as RewardScorer
+from reward.score import RewardScorer
 from rollout.collect import Scorer, collect, prompts_within
 from rollout.samples import append_sample, drop_torn_lines, known_rollouts, sample_line
 from rollout.statistics import majority_at_k, mean_and_error, pass_at_k, shown_ks

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from reward import math_reward, notation
-from reward.math_reward import answers_equal, math_score
+from reward import notation
+from reward.math_reward import MATH_VERIFY, answers_equal, math_score
 
 EQUAL = r"""
 degrees            90 | 90°
@@ -375,12 +375,12 @@ def test_where_the_answer_stands(response, reference, correct):
 
 
 def test_numbers_need_no_worker():
-    math_reward.stop_worker()
+    MATH_VERIFY.worker.close()
     for row in pairs(EQUAL):
         reference, answer = row.values
         if row.id.split(":")[0] in ("repeating", "grouping", "mixed", "percent", "ordinals", "scales", "decimals"):
             assert answers_equal(answer, reference)
-    assert math_reward._worker is None
+    assert MATH_VERIFY.worker.process is None
 
 
 def test_a_reference_that_json_writes_in_scientific_form():

@@ -14,7 +14,7 @@ from common.trajectory import Score, Task
 from data.download_data import convert_records
 from reward.code_reward import CodeLimits, code_score, outputs_equal, run_tests
 from reward.extract_code import extract_code
-from reward.sandbox import stop_sandbox
+from reward.sandbox import SANDBOX
 from reward.score import score_code
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -23,7 +23,7 @@ PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data"
 @pytest.fixture(scope="module", autouse=True)
 def end_of_the_sandbox():
     yield
-    stop_sandbox()
+    SANDBOX.close()
 
 
 def function(*tests: str, **fields) -> Task:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -61,6 +62,18 @@ def test_a_whole_response(server, monkeypatch):
     assert request["model"] == "m" and request["temperature"] == 0.25 and request["max_tokens"] == 10000
     prompt = request["messages"][0]["content"]
     assert "What is 2 + 2?" in prompt and "It is {question} 4" in prompt and "Reference answer:\n4" in prompt
+
+
+def test_without_a_key_none_is_sent(server, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert judged_score("r", TASK, judge(server)).reward == 1
+    assert server.requests[0]["key"] is None
+
+
+def test_a_judge_that_does_not_answer_in_time(server):
+    server.answer = lambda prompt, number: time.sleep(0.5) or "1"
+    with pytest.raises(UserError, match=r"gave no answer in 2 attempts \(timed out\)"):
+        judged_score("r", TASK, judge(server, timeout=0.1, retries=1))
 
 
 @pytest.mark.parametrize(

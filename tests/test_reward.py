@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.schema import RewardConfig
 from common.trajectory import Score, Task
 from reward import math_reward
-from reward.math_reward import answers_equal, math_score
+from reward.math_reward import MATH_VERIFY, MathVerify, answers_equal, math_score
 from reward.score import make_scorer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,16 +171,15 @@ def test_verdicts():
     assert math_score(r"\boxed{16}", "15") == Score(0.0, False, "failed")
     assert math_score("15", "15") == Score(0.0, False, "no_answer")
     assert math_score(r"\boxed{ }", "15") == Score(0.0, False, "no_answer")
-    assert math_score(r"\boxed{15}", "15", truncated=True) == Score(0.0, False, "truncated")
 
 
 def test_arithmetic_needs_no_worker():
-    math_reward.stop_worker()
+    MATH_VERIFY.worker.close()
     start = time.perf_counter()
     for number in range(2000):
         math_score(f"4+2=6;6+8=14;14+1=15;\\boxed{{{number}}}", "15")
         math_score(f"\\boxed{{4+{number}+1}}", "15")
-    assert math_reward._worker is None
+    assert MATH_VERIFY.worker.process is None
     assert time.perf_counter() - start < 2  # about 10 µs each
 
 
@@ -199,37 +198,31 @@ HOSTILE = [
 
 
 def test_hostile_answers_are_bounded_and_failed(capfd, monkeypatch):
-    monkeypatch.setattr(math_reward, "CPU_SECONDS", 1.0)
-    math_reward.stop_worker()
-    math_reward._said.clear()
+    own = MathVerify(cpu_seconds=1.0)
+    monkeypatch.setattr(math_reward, "MATH_VERIFY", own)
     for predicted, reference in HOSTILE:
         start = time.perf_counter()
         assert not answers_equal(predicted, reference), predicted[:40]
         assert time.perf_counter() - start < 60, predicted[:40]
     assert capfd.readouterr().err.count("took too long") == 1
-    math_reward.stop_worker()
-    monkeypatch.undo()
     assert answers_equal("\\frac{2x}{4}", "\\frac x2"), "the next comparison has a fresh worker"
+    own.worker.close()
 
 
 def test_a_worker_that_is_gone_is_replaced():
     assert answers_equal("\\frac{3x}{6}", "\\frac x2")
-    math_reward._worker.kill()
-    math_reward._worker.wait()
+    MATH_VERIFY.worker.process.kill()
+    MATH_VERIFY.worker.process.wait()
     assert answers_equal("\\frac{4x}{8}", "\\frac x2")
 
 
 def test_an_interrupted_comparison_leaves_no_stale_answer(monkeypatch):
     assert answers_equal("\\frac{5x}{10}", "\\frac x2")
 
-    class Interrupted:
-        def readline(self):
-            raise KeyboardInterrupt
+    def interrupted():
+        raise KeyboardInterrupt
 
-        def close(self):
-            pass
-
-    monkeypatch.setattr(math_reward._worker, "stdout", Interrupted())
+    monkeypatch.setattr(MATH_VERIFY.worker.connection, "recv_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         answers_equal("\\frac{6x}{12}", "\\frac x2")
     assert not answers_equal("\\frac{x}{3}", "\\frac x2")
@@ -244,8 +237,8 @@ def test_comparison_works_outside_the_main_thread():
 
 
 def test_a_worker_that_cannot_start_is_no_wrong_answer(monkeypatch):
-    math_reward.stop_worker()
     monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setattr(math_reward, "MATH_VERIFY", MathVerify())
     with pytest.raises(RuntimeError, match="could not start"):
         answers_equal("\\frac{7x}{15}", "\\frac x2")
 
@@ -253,7 +246,7 @@ def test_a_worker_that_cannot_start_is_no_wrong_answer(monkeypatch):
 def test_the_worker_ends_with_its_parent():
     code = (
         "import os\nfrom reward import math_reward as m\nassert m.answers_equal('\\\\frac{2x}4', '\\\\frac x2')\n"
-        "print(m._worker.pid, flush=True)\nos._exit(0)"
+        "print(m.MATH_VERIFY.worker.process.pid, flush=True)\nos._exit(0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     pid = int(done.stdout)

@@ -11,26 +11,24 @@ import pytest
 
 from benchmarks.sandbox_attacks import ATTACKS, NOT_HELD, TASKS
 from common.errors import UserError
-from reward import sandbox
 from reward.code_reward import CodeLimits, run_tests
-from reward.sandbox import sandbox_kind, stop_sandbox
+from reward.sandbox import Sandbox
 from reward.sandbox_kinds import KINDS
 
 LIMITS = CodeLimits(memory=512 << 20, output=4 << 20)
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """One kind of sandbox after another."""
-    stop_sandbox()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "KINDS", {request.param: KINDS[request.param]})
-        try:
-            yield sandbox_kind()
-        except UserError as error:
-            pytest.skip(str(error))
-        finally:
-            stop_sandbox()
+    made = Sandbox([request.param])
+    try:
+        made.kind()
+        yield made
+    except UserError as error:
+        pytest.skip(str(error))
+    finally:
+        made.close()
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +54,10 @@ def processes_below(pid: int) -> list[int]:
     return found
 
 
-def resting_processes(most: int) -> int:
+def resting_processes(sandbox: Sandbox, most: int) -> int:
     """How many processes the server has once it is idle; keepers end a moment after they have reported."""
     deadline = time.monotonic() + 10
-    while (count := len(processes_below(sandbox._server.process.pid))) > most and time.monotonic() < deadline:
+    while (count := len(processes_below(sandbox.server.process.pid))) > most and time.monotonic() < deadline:
         time.sleep(0.01)
     return count
 
@@ -70,12 +68,13 @@ def attack_program(name: str, folder: Path, port: int) -> tuple[str, str, tuple[
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_no_attack_passes_or_escapes(kind, name, host):
+def test_no_attack_passes_or_escapes(sandbox, name, host):
+    kind = sandbox.kind()
     folder, listener = host
     before = (folder / "secret.txt").stat()
     method, program, verdicts = attack_program(name, folder, listener.getsockname()[1])
-    server = sandbox._server
-    verdict = run_tests(program, TASKS[method], LIMITS)
+    server = sandbox.server
+    verdict = run_tests(program, TASKS[method], LIMITS, sandbox)
     assert name in NOT_HELD[kind] or (verdict in verdicts and verdict != "passed")
     assert [path.name for path in folder.iterdir()] == ["secret.txt"]
     assert (folder / "secret.txt").read_text() == "secret" and not os.listxattr(folder / "secret.txt")
@@ -86,6 +85,6 @@ def test_no_attack_passes_or_escapes(kind, name, host):
     with pytest.raises(BlockingIOError):
         listener.accept()
     assert not [name for name in os.listdir("/dev/shm") if name.startswith("left")]
-    assert sandbox._server is server and server.process.poll() is None
+    assert sandbox.server is server and server.process.poll() is None
     most = 2 if kind == "namespaces" else 0  # bubblewrap's own process 1, and the server
-    assert resting_processes(most) <= most, "something is left running"
+    assert resting_processes(sandbox, most) <= most, "something is left running"

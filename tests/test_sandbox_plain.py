@@ -13,9 +13,9 @@ import pytest
 from benchmarks.sandbox_attacks import SOLUTIONS, TASKS
 from common import doctor
 from common.errors import UserError
-from reward import sandbox
+from reward import sandbox as sandbox_module
 from reward.code_reward import run_tests
-from reward.sandbox import Cell, Limits, Outcome, run_cells, sandbox_kind, sandbox_report, stop_sandbox
+from reward.sandbox import Cell, Limits, Outcome, Sandbox
 from reward.sandbox_kinds import INSIDE, KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,79 +51,89 @@ needs_landlock = pytest.mark.skipif(not versions(), reason="this kernel has no L
 
 
 @pytest.fixture
-def no_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    stop_sandbox()
+def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+    """One that finds no bubblewrap."""
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(sandbox, "_said", set())
-    yield monkeypatch
-    stop_sandbox()
+    made = Sandbox()
+    yield made
+    made.close()
 
 
 @pytest.fixture(params=["landlock", "plain"])
-def kind(request: pytest.FixtureRequest, no_bubblewrap: pytest.MonkeyPatch) -> str:
+def kind(request: pytest.FixtureRequest, sandbox: Sandbox) -> str:
     """One fallback after the other."""
     if request.param == "landlock" and not versions():
         pytest.skip("this kernel has no Landlock")
-    no_bubblewrap.setattr(sandbox, "KINDS", {request.param: KINDS[request.param]})
+    sandbox.kinds = [request.param]
     return request.param
 
 
-def run(source: str) -> Outcome:
-    return run_cells(Cell("program", {"source": source}, Limits(seconds=5)))[0]
+def run(sandbox: Sandbox, source: str) -> Outcome:
+    return sandbox.run(Cell("program", {"source": source}, Limits(seconds=5)))[0]
 
 
 @needs_landlock
-def test_it_says_once_what_holds_and_why(no_bubblewrap, capfd):
-    assert sandbox_kind() == "landlock"
-    stop_sandbox()
-    assert sandbox_kind() == "landlock"
+def test_it_says_once_what_holds_and_why(sandbox, capfd):
+    assert sandbox.kind() == "landlock"
+    sandbox.close()
+    assert sandbox.kind() == "landlock"
     told = capfd.readouterr().err
     assert told.count("\n") == 1 and "bubblewrap is not installed (apt-get install bubblewrap)" in told
     assert "Shut off: reading files outside, writing files outside, network, other processes." in told
     assert "Limited: memory, time, output" in told and "Not shut off" not in told
 
 
-def test_what_does_not_hold_is_said(kind, capfd):
-    sandbox_kind()
+def test_what_does_not_hold_is_said(kind, sandbox, capfd):
+    sandbox.kind()
     told = capfd.readouterr().err
     assert ("Not shut off: reading files outside" in told) == (kind == "plain")
     assert ("can write no file" in told) == (kind == "plain")
 
 
-def test_without_landlock_the_next_kind_is_taken_and_the_reason_given(no_bubblewrap):
-    start = sandbox._try_server
+def refuse(monkeypatch: pytest.MonkeyPatch, reason: str, *kinds: str) -> None:
+    """Have the servers of some kinds end with a reason instead of starting."""
+    start = sandbox_module.start_commands
 
-    def old_kernel(command, kind):
-        return (None, "this kernel has no Landlock") if kind == "landlock" else start(command, kind)
+    def commands(kind: str) -> list[list[str]]:
+        return [["sh", "-c", f"echo {reason} >&2; exit 1"]] if kind in kinds else start(kind)
 
-    no_bubblewrap.setattr(sandbox, "_try_server", old_kernel)
-    kind, told = sandbox_report()
+    monkeypatch.setattr(sandbox_module, "start_commands", commands)
+
+
+def test_without_landlock_the_next_kind_is_taken_and_the_reason_given(sandbox, monkeypatch):
+    refuse(monkeypatch, "this kernel has no Landlock", "landlock")
+    kind, told = sandbox.report()
     assert kind == "plain" and "bubblewrap is not installed" in told and "this kernel has no Landlock" in told
 
 
-def test_where_none_can_start_the_first_run_says_so_and_later_ones_are_no_wrong_answers(no_bubblewrap):
-    no_bubblewrap.setattr(sandbox, "_started", False)
-    no_bubblewrap.setattr(sandbox, "_try_server", lambda command, kind: (None, "no room"))
+def test_where_none_can_start_the_first_run_says_so_and_later_ones_are_no_wrong_answers(sandbox, monkeypatch):
+    used = Sandbox(["plain"])
+    assert run_tests(SOLUTIONS["stdio"], TASKS["stdio"], sandbox=used) == "passed"
+    used.close()
+    refuse(monkeypatch, "no room", "landlock", "plain")
     with pytest.raises(UserError, match=r"no sandbox can start here: bubblewrap is not installed.*landlock: no room"):
-        run_tests(SOLUTIONS["stdio"], TASKS["stdio"])
-    no_bubblewrap.setattr(sandbox, "_started", True)
-    assert run_tests(SOLUTIONS["stdio"], TASKS["stdio"]) == "infrastructure"
+        run_tests(SOLUTIONS["stdio"], TASKS["stdio"], sandbox=sandbox)
+    assert run_tests(SOLUTIONS["stdio"], TASKS["stdio"], sandbox=used) == "infrastructure"
 
 
-def test_the_doctor_says_the_same(kind):
+def test_the_doctor_says_the_same(kind, sandbox, monkeypatch):
+    monkeypatch.setattr(sandbox_module, "SANDBOX", sandbox)
     (row,) = [row for row in doctor.main_report() if row["what"] == "sandbox"]
-    assert (row["found"], row["note"]) == sandbox_report()
+    assert (row["found"], row["note"]) == sandbox.report()
 
 
-def test_right_programs_pass(kind):
+def test_right_programs_pass(kind, sandbox):
     for method, program in SOLUTIONS.items():
-        assert run_tests(program, TASKS[method]) == "passed"
-    assert run("import numpy, sympy, xml.etree.ElementTree\nprint(sympy.sqrt(4) + numpy.ones(1)[0])").stdout[:1] == b"3"
-    assert b"ModuleNotFoundError" in run("import torch").stderr, "other packages are not there"
+        assert run_tests(program, TASKS[method], sandbox=sandbox) == "passed"
+    assert (
+        run(sandbox, "import numpy, sympy, xml.etree.ElementTree\nprint(sympy.sqrt(4) + numpy.ones(1)[0])").stdout[:1]
+        == b"3"
+    )
+    assert b"ModuleNotFoundError" in run(sandbox, "import torch").stderr, "other packages are not there"
 
 
-def test_programs_use_files_of_their_own_and_leave_none(kind):
-    said = run(FILES + "print(os.getcwd())")
+def test_programs_use_files_of_their_own_and_leave_none(kind, sandbox):
+    said = run(sandbox, FILES + "print(os.getcwd())")
     if kind == "plain":
         assert b"PermissionError" in said.stderr
         return
@@ -137,24 +147,24 @@ MANY = "for n in range(4200): open(str(n), 'w').close()\n"
 
 @needs_landlock
 @pytest.mark.parametrize("fill", [BIG, MANY], ids=["big files", "many files"])
-def test_a_folder_that_grows_too_large_is_the_end(fill, no_bubblewrap):
-    stopped = run(f"import os, time\n{fill}time.sleep(60)")
+def test_a_folder_that_grows_too_large_is_the_end(fill, sandbox):
+    stopped = run(sandbox, f"import os, time\n{fill}time.sleep(60)")
     assert stopped.reason == "output_limit" and stopped.wall < 10
 
 
-def test_programs_start_no_other(kind):
+def test_programs_start_no_other(kind, sandbox):
     source = "import os\nfor start in (os.fork, lambda: os.execv('/bin/true', ['true'])):\n"
-    assert run(source + "    try: start()\n    except PermissionError: print('no')").stdout == b"no\nno\n"
+    assert run(sandbox, source + "    try: start()\n    except PermissionError: print('no')").stdout == b"no\nno\n"
 
 
 REPORT = """
 import shutil, sys
-from reward import sandbox
-sandbox.KINDS.pop("namespaces")
-print(sandbox.sandbox_report()[0])
+from reward.sandbox import Cell, Limits, Sandbox
+sandbox = Sandbox(["landlock", "plain"])
+print(sandbox.report()[0])
 source = "import os, argparse, decimal\\nprint(os.getuid())\\nopen('a', 'w').write('x')\\nprint(open('a').read())\\n"
 source += f"for name in {sys.argv[1:]}:\\n    try: open(name)\\n    except PermissionError: print('no')"
-print(sandbox.run_cells(sandbox.Cell("program", {"source": source}, sandbox.Limits(5)))[0].stdout.decode())
+print(sandbox.run(Cell("program", {"source": source}, Limits(5)))[0].stdout.decode())
 """
 
 

@@ -45,12 +45,12 @@ class Packages(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_file_location(fullname, start, submodule_search_locations=[folder])
 
 
-def prepare(kind: str, told: str) -> Fallback:
-    """Make the server itself ready. `told` is JSON: `readable` paths, and the folders of `packages`.
+def prepare(kind: str, paths_json: str) -> Fallback:
+    """Make the server itself ready. `paths_json` has the `readable` paths, and the folders of `packages`.
 
     Raises OSError where the kind is landlock and the kernel is not able.
     """
-    paths = json.loads(told)
+    paths = json.loads(paths_json)
     version = landlock.version() if kind == "landlock" else 0
     jail.prctl(jail.PR_SET_DUMPABLE, 0)  # no cell looks into the memory of another, or of this process
     sys.meta_path.append(Packages(paths["packages"]))

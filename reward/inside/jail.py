@@ -22,72 +22,47 @@ SIGKILL = 9
 FOLDER_BYTES = 64 * 2**20  # what a program may write
 FILES = 256
 
+
+def _calls(table: str) -> dict[str, dict[str, int]]:
+    """The numbers of system calls by machine: of each call its name, x86-64's number and aarch64's, - for none."""
+    numbers: dict[str, dict[str, int]] = {"x86_64": {}, "aarch64": {}}
+    for name, *row in map(str.split, table.split(",")):
+        for machine, number in zip(numbers, row):
+            if number != "-":
+                numbers[machine][name] = int(number)
+    return numbers
+
+
 # System calls that no program under test needs. `socket` shuts off the loopback device too, which runs share, as
 # the System V and message queue calls do for the ipc namespace: one of its own for each run would double the cost.
-DENIED: dict[str, dict[str, int]] = {
-    "x86_64": {
-        **{"socket": 41, "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "mount": 165},
-        **{"umount2": 166, "unshare": 272, "setns": 308, "pivot_root": 155, "chroot": 161, "bpf": 321},
-        **{"perf_event_open": 298, "keyctl": 250, "add_key": 248, "request_key": 249, "userfaultfd": 323},
-        **{"io_uring_setup": 425, "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431},
-        **{"fsmount": 432, "fspick": 433, "mount_setattr": 442, "init_module": 175, "finit_module": 313},
-        **{"kexec_load": 246, "open_by_handle_at": 304, "pidfd_getfd": 438},
-        **{"shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240},
-    },
-    "aarch64": {
-        **{"socket": 198, "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271, "mount": 40},
-        **{"umount2": 39, "unshare": 97, "setns": 268, "pivot_root": 41, "chroot": 51, "bpf": 280},
-        **{"perf_event_open": 241, "keyctl": 219, "add_key": 217, "request_key": 218, "userfaultfd": 282},
-        **{"io_uring_setup": 425, "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431},
-        **{"fsmount": 432, "fspick": 433, "mount_setattr": 442, "init_module": 105, "finit_module": 273},
-        **{"kexec_load": 104, "open_by_handle_at": 265, "pidfd_getfd": 438},
-        **{"shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180},
-    },
-}
+DENIED = _calls("""
+socket 41 198, ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271, mount 165 40, umount2 166 39,
+unshare 272 97, setns 308 268, pivot_root 155 41, chroot 161 51, bpf 321 280, perf_event_open 298 241,
+keyctl 250 219, add_key 248 217, request_key 249 218, userfaultfd 323 282, io_uring_setup 425 425, open_tree 428 428,
+move_mount 429 429, fsopen 430 430, fsconfig 431 431, fsmount 432 432, fspick 433 433, mount_setattr 442 442,
+init_module 175 105, finit_module 313 273, kexec_load 246 104, open_by_handle_at 304 265, pidfd_getfd 438 438,
+shmget 29 194, semget 64 190, msgget 68 186, mq_open 240 180
+""")
 # Without namespaces a program has its user's other processes in reach: no new processes, no signals to any, no say in
 # when and where they run. Landlock knows nothing of a file's owner, times and attributes.
-DENIED_FALLBACK: dict[str, dict[str, int]] = {
-    "x86_64": {
-        **{"fork": 57, "vfork": 58, "kill": 62, "setsid": 112, "setpgid": 109, "execve": 59, "execveat": 322},
-        **{"rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "pidfd_send_signal": 424, "pidfd_open": 434},
-        **{"prlimit64": 302, "setpriority": 141, "tkill": 200, "sched_setparam": 142, "sched_setscheduler": 144},
-        **{"sched_setaffinity": 203, "sched_setattr": 314, "ioprio_set": 251, "migrate_pages": 256},
-        **{"move_pages": 279, "kcmp": 312, "process_madvise": 440, "process_mrelease": 448, "get_robust_list": 274},
-        **{"chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260, "setxattr": 188, "lsetxattr": 189},
-        **{"fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199, "truncate": 76},
-        **{"inotify_add_watch": 254, "fanotify_init": 300, "openat2": 437},
-    },
-    "aarch64": {
-        **{"kill": 129, "setsid": 157, "setpgid": 154, "execve": 221, "execveat": 281, "tkill": 130},
-        **{"rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240, "pidfd_send_signal": 424, "pidfd_open": 434},
-        **{"prlimit64": 261, "setpriority": 140, "sched_setparam": 118, "sched_setscheduler": 119},
-        **{"sched_setaffinity": 122, "sched_setattr": 274, "ioprio_set": 30, "migrate_pages": 238},
-        **{"move_pages": 239, "kcmp": 272, "process_madvise": 440, "process_mrelease": 448, "get_robust_list": 100},
-        **{"fchown": 55, "fchownat": 54, "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "removexattr": 14},
-        **{"lremovexattr": 15, "fremovexattr": 16, "truncate": 45, "inotify_add_watch": 27, "fanotify_init": 262},
-        **{"openat2": 437},
-    },
-}
+DENIED_FALLBACK = _calls("""
+fork 57 -, vfork 58 -, kill 62 129, setsid 112 157, setpgid 109 154, execve 59 221, execveat 322 281,
+rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240, pidfd_send_signal 424 424, pidfd_open 434 434, prlimit64 302 261,
+setpriority 141 140, tkill 200 130, sched_setparam 142 118, sched_setscheduler 144 119, sched_setaffinity 203 122,
+sched_setattr 314 274, ioprio_set 251 30, migrate_pages 256 238, move_pages 279 239, kcmp 312 272,
+process_madvise 440 440, process_mrelease 448 448, get_robust_list 274 100, chown 92 -, fchown 93 55, lchown 94 -,
+fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14, lremovexattr 198 15,
+fremovexattr 199 16, truncate 76 45, inotify_add_watch 254 27, fanotify_init 300 262, openat2 437 437
+""")
 # Answered as if done: the mode and the times of a copied file mean nothing to a run, and shutil.copy needs them.
-IGNORED: dict[str, dict[str, int]] = {
-    "x86_64": {
-        **{"chmod": 90, "fchmod": 91, "fchmodat": 268, "utime": 132, "utimes": 235, "futimesat": 261},
-        **{"utimensat": 280},
-    },
-    "aarch64": {"fchmod": 52, "fchmodat": 53, "utimensat": 88},
-}
+IGNORED = _calls("""
+chmod 90 -, fchmod 91 52, fchmodat 268 53, utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88
+""")
 # Without Landlock too, nothing can tell a program's own folder from others: it changes none.
-DENIED_READ_ONLY: dict[str, dict[str, int]] = {
-    "x86_64": {
-        **{"creat": 85, "mkdir": 83, "mkdirat": 258, "mknod": 133, "mknodat": 259, "rmdir": 84, "unlink": 87},
-        **{"unlinkat": 263, "symlink": 88, "symlinkat": 266, "link": 86, "linkat": 265, "rename": 82},
-        **{"renameat": 264, "renameat2": 316},
-    },
-    "aarch64": {
-        **{"mkdirat": 34, "mknodat": 33, "unlinkat": 35, "symlinkat": 36, "linkat": 37, "renameat": 38},
-        **{"renameat2": 276},
-    },
-}
+DENIED_READ_ONLY = _calls("""
+creat 85 -, mkdir 83 -, mkdirat 258 34, mknod 133 -, mknodat 259 33, rmdir 84 -, unlink 87 -, unlinkat 263 35,
+symlink 88 -, symlinkat 266 36, link 86 -, linkat 265 37, rename 82 -, renameat 264 38, renameat2 316 276
+""")
 # Calls that open a file, and which argument has the flags.
 OPEN = {"x86_64": {2: 1, 257: 2}, "aarch64": {56: 2}}
 O_ACCESS, O_CREATE, O_TRUNCATE = 0o3, 0o100, 0o1000

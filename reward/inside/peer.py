@@ -35,8 +35,8 @@ class FarClass(type):
     """The class of an exception that was raised, or is defined, at the other end."""
 
     def __call__(cls, *arguments: Any, **named: Any) -> Any:
-        place = cls.__dict__.get("_place")
-        return place[0].call(cls, arguments, named) if place else super().__call__(*arguments, **named)
+        origin = cls.__dict__.get("_origin")
+        return origin[0].call(cls, arguments, named) if origin else super().__call__(*arguments, **named)
 
 
 class FarError(Exception, metaclass=FarClass):
@@ -156,7 +156,7 @@ class Peer:
                 reply["arguments"] = after
         except MemoryError:
             os._exit(EXIT_MEMORY)
-        except Exception as error:  # what cannot be told of
+        except Exception as error:  # neither its text nor its type can be read
             reply = {"error": {"kind": {"known": ["builtins", "Exception"]}, "text": type(error).__name__}}
         self._send(reply)
 
@@ -178,7 +178,7 @@ class Peer:
         raise ValueError(f"unknown question {what!r}")
 
     def _attribute(self, owner: Any, name: str) -> Any:
-        """An attribute as JSON; a method of the object itself is told by its name, so that it needs no number."""
+        """An attribute as JSON; a method of the object itself by its name, so that it needs no number."""
         value = getattr(owner, name)
         bound = isinstance(value, (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType))
         if bound and value.__self__ is owner and not isinstance(owner, types.ModuleType):
@@ -222,14 +222,14 @@ class Peer:
         return values.decode(data, self._find)
 
     def refer(self, value: Any) -> dict[str, Any]:
-        """What is told of a value that does not travel."""
+        """How a value that does not travel is referred to."""
         if is_remote(value):
             return {"yours": [FAR(value).number, FAR(value).method]}
         if isinstance(value, FarError) and value._error:
             return {"yours": [value._error[1], None]}
         if isinstance(value, type) and issubclass(value, Exception):
-            place = value.__dict__.get("_place")
-            return {"yours": [place[1], None]} if place else {"exception": self._kind_of(value)}
+            origin = value.__dict__.get("_origin")
+            return {"yours": [origin[1], None]} if origin else {"exception": self._kind_of(value)}
         if isinstance(value, Exception):
             return {"raised": self._encode_error(value)}
         if self.names is None:
@@ -274,14 +274,14 @@ class Peer:
         if isinstance(error, FarError) and error._error:
             return {"yours": error._error[1]}
         error.__traceback__ = None  # its frames would be kept with it
-        told: dict[str, Any] = {"kind": self._kind_of(type(error)), "text": _text_of(error)}
+        description: dict[str, Any] = {"kind": self._kind_of(type(error)), "text": _text_of(error)}
         try:
-            told["args"] = self.encode(list(error.args)) if len(repr(error.args)) <= MAX_TEXT else None
+            description["args"] = self.encode(list(error.args)) if len(repr(error.args)) <= MAX_TEXT else None
         except Exception:  # its arguments are the program's, and so are their methods
-            told["args"] = None
+            description["args"] = None
         if not _home(type(error)) or vars(error):
-            told["number"] = self.number(error)
-        return told
+            description["number"] = self.number(error)
+        return description
 
     def _kind_of(self, kind: type) -> dict[str, Any]:
         if home := _home(kind):
@@ -289,35 +289,35 @@ class Peer:
         bases = [self._kind_of(base) for base in kind.__bases__ if issubclass(base, Exception)]
         return {"made": [self.number(kind), kind.__name__, bases]}
 
-    def _class(self, told: dict[str, Any]) -> type:
+    def _class(self, description: dict[str, Any]) -> type:
         """The class here that stands for an exception class there, below the same builtin classes."""
-        if "known" in told:
-            key: Any = tuple(told["known"])
+        if "known" in description:
+            key: Any = tuple(description["known"])
             if key not in self.classes:
                 kind = _exception_named(*key)
                 self.classes[key] = kind if kind is StopIteration else FarClass(kind.__name__, (FarError, kind), {})
             return self.classes[key]
-        number, name, bases = told["made"]
+        number, name, bases = description["made"]
         if number not in self.classes:
             kinds = tuple(dict.fromkeys(self._class(base) for base in bases)) or (FarError,)
-            self.classes[number] = FarClass(name, kinds, {"_place": (self, number)})
+            self.classes[number] = FarClass(name, kinds, {"_origin": (self, number)})
         return self.classes[number]
 
-    def _error(self, told: dict[str, Any]) -> Exception:
-        if "yours" in told:
-            error = self.objects[told["yours"]]
+    def _error(self, description: dict[str, Any]) -> Exception:
+        if "yours" in description:
+            error = self.objects[description["yours"]]
             if not isinstance(error, Exception):
                 raise ValueError("not an exception")
             return error
-        number = told.get("number")
+        number = description.get("number")
         if number is not None and number in self.remotes:
             return self.remotes[number]
-        kind = self._class(told["kind"])
+        kind = self._class(description["kind"])
         if kind is StopIteration:
             return StopIteration()
-        arguments = self.decode(told.get("args"))
-        error = kind.__new__(kind, *(arguments if isinstance(arguments, list) else [str(told.get("text"))]))
-        error._text = str(told.get("text"))
+        arguments = self.decode(description.get("args"))
+        error = kind.__new__(kind, *(arguments if isinstance(arguments, list) else [str(description.get("text"))]))
+        error._text = str(description.get("text"))
         if type(number) is int:
             error._error = (self, number)
             self.remotes[number] = error

@@ -103,12 +103,12 @@ def keep(descriptors: list[int], shut: Fallback | None) -> None:
         os.close(start)
         for descriptor in descriptors[2:]:
             os.close(descriptor)
-        said = os.read(started, 1000)
-        if said == b"started":
-            control.send(said)
+        reply = os.read(started, 1000)
+        if reply == b"started":
+            control.send(reply)
             report = watch(pid, proc, control, order, folder)
         else:
-            report = {"reason": "infrastructure", "error": said.decode() or "the cell ended before it began"}
+            report = {"reason": "infrastructure", "error": reply.decode() or "the cell ended before it began"}
         if report["reason"] != "exited" or shut:
             kill_tree(pid, proc, orphans=bool(shut))
     except OSError as error:
