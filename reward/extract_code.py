@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from common.boxed import final_part
+
 FENCE = re.compile(r"`{3,}|~{3,}")
 PYTHON = re.compile(r"\{?[.\s]*(?:python|py)\s?\d*(?:\.\d+)*(?=[\s,:{}]|$)", re.IGNORECASE)
 WORD = re.compile(r"[\w+#.-]+")
@@ -38,14 +40,21 @@ def extract_code(response: str, defines: Sequence[str] = (), reads_input: bool =
     Of several blocks it is the last that defines all of the names in `defines`, else any of them; with `reads_input`
     the last that reads standard input; else the last. Blocks that say Python go before those that say nothing.
     """
+    response = final_part(response)
     blocks = [block for block in fenced_blocks(response) if not block.other]
     blocks = [block for block in blocks if block.closed or any(map(str.strip, block.lines))]
     if not blocks:
         return _before_a_lone_fence(response, defines)
     ranked = sorted(blocks, key=lambda block: block.python)  # stable: the last is the best
     texts = [block.text for block in ranked]
-    patterns = [_definition(name) for name in defines] or ([READS_INPUT] if reads_input else [])
-    for enough in (all, any):
+    own, imported = ([_definition(name, ways) for name in defines] for ways in (False, True))
+    for patterns, enough in (
+        (own, all),
+        (imported, all),
+        (own, any),
+        (imported, any),
+        ([READS_INPUT] * reads_input, all),
+    ):
         for text in reversed(texts):
             if patterns and enough(re.search(pattern, text, re.MULTILINE) for pattern in patterns):
                 return text
@@ -112,13 +121,13 @@ def _continued(block: Block, line: str) -> tuple[Block | None, Block | None]:
     return None, block
 
 
-def _definition(name: str) -> str:
-    """A pattern of a line that defines a name: a function or class, an assignment, an import."""
+def _definition(name: str, imports: bool = True) -> str:
+    """A pattern of a line that defines a name: a function or class, an assignment, or (`imports`) an import."""
     name = re.escape(name)
     ways = (
         rf"(?:async[ \t]+def|def|class)[ \t]+{name}\b",
         rf"{name}[ \t]*(?::[^=\n]*)?=(?!=)",
-        rf".*\bimport\b.*\b{name}\b",
+        *([rf".*\bimport\b.*\b{name}\b"] if imports else []),
     )
     return rf"^[ \t]*(?:{'|'.join(ways)})"
 

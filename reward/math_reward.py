@@ -22,6 +22,7 @@ WORKING = re.compile(
 OPERATOR = re.compile(r"[\d)}]\s*(?:[+*;-]|\\times|\\cdot|\\div)")
 WRAPPED = re.compile(r"\$\$?(.+?)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]|(?:\\(?:mathbf|boldsymbol|bm)\s*)?\{(.+)\}", re.DOTALL)
 DOTS = "\\ldots"
+POINT = re.compile(r"\([^()]*,[^()]*\)")
 
 
 class MathVerify:
@@ -100,6 +101,8 @@ def _plain_equal(predicted: str, reference: str) -> bool:
         return _options_equal(predicted, reference, chosen, right)
     if DOTS in predicted or DOTS in reference:
         return _parts_equal(predicted.split(DOTS), reference.split(DOTS))
+    if predicted.count(":") > 1 and reference.count(":") > 1:  # math-verify takes 1:2:3 for a product of fractions
+        return _parts_equal(predicted.split(":"), reference.split(":"))
     names = notation.words(predicted), notation.words(reference)
     if names[0] and names[1]:
         return names[0] == names[1]
@@ -107,6 +110,8 @@ def _plain_equal(predicted: str, reference: str) -> bool:
         return True
     number, reference_number = notation.number(predicted), notation.number(reference)
     if reference_number is not None:
+        if POINT.fullmatch(predicted):  # (1,100) is not 1100
+            return False
         if number is None and WORKING.fullmatch(predicted):
             number = notation.number(predicted.rpartition("=")[2].strip(" (){}"))
             if number is None and OPERATOR.search(predicted):
@@ -114,7 +119,15 @@ def _plain_equal(predicted: str, reference: str) -> bool:
                 return False
         if number is not None:
             return notation.numbers_equal(number, reference_number)
-    return MATH_VERIFY.equal(predicted, reference)
+    return MATH_VERIFY.equal(_both_signs(predicted), _both_signs(reference))
+
+
+def _both_signs(text: str) -> str:
+    r"""Both values of a text with a `\pm` within braces, which math-verify would not part."""
+    before, sign, after = text.partition("\\pm")
+    if not sign or "\\pm" in after or "," in text or before.count("{") <= before.count("}"):
+        return text
+    return f"{before}+{after}, {before}-{after}"
 
 
 def _options_equal(

@@ -45,12 +45,16 @@ def compare(answer: str, reference: str) -> bool:
         return False
     if not all(isinstance(side[0], (sympy.Basic, sympy.MatrixBase)) for side in (found, right)):
         return bool(verify(right, found, timeout_seconds=None))
-    if unfinished(found[0]) and not unfinished(right[0]):
+    unknowns = [isinstance(side, sympy.Expr) and bool(side.free_symbols) for side in (found[0], right[0])]
+    if unknowns[0] and isinstance(right[0], sympy.Expr) and not unknowns[1]:  # `4+2+8+1+0x`
+        return False
+    if not all(unknowns) and unfinished(found[0]) and not unfinished(right[0]):
         return False
     more = small_digits(found[0], right[0])
     if more > MAX_DIGITS:
         return bool(found[0] == right[0])
-    return bool(verify(right, found, float_rounding=6 + more, numeric_precision=15 + more, timeout_seconds=None))
+    tolerance = {"float_rounding": 6 + more, "numeric_precision": 15 + more}
+    return bool(verify(right, found, **tolerance, allow_set_relation_comp=True, timeout_seconds=None))
 
 
 def unfinished(tree: Any) -> bool:

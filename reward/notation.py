@@ -62,10 +62,13 @@ NAMES = {
     for name in (word, f"{word}s")
 }
 KNOWN = "|".join(sorted((name for name in NAMES if len(name) > 1 and name.isalpha()), key=len, reverse=True))
-NOT_UNITS = "hundred|dozen|half|percent|where|when|times|plus|minus|more|less|infinity"
+NOT_UNITS = "squared|cubed|factorial|hundred|dozen|half|percent|where|when|times|plus|minus|more|less|infinity"
+# A word as text that changes the number before it.
+NO_UNIT_TEXT = r"(?!\s?\\text\s*\{\s*(?:squared|cubed|factorial|hundred|dozen|or\s(?:more|less|greater|fewer))\b)"
 # After a number: a known unit, or any longer word, as in `12 apples`.
 UNIT = rf"(?:\s?(?:{KNOWN}|sq|square|cubic|mph|men|women)(?![a-zA-Z])\.?|\s(?!(?:{NOT_UNITS})\b)[a-zA-Z]{{4,}}\.?)"
-NAMED = re.compile(rf"{TEXT}|(?<=[\d}}])\s?([a-zA-Z]+)[\s\d^{{}}]*$|([¢$€£¥₹])")
+UNIT_TEXT = rf"(?<=[^\s{{(,])(?<![A-J][.:)]){NO_UNIT_TEXT} ?{TEXT}{POWER}$"  # but not the text of an option
+NAMED = re.compile(rf"{TEXT}|(?<=[\d}}])\s?([a-zA-Z]+(?:\s?/\s?[a-zA-Z]+)?)[\s\d^{{}}]*$|([¢$€£¥₹])")
 
 DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?"
 DIGITS = re.compile(rf"([+-]?)\s?(?=\.?\d)({DECIMAL})(?:[eE]([+-]?\d{{1,3}}))?")
@@ -79,6 +82,7 @@ OPTION = re.compile(r"(?:\(([A-J])\)|([A-J])(?:\)|[.:](?=[\s\d])))[\s,.:]*(.*)",
 NO_OPTION = re.compile(r"(?:or|and)\b|[A-J]$|[+*/=<>^_]|\\(?:cup|cap|times|cdot|setminus)|.*\([A-J]\)", re.DOTALL)
 WORDS = re.compile(r"[a-zA-Z][a-zA-Z\s,;'.-]*")
 BASE = re.compile(r"(?<=[\dA-F])_\{(\d+)\}")
+MODULUS = re.compile(r"mod\}?\s*\{?\s*(\d+)")
 PRIME = re.compile(r"(?<=[a-zA-Z)])(?:'+|\^\s?\{?(?:\s?\\prime(?![a-zA-Z]))+)(?![a-zA-Z])")
 QUANTIFIERS = [
     (name, re.compile(pattern))
@@ -116,9 +120,15 @@ RULES: list[tuple[str, re.Pattern[str], str | Callable[[re.Match[str]], str]]] =
         ("letters", r"\\(?:math(?:bf|it|sf)|boldsymbol)\s*\{([^{}]*)\}|\\(?:mathrm|text)\s*\{\s*([ie])\s*\}", r"\1\2"),
         ("fonts", r"\\(?:text(?:bf|it|rm|sf|normal)|mathrm|mbox)\s*\{", r"\\text{"),
         ("no space", r"\\!\s*|\{\}", ""),
+        ("all as text", r"^\\text\s*\{\s*([-+]?\.?\d[^{}]*|[A-J](?:\s?,\s?[A-J])+)\}$", r"\1"),
+        ("named option", r"^(?:\\text\s*\{\s*)?(?:[Oo]ption|[Cc]hoice)\s*\(?([A-J])\)?\s*\}?$", r"\1"),
+        ("empty set", r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
+        ("infinity", r"\\text\s*\{\s*[iI]nfinity\s*\}|(?<![\\a-zA-Z])[iI]nfinity(?![a-zA-Z])", r"\\infty "),
+        ("pi", r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
+        ("powers of programs", r"\*\*\s?(\d+|[a-zA-Z](?![a-zA-Z]))", r"^{\1}"),
         ("thin comma", r"\{,\}", ","),
         ("spaces", r"(?:\{\\[,;: ]\}|(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z])|thinspace(?![a-zA-Z]))|[~\s])+", " "),
-        ("currency", r"\\text\s*\{\s*[€£¥₹₩$]\s*\}|\\\$|\\(?:euro|pounds|yen)(?![a-zA-Z])|[$€£¥₹₩]", ""),
+        ("currency", r"\\text\s*\{\s*[€£¥₹₩$]\s*\}|\\\$|\\(?:euro|pounds|yen)(?![a-zA-Z])|[$€£¥₹₩¢]", ""),
         ("dots", r"\\(?:[lc]?dots|dotsc|dotsb)(?![a-zA-Z])|\.{3,}", r"\\ldots "),
         ("digit groups", r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d/])", lambda match: match[0].replace(" ", "")),
         (
@@ -147,9 +157,9 @@ RULES: list[tuple[str, re.Pattern[str], str | Callable[[re.Match[str]], str]]] =
             r"\1\2_{\3\4\5}",
         ),
         ("temperatures", r"(?<=[\d}])\s?\^\s?\{?\s?\\circ\s?\}?\s?(?:\\text\s*\{\s?)?[CF]\}?$", ""),
-        ("units as text", rf"(?<=[^\s{{(,]) ?{TEXT}{POWER}$", ""),
-        ("units as text, twice", rf"(?<=[^\s{{(,]) ?{TEXT}{POWER}$", ""),
-        ("units", rf"(?<=[\d}}]){UNIT}(?:\sper)?(?:{UNIT}){{0,3}}{POWER}$|(?<=\d) [mgsh]{POWER}$", ""),
+        ("units as text", UNIT_TEXT, ""),
+        ("units as text, twice", UNIT_TEXT, ""),
+        ("units", rf"(?:(?<=[\d}}])|(?<=\\pi)){UNIT}(?:\sper)?(?:{UNIT}){{0,3}}{POWER}$|(?<=\d) [mgsh]{POWER}$", ""),
         ("units over units", rf"(?<=\d)\s?(?:[mg]|{KNOWN})\s?/\s?(?:[smhlL]|{KNOWN}){POWER}$", ""),
         ("question mark", r"=\s*\??\s*$", ""),
     ]
@@ -273,10 +283,11 @@ def words(text: str) -> list[str] | None:
 
 
 def contradict(a: str, b: str) -> bool:
-    """Whether two texts name different bases, units, quantifiers and the like, which the parser would drop."""
-    bases_a, bases_b = BASE.findall(a), BASE.findall(b)
-    if bases_a and bases_b and bases_a != bases_b:
-        return True
+    """Whether two texts name different bases, moduli, units, quantifiers and the like, which the parser would drop."""
+    for pattern in (BASE, MODULUS):
+        in_a, in_b = pattern.findall(a), pattern.findall(b)
+        if in_a and in_b and in_a != in_b:
+            return True
     if any(len(pattern.findall(a)) != len(pattern.findall(b)) for _, pattern in QUANTIFIERS):
         return True
     if len(PRIME.findall(a)) != len(PRIME.findall(b)):

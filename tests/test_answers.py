@@ -181,6 +181,22 @@ text               \frac12 | \mathbf{\frac{1}{2}}
 text               \frac12 | \text{1/2}
 closed             15 | 14+1=15
 closed             15 | 3 \times 5 = 15
+whole text         12 | \text{12 cm}
+whole text         1:6 | \text{1:6}
+whole text         A,B | \text{B, A}
+named options      B | \text{Option B}
+text of an option  C | C. \text{Paris}
+text of an option  \text{Paris} | C. \text{Paris}
+other names        \emptyset | \varnothing
+other names        \infty | \text{infinity}
+programs           2\pi | 2pi
+programs           x^2 | x**2
+both signs         \frac{-1+\sqrt5}{2}, \frac{-1-\sqrt5}{2} | \frac{-1 \pm \sqrt5}{2}
+intervals          (3,\infty) | x > 3
+intervals          [-1,3] | -1 \le x \le 3
+unknowns           500(1.03)^n | 500(1+0.03)^n
+units              25\pi | 25\pi square units
+currency           12 | 12¢
 """
 
 UNEQUAL = r"""
@@ -333,6 +349,16 @@ closed             2^{10} | 1023
 closed             \frac{3}{4} | \frac{3}{5}
 closed             3\sqrt{2} | 3\sqrt{3}
 closed             120 | 6!
+points             1100 | (1,100)
+ratios             1:2:3 | 1:3:2
+moduli             x \equiv 3 \pmod{7} | x \equiv 3 \pmod{5}
+units over units   5 km/h | 5 m/s
+changed numbers    5 | 5 squared
+changed numbers    5 | 5 \text{ or more}
+no unknowns        15 | 4+2+8+1+0x
+intervals          [3,\infty) | x > 3
+text of an option  \text{Paris} | C. \text{London}
+both signs         \frac{1+\sqrt5}{2} | \frac{1 \pm \sqrt5}{2}
 """
 
 

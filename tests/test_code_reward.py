@@ -97,6 +97,9 @@ def test_the_last_python_block(text, code):
         ("```python\ndef f(): g()\ndef g(): 1\n```\n```python\ndef g(): 2\n```", "fg", "def f(): g()\ndef g(): 1"),
         ("```python\ndef g(): 1\n```\n```python\ng()\n```", "fg", "def g(): 1"),
         ("```python\nx = 1\n```\n```python\ny = 2\n```", "f", "y = 2"),
+        ("```python\ndef f(): 1\n```\n```python\nfrom a import f\nf()\n```", "f", "def f(): 1"),
+        ("<think>```python\ndef f(): 1\n```\n</think>\n```\ndef f(): 2\n```", "f", "def f(): 2"),
+        ("<think>```python\ndef f(): 1\n```\n</think>\nI cannot.", "f", None),
         ("def f():\n    pass\n```", "f", "def f():\n    pass"),
         ("def g():\n    pass\n```", "f", None),
     ],
@@ -319,6 +322,20 @@ def f(g, n):
 def test_tests_that_catch_everything_do_not_pass_an_ended_program():
     task = function("try:\n    assert f() == 1\nexcept BaseException:\n    pass")
     assert run_tests("import os\ndef f(): os._exit(0)", task) == "crashed"
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        "unittest.main(argv=[''], exit=False)",
+        "unittest.TextTestRunner().run(unittest.TestLoader().loadTestsFromTestCase(T))",
+    ],
+)
+def test_a_run_of_unittests_counts_where_nobody_looks_at_its_result(run):
+    test = "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 2)\n"
+    task = function(test + run)
+    assert run_tests("def f(x): return x + 1", task) == "passed"
+    assert run_tests("def f(x): return x", task) == "failed"
 
 
 def test_a_program_that_was_asked_nothing_has_not_passed():

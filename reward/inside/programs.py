@@ -103,6 +103,8 @@ def _test(order: dict[str, Any], peer: Peer) -> str:
     sys.argv = list(ARGUMENTS)
     names = vars(module)
     names["__builtins__"] = Names(peer, order["modules"])
+    if any("unittest" in source for source in (order["prefix"], *order["tests"])):
+        _look_at_results()
     try:
         exec(compile(order["prefix"], "prefix", "exec", dont_inherit=True), names)
         names |= {name: peer.ask("name", name) for name in order["shadowing"]}
@@ -119,6 +121,20 @@ def _test(order: dict[str, Any], peer: Peer) -> str:
     if peer.ended:  # though a test may have caught that
         return "ended"
     return "passed" if peer.asked else "failed"  # tests that ask the program nothing test nothing
+
+
+def _look_at_results() -> None:
+    """A failed run of unittest's ends the tests, also where they do not look: `unittest.main(exit=False)`."""
+    runner = importlib.import_module("unittest").TextTestRunner
+    run = runner.run
+
+    def checked(self: Any, test: Any) -> Any:
+        result = run(self, test)
+        if not result.wasSuccessful():
+            raise AssertionError("a test of unittest's does not hold")
+        return result
+
+    runner.run = checked
 
 
 def _run_test(test: types.CodeType, names: dict[str, Any]) -> None:
