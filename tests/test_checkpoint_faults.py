@@ -24,7 +24,7 @@ from common.runtime import Stopwatch
 from models.family import local_folder
 from models.tiny import build_tiny
 from models.value import HEAD_FILE, load_value, save_value
-from rollout import evaluate_job
+from rollout import evaluate
 from rollout.lm_harness import make_harness_model
 from sample import get_trace_viewer, show
 from train import rl_setup, sft_trainer
@@ -212,7 +212,7 @@ def by_rl(folder: Path, runs: Path) -> None:
 
 def by_eval(folder: Path, runs: Path) -> None:
     tiny = f"config={ROOT}/configs/eval_tiny.yaml"
-    evaluate_job.main(load_config("eval", [tiny, f"model={folder}", f"experiment.runs_dir={runs}"]))
+    evaluate.main(load_config("eval", [tiny, f"model={folder}", f"experiment.runs_dir={runs}"]))
 
 
 def by_sft(folder: Path, runs: Path) -> None:

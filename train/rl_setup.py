@@ -20,8 +20,7 @@ from models import LoadedModel, load_model, load_network
 from models.defaults import take_defaults
 from models.lora import add_lora
 from models.value import load_value
-from reward.score import check_tasks, evaluation_scorer, make_scorer
-from rollout.collect import Scorer
+from reward.score import Scorer, check_tasks, evaluation_scorer, make_scorer
 from rollout.report import RunPage
 from sample.engine import Engine
 from sample.parallel import shard
