@@ -24,6 +24,7 @@ from common.metrics import print_table
 from common.schema import Sampling
 from common.trajectory import Request
 from models import LoadedModel, load_model
+from models.tiny import build_tiny
 from sample.engine import Engine
 
 TOKENS, REQUESTS, ROUNDS, PORT = 40, 96, 7, 18473
