@@ -87,6 +87,14 @@ def test_the_rule_of_imports_can_fail() -> None:
     assert not wrong_imports("train", ast.parse("from sample.draw import token_logp"))
 
 
+def test_the_page_on_architecture_has_the_rule_of_imports() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition("| room | may import |")[2].partition("\n\n")[0]
+    written = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", table, re.MULTILINE))
+    expected = {room: rooms for room, rooms in ALLOWED.items() if room != "benchmarks"}
+    assert {room: set(re.findall(r"`(\w+)`", cell)) for room, cell in written.items()} == expected
+
+
 def test_all_packages_and_scripts_are_looked_at() -> None:
     names = {name_of(path) for path in PRODUCT}
     assert {"rl.py", "eval.py", "generate.py", "train/views.py", "common/config.py", "sample/engine.py"} <= names
