@@ -8,9 +8,9 @@ BIN := .venv/bin
 
 setup: .venv/.ready
 
-# pip's output, less the packages that others need, small downloads and what is there already
-SHOWN := /^Collecting .*(from -r/s/ *(from.*//p
-SHOWN += ; /Downloading .*([0-9.]*[0-9][0-9.]* [MG]B)/{/([0-9]\.[0-9]* MB)/!s/^ *Downloading/  downloading/p;}
+# of pip's output: what requirements.txt names, downloads of 10 MB and more, and the last step
+SHOWN := /->/!s/^Collecting \([^ ]*==[^ ]*\).*/\1/p ; /->/!s/^Processing .*\/\([^ ]*\).*/\1/p
+SHOWN += ; s/^ *Downloading \(.*([0-9][0-9][0-9.]* MB)\)/  \1/p ; s/^ *Downloading \(.* GB)\)/  \1/p
 SHOWN += ; s/^Installing collected.*/writing all of them to .venv, a minute or two/p
 
 .venv/.ready: SHELL := /bin/bash

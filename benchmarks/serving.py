@@ -19,12 +19,12 @@ from urllib.request import urlopen
 
 import httpx
 
-import models.tiny
 from benchmarks import use_threads
 from common.metrics import print_table
 from common.schema import Sampling
 from common.trajectory import Request
 from models import LoadedModel, load_model
+from models.tiny import build_tiny
 from sample.engine import Engine
 
 TOKENS, REQUESTS, ROUNDS, PORT = 40, 96, 7, 18473
@@ -64,9 +64,8 @@ async def through_the_server(streams: int) -> tuple[float, int]:
 def main(width: int, streams: int) -> None:
     """Measure and print."""
     use_threads(1)
-    models.tiny.WIDTH, models.tiny.FEED_FORWARD = width, 3 * width
     with tempfile.TemporaryDirectory() as folder:
-        models.tiny.build_tiny("sdar", folder, seed=0)
+        build_tiny("sdar", folder, seed=0, width=width)
         loaded = load_model(folder, "sdar")
         command = [sys.executable, "serve.py", f"model={folder}", f"port={PORT}", f"max_active={streams}"]
         command += [f"{key}={value}" for key, value in SETTINGS.items()] + ["max_prompt_len=64"]

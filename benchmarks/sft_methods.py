@@ -127,7 +127,7 @@ def run_one(family: str, method: str, args: argparse.Namespace) -> None:
 
 def draw_samples(family: str, args: argparse.Namespace) -> None:
     """Two responses of the base model to each of some training tasks, drawn by dynamic sampling."""
-    from rollout.evaluate_job import main as evaluate
+    from rollout.evaluate import main as evaluate
 
     config = load_config(
         "eval",

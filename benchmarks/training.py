@@ -27,6 +27,7 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks import use_threads
+from benchmarks.made_trajectories import BLOCK, LAYOUT, MASK, VOCABULARY, make_trajectories
 from benchmarks.plain_training import plain_batches, plain_logp, plain_rows
 from common.metrics import print_table
 from common.training_schema import RLTrainingConfig
@@ -38,13 +39,11 @@ from train.optimize import Learner
 from train.packing import TokenFields
 from train.policy import Policy
 from train.rl_step import learn
-from train.samples import Layout, sample_rows
+from train.samples import sample_rows
 from train.views import trace_views
 
-VOCABULARY, PROMPT, RESPONSE, BLOCK = 32_000, 64, 256, 4
+RESPONSE = 256
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
-MASK = VOCABULARY - 1
-LAYOUT = Layout(MASK, BLOCK)
 BUDGET = 8192  # tokens in a micro-batch
 
 
@@ -94,27 +93,6 @@ def make_model() -> torch.nn.Module:
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     return SDARForCausalLM(config).eval()
-
-
-def make_trajectories(count: int, lengths: list[int]) -> list[Trajectory]:
-    """Random ids whose blocks are unmasked as in real rollouts, one response after another."""
-    rng = np.random.default_rng(0)
-    orders = json.loads(Path(__file__).with_name("step_maps.json").read_text())
-    blocks = [[int(digit) for digit in block] for order in orders for block in order.split()]
-    result, place = [], 0
-    for number in range(count):
-        size = lengths[number % len(lengths)] // BLOCK * BLOCK
-        step_map, first = [], 0
-        while len(step_map) < size:
-            order = blocks[place % len(blocks)]
-            step_map += [first + step for step in order]
-            first, place = first + max(order) + 1, place + 1
-        ids = rng.integers(0, MASK, PROMPT + size).tolist()
-        logp = (-np.log(VOCABULARY) + rng.normal(0, 0.3, size)).tolist()
-        result.append(
-            Trajectory("t", number, ids[:PROMPT], ids[PROMPT:], step_map, logp, [], 1.0, "stop", size, first, 0, 1.0)
-        )
-    return result
 
 
 def some_lengths(count: int) -> list[int]:

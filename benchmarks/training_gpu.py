@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, inject_adapter_in_model
 
-from benchmarks.training import LAYOUT, MASK, PROMPT, make_trajectories
+from benchmarks.made_trajectories import LAYOUT, MASK, PROMPT, make_trajectories
 from common.metrics import print_table
 from common.training_schema import RLTrainingConfig
 from common.trajectory import Score, ScoredTrajectory, Task

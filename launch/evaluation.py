@@ -20,7 +20,7 @@ from launch.start_model import make_missing_model
 from models import LoadedModel, find_family, load_model, load_tokenizer
 from models.family import check_model_type, local_folder, own_block_size
 from models.files import check_files
-from rollout import evaluate_job
+from rollout import evaluate
 from sample.engine import Engine
 
 LOOK_EVERY = 2.0  # seconds after which nodes that have come are looked for
@@ -36,7 +36,7 @@ def evaluate_here(config: EvalConfig, script: Path, arguments: Sequence[str]) ->
             return launch_ranks(config.experiment.deepspeed_file, script, arguments, lambda: make_missing_model(config))
         make_missing_model(config)
     try:
-        evaluate_job.main(config)
+        evaluate.main(config)
     except Stopped:
         console.print(f"stopped; to go on: {resume_command()}")
     return 0
@@ -159,7 +159,7 @@ def load_everywhere(config: EvalConfig) -> tuple[LoadedModel, RemoteEngines]:
 
 
 def evaluate_over_nodes(config: EvalConfig) -> int:
-    """As `rollout.evaluate_job.main`, by the engines of all nodes; returns the exit code."""
+    """As `rollout.evaluate.main`, by the engines of all nodes; returns the exit code."""
     size = config.rollout.tensor_parallel_size
     if size > 1:
         raise UserError(
@@ -167,5 +167,5 @@ def evaluate_over_nodes(config: EvalConfig) -> int:
             "or run eval.py with experiment.deepspeed_file on one node"
         )
     make_missing_model(config)
-    evaluate_job.main(config, load_everywhere)
+    evaluate.main(config, load_everywhere)
     return 0

@@ -11,46 +11,46 @@ from models.family import LoadedModel
 def take_defaults(config: Any, loaded: LoadedModel) -> None:
     """Set, in a job's config, the sampling keys and the block sizes that its user did not.
 
-    The block size is the checkpoint's own; a config that says another is told so. UserError where what is set now
-    does not go together.
+    The block size is the checkpoint's own; where the config sets another, a line says so. What was set is printed.
+    UserError where the values do not go together.
     """
     if config.written is None:
         return
-    sections = {name: one for name, one in vars(config).items() if isinstance(one, Sampling)}
+    sections = {name: section for name, section in vars(config).items() if isinstance(section, Sampling)}
     sections |= {"": config} if isinstance(config, Sampling) else {}
     sections |= {"training": config.training} if hasattr(getattr(config, "training", None), "block_size") else {}
-    taken, other = [], []
+    taken, differing = [], []
     for name, section in sections.items():
         prefix = f"{name}." if name else ""
-        said = {key.removeprefix(prefix) for key in config.written if key.startswith(prefix)}
-        for key, value in open_keys(section, said, loaded).items():
+        written = {key.removeprefix(prefix) for key in config.written if key.startswith(prefix)}
+        for key, value in open_keys(section, written, loaded).items():
             if getattr(section, key) != value:
                 taken.append(f"{prefix}{key}={value}")
                 setattr(section, key, value)
         own = loaded.block_size
         if own is not None and section.block_size != own:
-            other.append(f"{prefix}block_size={section.block_size}")
+            differing.append(f"{prefix}block_size={section.block_size}")
         if isinstance(section, Sampling):
             settings_of(section)
     if taken:
         console.print(f"not set, so as the model's kind is sampled: {', '.join(taken)}")
-    if other:
+    if differing:
         console.print(
-            f"the checkpoint's own block_size is {loaded.block_size}, the config's another: {', '.join(other)}"
+            f"the checkpoint's own block_size is {loaded.block_size}, the config's another: {', '.join(differing)}"
         )
 
 
-def open_keys(section: Any, said: set[str], loaded: LoadedModel) -> dict[str, Any]:
+def open_keys(section: Any, written: set[str], loaded: LoadedModel) -> dict[str, Any]:
     """The values of those of a section's keys that its user did not set."""
     values: dict[str, Any] = {}
-    if loaded.block_size is not None and "block_size" not in said:
+    if loaded.block_size is not None and "block_size" not in written:
         values |= {"block_size": loaded.block_size, "denoising_steps_per_block": loaded.block_size}
     if isinstance(section, Sampling):
         values |= loaded.family.sampling
         if loaded.family.attention == "full":  # a step for every token, in blocks no longer than the response
-            limit = section.max_token if "max_token" in said else values.get("max_token", section.max_token)
+            limit = section.max_token if "max_token" in written else values.get("max_token", section.max_token)
             values["steps"] = limit
             values["block_size"] = min(limit, values.get("block_size", section.block_size))
         if isinstance(section, RolloutConfig):
             values.pop("temperature", None)  # what a model is evaluated at may draw a task's responses all alike
-    return {key: value for key, value in values.items() if key not in said and hasattr(section, key)}
+    return {key: value for key, value in values.items() if key not in written and hasattr(section, key)}

@@ -37,7 +37,7 @@ class OriginalConfig:
         for key in ("attn_implementation", "_attn_implementation"):
             asked = config_dict.pop(key, None)
             if asked not in (None, *EVERYWHERE):
-                _tell_attention(asked)
+                warn_of_attention(asked)
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         loaded = super(OriginalConfig, config).to_dict()
@@ -76,7 +76,8 @@ class OriginalConfig:
 
 
 @cache
-def _tell_attention(asked: str) -> None:
+def warn_of_attention(asked: str) -> None:
+    """Log, once for each implementation in a process, that what config.json asks for is not used."""
     logger.warning(
         "config.json: attn_implementation: %r is no choice for every device: torch's sdpa is used, unless "
         "from_pretrained is called with attn_implementation=%r",

@@ -80,10 +80,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.chat_template:
         answer = "7"
         turns = [{"role": "user", "content": answer}, {"role": "assistant", "content": answer}]
-        _, said, behind = turns_text(tokenizer, turns, whole=True).rpartition(answer)
+        _, found, after = turns_text(tokenizer, turns, whole=True).rpartition(answer)
         special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        for id in tokenizer.encode(behind, add_special_tokens=False):
-            if said and id in special:
+        for id in tokenizer.encode(after, add_special_tokens=False):
+            if found and id in special:
                 return id
     return end_of_sequence(tokenizer)
 

@@ -8,8 +8,10 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from models.family import Family, find_family
+from models.llada import LLAMA_SHAPE, LLaDAConfig
 
-WIDTH, LAYERS, FEED_FORWARD, HEADS, KV_HEADS = 128, 4, 384, 4, 2
+WIDTH, LAYERS, HEADS, KV_HEADS = 128, 4, 4, 2
+MLP_RATIO = 3  # width of the feed-forward over that of the network
 MAX_LENGTH = 512
 BOXED = "\\boxed{"
 CHARACTERS = "0123456789+-*/=;}{()[]<>,.?:^% \n"
@@ -24,23 +26,41 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tiny(family_name: str, path: str | Path, seed: int) -> None:
-    """Write a checkpoint folder of that family at `path`; the same seed writes the same bytes.
+# What LLaDA's and MMaDA's checkpoints say beside the sizes, and nothing reads.
+LLADA_KEYS = {"embedding_dropout": 0.0, "layer_norm_with_affine": True, "mlp_ratio": MLP_RATIO}
+LLADA_KEYS |= {"residual_dropout": 0.0, "rope_full_precision": True}
+MMADA_KEYS = {"codebook_size": 0, "num_new_special_tokens": 0, "num_vq_tokens": 0}
 
-    UserError if the family is unknown or has no tiny config. The global random state is left as it was.
+
+def build_tiny(family_name: str, path: str | Path, seed: int, width: int = WIDTH) -> None:
+    """Write a checkpoint folder of that family at `path`; the same seed writes the same bytes. width: of the network.
+
+    UserError if the family is unknown. The global random state is left as it was.
     """
     family = find_family(family_name)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = character_tokenizer(family.mask_token)
-    ids = tokenizer.get_vocab()
-    config = family.config_class.from_dict(_config(family, ids))
+    config = family.config_class.from_dict(published_config(family, tokenizer.get_vocab(), width))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
         model = family.model_class(config)
     model.float().save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(family.mask_token))
+    content = {
+        "additional_special_tokens": [TURN, REPLY],
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": EOS,
+        "mask_token": family.mask_token,
+        "model_max_length": MAX_LENGTH,
+        "pad_token": PAD,
+        "padding_side": "left",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": UNKNOWN,
+    }
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def character_tokenizer(mask_token: str) -> Tokenizer:
@@ -54,96 +74,36 @@ def character_tokenizer(mask_token: str) -> Tokenizer:
     return tokenizer
 
 
-def _tokenizer_config(mask_token: str) -> dict[str, Any]:
-    return {
-        "additional_special_tokens": [TURN, REPLY],
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": EOS,
-        "mask_token": mask_token,
-        "model_max_length": MAX_LENGTH,
-        "pad_token": PAD,
-        "padding_side": "left",
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": UNKNOWN,
-    }
-
-
-def _config(family: Family, ids: dict[str, int]) -> dict[str, Any]:
-    """Return config.json in the publisher's keys."""
-    common = {
-        "architectures": [family.model_class.__name__],
+def published_config(family: Family, ids: dict[str, int], width: int) -> dict[str, Any]:
+    """Return the content of config.json: the sizes under the publisher's names, and the keys that only it has."""
+    sizes = {
         "attention_dropout": 0.0,
         "eos_token_id": ids[EOS],
-        "mask_token_id": ids[family.mask_token],
-        "model_type": family.model_type,
-        "pad_token_id": ids[PAD],
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "torch_dtype": "float32",
-        "use_cache": False,
-        "vocab_size": len(ids),
-    }
-    return common | (_llada_keys(family, len(ids)) if family.model_type in ("llada", "mmada") else _qwen_keys(family))
-
-
-def _qwen_keys(family: Family) -> dict[str, Any]:
-    keys = {
-        "hidden_act": "silu",
-        "hidden_size": WIDTH,
+        "hidden_size": width,
         "initializer_range": 0.08,  # at the usual 0.02 so small a network learns several times slower
-        "intermediate_size": FEED_FORWARD,
+        "intermediate_size": MLP_RATIO * width,
+        "mask_token_id": ids[family.mask_token],
         "max_position_embeddings": MAX_LENGTH,
-        "max_window_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_hidden_layers": LAYERS,
         "num_key_value_heads": KV_HEADS,
-        "rope_scaling": None,
-        "sliding_window": None,
+        "pad_token_id": ids[PAD],
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
         "tie_word_embeddings": True,
-        "use_sliding_window": False,
+        "use_cache": False,
+        "vocab_size": len(ids),
     }
-    if family.attention == "block":
-        keys |= {"attention_bias": False, "block_size": 4, "head_dim": WIDTH // HEADS}
+    if issubclass(family.config_class, LLaDAConfig):
+        own = {key: allowed[0] for key, allowed in LLAMA_SHAPE.items() if key != "clip_qkv"}
+        own |= LLADA_KEYS | {"vocab_size": len(ids)}
+        if family.model_type == "mmada":
+            own |= MMADA_KEYS | {"llm_vocab_size": len(ids), "new_vocab_size": len(ids)}
+    else:
+        own = {"hidden_act": "silu", "max_window_layers": LAYERS, "rope_scaling": None}
+        own |= {"sliding_window": None, "use_sliding_window": False}
+        if family.attention == "block":
+            own |= {"attention_bias": False, "block_size": 4, "head_dim": width // HEADS}
     names = {ours: theirs for theirs, ours in family.config_class.attribute_map.items()}
-    return {names.get(key, key): value for key, value in keys.items()}
-
-
-def _llada_keys(family: Family, vocabulary: int) -> dict[str, Any]:
-    keys = {
-        "activation_type": "silu",
-        "alibi": False,
-        "attention_layer_norm": False,
-        "bias_for_layer_norm": False,
-        "block_group_size": 1,
-        "block_type": "llama",
-        "d_model": WIDTH,
-        "embedding_dropout": 0.0,
-        "embedding_size": vocabulary,
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "init_std": 0.08,
-        "input_emb_norm": False,
-        "layer_norm_type": "rms",
-        "layer_norm_with_affine": True,
-        "max_sequence_length": MAX_LENGTH,
-        "mlp_hidden_size": FEED_FORWARD,
-        "mlp_ratio": FEED_FORWARD // WIDTH,
-        "multi_query_attention": None,
-        "n_heads": HEADS,
-        "n_kv_heads": KV_HEADS,
-        "n_layers": LAYERS,
-        "residual_dropout": 0.0,
-        "rope": True,
-        "rope_full_precision": True,
-        "scale_logits": False,
-        "weight_tying": True,
-    }
-    if family.model_type == "mmada":
-        keys |= {"llm_vocab_size": vocabulary, "new_vocab_size": vocabulary, "num_new_special_tokens": 0}
-        keys |= {"codebook_size": 0, "num_vq_tokens": 0}
-    return keys
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    kind = {"architectures": [family.model_class.__name__], "model_type": family.model_type, "torch_dtype": "float32"}
+    return kind | {names.get(key, key): value for key, value in sizes.items()} | own

@@ -30,7 +30,7 @@ class Responses:
     correct: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
     questions: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
-    steps: int = 0
+    steps: int = 0  # denoising forwards
 
 
 def compare(a: str, b: str, only: str | None = None) -> list[dict[str, Any]]:
@@ -42,20 +42,21 @@ def compare(a: str, b: str, only: str | None = None) -> list[dict[str, Any]]:
 def read_evaluation(name: str) -> dict[str, Responses]:
     """The responses of a run's evaluation, by setting."""
     path, wanted = _samples_file(name)
-    steps: dict[int, dict[str, Responses]] = defaultdict(lambda: defaultdict(Responses))
+    by_training_step: dict[int, dict[str, Responses]] = defaultdict(lambda: defaultdict(Responses))
     for line in read_lines(path):
         if missing := [field for field in READ if field not in line]:
             raise UserError(f"{path} has a line without `{missing[0]}`; give a samples.jsonl of eval.py or rl.py")
-        one = steps[line.get("step", 0)][line.get("setting", "")]
-        one.correct[line["task_id"]].append(line["correct"])
-        one.questions[line["task_id"]] = line["question"]
-        one.tokens += line["length"]
-        one.steps += line["steps"]
-    if not steps:
+        responses = by_training_step[line.get("step", 0)][line.get("setting", "")]
+        responses.correct[line["task_id"]].append(line["correct"])
+        responses.questions[line["task_id"]] = line["question"]
+        responses.tokens += line["length"]
+        responses.steps += line["steps"]
+    if not by_training_step:
         raise UserError(f"{path} holds no responses; give the folder of an evaluation that ran")
-    if wanted is not None and wanted not in steps:
-        raise UserError(f"{name}: there is no evaluation after {wanted} steps; use @{', @'.join(map(str, steps))}")
-    return steps[max(steps) if wanted is None else wanted]
+    if wanted is not None and wanted not in by_training_step:
+        there = ", @".join(map(str, by_training_step))
+        raise UserError(f"{name}: there is no evaluation after {wanted} steps; use @{there}")
+    return by_training_step[max(by_training_step) if wanted is None else wanted]
 
 
 def pairs(first: dict[str, Responses], second: dict[str, Responses], only: str | None) -> list[tuple[str, str, str]]:

@@ -11,12 +11,11 @@ from typing import Any
 from common.errors import UserError
 from common.runtime import device_and_dtype
 from common.schema import EvalConfig, Sampling
-from common.trajectory import Task
 from common.versions import versions
 from models import LoadedModel
 from models.family import local_folder
 from models.prompts import instruction
-from rollout.collect import encode_task, kind_of
+from rollout.collect import Prompt, kind_of
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt")
@@ -29,18 +28,17 @@ Fingerprint = dict[str, Any]
 def fingerprint_of(
     config: EvalConfig,
     loaded: LoadedModel,
-    tasks: Sequence[Task],
+    prompts: Sequence[Prompt],
     settings: Mapping[str, Sampling],
 ) -> Fingerprint:
     """Hashes of model, data and prompts, the settings, the versions; `id` is a hash over all but versions and speed.
 
-    The prompts' hash is over their token ids: it covers instruction, chat template and tokenizer together.
+    The hash of the prompts, the long ones too, is over token ids: it covers instruction, chat template and tokenizer.
     """
     device, dtype = device_and_dtype(config.dtype)
-    think = next(iter(settings.values())).start_with_think
-    prompts = [encode_task(loaded, task, config.dataset, think) for task in tasks]
+    tasks = [task for task, _ in prompts]
     kind = kind_of(tasks[0], config.dataset.data_type)
-    about: Fingerprint = {
+    fingerprint: Fingerprint = {
         "model": {
             "name": config.model,
             "family": config.model_base,
@@ -53,16 +51,16 @@ def fingerprint_of(
             "sha256": hash_json([[task.id, task.question, task.ground_truth_answer, task.record] for task in tasks]),
         },
         "prompts": {
-            "template": instruction(loaded.family, kind, config.dataset.prompts, think),
+            "template": instruction(loaded.family, kind, config.dataset.prompts, config.rollout.start_with_think),
             "max_prompt_len": config.max_prompt_len,
-            "sha256": hash_json(prompts),
+            "sha256": hash_json([ids for _, ids in prompts]),
         },
         "reward": dataclasses.asdict(config.reward) | {"data_type": config.dataset.data_type},
         "seed": config.seed,
         "settings": {name: dataclasses.asdict(setting) for name, setting in settings.items()},
     }
     facts = {"device": device.type, "versions": versions()}
-    return {"id": hash_json(_what_counts(about))[:12]} | about | facts
+    return {"id": hash_json(_what_counts(fingerprint))[:12]} | fingerprint | facts
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -91,8 +89,8 @@ def check_resumable(folder: Path, now: Fingerprint) -> None:
         return
     before, after = _what_counts(json.loads(file.read_text(encoding="utf-8"))), _what_counts(now)
     shared = before["settings"].keys() & after["settings"].keys()
-    for one in (before, after):
-        one["settings"] = {name: one["settings"][name] for name in shared}
+    for part in (before, after):
+        part["settings"] = {name: part["settings"][name] for name in shared}
     changes = differences(before, after)
     if changes:
         raise UserError(
@@ -118,13 +116,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "…"
 
 
-def _what_counts(about: Fingerprint) -> Fingerprint:
+def _what_counts(fingerprint: Fingerprint) -> Fingerprint:
     """The part that decides a result: no names of folders, no versions, no speed."""
-    counts = {key: about[key] for key in ("prompts", "reward", "seed")}
-    counts["model"] = {key: about["model"][key] for key in ("files", "dtype")}
-    counts["data"] = {key: about["data"][key] for key in ("tasks", "sha256")}
+    counts = {key: fingerprint[key] for key in ("prompts", "reward", "seed")}
+    counts["model"] = {key: fingerprint["model"][key] for key in ("files", "dtype")}
+    counts["data"] = {key: fingerprint["data"][key] for key in ("tasks", "sha256")}
     counts["settings"] = {
         name: {key: value for key, value in setting.items() if key not in SPEED_ONLY}
-        for name, setting in about["settings"].items()
+        for name, setting in fingerprint["settings"].items()
     }
     return counts

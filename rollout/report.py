@@ -22,8 +22,8 @@ from common.ranks import is_main
 from common.runtime import console
 from common.trajectory import ScoredTrajectory
 from models import LoadedModel
-from rollout.show import trace_of_rollout
-from sample.traces import Trace, write_trace_page
+from rollout.results import trace_of_response
+from sample.traces import write_trace_page
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SHOWN = 3  # best responses, and as many worst
@@ -37,7 +37,7 @@ class RunPage:
     """report.html of a run that lives. `note` keeps what a step drew, `refresh` rewrites the page now and then."""
 
     folder: Path
-    loaded: LoadedModel | None  # None: responses are listed without traces
+    loaded: LoadedModel
     block_size: int
     total_step: int
     responses: list[tuple[str, int, ScoredTrajectory]] = field(default_factory=list)  # (best or worst, step, response)
@@ -46,9 +46,10 @@ class RunPage:
 
     def note(self, step: int, groups: Sequence[Sequence[ScoredTrajectory]]) -> None:
         """Keep the best and the worst responses of a step."""
-        ranked = sorted((one for group in groups for one in group), key=lambda one: one.score.reward)
-        worst, best = ranked[:SHOWN], ranked[::-1][:SHOWN]
-        self.responses = [("best", step, one) for one in best] + [("worst", step, one) for one in worst]
+        ranked = sorted((response for group in groups for response in group), key=lambda one: one.score.reward)
+        best, worst = ranked[::-1][:SHOWN], ranked[:SHOWN]
+        self.responses = [("best", step, response) for response in best]
+        self.responses += [("worst", step, response) for response in worst]
 
     def refresh(self, done: bool = False) -> bool:
         """Rewrite the page if enough time has passed, or the run is done; returns whether it was rewritten.
@@ -58,65 +59,52 @@ class RunPage:
         begin = time.monotonic()
         if not is_main() or (not done and begin - self.written < RARELY * self.cost):
             return False
-        traces = self.traces()
-        page = run_data(self.folder) | {"live": not done, "total": self.total_step, "responses": self.shown(traces)}
+        traces, rows = [], []
+        for number, (kind, step, response) in enumerate(self.responses, start=1):
+            name = {"name": f"{kind} of step {step}: {response.task.id}"}
+            traces.append(trace_of_response(self.loaded, response, self.block_size) | name)
+            rows.append(response_row(kind, step, response) | {"trace": f"trace.html#{number}"})
+        page = run_data(self.folder) | {"live": not done, "total": self.total_step, "responses": rows}
         file = self.folder / "report.html"
         with unless_full(file):
             if traces:
-                about = "best and worst of the latest step"
-                write_trace_page(self.folder / "trace.html", traces, self.folder.name, about)
+                subtitle = "best and worst of the latest step"
+                write_trace_page(self.folder / "trace.html", traces, self.folder.name, subtitle)
             write_whole(file, report_page([page]))
         self.written = time.monotonic()
         self.cost = self.written - begin
         return True
 
-    def traces(self) -> list[Trace]:
-        """What the trace page shows: the kept responses."""
-        if self.loaded is None:
-            return []
-        made = []
-        for kind, step, rollout in self.responses:
-            if rollout.trajectory.step_map:
-                made.append(trace_of_rollout(self.loaded, rollout, self.block_size))
-                made[-1]["name"] = f"{kind} of step {step}: {rollout.task.id}"
-        return made
 
-    def shown(self, traces: list[Trace]) -> list[dict[str, Any]]:
-        """The kept responses as the page lists them; the n-th links to the n-th trace."""
-        linked = bool(traces) and len(traces) == len(self.responses)
-        return [
-            response_row(kind, step, rollout) | {"trace": f"trace.html#{number}" if linked else ""}
-            for number, (kind, step, rollout) in enumerate(self.responses, start=1)
-        ]
-
-
-def response_row(kind: str, step: int, rollout: ScoredTrajectory) -> dict[str, Any]:
+def response_row(kind: str, step: int, response: ScoredTrajectory) -> dict[str, Any]:
     """One response in the list."""
     return {
         "kind": kind,
         "step": step,
-        "task": rollout.task.id,
-        "question": rollout.task.question,
-        "text": rollout.trajectory.text,
-        "reward": rollout.score.reward,
-        "verdict": rollout.score.verdict,
-        "length": rollout.trajectory.length,
-        "steps": rollout.trajectory.steps,
+        "task": response.task.id,
+        "question": response.task.question,
+        "text": response.trajectory.text,
+        "reward": response.score.reward,
+        "verdict": response.score.verdict,
+        "length": response.trajectory.length,
+        "steps": response.trajectory.steps,
     }
 
 
 def run_data(folder: Path) -> dict[str, Any]:
     """A run's curves and config, from its folder; UserError where there are none."""
     rows = read_rows(folder / "metrics.jsonl")
-    config = folder / "config.yaml"
+    file = folder / "config.yaml"
+    config = file.read_text(encoding="utf-8") if file.is_file() else ""
+    experiment = (yaml.safe_load(config) or {}).get("experiment") or {}
     return {
         "name": folder.name,
         "curves": {key: thin(curve) for key, curve in curves_of(rows).items()},
-        "config": config.read_text(encoding="utf-8") if config.is_file() else "",
+        "config": config,
         "step": max((row["step"] for row in rows), default=0),
         "headlines": headlines(rows),
         "live": False,
-        "total": _total(config),
+        "total": int(experiment.get("total_step") or 0),
         "time": time.time(),
         "responses": [],
     }
@@ -154,11 +142,6 @@ def report_page(runs: Sequence[dict[str, Any]]) -> str:
     """The page for one run, or several drawn over one another."""
     panels = [asdict(panel) for panel in PANELS]
     return fill_page(TEMPLATE.read_text(encoding="utf-8"), {"runs": list(runs), "panels": panels})
-
-
-def _total(config: Path) -> int:
-    content = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return int(((content or {}).get("experiment") or {}).get("total_step") or 0)
 
 
 @one_line_errors

@@ -1,49 +1,172 @@
-"""The written form of an evaluation: results.json, results.md and the table on the console."""
+"""The results of an evaluation: figures counted from the responses, and the tables and traces that show them."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rollout.evaluate import Evaluation
+from common.boxed import extract_boxed
+from common.trajectory import ScoredTrajectory, Task
+from models import LoadedModel
+from reward.general_reward import extract_answer
+from reward.score import RewardScorer
 from rollout.fingerprint import Fingerprint
+from rollout.statistics import majority_at_k, mean_and_error, pass_at_k, shown_ks
+from sample.traces import Trace, trace_of
+
+# Fields of a task's record by whose values accuracy is broken down, where a data set has them.
+CATEGORY_FIELDS = ("level", "subject", "category", "type", "difficulty")
+# How the answer is read from a response, for majority@k; kinds of task that are absent have no vote.
+ANSWERS: dict[str, Callable[[str], str | None]] = {"math": extract_boxed, "general": extract_answer}
+SHOWN = 4  # right responses of each setting on the trace page, and as many others
 
 
-def write_results(folder: Path, results: Mapping[str, Evaluation], about: Fingerprint) -> None:
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one setting over one set of tasks."""
+
+    setting: str
+    tasks: int  # all that were asked for
+    responses: int
+    accuracy: float  # share of correct responses
+    standard_error: float  # of the accuracy, clustered by task
+    tokens_per_forward: float  # response tokens over denoising steps; commit and prefill forwards apart
+    response_length: float  # mean tokens through the stop token
+    truncated: float  # share cut at the limit
+    tokens_per_second: float  # of the responses drawn now; 0 where all were there before
+    unanswered: int = 0  # tasks that got no response, counted as wrong: too long for max_prompt_len or the cache
+    pass_at: dict[int, float] = field(default_factory=dict)  # k → unbiased pass@k
+    majority_at: dict[int, float] = field(default_factory=dict)  # k → majority@k, where answers can be compared
+    categories: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # field → value → its figures
+
+
+# --- counting
+
+
+def summarize(
+    name: str,
+    groups: Sequence[Sequence[ScoredTrajectory]],
+    seconds: float,
+    answer: Callable[[str], str | None] | None = None,
+    drawn: int | None = None,
+    unanswered: Sequence[Task] = (),
+) -> Evaluation:
+    """Count one setting's responses, one group per task; `answer` reads a text's answer, for majority@k.
+
+    `drawn` is how many of the tokens took those `seconds`, where some were there before. Tasks that are `unanswered`
+    count as wrong.
+    """
+    responses = [response for group in groups for response in group]
+    shares = [(group[0].task, sum(response.score.correct for response in group) / len(group)) for group in groups]
+    shares += [(task, 0.0) for task in unanswered]
+    mean, error = mean_and_error([share for _, share in shares])
+    answered = len(groups) / len(shares)
+    tokens = sum(response.trajectory.length for response in responses)
+    return Evaluation(
+        setting=name,
+        tasks=len(shares),
+        responses=len(responses),
+        accuracy=mean,
+        standard_error=error,
+        tokens_per_forward=tokens_per_forward(responses),
+        response_length=tokens / len(responses),
+        truncated=sum(response.trajectory.finish_reason == "length" for response in responses) / len(responses),
+        tokens_per_second=(tokens if drawn is None else drawn) / seconds if seconds else 0.0,
+        unanswered=len(unanswered),
+        pass_at={k: answered * value for k, value in pass_at(groups).items()},
+        majority_at={k: answered * value for k, value in majority_at(groups, answer).items()} if answer else {},
+        categories=by_category(shares),
+    )
+
+
+def tokens_per_forward(responses: Sequence[ScoredTrajectory]) -> float:
+    """Response tokens, through the stop token, over denoising steps (TPF)."""
+    tokens = sum(response.trajectory.length for response in responses)
+    return tokens / sum(response.trajectory.steps for response in responses)
+
+
+def pass_at(groups: Sequence[Sequence[ScoredTrajectory]]) -> dict[int, float]:
+    """Unbiased pass@k, mean over tasks, for k = 2, 4, 8, … and all responses."""
+    counts = [(len(group), sum(response.score.correct for response in group)) for group in groups]
+    ks = shown_ks(min(number for number, _ in counts))
+    return {k: sum(pass_at_k(number, correct, k) for number, correct in counts) / len(counts) for k in ks}
+
+
+def majority_at(groups: Sequence[Sequence[ScoredTrajectory]], answer: Callable[[str], str | None]) -> dict[int, float]:
+    """majority@k, mean over tasks, for the same k. Answers are compared without spaces and in lower case."""
+    votes = []
+    for group in groups:
+        answers = ["".join((answer(response.trajectory.text) or "").split()).casefold() or None for response in group]
+        votes.append((answers, [response.score.correct for response in group]))
+    ks = shown_ks(min(map(len, groups)))
+    return {k: sum(majority_at_k(answers, correct, k) for answers, correct in votes) / len(votes) for k in ks}
+
+
+def answer_reader(scorer: RewardScorer) -> Callable[[str], str | None] | None:
+    """How the scorer's kind of task reads an answer from a text; None where answers are programs, or the user's own."""
+    return None if scorer.reward.function else ANSWERS.get(scorer.reward.kind or scorer.data_type or "math")
+
+
+def by_category(shares: Sequence[tuple[Task, float]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Tasks, accuracy and standard error for each value of each category that the data set has, 2 to 50 values.
+
+    `shares` holds every task with the share of its responses that are right.
+    """
+    found = {}
+    for name in CATEGORY_FIELDS:
+        parts: dict[str, list[float]] = defaultdict(list)
+        for task, share in shares:
+            value = task.record.get(name)
+            if isinstance(value, (str, int)):
+                parts[str(value)].append(share)
+        if 2 <= len(parts) <= 50:
+            found[name] = {}
+            for value, part in sorted(parts.items()):
+                accuracy, error = mean_and_error(part)
+                found[name][value] = {"tasks": len(part), "accuracy": accuracy, "standard_error": error}
+    return found
+
+
+# --- tables
+
+
+def write_results(folder: Path, results: Mapping[str, Evaluation], fingerprint: Fingerprint) -> None:
     """Write results.json (every figure, by setting) and results.md (tables and what they depend on)."""
     rows = {name: dataclasses.asdict(result) for name, result in results.items()}
     (folder / "results.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
-    (folder / "results.md").write_text(results_page(results, about), encoding="utf-8")
+    (folder / "results.md").write_text(results_page(results, fingerprint), encoding="utf-8")
 
 
 def table_rows(results: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
     """One row of readable figures for each setting."""
-    return [_row(result) for result in results.values()]
+    rows = []
+    for result in results.values():
+        row: dict[str, Any] = {
+            "setting": result.setting,
+            "tasks": result.tasks,
+            "responses": result.responses,
+            "accuracy": f"{100 * result.accuracy:.1f} % ± {100 * result.standard_error:.1f}",
+        }
+        if result.unanswered:
+            row["unanswered, counted as wrong"] = result.unanswered
+        row |= {f"pass@{k}": f"{100 * value:.1f} %" for k, value in result.pass_at.items()}
+        row |= {f"majority@{k}": f"{100 * value:.1f} %" for k, value in result.majority_at.items()}
+        row |= {
+            "response_length": round(result.response_length, 1),
+            "truncated": f"{100 * result.truncated:.1f} %",
+            "tokens_per_forward": round(result.tokens_per_forward, 3),
+            "tokens_per_second": round(result.tokens_per_second, 1),
+        }
+        rows.append(row)
+    return rows
 
 
-def _row(result: Evaluation) -> dict[str, Any]:
-    row = {
-        "setting": result.setting,
-        "tasks": result.tasks,
-        "responses": result.responses,
-        "accuracy": f"{100 * result.accuracy:.1f} % ± {100 * result.standard_error:.1f}",
-    }
-    if result.unanswered:
-        row["unanswered, counted as wrong"] = result.unanswered
-    row |= {f"pass@{k}": f"{100 * value:.1f} %" for k, value in result.pass_at.items()}
-    row |= {f"majority@{k}": f"{100 * value:.1f} %" for k, value in result.majority_at.items()}
-    return row | {
-        "response_length": round(result.response_length, 1),
-        "truncated": f"{100 * result.truncated:.1f} %",
-        "tokens_per_forward": round(result.tokens_per_forward, 3),
-        "tokens_per_second": round(result.tokens_per_second, 1),
-    }
-
-
-def results_page(results: Mapping[str, Evaluation], about: Fingerprint) -> str:
+def results_page(results: Mapping[str, Evaluation], fingerprint: Fingerprint) -> str:
     """Markdown: all settings, accuracy by category, the fingerprint."""
-    model, data = about["model"], about["data"]
+    model, data, prompts = fingerprint["model"], fingerprint["data"], fingerprint["prompts"]
     parts = [
         f"# {model['name']} on {data['name']}",
         markdown_table(table_rows(results)),
@@ -56,19 +179,19 @@ def results_page(results: Mapping[str, Evaluation], about: Fingerprint) -> str:
         for value, figures in values.items():
             row: dict[str, Any] = {name: value, "tasks": figures["tasks"]}
             for setting, result in results.items():
-                one = result.categories[name][value]
-                row[setting] = f"{100 * one['accuracy']:.1f} % ± {100 * one['standard_error']:.1f}"
+                figures = result.categories[name][value]
+                row[setting] = f"{100 * figures['accuracy']:.1f} % ± {100 * figures['standard_error']:.1f}"
             rows.append(row)
         parts += [f"## By {name}", markdown_table(rows)]
     weights = {file: digest for file, digest in model["files"].items() if file.endswith(".safetensors")}
     facts = {
-        "id": about["id"],
+        "id": fingerprint["id"],
         "model": ", ".join(f"{file} {digest[:12]}" for file, digest in weights.items()),
-        "family, dtype, device": f"{model['family']}, {model['dtype']}, {about['device']}",
+        "family, dtype, device": f"{model['family']}, {model['dtype']}, {fingerprint['device']}",
         "data": f"{data['tasks']} tasks, {data['sha256'][:12]}",
-        "prompts": f"{about['prompts']['sha256'][:12]}, template {json.dumps(about['prompts']['template'])}",
-        "seed": about["seed"],
-        "versions": ", ".join(f"{package} {version}" for package, version in about["versions"].items()),
+        "prompts": f"{prompts['sha256'][:12]}, template {json.dumps(prompts['template'])}",
+        "seed": fingerprint["seed"],
+        "versions": ", ".join(f"{package} {version}" for package, version in fingerprint["versions"].items()),
     }
     parts += ["## Fingerprint", markdown_table([{"what": key, "value": value} for key, value in facts.items()])]
     parts += ["Settings in full: fingerprint.json. Every response: samples.jsonl."]
@@ -79,8 +202,24 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table; columns in the order in which keys first appear."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def _cell(value: Any) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
+# --- traces
+
+
+def notable(responses: Iterable[ScoredTrajectory]) -> list[ScoredTrajectory]:
+    """The responses for the trace page: the first right ones, then the first others; without a trace none."""
+    traced = [response for response in responses if response.trajectory.step_map]
+    right = [response for response in traced if response.score.correct]
+    wrong = [response for response in traced if not response.score.correct]
+    return right[:SHOWN] + wrong[:SHOWN]
+
+
+def trace_of_response(loaded: LoadedModel, response: ScoredTrajectory, block_size: int, setting: str = "") -> Trace:
+    """What the trace page shows of a scored response."""
+    task, trajectory = response.task, response.trajectory
+    name = f"{setting} {task.id} · {trajectory.sample + 1}".strip()
+    reference = task.ground_truth_answer or ""
+    return trace_of(loaded, trajectory, block_size, name, setting, response.score.verdict, reference)

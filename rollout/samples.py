@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.disk import append_lines, write_whole
-from common.ranks import main_only
+from common.ranks import from_main, is_main, main_only
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 
 Line = dict[str, Any]
@@ -15,30 +16,21 @@ OF_SCORE = [field.name for field in dataclasses.fields(Score)]
 OF_TRAJECTORY = {field.name: field for field in dataclasses.fields(Trajectory)}
 
 
-def sample_line(rollout: ScoredTrajectory, about: Mapping[str, Any] | None = None) -> Line:
-    """One response as it is written, `about` first."""
-    line = dict(about or {}) | {"question": rollout.task.question}
-    line |= {"ground_truth_answer": rollout.task.ground_truth_answer}
-    return line | vars(rollout.score) | rollout.trajectory.to_json()
-
-
-@main_only
-def append_sample(path: Path, line: Line) -> None:
-    """Add a line."""
-    append_lines(path, json.dumps(line, ensure_ascii=False) + "\n")
-
-
 @main_only
 def write_samples(
-    path: Path, groups: Sequence[Sequence[ScoredTrajectory]], about: Mapping[str, Any] | None = None
+    path: Path, groups: Iterable[Sequence[ScoredTrajectory]], extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Append every response of the groups."""
-    rollouts = (rollout for group in groups for rollout in group)
-    append_lines(path, "".join(json.dumps(sample_line(one, about), ensure_ascii=False) + "\n" for one in rollouts))
+    """Append every response of the groups; each line begins with the keys of `extra`."""
+    lines = []
+    for response in (response for group in groups for response in group):
+        task = {"question": response.task.question, "ground_truth_answer": response.task.ground_truth_answer}
+        line = dict(extra or {}) | task | vars(response.score) | response.trajectory.to_json()
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    append_lines(path, "".join(lines))
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The whole lines of a file, torn ones left out."""
+    """The whole lines of a file; what a killed run left half written is skipped."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
@@ -49,26 +41,24 @@ def read_lines(path: Path) -> Iterator[Line]:
                 yield line
 
 
-@main_only
-def drop_torn_lines(path: Path) -> None:
-    """Rewrite the file without what a killed run left half written."""
-    lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in read_lines(path)]
-    write_whole(path, "".join(lines))
+def take_up(path: Path, tasks: Sequence[Task], step: int) -> dict[str, dict[tuple[str, int], ScoredTrajectory]]:
+    """What a stopped evaluation wrote of these tasks after `step` steps of training: by setting, by (task id, sample).
+
+    The first rank reads the file and rewrites it without torn lines. All ranks must call it.
+    """
+    found: dict[str, dict[tuple[str, int], ScoredTrajectory]] = defaultdict(dict)
+    if is_main() and path.is_file():
+        lines = list(read_lines(path))
+        write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        by_id = {task.id: task for task in tasks}
+        for line in lines:
+            if line.get("step") == step and line["task_id"] in by_id:
+                response = response_of(line, by_id[line["task_id"]])
+                found[line.get("setting")][line["task_id"], line["sample"]] = response
+    return from_main(dict(found))
 
 
-def known_rollouts(
-    path: Path, tasks: Sequence[Task], setting: str, step: int
-) -> dict[tuple[str, int], ScoredTrajectory]:
-    """The responses of one setting that the file holds already, by (task id, sample)."""
-    by_id = {task.id: task for task in tasks}
-    found = {}
-    for line in read_lines(path):
-        if (line.get("setting"), line.get("step")) == (setting, step) and line["task_id"] in by_id:
-            found[line["task_id"], line["sample"]] = rollout_of(line, by_id[line["task_id"]])
-    return found
-
-
-def rollout_of(line: Line, task: Task) -> ScoredTrajectory:
+def response_of(line: Line, task: Task) -> ScoredTrajectory:
     """A response as it was before it was written; lists of its trace that were left out are empty."""
     trace = {name: line.get(name, [] if "list" in str(field.type) else None) for name, field in OF_TRAJECTORY.items()}
     score = Score(**{name: line[name] for name in OF_SCORE})

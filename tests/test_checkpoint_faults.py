@@ -24,7 +24,7 @@ from common.runtime import Stopwatch
 from models.family import local_folder
 from models.tiny import build_tiny
 from models.value import HEAD_FILE, load_value, save_value
-from rollout import evaluate_job
+from rollout import evaluate
 from rollout.lm_harness import make_harness_model
 from sample import get_trace_viewer, show
 from train import rl_setup, sft_trainer
@@ -212,7 +212,7 @@ def by_rl(folder: Path, runs: Path) -> None:
 
 def by_eval(folder: Path, runs: Path) -> None:
     tiny = f"config={ROOT}/configs/eval_tiny.yaml"
-    evaluate_job.main(load_config("eval", [tiny, f"model={folder}", f"experiment.runs_dir={runs}"]))
+    evaluate.main(load_config("eval", [tiny, f"model={folder}", f"experiment.runs_dir={runs}"]))
 
 
 def by_sft(folder: Path, runs: Path) -> None:
@@ -319,7 +319,7 @@ def test_what_of_a_hub_repository_is_fetched(
 def test_an_attention_of_other_devices_is_replaced(
     key: str, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    models.original._tell_attention.cache_clear()
+    models.original.warn_of_attention.cache_clear()  # another test may have asked for the same kind
     build_tiny("sdar", tmp_path / "model", seed=3)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     edited("config.json", **{key: kind})(tmp_path / "model")

@@ -317,7 +317,7 @@ def test_batch_sizes_do_not_change_the_order():
 
 def test_a_resumed_run_draws_the_same_tasks():
     whole = draw(50, [16] * 10)
-    tasks_module._epoch_order.cache_clear()
+    tasks_module._epoch_order.cache_clear()  # a resumed run is a new process
     assert draw(50, [16] * 4, cursor=6 * 16) == whole[6:]
     assert draw(50, [16] * 10, seed=2) != whole
 

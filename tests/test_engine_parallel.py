@@ -16,7 +16,7 @@ from common.schema import EvalConfig, Sampling
 from common.trajectory import Request
 from models import load_model
 from models.tiny import build_tiny
-from rollout import evaluate_job
+from rollout import evaluate
 from sample.engine import Engine
 from sample.parallel import shard
 
@@ -50,7 +50,7 @@ def evaluation(folder: Path, size: int) -> EvalConfig:
 
 def main(folder: Path, other: Path) -> None:
     torch.set_num_threads(1)
-    evaluate_job.main(evaluation(folder, size=2))
+    evaluate.main(evaluation(folder, size=2))
     got = draw_twice(folder, other, size=2)
     model = load_model(folder, "sdar").model
     with pytest.raises(UserError, match=r"tensor_parallel_size: 3 does not divide the 2 devices"):
@@ -92,7 +92,7 @@ def test_two_processes_draw_what_one_draws(tmp_path: Path) -> None:
         for got, one in zip(json.loads((folder / f"rank{rank}.json").read_text()), expected, strict=True):
             assert (got["ids"], got["steps"]) == (one["ids"], one["steps"])
             assert torch.allclose(torch.tensor(got["logp"]), torch.tensor(one["logp"]), rtol=0, atol=1e-5)
-    evaluate_job.main(evaluation(folder, size=1))
+    evaluate.main(evaluation(folder, size=1))
     assert responses(folder, 1) == responses(folder, 2) and len(responses(folder, 1)) == 4
 
 
@@ -101,7 +101,7 @@ def test_one_process_is_told_how_to_be_several(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"tensor_parallel_size: 2, but this is one process; .*experiment\.deepspeed_file"
     ):
-        evaluate_job.main(evaluation(tmp_path, size=2))
+        evaluate.main(evaluation(tmp_path, size=2))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from generate import block_diffusion_generate
 from models import load_model, load_tokenizer
-from models.family import _tokenizer_beside, stop_ids_of_network
+from models.family import stop_ids_of_network
 from models.prompts import stop_ids_of
 from rollout.lm_harness import make_harness_model
 from sample import show
@@ -182,8 +182,8 @@ def test_the_functions_know_the_stops_of_the_engine(
     (free,) = responses(block_diffusion_generate(model, tokens, stop_ids=[], **settings), tokens)
     assert load_model(folder, "sdar").stop_ids == (34,) == stop_ids_of_network(model)
     own = [free[9], free[12]]
+    folder = Path(shutil.copytree(tiny_sdar, tmp_path / "other stops"))
     place(folder, own)
-    _tokenizer_beside.cache_clear()
     changed, loaded = AutoModelForCausalLM.from_pretrained(str(folder)), load_model(folder, "sdar")
     assert loaded.stop_ids == stop_ids_of_network(changed) and set(loaded.stop_ids) & set(own)
 

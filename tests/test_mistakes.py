@@ -20,16 +20,16 @@ from common.config import load_config, settings_of
 from common.errors import UserError, one_line_errors
 from common.metrics import check_trackers
 from common.reward_schema import JudgeConfig
-from common.runtime import Stopwatch, prepare_run_folder
+from common.runtime import prepare_run_folder
 from common.schema import RewardConfig, ServeConfig
 from data.tasks import load_tasks
 from models import load_model
 from models.prompts import encode_prompt, stop_ids_of
 from reward.score import make_scorer
 from rollout.compare import compare
-from rollout.evaluate_job import main as evaluate
+from rollout.evaluate import main as evaluate
 from rollout.fingerprint import check_resumable
-from train.rl_setup import set_up as set_up_rl
+from train.rl_setup import read_inputs as read_rl_inputs
 from train.sft_trainer import set_up as set_up_sft
 
 EVAL, RL, SFT = "config=configs/eval_tiny.yaml", "config=configs/rl_tiny.yaml", "config=configs/sft_tiny.yaml"
@@ -137,7 +137,7 @@ MISTAKES: list[tuple[str, Callable[[Place], Any], str]] = [
     ("a number too long in the data", lambda p: load_tasks(p.file("x.jsonl", '{"id": 1%s}' % ("0" * 5000))), r"line 1 of .* has in `id` a number of 5001 digits; write it as text"),
     (
         "tasks without tests, learned as code",
-        lambda p: set_up_rl(load_config("rl", [RL, f"dataset.train_dataset={p.file('x.jsonl', record())}", "rollout.num_task_per_step=1", "dataset.data_type=code"]), Stopwatch()),
+        lambda p: read_rl_inputs(load_config("rl", [RL, f"dataset.train_dataset={p.file('x.jsonl', record())}", "rollout.num_task_per_step=1", "dataset.data_type=code"])),
         r"dataset.train_dataset: task '0' has no `test_method`, which dataset.data_type=code judges by",
     ),
     (

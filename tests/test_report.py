@@ -81,7 +81,7 @@ def test_several_runs(browser: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "absent has no metrics.jsonl" in capsys.readouterr().err
 
 
-def test_it_is_rewritten_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_rewritten_rarely(tiny_sdar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page that takes 2 s is left alone for 400 s; the end of the run does not wait."""
     clock = [100.0]
     monkeypatch.setattr(report.time, "monotonic", lambda: clock[0])
@@ -92,7 +92,7 @@ def test_it_is_rewritten_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return slow(folder)
 
     monkeypatch.setattr(report, "run_data", run_data_slowly)
-    page = RunPage(write_run(tmp_path / "run"), None, 4, 40)
+    page = RunPage(write_run(tmp_path / "run"), load_model(tiny_sdar, "sdar"), 4, 40)
     assert page.refresh() and page.cost == 2.0
     clock[0] += 399
     assert not page.refresh()

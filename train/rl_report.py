@@ -7,7 +7,7 @@ from common.errors import UserError
 from common.metrics import print_table
 from common.runtime import Stopwatch, console
 from common.trajectory import ScoredTrajectory
-from rollout.evaluate import Evaluation, tokens_per_forward
+from rollout.results import Evaluation, tokens_per_forward
 from train.rl_setup import Run
 
 

@@ -20,8 +20,7 @@ from models import LoadedModel, load_model, load_network
 from models.defaults import take_defaults
 from models.lora import add_lora
 from models.value import load_value
-from reward.score import check_tasks, evaluation_scorer, make_scorer
-from rollout.collect import Scorer
+from reward.score import RewardScorer, check_tasks, evaluation_scorer, make_scorer
 from rollout.report import RunPage
 from sample.engine import Engine
 from sample.parallel import shard
@@ -44,8 +43,8 @@ class Run:
     critic: Learner | None  # the value model
     tasks: list[Task]
     eval_tasks: list[Task]
-    scorer: Scorer
-    eval_scorer: Scorer
+    scorer: RewardScorer
+    eval_scorer: RewardScorer
     metrics: MetricsLog
     stages: Stopwatch  # seconds by stage of the whole run
     page: RunPage
@@ -59,8 +58,8 @@ class Inputs:
 
     tasks: list[Task]
     eval_tasks: list[Task]
-    scorer: Scorer
-    eval_scorer: Scorer  # by the tasks' own answers, whatever gives the rewards
+    scorer: RewardScorer
+    eval_scorer: RewardScorer  # by the tasks' own answers, whatever gives the rewards
 
 
 def read_inputs(config: RLConfig) -> Inputs:

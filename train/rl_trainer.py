@@ -17,8 +17,9 @@ from common.schema import RLConfig
 from common.stop import Stopped, exit_code, resume_command, signals_noted, stop_requested
 from common.trajectory import ScoredTrajectory
 from data.tasks import task_batch
-from rollout.collect import collect, prompts_within
-from rollout.evaluate import Evaluation, evaluate
+from rollout.collect import collect, encode_tasks, prompts_within
+from rollout.evaluate import evaluate
+from rollout.results import Evaluation
 from rollout.samples import write_samples
 from train.devices import whole_weights
 from train.rl_checkpoint import export, resume, save
@@ -155,7 +156,8 @@ def gather_samples(
         seen = {group[0].task.id for group in groups}
         tasks = [run.tasks[index] for index in dict.fromkeys(indices)]
         tasks = [task for task in tasks if task.id not in seen]
-        prompts = prompts_within(run.loaded, tasks, config.dataset, config.rollout, training.max_prompt_len)
+        prompts = encode_tasks(run.loaded, tasks, config.dataset, config.rollout.start_with_think)
+        prompts = prompts_within(prompts, training.max_prompt_len)
         groups += collect(
             run.engine,
             run.loaded,

@@ -11,7 +11,7 @@ import pytest
 
 from common.config import load_config
 from models.tiny import build_tiny
-from rollout import evaluate_job
+from rollout import evaluate
 from tests.cluster.hosts import Host, missing, ssh_server, two_hosts
 from train import rl_trainer
 
@@ -93,7 +93,7 @@ def samples_of(folder: Path) -> list[str]:
 def evaluated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The evaluation on one node."""
     runs = tmp_path_factory.mktemp("one")
-    evaluate_job.main(load_config("eval", arguments("eval_tiny", EVAL | {"model": model}, runs)))
+    evaluate.main(load_config("eval", arguments("eval_tiny", EVAL | {"model": model}, runs)))
     return runs / "eval"
 
 
