@@ -57,9 +57,8 @@ def importance_weights(tokens: Tokens, replayed: Tokens, cap: float, by_sequence
     if by_sequence:
         total, size = np.bincount(trajectory, log_ratio), np.bincount(trajectory)
         log_ratio = (total / np.maximum(size, 1))[trajectory]
-    shape = [1 + max(int(index.max()) for index in pair) for pair in (
-        (tokens.trajectory, replayed.trajectory), (tokens.response_index, replayed.response_index)
-    )]  # fmt: skip
-    weight = np.ones(shape)  # (trajectories, response)
-    weight[trajectory, replayed.response_index.numpy()] = np.minimum(np.exp(log_ratio), cap)
-    return torch.from_numpy(weight[tokens.trajectory.numpy(), tokens.response_index.numpy()]).float()
+    width = 1 + int(torch.cat([tokens.response_index, replayed.response_index]).max())
+    wanted, known = ((one.trajectory * width + one.response_index).numpy() for one in (tokens, replayed))
+    weight = np.ones(1 + max(wanted.max(), known.max()))  # by trajectory and index in the response
+    weight[known] = np.minimum(np.exp(log_ratio), cap)
+    return torch.from_numpy(weight[wanted]).float()

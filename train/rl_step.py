@@ -56,8 +56,11 @@ def learn(
     batches = micro_batches(rows, training.tokens_per_micro_batch)
     temperature = samples[0].trajectory.temperature
     tokens = tokens_of(rows, samples)
+    figures = {}
+
+    # log-probabilities that ratios and KL start from, and whether they are the engine's
     take_starting_logp(learner, batches, tokens, training, temperature, exact)
-    figures, mismatch = {}, None
+    mismatch = None  # None: to be measured in the first update
     if not replays(training):
         replayed = replay(learner, samples[: training.mismatch_sample], training, layout)
         mismatch = mismatch_of(replayed.trainer_logp, replayed.engine_logp, exact)
@@ -65,6 +68,8 @@ def learn(
         mismatch = mismatch_of(tokens.trainer_logp, tokens.engine_logp, exact)
     if reference is not None:
         tokens.reference_logp = batch_logp(reference, batches, temperature)
+
+    # advantages: the group's, or the value model's, times importance weights
     if critic is not None:
         tokens.old_value = batch_values(critic, batches)
         tokens.advantage, tokens.returns = value_targets(tokens, samples, training.gam, training.lam)
@@ -75,6 +80,8 @@ def learn(
         tokens.advantage = tokens.advantage * weight
         figures["tis_weight"] = float(weight.mean())
         figures["tis_capped"] = float((weight >= training.tis_cap).float().mean())
+
+    # updates
     shares = shares_of(rows, tokens, len(samples), training, max_gen_length, seed)
     figures |= update_policy(learner, shares, training, temperature, exact, measure_mismatch=mismatch is None)
     if critic is not None:
