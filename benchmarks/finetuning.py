@@ -22,9 +22,9 @@ from common.runtime import device_and_dtype
 from common.training_schema import OptimizerParams, SchedulerConfig, SFTTrainingConfig
 from models import LoadedModel, load_model
 from models.tiny import build_tiny
-from train.optimize import MOST_PADDING, Learner, make_learner, update
+from train.learner import MOST_PADDING, Learner, make_learner, update
+from train.network import Policy
 from train.packing import PackedBatch, Row, pack
-from train.policy import Policy
 from train.sft_data import Conversation
 from train.sft_step import rows_of
 from train.views import Example

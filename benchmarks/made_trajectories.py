@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common.trajectory import Trajectory
-from train.samples import Layout
+from train.views import Layout
 
 VOCABULARY, PROMPT, BLOCK = 32_000, 64, 4
 MASK = VOCABULARY - 1

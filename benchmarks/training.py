@@ -33,13 +33,12 @@ from common.metrics import print_table
 from common.training_schema import RLTrainingConfig
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models.sdar import SDARConfig, SDARForCausalLM
-from train import policy as policy_module
+from train import network as network_module
+from train.learner import Learner
+from train.network import Policy
 from train.objectives import policy_loss
-from train.optimize import Learner
-from train.packing import TokenFields
-from train.policy import Policy
-from train.rl_step import learn
-from train.samples import sample_rows
+from train.rl_step import learn, sample_rows
+from train.tokens import Tokens
 from train.views import trace_views
 
 RESPONSE = 256
@@ -118,18 +117,24 @@ def packed_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple
 def plain_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple[KeepGradients, int]:
     """The same update, one row for each denoising round."""
     optimizer = KeepGradients(model.parameters(), lr=0.0)
-    views = [trace_views(one, BLOCK, MASK) for one in trajectories]
+    views = [trace_views(one, LAYOUT) for one in trajectories]
     rows = plain_rows(trajectories, views, BLOCK)
     width = max(len(row) for row in rows)
     old = torch.tensor(
         np.concatenate([np.array(t.logp)[v.response_index[v.predict]] for t, v in zip(trajectories, views)])
     )
     advantage = torch.tensor([(-1.0) ** n for n, one in enumerate(views) for _ in range(int(one.predict.sum()))])
-    fields = TokenFields(old.float(), old.float(), advantage, torch.full_like(advantage, 1 / len(advantage)))
+    tokens = Tokens(
+        trajectory=torch.arange(len(views)).repeat_interleave(torch.tensor([int(one.predict.sum()) for one in views])),
+        old_logp=old.float(),
+        reference_logp=old.float(),
+        advantage=advantage,
+        weight=torch.full_like(advantage, 1 / len(advantage)),
+    )
     model.train()
     for batch in plain_batches(rows, BUDGET):
         logp = plain_logp(model, batch, width, MASK)
-        own = fields.select(torch.from_numpy(np.concatenate([row.place for row in batch])).long())
+        own = tokens[np.concatenate([row.place for row in batch]).astype(np.int64)]
         policy_loss(logp, own, eps=0.2, beta=0.01).loss.backward()
     optimizer.step()
     return optimizer, width * len(rows)
@@ -169,8 +174,8 @@ def without_attention(options: argparse.Namespace) -> dict[str, float]:
         own = value + 0 * key  # so that the projections have their share of the backward pass
         return (own.repeat_interleave(query.shape[1] // value.shape[1], dim=1) + 0 * query).transpose(1, 2), None
 
-    policy_module.attention_mask = lambda batch: torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    from models import attention
+    network_module.attention_mask = lambda batch: torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    from train import attention
 
     attention.AttentionInterface.register(attention.NAME, itself)
     return measured(packed_step, options)

@@ -23,11 +23,10 @@ from common.metrics import print_table
 from common.training_schema import RLTrainingConfig
 from common.trajectory import Score, ScoredTrajectory, Task
 from models.sdar import SDARConfig, SDARForCausalLM
-from train.optimize import Learner, micro_batches
+from train.learner import Learner, micro_batches
+from train.network import Policy
 from train.packing import Row
-from train.policy import Policy
-from train.rl_step import learn
-from train.samples import sample_rows
+from train.rl_step import learn, sample_rows
 
 # Qwen3's: hidden size, layers, heads, feed-forward; 8 key-value heads of 128
 SHAPES = {

@@ -16,24 +16,23 @@ import torch
 from common import ranks
 from common.checkpoint import write_folder
 from common.schema import Sampling
-from common.training_schema import OptimizerParams, RLTrainingConfig, SchedulerConfig
+from common.training_schema import OptimizerParams, RLTrainingConfig, SchedulerConfig, SFTTrainingConfig
 from common.trajectory import Request
 from models import LoadedModel, load_model, load_network
 from models.value import load_value
 from sample.engine import Engine
 from tests.scored import scored
-from train.devices import make_accelerator, whole_networks, whole_weights
+from train.learner import Learner, make_accelerator, make_learner, micro_batches, update, whole_networks, whole_weights
 from train.learner_state import load_learner, save_learner
-from train.optimize import Learner, make_learner, micro_batches, update
+from train.network import Critic, Policy
 from train.packing import make_rows
-from train.policy import Critic, Policy
 from train.rl_step import learn
-from train.samples import Layout
 from train.sft_step import sft_update
-from train.views import Example, random_block_views
+from train.views import Example, Layout, random_block_views
 
 BLOCK, LENGTH, RESPONSES = 4, 8, 5
 TRAINING = RLTrainingConfig(tokens_per_micro_batch=100, updates_per_step=2, max_bad_steps=2)
+NOISE = SFTTrainingConfig(post_num=1)
 
 
 @dataclass
@@ -61,7 +60,7 @@ def set_up(folder: Path) -> Networks:
 def rl_step(networks: Networks, number: int) -> dict[str, float]:
     """One RL step on five responses to prompts of different lengths, with a value model."""
     figures = learn_from(networks, number, [(-1.0) ** n for n in range(RESPONSES)], networks.critic)
-    networks.engine.load_weights(whole_weights(networks.learner.network.model))
+    networks.engine.load_weights(whole_weights(networks.learner.network.backbone))
     return figures
 
 
@@ -93,7 +92,7 @@ def sft_step(networks: Networks, number: int) -> dict[str, float]:
     for n in range(3):
         prompt, response = list(range(4 + n)), [7] * (BLOCK * (n + 1) - n)
         views = random_block_views(
-            Example(prompt, response, len(response)), BLOCK, networks.loaded.mask_id, rng, 0.1, 0.9, 1
+            Example(prompt, response, len(response)), Layout(networks.loaded.mask_id, BLOCK), NOISE, rng
         )
         rows += make_rows(n, prompt, response, views)
     return sft_update(networks.learner, rows, 60)
@@ -102,7 +101,7 @@ def sft_step(networks: Networks, number: int) -> dict[str, float]:
 def bad_step(networks: Networks, learner: Learner) -> dict[str, float]:
     """An update whose loss is not finite on the last rank only."""
     rng, before = np.random.default_rng(0), tensors(learner)
-    views = random_block_views(Example([1, 2, 3, 4], [7] * 12, 12), BLOCK, networks.loaded.mask_id, rng, 0.1, 0.9, 1)
+    views = random_block_views(Example([1, 2, 3, 4], [7] * 12, 12), Layout(networks.loaded.mask_id, BLOCK), NOISE, rng)
     rows = [row for n in range(3) for row in make_rows(n, [1, 2, 3, 4], [7] * 12, views)]
     factor = float("nan") if ranks.rank() == ranks.world() - 1 else 1.0
 
@@ -127,14 +126,14 @@ def equal_step(networks: Networks) -> dict[str, float | bool]:
 
 def tensors(learner: Learner) -> dict[str, torch.Tensor]:
     """Whole copies of the network's weights."""
-    return {name: tensor.clone() for name, tensor in whole_weights(learner.network.model)}
+    return {name: tensor.clone() for name, tensor in whole_weights(learner.network.saved)}
 
 
 def run(model: Path, folder: Path) -> dict:
     """All of it; what is compared between one process and several. Checkpoints go to `folder`."""
     networks = set_up(model)
     steps = [rl_step(networks, 1), sft_step(networks, 2)]
-    networks.engine.load_weights(whole_weights(networks.learner.network.model))
+    networks.engine.load_weights(whole_weights(networks.learner.network.backbone))
     both = (networks.learner, networks.critic)
     equal = equal_step(networks)
     bad = [bad_step(networks, learner) for learner in both]
@@ -162,7 +161,7 @@ def resumed(model: Path, folder: Path, weights: list[dict[str, torch.Tensor]]) -
     networks = set_up(model)
     load_learner(networks.learner, folder / "learner", weights[0])
     load_learner(networks.critic, folder / "critic", weights[1])
-    networks.engine.load_weights(whole_weights(networks.learner.network.model))
+    networks.engine.load_weights(whole_weights(networks.learner.network.backbone))
     return {"step": rl_step(networks, 3), "end": [tensors(networks.learner), tensors(networks.critic)]}
 
 

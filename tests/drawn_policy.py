@@ -12,10 +12,10 @@ from common.training_schema import OptimizerParams, RLTrainingConfig, SchedulerC
 from common.trajectory import Request, ScoredTrajectory
 from models import load_model
 from sample.engine import Engine
-from train.optimize import Learner, make_learner
-from train.policy import Policy
+from train.learner import Learner, make_learner
+from train.network import Policy
 from train.rl_step import learn
-from train.samples import Layout
+from train.views import Layout
 
 BLOCK = 4
 

@@ -12,25 +12,29 @@ from scored import scored
 
 from common.errors import UserError
 from common.trajectory import Trajectory
-from train.advantages import explained_variance, trace_advantages
 from train.mismatch import importance_weights
-from train.objectives import loss_weights, policy_loss, sequence_shares, value_loss
-from train.packing import Row, TokenFields, make_rows
-from train.samples import token_rewards, value_targets
-from train.views import trace_views
+from train.objectives import (
+    explained_variance,
+    loss_weights,
+    policy_loss,
+    sequence_shares,
+    token_rewards,
+    trace_advantages,
+    value_loss,
+    value_targets,
+)
+from train.packing import make_rows
+from train.tokens import Tokens, tokens_of
+from train.views import Layout, trace_views
 
-EMPTY = np.zeros(0, dtype=np.int64)
 
-
-def row(index: list[int], steps: list[int], trajectory: int = 0) -> Row:
-    """A row that predicts response tokens `index`, unmasked at `steps`."""
-    return Row(
-        trajectory,
-        *[EMPTY] * 4,
-        np.arange(len(index)),
-        np.zeros(len(index)),
-        np.array(index),
-        np.array(steps),
+def tokens_at(*responses: tuple[list[int], list[int]]) -> Tokens:
+    """Predicted tokens of some trajectories: the indices in each response, and the steps they were unmasked at."""
+    counts = torch.tensor([len(index) for index, _ in responses])
+    return Tokens(
+        trajectory=torch.repeat_interleave(torch.arange(len(responses)), counts),
+        response_index=torch.tensor([one for index, _ in responses for one in index]),
+        trace_step=torch.tensor([step for _, steps in responses for step in steps]),
     )
 
 
@@ -91,50 +95,55 @@ def test_with_lambda_zero_one_step_is_looked_ahead(trace: tuple) -> None:
 
 def test_an_outcome_s_reward_lies_on_the_last_step() -> None:
     """Two trajectories, the second with process rewards; the tokens behind its end earn nothing."""
-    rows = [row([2, 0, 1], [4, 4, 5]), row([0, 1, 2], [0, 1, 1], trajectory=1)]
+    tokens = tokens_at(([2, 0, 1], [4, 4, 5]), ([0, 1, 2], [0, 1, 1]))
+    tokens.old_value = torch.zeros(6)
     samples = [scored(trajectory(3), 9.0, reward=2.0), scored(trajectory(2, 4), 9.0, 0.5, [1.0, -1.0])]
-    advantages, returns = value_targets(rows, samples, torch.zeros(6), gamma=0.5, lam=1.0)
+    advantages, returns = value_targets(tokens, samples, gamma=0.5, lam=1.0)
     assert returns.tolist() == [1.0, 1.0, 2.0, 1 - 0.25, -1.0, 0.0]
     assert torch.equal(advantages, returns)
 
 
-def merged_rows(shrink: int, block_size: int | None) -> list[Row]:
-    """The rows of a response of eight tokens, unmasked one by one, with `shrink` steps merged."""
+def merged(shrink: int, block_size: int | None) -> Tokens:
+    """The tokens of a response of eight tokens, unmasked one by one, with `shrink` steps merged."""
     ids, steps = list(range(10, 18)), list(range(8))
-    whole = Trajectory("t", 0, [1, 2, 3, 4], ids, steps, [], [], 1.0, "stop", 8, 8, 8, 1.0)
-    return make_rows(0, whole.prompt_ids, ids, trace_views(whole, block_size, mask_id=9, shrink=shrink))
+    whole = Trajectory("t", 0, [1, 2, 3, 4], ids, steps, [0.0] * 8, [], 1.0, "stop", 8, 8, 8, 1.0)
+    views = trace_views(whole, Layout(9, block_size), shrink=shrink)
+    return tokens_of(make_rows(0, whole.prompt_ids, ids, views), [scored(whole)])
 
 
 @pytest.mark.parametrize("block_size", [4, None])
 @pytest.mark.parametrize("shrink", [1, 2, 3, 4, 8])
 def test_a_merged_step_is_one_step_to_the_loss_and_to_time(shrink: int, block_size: int | None) -> None:
     """Eight tokens in steps of `shrink`, of a block or of all: `loss_norm: step` and GAE go by them."""
-    rows = merged_rows(shrink, block_size)
+    tokens = merged(shrink, block_size)
     width = block_size or 8
     sizes = [min(shrink, width - start) for _ in range(8 // width) for start in range(0, width, shrink)]
-    weight = loss_weights(rows, "step", max_gen_length=8)
+    weight = loss_weights(tokens, "step", max_gen_length=8)
     assert weight.tolist() == pytest.approx([1 / size for size in sizes for _ in range(size)])
     assert weight.sum() == pytest.approx(len(sizes))
     values = np.linspace(-1, 1, 8)
     own = np.repeat(np.arange(len(sizes)), sizes)
     rewards = [2.0 * (step == len(sizes) - 1) for step in own]
     wanted = plain.gae(rewards, values.tolist(), own.tolist(), 0.9, 0.8)
-    found = value_targets(rows, [scored(trajectory(8), 0.0, reward=2.0)], torch.tensor(values), 0.9, 0.8)
+    tokens.old_value = torch.tensor(values)
+    found = value_targets(tokens, [scored(trajectory(8), 0.0, reward=2.0)], 0.9, 0.8)
     for one, other in zip(found, wanted):
         np.testing.assert_allclose(one.numpy(), other, rtol=1e-6)
 
 
 def test_weights_of_merged_steps_by_hand() -> None:
-    assert loss_weights(merged_rows(4, 4), "step", 8).tolist() == [1 / 4] * 8  # two steps: they sum to 2
-    assert loss_weights(merged_rows(3, 4), "step", 8).tolist() == [1 / 3] * 3 + [1.0] + [1 / 3] * 3 + [1.0]
-    assert loss_weights(merged_rows(3, None), "step", 8).tolist() == [1 / 3] * 6 + [1 / 2] * 2
+    assert loss_weights(merged(4, 4), "step", 8).tolist() == [1 / 4] * 8  # two steps: they sum to 2
+    assert loss_weights(merged(3, 4), "step", 8).tolist() == [1 / 3] * 3 + [1.0] + [1 / 3] * 3 + [1.0]
+    assert loss_weights(merged(3, None), "step", 8).tolist() == [1 / 3] * 6 + [1 / 2] * 2
 
 
 @pytest.mark.parametrize("tokens", [None, [0.0, 1e300, 0.0]])
 def test_a_value_model_is_given_no_reward_beyond_float32(tokens: list[float] | None) -> None:
     samples = [scored(trajectory(3), 0.0, -1e300, tokens)]
+    given = tokens_at(([0, 1, 2], [0, 1, 2]))
+    given.old_value = torch.zeros(3)
     with pytest.raises(UserError, match=r"^task 't': a reward of size 1e\+300; .* scale what reward.function"):
-        value_targets([row([0, 1, 2], [0, 1, 2])], samples, torch.zeros(3), 1.0, 1.0)
+        value_targets(given, samples, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -177,30 +186,36 @@ def test_the_clipped_value_loss(value: float, goal: float, loss: float, slope: f
 
 def test_shares_of_a_sequence() -> None:
     """A trace weighs its tokens alike; noisings of two tokens and of one weigh alike, each over its own."""
-    rows = [row([0, 1, 2], [0, 0, 1]), row([1], [4], trajectory=3)]
-    response, share = sequence_shares(rows, by_noising=False)
+    tokens = tokens_at(([0, 1, 2], [0, 0, 1]), ([], []), ([], []), ([1], [4]))
+    response, share = sequence_shares(tokens, by_noising=False)
     assert response.tolist() == [0, 0, 0, 1] and share.tolist() == pytest.approx([1 / 3] * 3 + [1])
-    _, share = sequence_shares(rows, by_noising=True)
+    _, share = sequence_shares(tokens, by_noising=True)
     assert share.tolist() == pytest.approx([1 / 4, 1 / 4, 1 / 2, 1])
+
+
+def one_term(old_logp: float, reference_logp: float, advantage: float) -> Tokens:
+    """What the loss takes of one token, or of one sequence."""
+    values = {"old_logp": old_logp, "reference_logp": reference_logp, "advantage": advantage, "weight": 1.0}
+    return Tokens(torch.zeros(1, dtype=torch.long), **{name: torch.tensor([value]) for name, value in values.items()})
 
 
 def test_a_sequence_s_ratio_by_hand() -> None:
     """Three tokens' logp rise by 0.3, 0.6 and 0: the ratio is e^0.3, clipped at 1.2; the KL k2 of 0.3 per token."""
     new, old = torch.tensor([-0.7, -0.4, -1.0]), torch.full((3,), -1.0)
-    _, share = sequence_shares([row([0, 1, 2], [0, 1, 2])], by_noising=False)
+    _, share = sequence_shares(tokens_at(([0, 1, 2], [0, 1, 2])), by_noising=False)
     elbos = [(share * one).sum()[None] for one in (new, old)]
-    fields = TokenFields(elbos[1], elbos[1], torch.tensor([2.0]), torch.ones(1))
-    result = policy_loss(elbos[0], fields, eps=0.2, beta=0.5, estimator="k2")
+    whole = one_term(old_logp=float(elbos[1]), reference_logp=float(elbos[1]), advantage=2.0)
+    result = policy_loss(elbos[0], whole, eps=0.2, beta=0.5, estimator="k2")
     assert float(result.loss) == pytest.approx(-1.2 * 2 + 0.5 * 0.3**2 / 2, rel=1e-5) and int(result.clipped) == 1
     assert math.exp(0.3) > 1.2
 
 
 @pytest.mark.parametrize(("ratio", "eps_high", "loss"), [(1.25, None, -1.2), (1.25, 0.28, -1.25), (0.7, 0.28, -0.7)])
 def test_the_upper_clip_has_a_range_of_its_own(ratio: float, eps_high: float | None, loss: float) -> None:
-    fields = TokenFields(*(torch.tensor([one]) for one in (-math.log(ratio), 0.0, 1.0, 1.0)))
-    result = policy_loss(torch.zeros(1), fields, eps=0.2, beta=0.0, eps_high=eps_high)
+    above = one_term(-math.log(ratio), 0.0, 1.0)
+    result = policy_loss(torch.zeros(1), above, eps=0.2, beta=0.0, eps_high=eps_high)
     assert float(result.loss) == pytest.approx(loss, rel=1e-5)
-    below = TokenFields(*(torch.tensor([one]) for one in (-math.log(0.7), 0.0, -1.0, 1.0)))
+    below = one_term(-math.log(0.7), 0.0, -1.0)
     assert float(policy_loss(torch.zeros(1), below, 0.2, 0.0, eps_high=0.28).loss) == pytest.approx(0.8, rel=1e-5)
 
 
@@ -209,11 +224,12 @@ def test_the_upper_clip_has_a_range_of_its_own(ratio: float, eps_high: float | N
 
 def test_importance_weights_find_their_tokens() -> None:
     """Two views predict a token twice, in another order than the replay; one token the replay does not know."""
-    replayed = [row([0, 1, 2], [0, 1, 2]), row([0], [0], trajectory=1)]
-    difference = torch.tensor([math.log(0.5), math.log(1.5), math.log(4), math.log(3)])
-    rows = [row([2, 0], [0, 0]), row([0, 1], [1, 1]), row([0, 5], [0, 0], trajectory=1)]
-    weights = importance_weights(rows, replayed, difference, cap=2.0, by_sequence=False)
+    replayed = tokens_at(([0, 1, 2], [0, 1, 2]), ([0], [0]))
+    replayed.engine_logp = torch.full((4,), -9.0)
+    replayed.trainer_logp = replayed.engine_logp + torch.tensor([0.5, 1.5, 4, 3]).log()
+    tokens = tokens_at(([2, 0, 0, 1], [0, 0, 1, 1]), ([0, 5], [0, 0]))
+    weights = importance_weights(tokens, replayed, cap=2.0, by_sequence=False)
     assert weights.tolist() == pytest.approx([2.0, 0.5, 0.5, 1.5, 2.0, 1.0])
-    weights = importance_weights(rows[:2], replayed, difference, cap=2.0, by_sequence=True)
+    weights = importance_weights(tokens[np.arange(4)], replayed, cap=2.0, by_sequence=True)
     assert weights.tolist() == pytest.approx([3 ** (1 / 3)] * 4)
-    assert importance_weights(rows[:1], replayed, difference, cap=1.0, by_sequence=True).tolist() == [1.0, 1.0]
+    assert importance_weights(tokens[np.arange(2)], replayed, cap=1.0, by_sequence=True).tolist() == [1.0, 1.0]

@@ -12,12 +12,11 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from common.training_schema import RLTrainingConfig
 from models import load_network
-from models.attention import NAME, flex_or_sdpa
-from train import policy as policy_module
-from train.attention import attention_mask, block_mask, mask_function, visible_tiles
-from train.packing import PackedBatch, Row, make_rows, pack, visible
-from train.policy import Policy
-from train.views import RL_METHODS
+from train import network as network_module
+from train.attention import NAME, attention_mask, block_mask, flex_or_sdpa, mask_function, visible, visible_tiles
+from train.network import Policy
+from train.packing import PackedBatch, Row, make_rows, pack
+from train.views import RL_METHODS, Layout
 
 GOLDEN = Path(__file__).parent / "golden" / "sdar"
 BLOCK, VOCABULARY, MASK = 4, 40, 7
@@ -31,7 +30,7 @@ def random_rows(seed: int, count: int, full: bool = False) -> list[Row]:
         prompt, blocks = int(rng.integers(1, 14)), int(rng.integers(1, 8))
         one = plain.random_trajectory(rng, prompt, blocks, BLOCK, VOCABULARY, MASK)
         method = RL_METHODS["random_masking" if full else "TraceRL"]
-        views = method(one, None if full else BLOCK, MASK, training, rng)
+        views = method(one, Layout(MASK, None if full else BLOCK), training, rng)
         rows += make_rows(number, one.prompt_ids, one.response_ids, views)
     return rows
 
@@ -105,8 +104,8 @@ def test_a_network_takes_dense_masks_as_before() -> None:
 
 def test_the_mask_s_kind_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr("models.attention.flex_attention_forward", lambda *_, **__: called.append("flex"))
-    monkeypatch.setattr("models.attention.sdpa_attention_forward", lambda *_, **__: called.append("sdpa"))
+    monkeypatch.setattr("train.attention.flex_attention_forward", lambda *_, **__: called.append("flex"))
+    monkeypatch.setattr("train.attention.sdpa_attention_forward", lambda *_, **__: called.append("sdpa"))
     (batch,) = pack(random_rows(4, 2), 10**6)
     for mask in (block_mask(batch), visible(batch), None):
         flex_or_sdpa(None, None, None, None, mask)
@@ -123,7 +122,7 @@ def test_dense_and_flex_agree_on_a_gpu(full: bool, monkeypatch: pytest.MonkeyPat
     batch, results = joined(batch).to(torch.device("cuda")), []
     policy = Policy(model, MASK)
     for mask in (visible, block_mask):
-        monkeypatch.setattr(policy_module, "attention_mask", mask)
+        monkeypatch.setattr(network_module, "attention_mask", mask)
         logp, _ = policy(batch)
         results.append((logp.detach(), torch.autograd.grad(logp.sum(), list(model.parameters()))))
     (dense, wanted), (flex, found) = results

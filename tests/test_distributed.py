@@ -94,7 +94,7 @@ def test_a_checkpoint_goes_on_with_the_same_and_with_other_ranks(
     networks = distributed_job.set_up(tiny_sdar)
     for learner, name, weights in zip((networks.learner, networks.critic), ("learner", "critic"), two["saved"]):
         load_learner(learner, folder / stage / name, weights)
-    networks.engine.load_weights(networks.learner.network.model.named_parameters())
+    networks.engine.load_weights(networks.learner.network.backbone.named_parameters())
     distributed_job.rl_step(networks, 3)
     assert_close(two["end"][0], distributed_job.tensors(networks.learner))
     assert_close(two["end"][1], distributed_job.tensors(networks.critic))

@@ -15,16 +15,18 @@ from common.trajectory import Request, ScoredTrajectory, Trajectory
 from models import LoadedModel, load_model
 from models.tiny import build_tiny
 from sample.engine import Engine
-from train.optimize import Learner, batch_logp
+from train.learner import Learner, batch_logp
+from train.network import Policy
+from train.objectives import noisings
 from train.packing import make_rows, pack
-from train.policy import Policy
-from train.rl_step import learn
+from train.rl_step import learn, sample_rows
 from train.rl_trainer import main as train_rl
-from train.samples import gather, layout_of, noisings, sample_rows
-from train.views import SFT_METHODS, Example, random_views, trace_views
+from train.tokens import tokens_of
+from train.views import SFT_METHODS, Example, Layout, layout_of, random_views, trace_views
 
 FAMILIES = ("dream", "llada", "mmada")
 MASK = 7
+FULL = Layout(MASK, None)
 SETTINGS = Sampling(max_token=16, block_size=8, steps=12, dynamic_threshold=0.1)
 
 
@@ -63,7 +65,7 @@ def trajectory(step_map: list[int], length: int) -> Trajectory:
 @pytest.mark.parametrize("shrink", [1, 2, 8])
 def test_a_trace_is_replayed_over_the_response(shrink: int) -> None:
     step_map, length = [0, 2, 1, 2, 3, 4, -1, -1], 5
-    views = trace_views(trajectory(step_map, length), None, MASK, shrink)
+    views = trace_views(trajectory(step_map, length), FULL, shrink)
     distinct = [0, 1, 2, 3, 4]
     groups = [distinct[i : i + shrink] for i in range(0, len(distinct), shrink)]
     groups = [group for group in groups if any(step in group for step in step_map[:length])]
@@ -77,7 +79,8 @@ def test_a_trace_is_replayed_over_the_response(shrink: int) -> None:
 
 def test_a_coupled_pair_predicts_every_token_once() -> None:
     one = trajectory([0, 1, 2, 3, 4, 5, -1, -1], 5)
-    views = random_views(one, None, MASK, np.random.default_rng(0), 0.1, 0.9, times=7, coupled=True)
+    training = RLTrainingConfig(mask_times_per_sample=7)
+    views = random_views(one, FULL, training, np.random.default_rng(0), coupled=True)
     predicted = views.predict.sum(0)
     assert predicted.tolist() == [7] * 5 + [0] * 3
     assert (views.inputs[:, 6:] == MASK).all(), "what was never unmasked stays a mask"
@@ -88,8 +91,8 @@ def test_a_coupled_pair_predicts_every_token_once() -> None:
 def test_random_views_of_blocks_are_those_of_the_response(coupled: bool) -> None:
     """Under block attention a noising of the response is one view of each of its blocks."""
     one = trajectory([0, 1, 2, 3, 4, 5, 6, 7, 8], 8)
-    arguments = (MASK, np.random.default_rng(1), 0.2, 0.8, 5)
-    views = random_views(one, 4, *arguments, coupled=coupled)
+    training = RLTrainingConfig(lower_p=0.2, upper_p=0.8, mask_times_per_sample=5)
+    views = random_views(one, Layout(MASK, 4), training, np.random.default_rng(1), coupled)
     share = views.predict.sum() / (8 * (10 if coupled else 5))
     assert set(views.block.tolist()) <= {0, 1, 2}
     assert (share == 0.5) if coupled else (0.2 < share < 0.8)
@@ -104,10 +107,10 @@ def test_sft_views_of_the_canvas() -> None:
     training = SFTTrainingConfig(block_size=4, lower_p=0.2, upper_p=0.8, post_num=2, mask_times_per_sample=3)
     response, length = list(range(100, 112)), 5
     rng = np.random.default_rng(0)
-    whole = SFT_METHODS["full"]["random_masking"](Example([1, 2], response, length), MASK, training, rng)
+    whole = SFT_METHODS["full"]["random_masking"](Example([1, 2], response, length), FULL, training, rng)
     assert len(whole) == 3 and whole.predict.any(1).all()
     assert not whole.predict[:, 7:].any() and (whole.inputs[:, 7:] == MASK).any()
-    blocks = SFT_METHODS["full"]["semi-ar"](Example([1, 2], response, length), MASK, training, rng)
+    blocks = SFT_METHODS["full"]["semi-ar"](Example([1, 2], response, length), FULL, training, rng)
     assert len(blocks) == 6  # two of three blocks hold what is predicted, three times
     for view in range(6):
         block = view // 3
@@ -126,9 +129,9 @@ def test_trainer_equals_engine(tiny: dict[str, LoadedModel], family: str, draw: 
     settings = Sampling(**vars(SETTINGS) | draw)
     samples = drawn(loaded, settings)
     rows = sample_rows(samples, RLTrainingConfig(post_num=16), layout_of(loaded, 8), [0])
-    engine_logp = gather(rows, samples, lambda one: one.logp)
+    engine_logp = tokens_of(rows, samples).engine_logp
     assert len(engine_logp) == sum(step >= 0 for one in samples for step in one.trajectory.step_map)
-    logp = batch_logp(learner_of(loaded), pack(rows, 300), len(engine_logp), samples[0].trajectory.temperature)
+    logp = batch_logp(learner_of(loaded), pack(rows, 300), samples[0].trajectory.temperature)
     assert (logp - engine_logp).abs().max() < 1e-5
 
 
@@ -168,7 +171,8 @@ def test_a_shifted_step_map_is_seen(tiny: dict[str, LoadedModel]) -> None:
 
 
 def test_a_view_without_anything_to_predict_makes_no_row() -> None:
-    views = random_views(trajectory([0, 1, 2, 3], 4), None, MASK, np.random.default_rng(0), 0.0, 0.0, times=2)
+    training = RLTrainingConfig(lower_p=0.0, upper_p=0.0, mask_times_per_sample=2)
+    views = random_views(trajectory([0, 1, 2, 3], 4), FULL, training, np.random.default_rng(0))
     assert len(views) == 0 and make_rows(0, [1], [2, 3, 4, 5], views) == []
     assert noisings(RLTrainingConfig(method="coupled", mask_times_per_sample=5)) == 5
 

@@ -16,11 +16,10 @@ from common.training_schema import RLTrainingConfig
 from common.trajectory import Trajectory
 from models import find_family, load_network
 from models.value import ValueNetwork
-from train.optimize import Learner
-from train.policy import Critic, Policy
+from train.learner import Learner
+from train.network import Critic, Policy
 from train.rl_step import learn
-from train.samples import Layout, view_method
-from train.views import Views
+from train.views import Layout, Views, view_method
 
 GOLDEN = Path(__file__).parent / "golden"
 BLOCK, LIMIT, SEED = 4, 20, [3, 1]
@@ -77,7 +76,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def views_of(trajectory: Trajectory, number: int, training: RLTrainingConfig, layout: Layout) -> Views:
     rng = np.random.default_rng([*SEED, number])
-    return view_method(training.method)(trajectory, layout.block_size, layout.mask_id, training, rng)
+    return view_method(training.method)(trajectory, layout, training, rng)
 
 
 def plain_outputs(trajectories: list[Trajectory], views: list[Views], layout: Layout, forward) -> torch.Tensor:

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.schema import LoraSettings
 from models import load_network
 from models.lora import add_lora
-from train.devices import whole_weights
+from train.learner import whole_weights
 
 LORA = LoraSettings(r=4, alpha=8.0)
 

@@ -10,21 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from train.advantages import group_advantages, keep_group
-from train.objectives import kl_estimate, loss_weights, policy_loss
-from train.packing import Row, TokenFields
+from train.objectives import group_advantages, keep_group, kl_estimate, loss_weights, policy_loss
+from train.tokens import Tokens
 
 
-def fields(old_logp: list[float], advantage: list[float], logp_ref: list[float] | None = None) -> TokenFields:
-    ones = torch.ones(len(old_logp))
-    return TokenFields(torch.tensor(old_logp), torch.tensor(logp_ref or old_logp), torch.tensor(advantage), weight=ones)
-
-
-def row(steps: list[int], trajectory: int = 0) -> Row:
-    empty = np.zeros(0, dtype=np.int64)
-    return Row(
-        trajectory, empty, empty, empty, empty, empty, np.zeros(len(steps), dtype=np.int64), empty, np.array(steps)
+def tokens(old_logp: list[float], advantage: list[float], reference_logp: list[float] | None = None) -> Tokens:
+    return Tokens(
+        trajectory=torch.zeros(len(old_logp), dtype=torch.long),
+        old_logp=torch.tensor(old_logp),
+        reference_logp=torch.tensor(reference_logp or old_logp),
+        advantage=torch.tensor(advantage),
+        weight=torch.ones(len(old_logp)),
     )
+
+
+def of_traces(*steps: list[int]) -> Tokens:
+    """The tokens of some trajectories, by the steps of each one's trace."""
+    trajectory = torch.repeat_interleave(torch.arange(len(steps)), torch.tensor([len(one) for one in steps]))
+    return Tokens(trajectory, trace_step=torch.tensor([step for one in steps for step in one]))
 
 
 @pytest.mark.parametrize(
@@ -40,10 +43,9 @@ def row(steps: list[int], trajectory: int = 0) -> Row:
 )
 def test_the_clipped_loss(ratio: float, advantage: float, loss: float, slope: float, clipped: int) -> None:
     logp = torch.tensor([-1.0], requires_grad=True)
-    result = policy_loss(logp, fields([-1.0 - math.log(ratio)], [advantage]), eps=0.2, beta=0.0)
+    result = policy_loss(logp, tokens([-1.0 - math.log(ratio)], [advantage]), eps=0.2, beta=0.0)
     result.loss.backward()
     assert float(result.loss.detach()) == pytest.approx(loss, rel=1e-5)
-    assert float(result.policy) == pytest.approx(loss, rel=1e-5)
     assert float(logp.grad) == pytest.approx(slope, rel=1e-5, abs=1e-7)
     assert int(result.clipped) == clipped
 
@@ -51,13 +53,13 @@ def test_the_clipped_loss(ratio: float, advantage: float, loss: float, slope: fl
 def test_clip_fraction_counts_flat_tokens() -> None:
     ratios, advantages = [1.5, 1.5, 0.5, 0.5, 1.0, 3.0], [1.0, -1.0, 1.0, -1.0, 1.0, 0.0]
     old = [-1.0 - math.log(ratio) for ratio in ratios]
-    result = policy_loss(torch.full((6,), -1.0), fields(old, advantages), eps=0.2, beta=0.0)
+    result = policy_loss(torch.full((6,), -1.0), tokens(old, advantages), eps=0.2, beta=0.0)
     assert int(result.clipped) == 2
     assert float(result.loss) == pytest.approx(-1.2 + 1.5 - 0.5 + 0.8 - 1.0, rel=1e-5)
 
 
 def test_a_ratio_is_bounded_before_it_is_exponentiated() -> None:
-    result = policy_loss(torch.tensor([0.0]), fields([-200.0], [-1.0]), eps=0.2, beta=0.0)
+    result = policy_loss(torch.tensor([0.0]), tokens([-200.0], [-1.0]), eps=0.2, beta=0.0)
     assert float(result.loss) == pytest.approx(math.exp(10), rel=1e-5)
 
 
@@ -73,10 +75,9 @@ def test_kl_estimates() -> None:
     ("estimator", "kl"), [("k1", math.log(2)), ("k2", math.log(2) ** 2 / 2), ("k3", math.log(2) - 0.5)]
 )
 def test_the_penalty_is_added_with_beta(estimator: str, kl: float) -> None:
-    token = fields([-1.0], [0.5], logp_ref=[-1.0 - math.log(2)])
+    token = tokens([-1.0], [0.5], reference_logp=[-1.0 - math.log(2)])
     result = policy_loss(torch.tensor([-1.0]), token, eps=0.2, beta=0.1, estimator=estimator)
     assert float(result.loss) == pytest.approx(-0.5 + 0.1 * kl, rel=1e-5)
-    assert float(result.policy) == pytest.approx(-0.5, rel=1e-6)
     assert float(result.kl) == pytest.approx(kl, rel=1e-5)
 
 
@@ -89,26 +90,27 @@ def test_the_penalty_is_added_with_beta(estimator: str, kl: float) -> None:
     ],
 )
 def test_the_three_norms(norm: str, weights: list[float]) -> None:
-    assert loss_weights([row([3, 5, 3]), row([0], 1)], norm, max_gen_length=8).tolist() == pytest.approx(weights)
+    assert loss_weights(of_traces([3, 5, 3], [0]), norm, max_gen_length=8).tolist() == pytest.approx(weights)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(["token", "length", "step"]), st.sampled_from(["k1", "k3"]))
 def test_the_loss_equals_the_reference(seed: int, norm: str, estimator: str) -> None:
     rng = np.random.default_rng(seed)
-    rows = [row(rng.integers(0, 4, rng.integers(1, 9)).tolist(), n) for n in range(rng.integers(1, 4))]
-    count = sum(len(one.target) for one in rows)
+    traces = [rng.integers(0, 4, rng.integers(1, 9)).tolist() for _ in range(rng.integers(1, 4))]
+    found = of_traces(*traces)
+    count = len(found)
     logp, old, reference, advantage = (rng.normal(0, 0.5, count) for _ in range(4))
-    tokens = [
+    plain_tokens = [
         plain.PlainToken(torch.tensor(logp[i]), old[i], reference[i], advantage[i], step)
-        for i, step in enumerate(step for one in rows for step in one.step.tolist())
+        for i, step in enumerate(step for trace in traces for step in trace)
     ]
-    ends = np.cumsum([len(one.target) for one in rows])
-    responses = [tokens[end - len(one.target) : end] for one, end in zip(rows, ends)]
+    ends = np.cumsum([len(trace) for trace in traces])
+    responses = [plain_tokens[end - len(trace) : end] for trace, end in zip(traces, ends)]
     expected = plain.update_loss(responses, norm, 20, eps=0.1, beta=0.3, estimator=estimator)
-    weight = torch.tensor(loss_weights(rows, norm, 20))
-    given_fields = TokenFields(torch.tensor(old), torch.tensor(reference), torch.tensor(advantage), weight)
-    result = policy_loss(torch.tensor(logp), given_fields, eps=0.1, beta=0.3, estimator=estimator)
+    found.weight = torch.tensor(loss_weights(found, norm, 20))
+    found.old_logp, found.reference_logp, found.advantage = map(torch.tensor, (old, reference, advantage))
+    result = policy_loss(torch.tensor(logp), found, eps=0.1, beta=0.3, estimator=estimator)
     torch.testing.assert_close(result.loss, expected, rtol=1e-10, atol=1e-12)
 
 

@@ -20,13 +20,14 @@ from common.training_schema import OptimizerParams, RLTrainingConfig, SchedulerC
 from common.trajectory import Request, Trajectory
 from models import load_model, load_network
 from sample.engine import Engine
+from train.attention import visible
+from train.learner import Learner, batch_logp, make_learner, rate_factor, update
+from train.network import Policy
 from train.objectives import loss_weights, policy_loss
-from train.optimize import Learner, batch_logp, make_learner, rate_factor, update
-from train.packing import PackedBatch, Row, TokenFields, make_row, pack, visible
-from train.policy import Policy
-from train.rl_step import learn
-from train.samples import Layout, sample_rows
-from train.views import trace_views
+from train.packing import PackedBatch, Row, make_row, pack
+from train.rl_step import learn, sample_rows
+from train.tokens import tokens_of
+from train.views import Layout, trace_views
 
 GOLDEN = Path(__file__).parent / "golden" / "sdar"
 BLOCK = 4
@@ -109,7 +110,7 @@ def test_packed_logp_equals_one_row_per_view(network: Network, shrink: int, temp
     batches = pack(rows, token_budget=150)
     assert len(batches) > 1 and any(len(batch.ids) > 1 for batch in batches)
     learner, _ = recording_learner(network)
-    found = batch_logp(learner, batches, sum(len(row.target) for row in rows), temperature)
+    found = batch_logp(learner, batches, temperature)
     with torch.no_grad():
         wanted = torch.cat(plain_logp(network, trajectories, shrink))
     # random ids have logp down to -25, where fp32 itself rounds by 1e-6 of that
@@ -129,7 +130,7 @@ def test_golden_generations(network: Network) -> None:
     assert {len(one.prompt_ids) % BLOCK for one in trajectories} == {0, 1, 3}
     rows = packed_rows(network, trajectories)
     learner, _ = recording_learner(network)
-    found = batch_logp(learner, pack(rows, 10**6), sum(len(row.target) for row in rows), 1.0)
+    found = batch_logp(learner, pack(rows, 10**6), 1.0)
     with torch.no_grad():
         wanted = torch.cat(plain_logp(network, trajectories))
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-5)
@@ -151,8 +152,8 @@ def test_logits_in_chunks_are_the_same(network: Network, monkeypatch: pytest.Mon
     (batch,) = pack(packed_rows(network, random_trajectories(network, 3, seed=4)), 10**6)
     policy, results = Policy(network.model, network.mask_id), []
     for positions in (10**6, 5):
-        monkeypatch.setattr("train.policy.CHUNK_ELEMENTS", positions * network.vocabulary)
-        monkeypatch.setattr("train.policy.LEAST_POSITIONS", 1)
+        monkeypatch.setattr("train.network.CHUNK_ELEMENTS", positions * network.vocabulary)
+        monkeypatch.setattr("train.network.LEAST_POSITIONS", 1)
         logp, _ = policy(batch)
         results.append((logp.detach(), gradients(network, logp.sum())))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=2e-6)
@@ -178,19 +179,19 @@ def test_gradients_equal_one_row_per_view(network: Network, loss_norm: str) -> N
         responses.append(
             [
                 plain.PlainToken(logp[i], float(old[start + i]), float(anchor[start + i]), advantage[number], step)
-                for i, step in enumerate(row.step.tolist())
+                for i, step in enumerate(row.trace_step.tolist())
             ]
         )
         start += len(row.target)
     wanted = plain.update_loss(responses, loss_norm, max_gen_length=20, beta=0.1)
 
-    per_token = torch.tensor([advantage[row.trajectory] for row in rows for _ in row.target])
-    weight = torch.tensor(loss_weights(rows, loss_norm, 20), dtype=torch.float32)
-    fields = TokenFields(old, anchor, per_token, weight)
+    tokens = tokens_of(rows, [scored(one, value) for one, value in zip(trajectories, advantage)])
+    tokens.old_logp, tokens.reference_logp = old, anchor
+    tokens.weight = torch.tensor(loss_weights(tokens, loss_norm, 20), dtype=torch.float32)
     policy, found = Policy(network.model, network.mask_id), 0
     for batch in pack(rows, 200):
         logp, _ = policy(batch)
-        found = found + policy_loss(logp, fields.select(torch.from_numpy(batch.predicted)), 0.2, 0.1).loss
+        found = found + policy_loss(logp, tokens[batch.predicted], 0.2, 0.1).loss
     assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     assert_same_gradients(gradients(network, found), gradients(network, wanted), network, 1e-5)
 
@@ -329,7 +330,7 @@ def test_a_row_is_clean_tokens_then_views() -> None:
     one = plain.random_trajectory(np.random.default_rng(0), 5, 2, BLOCK, 40, 7)
     trajectory = replace(one, step_map=[1, 0, 1, 2, 2, 3, 2], length=7)
     p, r = trajectory.prompt_ids, trajectory.response_ids
-    row = make_row(3, p, r, trace_views(trajectory, BLOCK, 7))
+    row = make_row(3, p, r, trace_views(trajectory, Layout(7, BLOCK)))
     views = [[p[4], 7, 7, 7], [p[4], 7, r[1], 7], [7, 7, 7, 7], [r[3], r[4], 7, r[6]]]
     assert row.ids.tolist() == [*p, *r[:3], *(token for view in views for token in view)]
     assert row.position.tolist() == [*range(8), 4, 5, 6, 7, 4, 5, 6, 7, 8, 9, 10, 11, 8, 9, 10, 11]
@@ -368,7 +369,7 @@ def test_trainer_equals_engine(network: Network, settings_of_draw: dict) -> None
     temperature = 1.0 if drawn.temperature == 0 or drawn.top_k == 1 else drawn.temperature
     assert {one.temperature for one in trajectories} == {temperature}
     learner, _ = recording_learner(network)
-    found = batch_logp(learner, pack(rows, 300), len(recorded), temperature)
+    found = batch_logp(learner, pack(rows, 300), temperature)
     torch.testing.assert_close(found, recorded, rtol=0, atol=1e-5)
     with torch.no_grad():
         views = plain.trace_views(trajectories[0], BLOCK, network.mask_id)

@@ -17,8 +17,8 @@ from common.errors import UserError
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models import load_model
 from train import rl_trainer
-from train.optimize import Learner
-from train.samples import kept_samples
+from train.learner import Learner
+from train.objectives import kept_samples
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "rl_tiny.yaml"
 BLOCK = 4
@@ -356,7 +356,7 @@ def test_updates_with_a_signal_are_taken_beside_those_without(drawn: Drawn) -> N
 
 def test_stale_weights_are_seen_without_a_signal(drawn: Drawn) -> None:
     with torch.no_grad():
-        drawn.learner.network.model.model.layers[2].mlp.up_proj.weight.mul_(1.05)
+        drawn.learner.network.backbone.model.layers[2].mlp.up_proj.weight.mul_(1.05)
     with pytest.raises(UserError, match="logp_diff_max"):
         drawn.learn([replace(one, advantage=0.0) for one in drawn.samples])
 
@@ -408,7 +408,7 @@ def test_a_wrong_replay_stops_the_run(drawn: Drawn, spoil: Callable[[Trajectory]
 
 def test_stale_weights_stop_the_run(drawn: Drawn) -> None:
     with torch.no_grad():
-        drawn.learner.network.model.model.layers[2].mlp.up_proj.weight.mul_(1.05)
+        drawn.learner.network.backbone.model.layers[2].mlp.up_proj.weight.mul_(1.05)
     assert drawn.learn(exact=False)["logp_diff_max"] > 1e-3
     with pytest.raises(UserError, match="logp_diff_max"):
         drawn.learn()
@@ -445,7 +445,7 @@ def test_the_kl_is_to_the_start_of_the_step_on_the_same_views(
     changes = dict(changes)
     if changes.pop("stale", False):
         with torch.no_grad():
-            drawn.learner.network.model.model.layers[2].mlp.up_proj.weight.mul_(1.05)
+            drawn.learner.network.backbone.model.layers[2].mlp.up_proj.weight.mul_(1.05)
     for k3 in (True, False):
         keys = {"old_logp": old_logp, "updates_per_step": updates, "ratio_level": level, "use_kl_estimator_k3": k3}
         figures = drawn.learn(exact=False, **keys, **changes)

@@ -17,7 +17,7 @@ from common.schema import EvalConfig, SFTConfig
 from launch.start_model import make_missing_model
 from models import load_model
 from train import sft_step, sft_trainer
-from train.optimize import Learner
+from train.learner import Learner
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
@@ -157,7 +157,7 @@ def test_validation_and_the_best_checkpoint(tmp_path: Path) -> None:
 
     def scripted(learner: Learner, *rest: object) -> float:
         measured.append([sft_step.validation_loss(learner, *rest) for _ in range(2)])
-        weights.append(learner.network.model.lm_head.weight.detach().clone())
+        weights.append(learner.network.backbone.lm_head.weight.detach().clone())
         return [2.0, 1.0, 3.0][len(weights) - 1]
 
     with pytest.MonkeyPatch.context() as patch:

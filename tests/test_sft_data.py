@@ -24,7 +24,7 @@ from sample.engine import Engine
 from train import prepare_sft
 from train.sft_data import Samples, make_samples, read_samples, split, told_reasons
 from train.sft_step import rows_of
-from train.views import Example, trace_views
+from train.views import Example, Layout, trace_views
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAT = [
@@ -430,8 +430,8 @@ def test_drawn_samples_are_learned_with_their_ids_and_steps(
     size = 4 if family == "sdar" else None
     for example, trajectory in zip(examples, drawn):
         assert (example.response_ids, example.step_map) == (trajectory.response_ids, trajectory.step_map)
-        ours = trace_views(example, size, loaded.mask_id)
-        theirs = trace_views(trajectory, size, loaded.mask_id)
+        ours = trace_views(example, Layout(loaded.mask_id, size))
+        theirs = trace_views(trajectory, Layout(loaded.mask_id, size))
         assert len(ours) > 1 and (ours.inputs == theirs.inputs).all() and (ours.predict == theirs.predict).all()
     again = samples_of(loaded, config_of(tmp_path / "samples.jsonl", training__block_size=4)).conversations
     stop = loaded.tokenizer.eos_token_id

@@ -14,12 +14,12 @@ from common.training_schema import SFTTrainingConfig
 from models import LoadedModel, load_network
 from models.family import find_family
 from train import sft_step
-from train.optimize import Learner
+from train.learner import Learner
+from train.network import Policy
 from train.packing import PackedBatch, Row, fill_lines, pack
-from train.policy import Policy
 from train.sft_data import Conversation
 from train.sft_trainer import check_method
-from train.views import SFT_METHODS, Example, next_token_views
+from train.views import SFT_METHODS, Example, Layout, layout_of, next_token_views
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 METHODS = {
@@ -66,7 +66,7 @@ def plain_loss(
     method, family = SFT_METHODS[loaded.family.attention][training.method], loaded.family
     total, predicted, predictable = torch.zeros(()), 0, 0
     for example in (example for conversation in conversations for example in conversation):
-        views = method(example, loaded.mask_id, training, rng)
+        views = method(example, layout_of(loaded, BLOCK), training, rng)
         prompt, whole = len(example.prompt_ids), example.prompt_ids + example.response_ids
         for view in range(len(views)):
             if family.attention == "block":
@@ -172,7 +172,9 @@ def test_elbo_weights_average_to_one(attention: str, method: str, lower: float, 
         method=method, block_size=4, lower_p=lower, upper_p=upper, loss_weight="elbo", mask_times_per_sample=20_000
     )
     example = Example([1, 2, 3], list(range(10, 19)) if attention == "block" else list(range(10, 22)), 7)
-    views = SFT_METHODS[attention][method](example, 0, training, np.random.default_rng(0))
+    views = SFT_METHODS[attention][method](
+        example, Layout(0, 4 if attention == "block" else None), training, np.random.default_rng(0)
+    )
     index, weight = views.response_index[views.predict], views.weight[views.predict]
     mean = np.bincount(index, weight, minlength=7) / 20_000
     assert np.abs(mean - 1).max() < 0.05 and len(mean) == 7
@@ -180,10 +182,9 @@ def test_elbo_weights_average_to_one(attention: str, method: str, lower: float, 
 
 def test_next_tokens_see_only_what_is_before(golden: dict[str, LoadedModel]) -> None:
     """The row of `ar` ends where predictions end, and its blocks of one token are causal attention."""
-    example = Example([1, 2], [3, 4, 5, 6, 6, 6], 4)
-    views = next_token_views(example, post_num=1)
+    example, training = Example([1, 2], [3, 4, 5, 6, 6, 6], 4), SFTTrainingConfig(method="ar", post_num=1)
+    views = next_token_views(example, Layout(0, None), training, None)
     assert views.inputs.tolist() == [[3, 4, 5, 6, 6]] and views.causal and views.predict.all()
-    training = SFTTrainingConfig(method="ar", post_num=1)
     row = sft_step.rows_of(training, golden["dream"], [[example]], np.random.default_rng(0))[0]
     assert row.predict_at.tolist() == [1, 2, 3, 4, 5] and row.block.tolist() == list(range(7))
 

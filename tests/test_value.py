@@ -21,9 +21,10 @@ from common.trajectory import Score, ScoredTrajectory, Task
 from models import load_model, load_network, save_model
 from models.value import HEAD_FILE, ValueNetwork, load_value, save_value
 from train import rl_trainer
-from train.optimize import Learner, make_learner
-from train.policy import Critic
-from train.samples import kept_samples, view_method
+from train.learner import Learner, make_learner
+from train.network import Critic
+from train.objectives import kept_samples
+from train.views import Layout, view_method
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "objectives.md"
 SHORT = {"experiment__eval_every": 0, "evaluation__num_task": 2, "experiment__total_step": 2}
@@ -170,13 +171,19 @@ def test_views_of_one_s_own(drawn: Drawn, tmp_path: Path, monkeypatch: pytest.Mo
     method, trajectory = view_method("least_sure:least_sure"), drawn.samples[0].trajectory
     rng = SimpleNamespace(uniform=lambda low, high: 0.5)
     for size in (BLOCK, None):
-        views = method(trajectory, size, drawn.mask_id, RLTrainingConfig(), rng)
+        views = method(trajectory, Layout(drawn.mask_id, size), RLTrainingConfig(), rng)
         masked = {*views.response_index[views.predict].tolist()}
         confidence = trajectory.confidence[: trajectory.length]
         assert len(masked) == -(-len(confidence) // 2)
         assert max(confidence[i] for i in masked) <= min(c for i, c in enumerate(confidence) if i not in masked)
     figures = drawn.learn(method="least_sure:least_sure")
     assert figures["updates"] == 1 and figures["logp_diff_max"] <= 1e-5 and figures["kl"] == pytest.approx(0, abs=1e-9)
+    loss = figures["loss"]
+    drawn.learner.network.load_state_dict(drawn.start)
+    older = code.replace("trajectory, layout, training", "trajectory, block_size, mask_id, training")
+    (tmp_path / "older.py").write_text(older.replace("layout.", ""))
+    assert "layout" not in (tmp_path / "older.py").read_text()
+    assert drawn.learn(method="older:least_sure")["loss"] == loss, "the older arguments do too"
     with pytest.raises(UserError, match=r"training.method: 'least_sure:nothing' returned NoneType"):
         drawn.learn(method="least_sure:nothing")
     with pytest.raises(UserError, match=r"training.method: .* has no function 'least_sur'; did you mean 'least_sure'"):

@@ -8,8 +8,9 @@ import training_reference as plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.training_schema import RLTrainingConfig, SFTTrainingConfig
 from common.trajectory import Trajectory
-from train.views import Example, Views, block_grid, random_block_views, random_views, trace_views
+from train.views import Example, Layout, Views, block_grid, random_block_views, random_views, trace_views
 
 MASK, VOCABULARY = 7, 40
 
@@ -39,7 +40,7 @@ def as_plain(views: Views, block_size: int) -> list[plain.PlainView]:
 @given(cases(), st.sampled_from([1, 2, 4]), st.sampled_from([0, 3]))
 def test_trace_views_equal_the_loops(case: tuple[Trajectory, int], shrink: int, post_num: int) -> None:
     trajectory, block_size = case
-    views = trace_views(trajectory, block_size, MASK, shrink, post_num)
+    views = trace_views(trajectory, Layout(MASK, block_size), shrink, post_num)
     assert as_plain(views, block_size) == plain.trace_views(trajectory, block_size, MASK, shrink, post_num)
 
 
@@ -47,7 +48,7 @@ def test_trace_views_equal_the_loops(case: tuple[Trajectory, int], shrink: int, 
 @given(cases(), st.sampled_from([1, 2, 4]), st.sampled_from([0, 3]))
 def test_every_predictable_token_is_predicted_once(case: tuple[Trajectory, int], shrink: int, post_num: int) -> None:
     trajectory, block_size = case
-    views = trace_views(trajectory, block_size, MASK, shrink, post_num)
+    views = trace_views(trajectory, Layout(MASK, block_size), shrink, post_num)
     end = min(trajectory.length + post_num, len(trajectory.response_ids))
     assert sorted(views.response_index[views.predict].tolist()) == list(range(end))
     np.testing.assert_array_equal(
@@ -59,7 +60,7 @@ def test_every_predictable_token_is_predicted_once(case: tuple[Trajectory, int],
 @given(cases())
 def test_visible_is_what_was_unmasked_earlier(case: tuple[Trajectory, int]) -> None:
     trajectory, block_size = case
-    views = trace_views(trajectory, block_size, MASK, post_num=len(trajectory.response_ids))
+    views = trace_views(trajectory, Layout(MASK, block_size), post_num=len(trajectory.response_ids))
     for view in as_plain(views, block_size):
         (now,) = set(view.steps)
         for offset, token in enumerate(view.tokens):
@@ -76,12 +77,12 @@ def test_tokens_behind_the_end_are_replayed_but_not_predicted() -> None:
     trajectory = plain.random_trajectory(np.random.default_rng(0), 2, 2, 4, VOCABULARY, MASK)
     trajectory.step_map = [0, 1, 2, 2, 4, 3]
     trajectory.length = 4  # its second block: two tokens of the answer, two behind it
-    views = as_plain(trace_views(trajectory, 4, MASK), 4)
+    views = as_plain(trace_views(trajectory, Layout(MASK, 4)), 4)
     a, b, c, d, _, _ = trajectory.response_ids
     first = trajectory.prompt_ids
     assert [view.tokens for view in views] == [[*first, MASK, MASK], [*first, a, MASK], [MASK, MASK, MASK, MASK]]
     assert [view.targets for view in views] == [[a], [b], [c, d]]
-    longer = as_plain(trace_views(trajectory, 4, MASK, post_num=1), 4)
+    longer = as_plain(trace_views(trajectory, Layout(MASK, 4), post_num=1), 4)
     assert [view.steps for view in longer] == [[0], [1], [2, 2], [4]]
     assert longer[-1].tokens == [c, d, MASK, trajectory.response_ids[5]]
 
@@ -97,7 +98,8 @@ def test_random_views(case: tuple[Trajectory, int], bounds: tuple[float, float],
     trajectory, block_size = case
     prompt, response, length = trajectory.prompt_ids, trajectory.response_ids, trajectory.length
     rng = np.random.default_rng(len(response))
-    views = random_block_views(Example(prompt, response, length), block_size, MASK, rng, *bounds, post_num)
+    training = SFTTrainingConfig(lower_p=bounds[0], upper_p=bounds[1], post_num=post_num)
+    views = random_block_views(Example(prompt, response, length), Layout(MASK, block_size), training, rng)
     first, end = len(prompt) // block_size, len(prompt) + min(length + post_num, len(response))
     # one view of every block that has a token to predict, and in each at least one
     assert views.block.tolist() == list(range(first, -(-end // block_size)))
@@ -112,9 +114,9 @@ def test_random_views(case: tuple[Trajectory, int], bounds: tuple[float, float],
 
 def test_random_views_noise_what_lies_behind_the_end() -> None:
     rng = np.random.default_rng(5)
-    behind = Counter()
+    behind, training = Counter(), SFTTrainingConfig(lower_p=0.5, upper_p=0.5)
     for _ in range(200):
-        views = random_block_views(Example([1, 2], [3, 4, 5, 6, 8, 9], 3), 4, MASK, rng, 0.5, 0.5)
+        views = random_block_views(Example([1, 2], [3, 4, 5, 6, 8, 9], 3), Layout(MASK, 4), training, rng)
         behind.update((views.inputs[1][1:] == MASK).tolist())
         assert not views.predict[1][1:].any()
     assert 0.4 < behind[True] / behind.total() < 0.6
@@ -124,8 +126,9 @@ def test_share_of_masked_tokens_is_uniform() -> None:
     """Each block has a t of its own from U(lower_p, upper_p), whose mean and deviation the masked shares show."""
     rng, shares = np.random.default_rng(0), []
     low, high, block_size = 0.2, 0.8, 256  # so wide that the share of a block is its t
+    layout, training = Layout(MASK, block_size), SFTTrainingConfig(lower_p=low, upper_p=high)
     for _ in range(20):
-        views = random_block_views(Example([1], [2] * (40 * block_size - 1), 10**6), block_size, MASK, rng, low, high)
+        views = random_block_views(Example([1], [2] * (40 * block_size - 1), 10**6), layout, training, rng)
         shares += views.predict.mean(1).tolist()
     assert len(shares) == 800
     assert np.mean(shares) == pytest.approx(0.5, abs=0.02)
@@ -140,7 +143,8 @@ def test_a_coupled_pair_divides_the_response(case: tuple[Trajectory, int], times
     """Under block attention: noisings 2n and 2n + 1 predict every predictable token once, and show each other's."""
     trajectory, block_size = case
     rng = np.random.default_rng(len(trajectory.response_ids))
-    views = random_views(trajectory, block_size, MASK, rng, 0.1, 0.9, times, post_num, coupled=True)
+    training = RLTrainingConfig(mask_times_per_sample=times, post_num=post_num)
+    views = random_views(trajectory, Layout(MASK, block_size), training, rng, coupled=True)
     end = min(trajectory.length + post_num, len(trajectory.response_ids))
     for pair in range(times):
         own = views.predict & (views.step // 2 == pair)

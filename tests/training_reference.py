@@ -32,7 +32,7 @@ class PlainToken:
 
     logp: Tensor
     old_logp: float
-    logp_ref: float
+    reference_logp: float
     advantage: float
     step: int
 
@@ -145,7 +145,7 @@ def policy_term(token: PlainToken, eps: float, beta: float, estimator: str, eps_
     upper = 1 + (eps if eps_high is None else eps_high)
     low, high = ratio * token.advantage, ratio.clamp(1 - eps, upper) * token.advantage
     policy = -(low if low < high else high)
-    d = (token.logp - token.logp_ref).clamp(-10, 10)
+    d = (token.logp - token.reference_logp).clamp(-10, 10)
     kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[estimator]
     return policy + beta * kl
 
@@ -196,7 +196,9 @@ def sequence_loss(
 
     total = 0
     for tokens in responses:
-        new, old, reference = (elbo(tokens, lambda t, n=n: getattr(t, n)) for n in ("logp", "old_logp", "logp_ref"))
+        new, old, reference = (
+            elbo(tokens, lambda t, n=n: getattr(t, n)) for n in ("logp", "old_logp", "reference_logp")
+        )
         whole = PlainToken(new, old, reference, tokens[0].advantage, 0)
         total = total + policy_term(whole, eps, beta, estimator, eps_high)
     return total / len(responses)

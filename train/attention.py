@@ -1,19 +1,30 @@
-"""The mask of a packed batch: a FlexAttention block mask on CUDA, a dense boolean one elsewhere.
+"""Who sees whom in a packed batch: a FlexAttention block mask on CUDA, a dense boolean one elsewhere, and the kernels.
 
-Both apply one rule, `train.packing.sees`. A block mask holds, for each tile of queries, the tiles of keys that are seen
-in part or in full; the rest costs nothing, so that many trajectories can share one long row.
+Both masks apply one rule, `sees`. A block mask holds, for each tile of queries, the tiles of keys that are seen in part
+or in full; the rest costs nothing, so that many trajectories can share one long row. A network under `flex_or_sdpa` is
+sampled from with dense masks and trained with block masks, and the mask's kind chooses the kernel. transformers hands a
+BlockMask through unchanged, as it does any four-dimensional mask (5.17 and 5.23 alike).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from train.packing import PackedBatch, sees, visible
+from train.packing import PackedBatch
 
+NAME = "flex_or_sdpa"  # as transformers' attn_implementation
 TILE = 128  # of FlexAttention's kernels
 QUERIES = 2048  # looked at together: no (tokens × tokens) mask exists
+
+
+# ---- masks
 
 
 def attention_mask(batch: PackedBatch) -> Tensor | BlockMask:
@@ -21,14 +32,31 @@ def attention_mask(batch: PackedBatch) -> Tensor | BlockMask:
     return block_mask(batch) if batch.ids.is_cuda else visible(batch)
 
 
+def sees(query: Sequence[Tensor] | Tensor, key: Sequence[Tensor] | Tensor) -> Tensor:
+    """Whether queries see keys, bool; each (trajectory, block, view), of shapes that broadcast with one another."""
+    same = query[0] == key[0]
+    earlier = (key[2] == 0) & (key[1] < query[1])
+    own = (query[2] == key[2]) & (query[1] == key[1])
+    return same & (earlier | own)
+
+
+def visible(batch: PackedBatch) -> Tensor:
+    """The dense attention mask of a batch: bool (rows, 1, tokens, tokens), True where the query sees the key."""
+    integers = torch.stack([batch.trajectory, batch.block, batch.view])  # (3, rows, tokens)
+    return sees(integers[:, :, :, None], integers[:, :, None, :])[:, None]
+
+
 def block_mask(batch: PackedBatch, tile: int = TILE) -> BlockMask:
     """The batch's mask by tiles of `tile` × `tile` tokens; rows of any length."""
     some, full = visible_tiles(batch, tile)
-    kinds = (some & ~full, full)
-    ordered = [tensor for kind in kinds for tensor in (_count(kind), _first(kind))]
+    counts_and_indices = []
+    for seen in (some & ~full, full):  # in part, in full; (rows, 1, tiles of queries, tiles of keys)
+        counts_and_indices.append(seen.sum(-1, dtype=torch.int32))
+        in_front = seen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)  # tiles of this kind come first
+        counts_and_indices.append(in_front.to(torch.int32))
     length = batch.ids.shape[1]
     return BlockMask.from_kv_blocks(
-        *ordered, BLOCK_SIZE=tile, mask_mod=mask_function(batch), seq_lengths=(length, length)
+        *counts_and_indices, BLOCK_SIZE=tile, mask_mod=mask_function(batch), seq_lengths=(length, length)
     )
 
 
@@ -52,24 +80,43 @@ def visible_tiles(batch: PackedBatch, tile: int) -> tuple[Tensor, Tensor]:
     """
     length = batch.ids.shape[1]
     missing = -length % tile
-    integers = (batch.trajectory, batch.block, batch.view)
-    padded = [torch.nn.functional.pad(one, (0, missing), value=-1) for one in integers]
+    padded = [
+        torch.nn.functional.pad(integers, (0, missing), value=-1)  # (rows, tokens)
+        for integers in (batch.trajectory, batch.block, batch.view)
+    ]
     inside = torch.arange(length + missing, device=batch.ids.device) < length
-    keys = [one[:, None, :] for one in padded]
+    keys = [integers[:, None, :] for integers in padded]
     some, full = [], []
     for start in range(0, length + missing, QUERIES // tile * tile):
         own = slice(start, start + QUERIES // tile * tile)
-        seen = sees([one[:, own, None] for one in padded], keys) & inside & inside[own, None]
+        seen = sees([integers[:, own, None] for integers in padded], keys) & inside & inside[own, None]
         tiles = seen.unflatten(2, (-1, tile)).unflatten(1, (-1, tile))  # (rows, tiles, tile, tiles, tile)
         some.append(tiles.any(4).any(2))
         full.append(tiles.all(4).all(2))
     return torch.cat(some, 1)[:, None], torch.cat(full, 1)[:, None]
 
 
-def _count(kind: Tensor) -> Tensor:
-    return kind.sum(-1, dtype=torch.int32)
+# ---- kernels
 
 
-def _first(kind: Tensor) -> Tensor:
-    """Indices of the tiles of keys, those that are of this kind first."""
-    return kind.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+def flex_or_sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' FlexAttention or SDPA, by the mask's kind; output (batch, length, heads, width)."""
+    forward = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward
+    return forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def take_block_masks(model: PreTrainedModel) -> None:
+    """Let the network take block masks beside the dense ones it takes already."""
+    if model.config._attn_implementation != NAME:
+        model.set_attn_implementation(NAME)
+
+
+AttentionInterface.register(NAME, flex_or_sdpa)
+AttentionMaskInterface.register(NAME, sdpa_mask)

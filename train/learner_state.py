@@ -15,8 +15,7 @@ from common import ranks
 from common.checkpoint import Writer, write_folder
 from common.schema import ModelConfig
 from models.lora import is_adapter, save_adapter
-from train.devices import whole, whole_weights
-from train.optimize import Learner
+from train.learner import Learner, whole, whole_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, float32 as the weights
 SHARD_BYTES = 4 << 30  # of host memory that writing takes
@@ -27,7 +26,7 @@ def save_learner(learner: Learner, writer: Writer, folder: str) -> None:
     shard: dict[str, Tensor] = {}
     number = 0
     states = optimizer_states(learner)
-    for name, parameter in learner.network.model.named_parameters():
+    for name, parameter in learner.network.saved.named_parameters():
         own = whole_state(learner, parameter, bool(states))
         if is_adapter(name) and "weight" not in own:  # in the model's own files adapters are merged
             with whole(parameter):
@@ -53,7 +52,7 @@ def load_learner(learner: Learner, folder: Path, weights: dict[str, Tensor]) -> 
     place = {key: file for file in files for key in file.keys()}  # noqa: SIM118 — safe_open has no iterator
     if about["optimizer_steps"]:
         make_states(learner, about["optimizer_steps"])
-    for name, parameter in learner.network.model.named_parameters():
+    for name, parameter in learner.network.saved.named_parameters():
         saved = {
             key: place[f"{name}:{key}"].get_tensor(f"{name}:{key}")
             for key in (*MOMENTS, "weight")

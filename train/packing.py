@@ -2,13 +2,11 @@
 
 A row is [prompt, response, every view of every block], position ids absolute. A clean token sees clean tokens of its
 own and earlier blocks; a token of a view sees the clean tokens of earlier blocks and its own view. Who sees whom
-follows from four integers per token: trajectory, block, view (0: clean), valid (trajectory >= 0).
+follows from three integers per token, trajectory (-1: padding), block and view (0: clean), by `train.attention.sees`.
 
 Under full attention a noised token changes every other, so nothing is shared: each view is a row [prompt, response] of
-its own, in the same four integers one view of one block.
+its own, in the same three integers clean tokens of one block.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -24,7 +22,7 @@ from train.views import Views
 class Row:
     """One trajectory with its views (full attention: one of its views), and what is predicted in it."""
 
-    trajectory: int  # index into the update's trajectories
+    trajectory: int  # index into the step's trajectories
     ids: np.ndarray  # (tokens,)
     position: np.ndarray  # (tokens,)
     block: np.ndarray  # (tokens,)
@@ -32,28 +30,11 @@ class Row:
     predict_at: np.ndarray  # (predicted,) index of a token of the row
     target: np.ndarray  # (predicted,)
     response_index: np.ndarray  # (predicted,)
-    step: np.ndarray  # (predicted,)
+    trace_step: np.ndarray  # (predicted,) of a trace, or the noising
     weight: np.ndarray | None = None  # (predicted,) in the loss of finetuning; None: 1
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-@dataclass(frozen=True)
-class TokenFields:
-    """One number per predicted token, for the loss; names as in the design."""
-
-    old_logp: Tensor
-    logp_ref: Tensor
-    advantage: Tensor
-    weight: Tensor  # of the token in the whole update's loss: the denominator is in it
-
-    def to(self, device: torch.device) -> TokenFields:
-        return TokenFields(*(getattr(self, field.name).to(device) for field in fields(self)))
-
-    def select(self, index: Tensor) -> TokenFields:
-        """The fields of some of the tokens."""
-        return TokenFields(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -69,7 +50,7 @@ class PackedBatch:
     target: Tensor  # (predicted,)
     predicted: np.ndarray  # (predicted,) index into the update's predicted tokens, in the order of its rows
 
-    def to(self, device: torch.device) -> PackedBatch:
+    def to(self, device: torch.device) -> "PackedBatch":
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
         return PackedBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
 
@@ -103,7 +84,7 @@ def make_rows(
                 predict_at=start + predicted + logit_offset,
                 target=views.targets[view, predicted],
                 response_index=predicted,
-                step=views.step[view, predicted],
+                trace_step=views.step[view, predicted],
                 weight=None if views.weight is None else views.weight[view, predicted],
             )
         )
@@ -129,7 +110,7 @@ def make_row(trajectory: int, prompt_ids: Sequence[int], response_ids: Sequence[
         predict_at=clean + flat,
         target=views.targets.ravel()[flat],
         response_index=views.response_index.ravel()[flat],
-        step=views.step.ravel()[flat],
+        trace_step=views.step.ravel()[flat],
         weight=None if views.weight is None else views.weight.ravel()[flat],
     )
 
@@ -177,20 +158,6 @@ def fill_lines(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
         lines[place].append(index)
         free[place] -= lengths[index]
     return lines
-
-
-def sees(query: Sequence[Tensor], key: Sequence[Tensor]) -> Tensor:
-    """Whether queries see keys, bool; each (trajectory, block, view), of shapes that broadcast with one another."""
-    same = query[0] == key[0]
-    earlier = (key[2] == 0) & (key[1] < query[1])
-    own = (query[2] == key[2]) & (query[1] == key[1])
-    return same & (earlier | own)
-
-
-def visible(batch: PackedBatch) -> Tensor:
-    """The dense attention mask of a batch: bool (rows, 1, tokens, tokens), True where the query sees the key."""
-    integers = (batch.trajectory, batch.block, batch.view)
-    return sees([one[:, :, None] for one in integers], [one[:, None, :] for one in integers])[:, None]
 
 
 def _batch(rows: Sequence[Row], lines: Sequence[Sequence[int]], offsets: np.ndarray) -> PackedBatch:

@@ -10,7 +10,7 @@ from common.metrics import truncate_after
 from common.runtime import console
 from models import load_network, save_model
 from models.value import load_value, save_value
-from train.devices import whole_networks, whole_weights
+from train.learner import whole_networks, whole_weights
 from train.learner_state import (
     load_learner,
     load_random_state,
@@ -55,7 +55,7 @@ def resume(run: Run) -> None:
         load_learner(run.learner, folder / "learner", load_network(folder / "model", family).state_dict())
         if run.critic is not None:
             load_learner(run.critic, folder / "critic", load_value(folder / "value", family).state_dict())
-    run.engine.load_weights(whole_weights(run.learner.network.model))
+    run.engine.load_weights(whole_weights(run.learner.network.backbone))
     load_random_state(folder / "random.pt")
     state = json.loads((folder / "trainer.json").read_text())
     run.step, run.cursor = state["step"], state["cursor"]
@@ -66,18 +66,18 @@ def export(run: Run) -> None:
     """The trained model in the family's own format, and the value model beside it. All ranks must call it."""
     names, folder = run.config.model, run.folder / "ckpt"
     write_folder(folder / names.optimized_name, lambda writer: write_policy(run, writer))
-    write_adapter(run.learner.network.model, names, folder)
+    write_adapter(run.learner.network.backbone, names, folder)
     if run.critic is not None:
         write_folder(folder / names.optimized_value_name, lambda writer: write_value(run, writer))
 
 
 def write_policy(run: Run, writer: Writer, folder: str = "") -> None:
     """The policy in the family's own format. All ranks must call it."""
-    network = run.learner.network.model
+    network = run.learner.network.backbone
     writer.do(save_model, network, run.loaded.tokenizer, Path(writer.folder, folder), whole_state_dict(network))
 
 
 def write_value(run: Run, writer: Writer, folder: str = "") -> None:
     """The value model likewise."""
-    network = run.critic.network.model
+    network = run.critic.network.value_network
     writer.do(save_value, network, run.loaded.tokenizer, Path(writer.folder, folder), whole_state_dict(network))

@@ -24,10 +24,9 @@ from reward.score import RewardScorer, check_tasks, evaluation_scorer, make_scor
 from rollout.report import RunPage
 from sample.engine import Engine
 from sample.parallel import shard
-from train.devices import make_accelerator, whole_networks
-from train.optimize import Learner, make_learner
-from train.policy import Critic, Policy
-from train.samples import view_method
+from train.learner import Learner, make_accelerator, make_learner, whole_networks
+from train.network import Critic, Policy
+from train.views import view_method
 
 
 @dataclasses.dataclass

@@ -1,9 +1,7 @@
-"""One RL step's learning: groups of rollouts → advantages → views → packed rows → clipped updates."""
+"""One RL step's learning, top to bottom: scored trajectories → views → packed rows → tokens → updates → figures."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,85 +11,24 @@ from common import ranks
 from common.runtime import console
 from common.training_schema import RLTrainingConfig
 from common.trajectory import ScoredTrajectory
-from train.advantages import explained_variance
-from train.mismatch import FirstLogp, check_ratios, importance_weights, mismatch_of, replay
-from train.objectives import PolicyLoss, loss_weights, policy_loss, sequence_shares, value_loss
-from train.optimize import Learner, batch_logp, batch_values, micro_batches, update
-from train.packing import PackedBatch, Row, TokenFields
-from train.samples import (
-    Layout,
-    gather,
+from train.learner import Learner, batch_logp, batch_values, micro_batches, update
+from train.mismatch import importance_weights, mismatch_of, replay
+from train.objectives import (
+    PolicyLoss,
+    explained_variance,
+    loss_weights,
     noisings,
-    sample_rows,
-    trajectory_of,
+    policy_loss,
+    sequence_shares,
+    value_loss,
     value_targets,
 )
+from train.packing import PackedBatch, Row, make_rows
+from train.tokens import Tokens, tokens_of
+from train.views import Layout, view_method
 
-
-@dataclass
-class StepTokens:
-    """The rows of an RL step and what is known of each predicted token before its first update, (predicted,) each."""
-
-    rows: list[Row]
-    engine_logp: Tensor
-    old_logp: Tensor
-    logp_ref: Tensor | None  # None: the policy's own before the step's only update, which the loss has at hand
-    advantage: Tensor
-    recomputed: bool  # old_logp is the trainer's own, on these views
-    mismatch: dict[str, float] | None  # None: to be measured in the first update
-    old_value: Tensor | None = None
-    returns: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Part:
-    """One update's share of a step: whole responses, their tokens' places in the step, and the loss's numbers."""
-
-    rows: list[Row]
-    tokens: np.ndarray  # (predicted,) index into StepTokens' fields
-    fields: TokenFields
-    own_reference: bool  # the KL is to the policy that the update starts from: fields.logp_ref does not count
-
-
-@dataclass
-class Totals:
-    """Sums over the step's updates, from which its means are taken."""
-
-    updates: int = 0
-    bad_steps: int = 0
-    skipped: int = 0  # updates in which no advantage differs from 0
-    tokens: int = 0
-    terms: int = 0  # ratios: of tokens, or of sequences
-    sums: dict[str, float] = field(default_factory=dict)
-
-    def add(self, **values: Tensor | float) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
-
-    def of_all_ranks(self) -> Totals:
-        """The sums of one update over all ranks. All ranks must call it."""
-        whole = Totals()
-        for tokens, terms, sums in ranks.gather((self.tokens, self.terms, self.sums)):
-            whole.tokens += tokens
-            whole.terms += terms
-            whole.add(**sums)
-        return whole
-
-    def take(self, other: Totals) -> None:
-        """Add the figures of one update that was taken."""
-        self.updates += 1
-        self.tokens += other.tokens
-        self.terms += other.terms
-        self.add(**other.sums)
-
-    def means(self) -> dict[str, float]:
-        figures: dict[str, float] = {"updates": self.updates, "bad_steps": self.bad_steps}
-        figures["updates_skipped"] = self.skipped
-        if self.updates == 0:
-            return figures
-        per = {"loss": self.updates, "grad_norm": self.updates, "kl": self.terms, "clip_fraction": self.terms}
-        means = {name: total / per.get(name, self.tokens) for name, total in self.sums.items()}
-        return figures | means | {"predicted_tokens": self.tokens}
+# An update's share of the step: its micro-batches, and what is known of the tokens that they predict.
+Share = tuple[list[PackedBatch], Tokens]
 
 
 def learn(
@@ -114,262 +51,55 @@ def learn(
     """
     rows = sample_rows(samples, training, layout, seed)
     if not rows:  # random masking may leave nothing to predict
-        return Totals().means()
+        return policy_figures(Counter())
     warn_of_long_rows(rows, training.tokens_per_micro_batch)
+    batches = micro_batches(rows, training.tokens_per_micro_batch)
     temperature = samples[0].trajectory.temperature
-    step = starting_point(learner, rows, samples, training, layout, exact)
+    tokens = tokens_of(rows, samples)
+    figures = {}
+
+    # log-probabilities that ratios and KL start from, and whether they are the engine's
+    take_starting_logp(learner, batches, tokens, training, temperature, exact)
+    mismatch = None  # None: to be measured in the first update
+    if not replays(training):
+        replayed = replay(learner, samples[: training.mismatch_sample], training, layout)
+        mismatch = mismatch_of(replayed.trainer_logp, replayed.engine_logp, exact)
+    elif tokens.trainer_logp is not None:
+        mismatch = mismatch_of(tokens.trainer_logp, tokens.engine_logp, exact)
     if reference is not None:
-        batches = micro_batches(rows, training.tokens_per_micro_batch)
-        step.logp_ref = batch_logp(reference, batches, len(step.old_logp), temperature)
+        tokens.reference_logp = batch_logp(reference, batches, temperature)
+
+    # advantages: the group's, or the value model's, times importance weights
     if critic is not None:
-        step.old_value = batch_values(critic, micro_batches(rows, training.tokens_per_micro_batch), len(step.old_logp))
-        step.advantage, step.returns = value_targets(rows, samples, step.old_value, training.gam, training.lam)
-    figures: dict[str, float] = {}
+        tokens.old_value = batch_values(critic, batches)
+        tokens.advantage, tokens.returns = value_targets(tokens, samples, training.gam, training.lam)
     if training.tis_cap is not None:
-        weight = truncated_weights(learner, step, samples, training, layout)
-        step.advantage = step.advantage * weight
-        figures |= {
-            "tis_weight": float(weight.mean()),
-            "tis_capped": float((weight >= training.tis_cap).float().mean()),
-        }
-    parts = list(shares(step, len(samples), training, max_gen_length, seed))
-    figures |= update_policy(learner, step, parts, training, temperature, exact)
+        known = replays(training) and tokens.trainer_logp is not None
+        replayed = tokens if known else replay(learner, samples, training, layout)
+        weight = importance_weights(tokens, replayed, training.tis_cap, training.ratio_level == "sequence")
+        tokens.advantage = tokens.advantage * weight
+        figures["tis_weight"] = float(weight.mean())
+        figures["tis_capped"] = float((weight >= training.tis_cap).float().mean())
+
+    # updates
+    shares = shares_of(rows, tokens, len(samples), training, max_gen_length, seed)
+    figures |= update_policy(learner, shares, training, temperature, exact, measure_mismatch=mismatch is None)
     if critic is not None:
-        figures |= update_value(critic, step, parts if train_value else [], training)
-    return figures | (step.mismatch or {})
+        figures |= update_value(critic, tokens, shares if train_value else [], training)
+    return figures | (mismatch or {})
 
 
-def starting_point(
-    learner: Learner,
-    rows: list[Row],
-    samples: Sequence[ScoredTrajectory],
-    training: RLTrainingConfig,
-    layout: Layout,
-    exact: bool,
-) -> StepTokens:
-    """The step's tokens with the log-probabilities their ratios start from, and the group's advantages."""
-    replays = training.method == "TraceRL" and training.shrink == 1
-    engine_logp = gather(rows, samples, lambda trajectory: trajectory.logp)
-    auto = training.old_logp == "auto" and not (replays and exact and training.tis_cap is None)
-    recomputed = training.old_logp == "recompute" or auto
-    # the KL's reference is the trainer's own, or the engine's where the two are the same
-    own_reference = training.kl_reference == "old" and training.updates_per_step == 1
-    old_logp, logp_ref, mismatch = engine_logp, None if own_reference else engine_logp, None
-    if recomputed or (training.kl_reference == "old" and not own_reference and not (replays and exact)):
-        temperature = samples[0].trajectory.temperature
-        batches = micro_batches(rows, training.tokens_per_micro_batch)
-        present = batch_logp(learner, batches, len(engine_logp), temperature)
-        old_logp = present if recomputed else engine_logp
-        logp_ref = None if own_reference else present
-        mismatch = mismatch_of(present, engine_logp) if replays else None
-    if not replays:
-        _, *logp = replay(learner, samples[: training.mismatch_sample], training, layout)
-        mismatch = mismatch_of(*logp)
-    if mismatch and exact:
-        check_ratios(mismatch["logp_diff_max"])
-    advantage = torch.tensor([samples[number].advantage for number in trajectory_of(rows)], dtype=torch.float32)
-    return StepTokens(rows, engine_logp, old_logp, logp_ref, advantage, recomputed, mismatch)
-
-
-def truncated_weights(
-    learner: Learner, step: StepTokens, samples: Sequence[ScoredTrajectory], training: RLTrainingConfig, layout: Layout
-) -> Tensor:
-    """The truncated importance weight of every predicted token, on the exact replay, (predicted,)."""
-    if training.method == "TraceRL" and training.shrink == 1 and step.recomputed:
-        replayed, difference = step.rows, step.old_logp - step.engine_logp
-    else:
-        replayed, trainer_logp, engine_logp = replay(learner, samples, training, layout)
-        difference = trainer_logp - engine_logp
-    return importance_weights(step.rows, replayed, difference, training.tis_cap, training.ratio_level == "sequence")
-
-
-def shares(
-    step: StepTokens, samples: int, training: RLTrainingConfig, max_gen_length: int, seed: Sequence[int]
-) -> Iterator[Part]:
-    """The step's updates: its responses shuffled and divided among `updates_per_step`."""
-    starts = np.cumsum([0] + [len(row.target) for row in step.rows])
-    row_of = np.array([row.trajectory for row in step.rows])
-    order = np.random.default_rng(seed).permutation(samples)
-    for part in np.array_split(order, min(training.updates_per_step, samples)):
-        index = np.flatnonzero(np.isin(row_of, part))
-        if len(index) == 0:  # random masking left nothing to predict in this share
-            continue
-        rows = [step.rows[i] for i in index]
-        tokens = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in index])
-        weight = loss_weights(rows, training.loss_norm, max_gen_length, noisings(training))
-        fields = TokenFields(
-            step.old_logp[tokens],
-            (step.old_logp if step.logp_ref is None else step.logp_ref)[tokens],
-            step.advantage[tokens],
-            torch.tensor(weight, dtype=torch.float32),
-        )
-        yield Part(rows, tokens, fields, own_reference=step.logp_ref is None)
-
-
-def update_policy(
-    learner: Learner,
-    step: StepTokens,
-    parts: Sequence[Part],
-    training: RLTrainingConfig,
-    temperature: float,
-    exact: bool,
-) -> dict[str, float]:
-    """One update of the policy for every part that has a signal; the figures of the step.
-
-    Where every advantage is 0 only the KL would be left, and of its rounding noise Adam makes full steps.
-    """
-    totals = Totals()
-    for part in parts:
-        if not ranks.any_rank(bool(part.fields.advantage.any())):
-            totals.skipped += 1
-            continue
-        first = None
-        if step.mismatch is None:
-            first = FirstLogp(step.engine_logp[part.tokens], exact)
-        batches, now = micro_batches(part.rows, training.tokens_per_micro_batch), Totals()
-        if training.ratio_level == "sequence":
-            present = part.fields.old_logp
-            if totals.updates > 0 or not step.recomputed:
-                present = batch_logp(learner, batches, len(present), temperature)
-            loss = sequence_step_loss(learner, part, present, training, temperature, now, first)
-        else:
-            loss = token_step_loss(learner, part, training, temperature, now, first)
-        done = update(learner, batches, loss, before_step=first.check if first else None)
-        if first is not None:
-            step.mismatch = mismatch_of(first.trainer, first.engine)
-        if done.taken:
-            now = now.of_all_ranks()
-            now.add(grad_norm=done.grad_norm)
-            totals.take(now)
-        else:
-            totals.bad_steps += 1
-    if totals.skipped:
-        console.print(f"{totals.skipped} of {len(parts)} updates skipped: every advantage is 0, as of equal rewards")
-    if step.mismatch is None and parts:  # all were skipped
-        batches = micro_batches(parts[0].rows, training.tokens_per_micro_batch)
-        engine_logp = step.engine_logp[parts[0].tokens]
-        step.mismatch = mismatch_of(batch_logp(learner, batches, len(engine_logp), temperature), engine_logp)
-        if exact:
-            check_ratios(step.mismatch["logp_diff_max"])
-    return totals.means()
-
-
-def token_step_loss(
-    learner: Learner,
-    part: Part,
-    training: RLTrainingConfig,
-    temperature: float,
-    totals: Totals,
-    first: FirstLogp | None,
-) -> Callable[[PackedBatch], Tensor]:
-    """The loss of a micro-batch with a ratio for every token; its figures go to `totals`, its logp to `first`."""
-
-    def loss(batch: PackedBatch) -> Tensor:
-        logp, entropy = learner.forward(batch, temperature)
-        fields = part.fields.select(torch.from_numpy(batch.predicted)).to(logp.device)
-        if training.old_logp == "detach":
-            fields = replace(fields, old_logp=logp.detach())
-        if part.own_reference:
-            fields = replace(fields, logp_ref=logp.detach())
-        result = clipped_loss(logp, fields, training)
-        if first is not None:
-            first.see(batch.predicted, logp)
-        totals.tokens += len(logp)
-        totals.terms += len(logp)
-        totals.add(loss=result.loss.detach(), kl=result.kl, clip_fraction=result.clipped, entropy=entropy.sum())
-        return result.loss
-
-    return loss
-
-
-def sequence_step_loss(
-    learner: Learner,
-    part: Part,
-    present: Tensor,
-    training: RLTrainingConfig,
-    temperature: float,
-    totals: Totals,
-    first: FirstLogp | None,
-) -> Callable[[PackedBatch], Tensor]:
-    """As `token_step_loss`, with one ratio for every response: exp of the difference of its ELBO per token (ESPO).
-
-    A response's tokens may lie in several micro-batches, so its ratio comes from the log-probabilities at `present`,
-    and a micro-batch's loss is linear in its own: the slope of the sequence's term, the same for all its tokens.
-    """
-    response, share = sequence_shares(part.rows, by_noising=training.method != "TraceRL")
-    count = int(response.max()) + 1
-
-    def per_response(values: Tensor) -> Tensor:
-        return torch.zeros(count).index_add(0, response, share * values)
-
-    old_logp = present if training.old_logp == "detach" else part.fields.old_logp
-    fields = TokenFields(
-        per_response(old_logp),
-        per_response(present if part.own_reference else part.fields.logp_ref),
-        per_response(part.fields.advantage),
-        torch.full((count,), 1 / count),
-    )
-    elbo = per_response(present).requires_grad_()
-    result = clipped_loss(elbo, fields, training)
-    slope = torch.autograd.grad(result.loss, elbo)[0][response] * share  # (predicted,)
-    if ranks.is_main():  # all ranks know it of all responses
-        totals.terms += count
-        totals.add(loss=result.loss.detach(), kl=result.kl, clip_fraction=result.clipped)
-
-    def loss(batch: PackedBatch) -> Tensor:
-        logp, entropy = learner.forward(batch, temperature)
-        if first is not None:
-            first.see(batch.predicted, logp)
-        totals.tokens += len(logp)
-        totals.add(entropy=entropy.sum())
-        return (slope[batch.predicted].to(logp.device) * logp).sum()
-
-    return loss
-
-
-def clipped_loss(logp: Tensor, fields: TokenFields, training: RLTrainingConfig) -> PolicyLoss:
-    """The clipped objective with the config's bounds and estimator; the KL is k3, else k1 (of a sequence: k2)."""
-    other = "k2" if training.ratio_level == "sequence" else "k1"
-    estimator = "k3" if training.use_kl_estimator_k3 else other
-    return policy_loss(logp, fields, training.eps, training.beta, estimator, training.eps_high)
-
-
-def update_value(
-    critic: Learner, step: StepTokens, parts: Sequence[Part], training: RLTrainingConfig
-) -> dict[str, float]:
-    """One update of the value model for every part; the figures of the step, before its updates where they ask."""
-    totals = Totals()
-    for part in parts:
-        old_value, returns = step.old_value[part.tokens], step.returns[part.tokens]
-        now = Totals()
-
-        def loss(batch: PackedBatch, old: Tensor = old_value, goal: Tensor = returns, part: Part = part) -> Tensor:
-            value = critic.forward(batch)
-            tensors = (one[batch.predicted].to(value.device) for one in (old, goal, part.fields.weight))
-            result, clipped = value_loss(value, *tensors, training.eps)
-            now.tokens += len(value)  # noqa: B023 — called before `now` is another
-            now.add(loss=result.detach(), clip=clipped)  # noqa: B023
-            return result
-
-        done = update(critic, micro_batches(part.rows, training.tokens_per_micro_batch), loss)
-        if done.taken:
-            now = now.of_all_ranks()
-            now.add(grad_norm=done.grad_norm)
-            totals.take(now)
-        else:
-            totals.bad_steps += 1
-    figures = {
-        "value_mean": float(step.old_value.mean()),
-        "explained_variance": explained_variance(step.old_value.double().numpy(), step.returns.double().numpy()),
-        "value_bad_steps": totals.bad_steps,
-    }
-    if totals.updates:
-        figures |= {
-            "value_loss": totals.sums["loss"] / totals.updates,
-            "value_grad_norm": totals.sums["grad_norm"] / totals.updates,
-            "value_clip_fraction": totals.sums["clip"] / totals.tokens,
-        }
-    return figures
+def sample_rows(
+    samples: Sequence[ScoredTrajectory], training: RLTrainingConfig, layout: Layout, seed: Sequence[int]
+) -> list[Row]:
+    """The packed rows of all samples, in their order, with the views of the configured method."""
+    method = view_method(training.method)
+    rows = []
+    for number, sample in enumerate(samples):
+        trajectory = sample.trajectory
+        views = method(trajectory, layout, training, np.random.default_rng([*seed, number]))
+        rows += make_rows(number, trajectory.prompt_ids, trajectory.response_ids, views, layout.logit_offset)
+    return rows
 
 
 def warn_of_long_rows(rows: Sequence[Row], budget: int) -> None:
@@ -380,3 +110,255 @@ def warn_of_long_rows(rows: Sequence[Row], budget: int) -> None:
             f"{len(long)} of {len(rows)} packed trajectories exceed training.tokens_per_micro_batch={budget} (longest "
             f"{max(long)}): each is a micro-batch of its own; raise it where memory allows, or lower rollout.max_token"
         )
+
+
+def replays(training: RLTrainingConfig) -> bool:
+    """Whether the views are the very ones that the engine drew from."""
+    return training.method == "TraceRL" and training.shrink == 1
+
+
+def take_starting_logp(
+    learner: Learner,
+    batches: Sequence[PackedBatch],
+    tokens: Tokens,
+    training: RLTrainingConfig,
+    temperature: float,
+    exact: bool,
+) -> None:
+    """Fill in what the ratios and the KL start from, and for them the policy's logp before the step where it is needed.
+
+    Where views are replays and the engine is exact its numbers are the policy's, and no forward is spent on them.
+    """
+    engine_is_policy = replays(training) and exact
+    auto_recomputes = training.old_logp == "auto" and not (engine_is_policy and training.tis_cap is None)
+    recompute = training.old_logp == "recompute" or auto_recomputes
+    old_reference = training.kl_reference == "old"
+    policy_moves = training.updates_per_step > 1  # away from the start of the step, while the step goes on
+    if recompute or (old_reference and policy_moves and not engine_is_policy):
+        tokens.trainer_logp = batch_logp(learner, batches, temperature)
+    if training.old_logp != "detach":
+        tokens.old_logp = tokens.trainer_logp if recompute else tokens.engine_logp
+    if policy_moves or not old_reference:
+        tokens.reference_logp = tokens.engine_logp if tokens.trainer_logp is None else tokens.trainer_logp
+
+
+def shares_of(
+    rows: Sequence[Row],
+    tokens: Tokens,
+    samples: int,
+    training: RLTrainingConfig,
+    max_gen_length: int,
+    seed: Sequence[int],
+) -> list[Share]:
+    """The step's updates: its responses shuffled and divided among `updates_per_step`, and the weights of each."""
+    order = np.random.default_rng(seed).permutation(samples)
+    shares = []
+    for chosen in np.array_split(order, min(training.updates_per_step, samples)):
+        responses = set(chosen.tolist())
+        own_rows = [row for row in rows if row.trajectory in responses]
+        if not own_rows:  # random masking left nothing to predict in this share
+            continue
+        own = tokens[np.isin(tokens.trajectory.numpy(), chosen)]
+        weight = loss_weights(own, training.loss_norm, max_gen_length, noisings(training))
+        own.weight = torch.tensor(weight, dtype=torch.float32)
+        shares.append((micro_batches(own_rows, training.tokens_per_micro_batch), own))
+    return shares
+
+
+# ---- the policy
+
+
+def update_policy(
+    learner: Learner,
+    shares: Sequence[Share],
+    training: RLTrainingConfig,
+    temperature: float,
+    exact: bool,
+    measure_mismatch: bool,
+) -> dict[str, float]:
+    """One update of the policy for every share that has a signal; the figures of the step.
+
+    Where every advantage is 0 only the KL would be left, and of its rounding noise Adam makes full steps.
+    `measure_mismatch`: the first update's own forward is compared with the engine before the optimizer steps.
+    """
+    totals, mismatch = Counter(), {}
+
+    def measure(trainer_logp: Tensor, tokens: Tokens) -> None:
+        mismatch.update(mismatch_of(trainer_logp, tokens.engine_logp, exact))
+
+    for batches, tokens in shares:
+        if not ranks.any_rank(bool(tokens.advantage.any())):
+            totals["skipped"] += 1
+            continue
+        present = None  # the policy's logp before this update, for ratios of whole sequences
+        if training.ratio_level == "sequence":
+            known = training.old_logp in ("auto", "recompute") and not totals["updates"]
+            present = tokens.trainer_logp if known else None
+            if present is None:
+                present = batch_logp(learner, batches, temperature)
+        first = measure_mismatch and not mismatch
+        totals.update(
+            policy_update(learner, batches, tokens, present, training, temperature, measure if first else None)
+        )
+    if totals["skipped"]:
+        console.print(
+            f"{totals['skipped']} of {len(shares)} updates skipped: every advantage is 0, as of equal rewards"
+        )
+    if measure_mismatch and not mismatch and shares:  # all were skipped
+        batches, tokens = shares[0]
+        measure(batch_logp(learner, batches, temperature), tokens)
+    return policy_figures(totals) | mismatch
+
+
+def policy_update(
+    learner: Learner,
+    batches: Sequence[PackedBatch],
+    tokens: Tokens,
+    present: Tensor | None,
+    training: RLTrainingConfig,
+    temperature: float,
+    before_step: Callable[[Tensor, Tokens], None] | None,
+) -> Counter:
+    """One update with a ratio for every token or, from the policy's `present` logp, one for every response; its sums.
+
+    `before_step` is called with the logp of the update's forward, (predicted,), of all ranks.
+    """
+    sums, seen, slope = Counter(), torch.zeros(len(tokens)), None
+    if present is not None:
+        result, slope = sequence_loss(present, tokens, training)
+        if ranks.is_main():  # all ranks know it of all responses
+            sums.update(figures_of(result))
+
+    def loss(batch: PackedBatch) -> Tensor:
+        logp, entropy = learner.forward(batch, temperature)
+        seen[batch.predicted] = logp.detach().float().cpu()
+        sums.update(tokens=len(logp), entropy=float(entropy.sum()))
+        if slope is not None:
+            return (slope[batch.predicted].to(logp.device) * logp).sum()
+        result = clipped_loss(logp, tokens[batch.predicted].to(logp.device), training)
+        sums.update(figures_of(result))
+        return result.loss
+
+    before = (lambda: before_step(ranks.add_up(seen), tokens)) if before_step else None
+    return counted_update(learner, batches, loss, sums, before)
+
+
+def sequence_loss(present: Tensor, tokens: Tokens, training: RLTrainingConfig) -> tuple[PolicyLoss, Tensor]:
+    """The loss with one ratio for every response, exp of the difference of its ELBO per token (ESPO), and its slope.
+
+    A response's tokens may lie in several micro-batches, so its ratio comes from the log-probabilities at `present`,
+    and a micro-batch's loss is linear in its own: by the slope of the sequence's term, (predicted,), which is the same
+    for all its tokens but for their shares in the ELBO.
+    """
+    response, share = sequence_shares(tokens, by_noising=training.method != "TraceRL")
+    count = int(response.max()) + 1
+
+    def per_response(column: Tensor | None) -> Tensor | None:
+        return None if column is None else torch.zeros(count).index_add(0, response, share * column)
+
+    elbo = per_response(present).requires_grad_()
+    responses = Tokens(
+        trajectory=torch.arange(count),
+        old_logp=per_response(tokens.old_logp),
+        reference_logp=per_response(tokens.reference_logp),
+        advantage=per_response(tokens.advantage),
+        weight=torch.full((count,), 1 / count),
+    )
+    result = clipped_loss(elbo, responses, training)
+    return result, torch.autograd.grad(result.loss, elbo)[0][response] * share
+
+
+def clipped_loss(logp: Tensor, tokens: Tokens, training: RLTrainingConfig) -> PolicyLoss:
+    """The clipped objective with the config's bounds and estimator; the KL is k3, else k1 (of a sequence: k2)."""
+    other = "k2" if training.ratio_level == "sequence" else "k1"
+    estimator = "k3" if training.use_kl_estimator_k3 else other
+    return policy_loss(logp, tokens, training.eps, training.beta, estimator, training.eps_high)
+
+
+def figures_of(result: PolicyLoss) -> dict[str, float]:
+    """The sums of a loss over its terms: ratios of tokens, or of sequences."""
+    return {
+        "terms": result.terms,
+        "loss": float(result.loss.detach()),
+        "kl": float(result.kl),
+        "clipped": int(result.clipped),
+    }
+
+
+def policy_figures(totals: Counter) -> dict[str, float]:
+    """The step's figures from sums over its updates: means over updates, over terms and over tokens."""
+    figures = {
+        "updates": totals["updates"],
+        "bad_steps": totals["bad_steps"],
+        "updates_skipped": totals["skipped"],  # no advantage of theirs differs from 0
+    }
+    if totals["updates"] == 0:
+        return figures
+    return figures | {
+        "loss": totals["loss"] / totals["updates"],
+        "kl": totals["kl"] / totals["terms"],
+        "clip_fraction": totals["clipped"] / totals["terms"],
+        "entropy": totals["entropy"] / totals["tokens"],
+        "grad_norm": totals["grad_norm"] / totals["updates"],
+        "predicted_tokens": totals["tokens"],
+    }
+
+
+def counted_update(
+    learner: Learner,
+    batches: Sequence[PackedBatch],
+    loss: Callable[[PackedBatch], Tensor],
+    sums: Counter,
+    before_step: Callable[[], None] | None = None,
+) -> Counter:
+    """An update whose loss adds to `sums`: these over all ranks with the update and its gradient's norm, or a bad step.
+
+    All ranks must call it.
+    """
+    done = update(learner, batches, loss, before_step)
+    if not done.taken:
+        return Counter(bad_steps=1)
+    total = Counter(updates=1, grad_norm=done.grad_norm)
+    for of_rank in ranks.gather(sums):
+        total.update(of_rank)
+    return total
+
+
+# ---- the value model
+
+
+def update_value(
+    critic: Learner, tokens: Tokens, shares: Sequence[Share], training: RLTrainingConfig
+) -> dict[str, float]:
+    """One update of the value model for every share; the figures of the step, before its updates where they ask."""
+    totals = Counter()
+    for batches, own in shares:
+        totals.update(value_update(critic, batches, own, training))
+    figures = {
+        "value_mean": float(tokens.old_value.mean()),
+        "explained_variance": explained_variance(tokens.old_value.double().numpy(), tokens.returns.double().numpy()),
+        "value_bad_steps": totals["bad_steps"],
+    }
+    if totals["updates"]:
+        figures |= {
+            "value_loss": totals["loss"] / totals["updates"],
+            "value_grad_norm": totals["grad_norm"] / totals["updates"],
+            "value_clip_fraction": totals["clipped"] / totals["tokens"],
+        }
+    return figures
+
+
+def value_update(
+    critic: Learner, batches: Sequence[PackedBatch], tokens: Tokens, training: RLTrainingConfig
+) -> Counter:
+    """One update of the value model; its sums."""
+    sums = Counter()
+
+    def loss(batch: PackedBatch) -> Tensor:
+        value = critic.forward(batch)
+        own = tokens[batch.predicted].to(value.device)
+        result, clipped = value_loss(value, own.old_value, own.returns, own.weight, training.eps)
+        sums.update(tokens=len(value), loss=float(result.detach()), clipped=int(clipped))
+        return result
+
+    return counted_update(critic, batches, loss, sums)

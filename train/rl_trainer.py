@@ -21,12 +21,13 @@ from rollout.collect import collect, encode_tasks, prompts_within
 from rollout.evaluate import evaluate
 from rollout.results import Evaluation
 from rollout.samples import write_samples
-from train.devices import whole_weights
+from train.learner import whole_weights
+from train.objectives import kept_samples
 from train.rl_checkpoint import export, resume, save
 from train.rl_report import report_step, rollout_figures, step_times, write_results
 from train.rl_setup import Inputs, Run, read_inputs, set_up
 from train.rl_step import learn
-from train.samples import kept_samples, layout_of
+from train.views import layout_of
 
 
 def main(config: RLConfig, inputs: Inputs | None = None, stages: Stopwatch | None = None) -> int:
@@ -126,7 +127,7 @@ def rl_step(run: Run) -> dict[str, float]:
             f"{config.training.keep_accuracy}; no update"
         )
     with watch("sync"):
-        run.engine.load_weights(whole_weights(run.learner.network.model))
+        run.engine.load_weights(whole_weights(run.learner.network.backbone))
     for stage, seconds in watch.seconds.items():
         run.stages.seconds[stage] = run.stages.seconds.get(stage, 0.0) + seconds
     means = rollout_figures(groups, samples)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from common.training_schema import SFTTrainingConfig
 from models import LoadedModel
-from train.optimize import Learner, batch_logp, micro_batches, update
+from train.learner import Learner, batch_logp, micro_batches, update
 from train.packing import PackedBatch, Row, make_rows
 from train.sft_data import Conversation
-from train.views import SFT_METHODS, join_views
+from train.views import SFT_METHODS, join_views, layout_of
 
 
 def rows_of(
@@ -21,12 +21,12 @@ def rows_of(
     rng: np.random.Generator,
 ) -> list[Row]:
     """Packed rows of conversations under freshly drawn views."""
-    method = SFT_METHODS[loaded.family.attention][training.method]
+    method, layout = SFT_METHODS[loaded.family.attention][training.method], layout_of(loaded, training.block_size)
     rows = []
     for number, conversation in enumerate(conversations):
-        views = join_views([method(example, loaded.mask_id, training, rng) for example in conversation])
+        views = join_views([method(example, layout, training, rng) for example in conversation])
         last = conversation[-1]  # its prompt holds the examples before it
-        rows += make_rows(number, last.prompt_ids, last.response_ids, views, loaded.family.logit_offset)
+        rows += make_rows(number, last.prompt_ids, last.response_ids, views, layout.logit_offset)
     return rows
 
 
@@ -73,7 +73,7 @@ def validation_loss(
     """The loss on samples that are not learned, under the same noise every time."""
     rows = rows_of(training, loaded, conversations, np.random.default_rng([training.seed, 1]))
     batches = micro_batches(rows, training.tokens_per_micro_batch)
-    logp = batch_logp(learner, batches, sum(len(row.target) for row in rows), 1.0)  # (predicted,)
+    logp = batch_logp(learner, batches, 1.0)  # (predicted,)
     weight = elbo_weights(training, rows)
     total = -float((logp if weight is None else logp * weight).sum())
     return total / loss_denominator(training, conversations, rows)

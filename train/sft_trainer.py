@@ -27,10 +27,9 @@ from models.tiny import build_tiny
 from reward.score import check_tasks, evaluation_scorer
 from rollout.evaluate import evaluate
 from sample.engine import Engine
-from train.devices import make_accelerator, whole_networks, whole_weights
+from train.learner import Learner, make_accelerator, make_learner, whole_networks, whole_weights
 from train.learner_state import load_learner, save_learner, whole_state_dict, write_adapter
-from train.optimize import Learner, make_learner
-from train.policy import Policy
+from train.network import Policy
 from train.sft_data import Conversation, Samples, make_samples, read_samples, split, told_reasons
 from train.sft_step import elbo_weights, loss_denominator, rows_of, sft_update, validation_loss
 from train.views import SFT_METHODS

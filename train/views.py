@@ -1,18 +1,52 @@
 """Views: noised copies of parts of a response, and the positions to predict in each.
 
-Every method, of reinforcement learning and of supervised finetuning, is a function that makes `Views` of one
-response; packing, loss and optimizer do not know which. Under block attention a view is one block at its absolute
+Every method, of reinforcement learning and of supervised finetuning, is a function (example, layout, training, rng) →
+`Views`; packing, loss and optimizer do not know which. Under block attention a view is one block at its absolute
 positions, given the clean blocks before it; tokens of the prompt's remainder in it stay visible. Under full attention
-(block_size None) a view is the whole response, given the prompt.
+(layout.block_size None) a view is the whole response, given the prompt.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from common.training_schema import RLTrainingConfig, SFTTrainingConfig
+from common.errors import UserError
+from common.training_schema import RLTrainingConfig, SFTTrainingConfig, TrainingBase
 from common.trajectory import Trajectory
+from common.user_code import load_function
+from models.family import LoadedModel
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the family's attention lays a response out."""
+
+    mask_id: int
+    block_size: int | None  # None: full attention
+    logit_offset: int = 0  # the prediction for position i is at i + logit_offset
+
+
+def layout_of(loaded: LoadedModel, block_size: int) -> Layout:
+    """The layout of a family's responses, in blocks of that size where its attention has blocks."""
+    family = loaded.family
+    return Layout(loaded.mask_id, None if family.attention == "full" else block_size, family.logit_offset)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with the response to learn, filled up to whole blocks or to the canvas.
+
+    `length` counts through the stop token; a step of -1 marks what a trace never unmasked. A `Trajectory` has the same
+    fields, and is an example too.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    length: int
+    step_map: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -33,17 +67,7 @@ class Views:
         return len(self.block)
 
 
-@dataclass(frozen=True)
-class Example:
-    """A prompt with the response to learn, filled up to whole blocks or to the canvas.
-
-    `length` counts through the stop token; a step of -1 marks what a trace never unmasked.
-    """
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-    length: int
-    step_map: list[int] | None = None
+ViewMethod = Callable[[Example | Trajectory, Layout, TrainingBase, np.random.Generator], Views]
 
 
 @dataclass(frozen=True)
@@ -63,7 +87,7 @@ class BlockGrid:
 def block_grid(prompt_ids: list[int], response_ids: list[int], block_size: int | None) -> BlockGrid:
     """Cut prompt + response into blocks and keep those that hold response tokens; the last must be whole.
 
-    block_size None keeps the response in one piece.
+    block_size None (full attention) keeps the response in one piece.
     """
     if block_size is None:
         ids = np.array(response_ids, dtype=np.int64)[None]
@@ -77,52 +101,60 @@ def block_grid(prompt_ids: list[int], response_ids: list[int], block_size: int |
     return BlockGrid(False, block, ids, position - len(prompt_ids))
 
 
-def trace_views(
-    trajectory: Trajectory | Example, block_size: int | None, mask_id: int, shrink: int = 1, post_num: int = 0
-) -> Views:
+# ---- views of a trace
+
+
+def trace_views(example: Example | Trajectory, layout: Layout, shrink: int = 1, post_num: int = 0) -> Views:
     """TraceRL: replay the trace; one view for each block and each `shrink` neighbouring distinct steps of it.
 
     What was unmasked before the view's steps is visible, the rest is masked; the tokens of the view's steps are
     predicted, those behind the response's end (plus `post_num`) are not. Positions that were never unmasked (step -1)
     stay masks.
     """
-    grid = block_grid(trajectory.prompt_ids, trajectory.response_ids, block_size)
-    trace = _on_grid(grid, trajectory.step_map, outside=-1)
+    grid = block_grid(example.prompt_ids, example.response_ids, layout.block_size)
+    trace = _trace_on(grid, example.step_map)
     drawn = grid.in_response & (trace >= 0)
-    row, step = np.nonzero(drawn)[0], trace[drawn]
-    pairs = np.unique(np.stack([row, step], 1), axis=0)  # (distinct steps, 2), sorted by block, then step
-    group_start, group_row = _group_steps(pairs[:, 0], shrink)
-    first_step = pairs[group_start, 1]
-    last_step = pairs[np.append(group_start[1:], len(pairs)) - 1, 1]
-    group_trace, group_drawn = trace[group_row], drawn[group_row]  # (views, width)
-    masked = (group_drawn & (group_trace >= first_step[:, None])) | (grid.in_response & ~drawn)[group_row]
-    predict = masked & group_drawn & (group_trace <= last_step[:, None])
-    predict &= grid.response_index[group_row] < trajectory.length + post_num
-    step_of_view = np.broadcast_to(first_step[:, None], predict.shape)
-    return _views(grid, group_row, masked, predict, step_of_view, mask_id)
+    pairs = np.unique(np.stack([np.nonzero(drawn)[0], trace[drawn]], 1), axis=0)  # (distinct steps, 2): block, step
+    rank = np.arange(len(pairs)) - np.searchsorted(pairs[:, 0], pairs[:, 0], side="left")  # of a step in its block
+    start = np.nonzero(rank % shrink == 0)[0]  # where each view's steps begin in `pairs`
+    row = pairs[start, 0]
+    first_step, last_step = pairs[start, 1], pairs[np.append(start[1:], len(pairs)) - 1, 1]
+    view_trace, view_drawn = trace[row], drawn[row]  # (views, width)
+    masked = (view_drawn & (view_trace >= first_step[:, None])) | (grid.in_response & ~drawn)[row]
+    predict = masked & view_drawn & (view_trace <= last_step[:, None])
+    predict &= grid.response_index[row] < example.length + post_num
+    step = np.broadcast_to(first_step[:, None], predict.shape)
+    return _views(grid, row, masked, predict, step, layout.mask_id)
+
+
+def replayed_trace(
+    example: Example | Trajectory, layout: Layout, training: RLTrainingConfig | SFTTrainingConfig, rng: object
+) -> Views:
+    """`trace_views` as the config says."""
+    return trace_views(example, layout, training.shrink, training.post_num)
+
+
+# ---- random views of reinforcement learning
 
 
 def random_views(
-    trajectory: Trajectory,
-    block_size: int | None,
-    mask_id: int,
+    example: Example | Trajectory,
+    layout: Layout,
+    training: TrainingBase,
     rng: np.random.Generator,
-    lower_p: float,
-    upper_p: float,
-    times: int,
-    post_num: int = 0,
     coupled: bool = False,
 ) -> Views:
-    """`times` noisings of the whole response, each with t ~ U(lower_p, upper_p), every token masked with probability t.
+    """`mask_times_per_sample` noisings of the whole response, each with its own t ~ U(lower_p, upper_p).
 
-    `coupled` adds each noising's complement: the pair predicts every predictable token exactly once.
+    Every token is masked with probability t. `coupled` adds each noising's complement: the pair predicts every
+    predictable token exactly once.
     """
-    grid = block_grid(trajectory.prompt_ids, trajectory.response_ids, block_size)
-    drawn = grid.in_response & (_on_grid(grid, trajectory.step_map, outside=-1) >= 0)
-    predictable = drawn & (grid.response_index < trajectory.length + post_num)
+    grid = block_grid(example.prompt_ids, example.response_ids, layout.block_size)
+    drawn = grid.in_response & (_trace_on(grid, example.step_map) >= 0)
+    predictable = drawn & (grid.response_index < example.length + training.post_num)
     noisings = []
-    for _ in range(times):
-        share = rng.uniform(lower_p, upper_p)
+    for _ in range(training.mask_times_per_sample):
+        share = rng.uniform(training.lower_p, training.upper_p)
         masked = drawn & (rng.uniform(size=drawn.shape) < share)
         noisings += [masked, drawn & ~masked] if coupled else [masked]
     blocks = len(grid.block)
@@ -130,66 +162,60 @@ def random_views(
     row = np.tile(np.arange(blocks), len(noisings))
     noising = np.repeat(np.arange(len(noisings)), blocks)[:, None] + np.zeros_like(grid.ids)[row]
     predict = masked & predictable[row]
-    return _views(grid, row, masked | (grid.in_response & ~drawn)[row], predict, noising, mask_id)
+    return _views(grid, row, masked | (grid.in_response & ~drawn)[row], predict, noising, layout.mask_id)
+
+
+# ---- views of finetuning
 
 
 def random_block_views(
-    example: Example,
-    block_size: int,
-    mask_id: int,
-    rng: np.random.Generator,
-    lower_p: float,
-    upper_p: float,
-    post_num: int = 0,
-    times: int = 1,
+    example: Example, layout: Layout, training: SFTTrainingConfig, rng: np.random.Generator
 ) -> Views:
-    """Semi-autoregressive SFT: `times` views of every block, each response token masked with t ~ U(lower_p, upper_p).
+    """Semi-autoregressive: `mask_times_per_sample` views of every block, each with its own t ~ U(lower_p, upper_p).
 
-    A block's draw is repeated until it masks a token to predict; blocks that have none are left out.
+    Every response token is masked with probability t. A block's draw is repeated until it masks a token to predict;
+    blocks that have none are left out.
     """
-    grid = block_grid(example.prompt_ids, example.response_ids, block_size)
-    predictable = grid.in_response & (grid.response_index < example.length + post_num)
-    rows = np.repeat(np.nonzero(predictable.any(1))[0], times)
-    noised, weight = _noise_blocks(grid.in_response[rows], predictable[rows], rng, lower_p, upper_p)
+    grid = block_grid(example.prompt_ids, example.response_ids, layout.block_size)
+    predictable = grid.in_response & (grid.response_index < example.length + training.post_num)
+    rows = np.repeat(np.nonzero(predictable.any(1))[0], training.mask_times_per_sample)
+    noised, weight = _noise_blocks(grid.in_response[rows], predictable[rows], training, rng)
     steps = np.zeros_like(grid.ids)[rows]
-    return _views(grid, rows, noised, noised & predictable[rows], steps, mask_id, weight)
+    return _views(grid, rows, noised, noised & predictable[rows], steps, layout.mask_id, weight)
 
 
-def random_whole_views(
+def random_response_views(
     example: Example,
-    block_size: int | None,
-    mask_id: int,
+    layout: Layout,
+    training: SFTTrainingConfig,
     rng: np.random.Generator,
-    lower_p: float,
-    upper_p: float,
-    post_num: int = 0,
-    times: int = 1,
+    by_block: bool = False,
 ) -> Views:
-    """Full-attention SFT. block_size None: the response noised with one t ~ U(lower_p, upper_p) (random masking).
+    """Full attention: the response noised with one t ~ U(lower_p, upper_p) (random masking).
 
-    Else one view per block: earlier blocks clean, later ones masked, the block noised with its own t (semi-ar).
-    All of it `times` times.
+    `by_block` (semi-ar): one view per block of training.block_size: earlier blocks clean, later ones masked, the block
+    noised with its own t. All of it `mask_times_per_sample` times.
     """
-    whole = block_grid(example.prompt_ids, example.response_ids, None)
+    grid = block_grid(example.prompt_ids, example.response_ids, None)
     width = len(example.response_ids)
-    size = block_size or width
+    size = training.block_size if by_block else width
     assert width % size == 0, f"a canvas of {width} tokens is no whole number of blocks of {size}"
     index = np.arange(width).reshape(-1, size)  # (blocks, size)
-    predictable = index < example.length + post_num
-    rows = np.repeat(np.nonzero(predictable.any(1))[0], times)
-    noised, weight = _noise_blocks(np.ones_like(predictable)[rows], predictable[rows], rng, lower_p, upper_p)
+    predictable = index < example.length + training.post_num
+    rows = np.repeat(np.nonzero(predictable.any(1))[0], training.mask_times_per_sample)
+    noised, weight = _noise_blocks(np.ones_like(predictable)[rows], predictable[rows], training, rng)
     masked = np.arange(width) >= (rows[:, None] + 1) * size  # later blocks
     predict = np.zeros_like(masked)
     for view, block in enumerate(rows):
         masked[view, index[block]] = noised[view]
         predict[view, index[block]] = noised[view] & predictable[block]
-    views = np.zeros(len(rows), dtype=np.int64)
-    return _views(whole, views, masked, predict, np.zeros_like(masked, dtype=np.int64), mask_id, weight)
+    whole = np.zeros(len(rows), dtype=np.int64)
+    return _views(grid, whole, masked, predict, np.zeros_like(masked, dtype=np.int64), layout.mask_id, weight)
 
 
-def next_token_views(example: Example, post_num: int = 0) -> Views:
-    """Autoregressive SFT: the response as it is, every token of it predicted from those before it."""
-    width = min(example.length + post_num, len(example.response_ids))
+def next_token_views(example: Example, layout: Layout, training: SFTTrainingConfig, rng: object) -> Views:
+    """Autoregressive: the response as it is, every token of it predicted from those before it."""
+    width = min(example.length + training.post_num, len(example.response_ids))
     ids = np.array(example.response_ids[:width], dtype=np.int64)[None]
     index, zeros = np.arange(width)[None], np.zeros_like(ids)
     return Views(True, np.zeros(1, dtype=np.int64), ids, ids, np.ones_like(ids, dtype=bool), index, zeros, causal=True)
@@ -208,73 +234,68 @@ def join_views(parts: Sequence[Views]) -> Views:
     return Views(whole=parts[0].whole, causal=parts[0].causal, **{name: joined(name) for name in arrays})
 
 
-def _trace(
-    trajectory: Trajectory, block_size: int | None, mask_id: int, training: RLTrainingConfig, rng: object
-) -> Views:
-    return trace_views(trajectory, block_size, mask_id, training.shrink, training.post_num)
+# ---- the methods by name
 
-
-def _random(
-    trajectory: Trajectory,
-    block_size: int | None,
-    mask_id: int,
-    training: RLTrainingConfig,
-    rng: np.random.Generator,
-) -> Views:
-    times, coupled = training.mask_times_per_sample, training.method == "coupled"
-    bounds = (training.lower_p, training.upper_p)
-    return random_views(trajectory, block_size, mask_id, rng, *bounds, times, training.post_num, coupled)
-
-
-def _sft_random(views: Callable[..., Views], by_block: bool) -> Callable[..., Views]:
-    def method(example: Example, mask_id: int, training: SFTTrainingConfig, rng: np.random.Generator) -> Views:
-        size = training.block_size if by_block else None
-        bounds = (training.lower_p, training.upper_p)
-        return views(example, size, mask_id, rng, *bounds, training.post_num, training.mask_times_per_sample)
-
-    return method
-
-
-def _sft_trace(by_block: bool) -> Callable[..., Views]:
-    def method(example: Example, mask_id: int, training: SFTTrainingConfig, rng: object) -> Views:
-        size = training.block_size if by_block else None
-        return trace_views(example, size, mask_id, training.shrink, training.post_num)
-
-    return method
-
-
-def _sft_next_token(example: Example, mask_id: int, training: SFTTrainingConfig, rng: object) -> Views:
-    return next_token_views(example, training.post_num)
-
-
-# (trajectory, block_size or None, mask_id, the config's training section, rng) → Views
-RL_METHODS: dict[str, Callable[..., Views]] = {"TraceRL": _trace, "random_masking": _random, "coupled": _random}
-# by attention: (example, mask_id, the config's training section, rng) → Views
-SFT_METHODS: dict[str, dict[str, Callable[..., Views]]] = {
-    "block": {"semi-ar": _sft_random(random_block_views, by_block=True), "trace": _sft_trace(by_block=True)},
+RL_METHODS: dict[str, ViewMethod] = {
+    "TraceRL": replayed_trace,
+    "random_masking": random_views,
+    "coupled": partial(random_views, coupled=True),
+}
+SFT_METHODS: dict[str, dict[str, ViewMethod]] = {  # by the family's attention
+    "block": {"semi-ar": random_block_views, "trace": replayed_trace},
     "full": {
-        "semi-ar": _sft_random(random_whole_views, by_block=True),
-        "random_masking": _sft_random(random_whole_views, by_block=False),
-        "trace": _sft_trace(by_block=False),
-        "ar": _sft_next_token,  # of networks that predict position i at i - 1
+        "semi-ar": partial(random_response_views, by_block=True),
+        "random_masking": random_response_views,
+        "trace": replayed_trace,
+        "ar": next_token_views,  # of networks that predict position i at i - 1
     },
 }
 
 
-def _on_grid(grid: BlockGrid, values: list[int], outside: int) -> np.ndarray:
-    """Values of the response's tokens at their places in the grid, `outside` at the prompt's."""
-    placed = np.full(grid.ids.shape, outside, dtype=np.int64)
-    placed[grid.in_response] = values
-    return placed
+def view_method(method: str) -> ViewMethod:
+    """The function that makes the views of `training.method`: of RL_METHODS, or the user's own `module:function`.
+
+    A user's function may also take the older arguments (trajectory, block_size, mask_id, training, rng). UserError
+    where there is no such function; its views are checked when it is called.
+    """
+    if method in RL_METHODS:
+        return RL_METHODS[method]
+    function = load_function("training.method", method)
+    try:
+        inspect.signature(function).bind("example", "layout", "training", "rng")
+        older = False
+    except TypeError:
+        older = True
+
+    def checked(
+        example: Example | Trajectory, layout: Layout, training: TrainingBase, rng: np.random.Generator
+    ) -> Views:
+        arguments = (layout.block_size, layout.mask_id) if older else (layout,)
+        views = function(example, *arguments, training, rng)
+        if not isinstance(views, Views):
+            raise UserError(
+                f"training.method: '{method}' returned {type(views).__name__}; it must return train.views.Views"
+            )
+        return views
+
+    return checked
+
+
+def _trace_on(grid: BlockGrid, step_map: list[int]) -> np.ndarray:
+    """The step of every token of the grid, (blocks, width); -1 where it was never unmasked, and in the prompt."""
+    trace = np.full(grid.ids.shape, -1, dtype=np.int64)
+    trace[grid.in_response] = step_map
+    return trace
 
 
 def _noise_blocks(
-    maskable: np.ndarray, predictable: np.ndarray, rng: np.random.Generator, lower_p: float, upper_p: float
+    maskable: np.ndarray, predictable: np.ndarray, training: TrainingBase, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mask each block's tokens with its own t, again until a token to predict is masked.
 
     Returns who is masked, (blocks, width) bool, and the blocks' ELBO weights, (blocks, 1).
     """
+    lower_p, upper_p = training.lower_p, training.upper_p
     masked = np.zeros_like(maskable)
     shares = np.zeros((len(maskable), 1))
     empty = np.arange(len(maskable))
@@ -299,23 +320,16 @@ def elbo_weight(share: np.ndarray, count: np.ndarray, lower_p: float, upper_p: f
     return (1 - none_masked) / share
 
 
-def _group_steps(row: np.ndarray, shrink: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each group of `shrink` neighbouring steps starts in the sorted (block, step) pairs, and its block."""
-    first_of_row = np.searchsorted(row, row, side="left")
-    rank = np.arange(len(row)) - first_of_row
-    start = np.nonzero(rank % shrink == 0)[0]
-    return start, row[start]
-
-
 def _views(
     grid: BlockGrid,
-    row: np.ndarray,
-    masked: np.ndarray,
+    row: np.ndarray,  # (views,) of the grid
+    masked: np.ndarray,  # (views, width), as predict and step
     predict: np.ndarray,
     step: np.ndarray,
     mask_id: int,
     weight: np.ndarray | None = None,  # (views, 1)
 ) -> Views:
+    """Views of the grid's rows; those that predict nothing are left out."""
     keep = predict.any(1)
     row, masked, predict, step = row[keep], masked[keep], predict[keep], step[keep]
     targets = grid.ids[row]

@@ -1,14 +1,19 @@
-"""The optimizer's side of training: AdamW and its schedule live through the run; one `update` is one step of them."""
+"""The trained network with its optimizer, on one device or many: AdamW and its schedule live through the run.
 
-from __future__ import annotations
+`update` is one step of them over micro-batches. accelerate joins the ranks, and DeepSpeed shards what belongs to the
+network where the launcher's config says so; `whole_weights` makes sharded weights whole again.
+"""
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from common import ranks
@@ -16,7 +21,8 @@ from common.errors import UserError
 from common.health import beat
 from common.runtime import console
 from common.training_schema import OptimizerParams, SchedulerConfig, TrainingBase
-from train.devices import make_accelerator, with_deepspeed
+from models.lora import adapted_layer, is_adapter, merged, plain_name
+from train.network import Head
 from train.packing import PackedBatch, Row, pack
 
 if TYPE_CHECKING:
@@ -29,14 +35,14 @@ MOST_PADDING = 0.2  # of a micro-batch where a dense mask forbids long rows; ben
 class Learner:
     """A network, policy or value model, with what its updates need and a checkpoint keeps."""
 
-    network: torch.nn.Module  # packed batch → what it predicts there; train.policy has the two
+    network: torch.nn.Module  # packed batch → what it predicts there; train.network has the two
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     accelerator: Accelerator
     max_grad_norm: float
     max_bad_steps: int = 1
     bad_in_a_row: int = 0
-    deepspeed: DeepSpeedEngine | None = None  # around the network, where DeepSpeed shards what belongs to it
+    deepspeed: "DeepSpeedEngine | None" = None  # around the network, where DeepSpeed shards what belongs to it
 
     @property
     def sharded(self) -> bool:
@@ -55,18 +61,6 @@ class Learner:
         else:
             self.deepspeed.set_gradient_accumulation_boundary(last)
             self.deepspeed.backward(loss * ranks.world())  # it takes the mean over ranks
-
-    def state_dict(self) -> dict:
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "bad_in_a_row": self.bad_in_a_row,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.bad_in_a_row = state["bad_in_a_row"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ def make_learner(
     limits = {"max_grad_norm": training.max_grad_norm, "max_bad_steps": training.max_bad_steps}
     deepspeed = None
     if accelerator.state.deepspeed_plugin is None:
-        # not wrapped, also where ranks are many: `step` adds their gradients up
+        # not wrapped, also where ranks are many: `optimizer_step` adds their gradients up
         network = accelerator.prepare_model(network, evaluation_mode=True)
     else:
         deepspeed = with_deepspeed(accelerator, network, adamw, training.max_grad_norm)
@@ -110,6 +104,42 @@ def make_learner(
     # not prepared: accelerate would advance it once per process and per accumulated micro-batch
     scheduler = torch.optim.lr_scheduler.LambdaLR(adamw, lambda done: rate_factor(schedule, done, updates))
     return Learner(network, adamw, scheduler, accelerator, **limits, deepspeed=deepspeed)
+
+
+def make_accelerator(mixed_precision: str = "no") -> Accelerator:
+    """Join the other ranks, if there are any, as the launcher's environment says."""
+    on_gpu = torch.cuda.is_available()
+    use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if use_deepspeed and not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled at the first launch
+    handlers = []
+    if use_deepspeed or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        handlers = [InitProcessGroupKwargs(backend=None if on_gpu else "gloo", timeout=ranks.TIMEOUT)]
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
+    assert (accelerator.state.deepspeed_plugin is not None) == use_deepspeed
+    assert accelerator.num_processes == ranks.world() == int(os.environ.get("WORLD_SIZE", "1"))
+    return accelerator
+
+
+def with_deepspeed(
+    accelerator: Accelerator, network: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> "DeepSpeedEngine":
+    """The network and its optimizer in DeepSpeed's hands. It clips, and skips a step whose gradient is not finite."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    settings["train_micro_batch_size_per_gpu"] = settings["gradient_accumulation_steps"] = 1  # the learner's to set
+    settings["train_batch_size"] = ranks.world()
+    settings["gradient_clipping"] = max_grad_norm
+    if accelerator.mixed_precision == "bf16":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if any(isinstance(module, Head) for module in network.modules()):
+        set_z3_leaf_modules(network, [Head])
+    deepspeed, _ = accelerator.prepare(network, optimizer)
+    return deepspeed
 
 
 def rate_factor(schedule: SchedulerConfig, done: int, updates: int) -> float:
@@ -125,7 +155,7 @@ def rate_factor(schedule: SchedulerConfig, done: int, updates: int) -> float:
 
 
 def micro_batches(rows: Sequence[Row], token_budget: int) -> list[PackedBatch]:
-    """The rows of an update as micro-batches, the same on every rank; at least one for each rank where rows do.
+    """The rows of an update as micro-batches, the same on every rank; one for each at least, where rows are enough.
 
     Packed as suits the device: joined where attention skips what is not visible, else side by side.
     """
@@ -133,7 +163,7 @@ def micro_batches(rows: Sequence[Row], token_budget: int) -> list[PackedBatch]:
     return pack(rows, token_budget, at_least=ranks.world(), together=joined, most_padding=MOST_PADDING)
 
 
-def my_share(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+def for_this_rank(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
     """This rank's micro-batches, as many as every other's: filled up with one in which nothing is predicted.
 
     They come sorted by length, so that those computed side by side are alike.
@@ -157,7 +187,7 @@ def update(
     finite every rank skips the step; `max_bad_steps` such in a row raise UserError.
     """
     total = torch.zeros((), dtype=torch.float64)
-    share = my_share(batches)
+    share = for_this_rank(batches)
     learner.network.train()  # without it transformers ignores gradient checkpointing
     try:
         for number, batch in enumerate(share, 1):
@@ -171,7 +201,7 @@ def update(
         learner.network.eval()  # the engine may share the network
     if before_step is not None:
         before_step()
-    norm = step(learner)
+    norm = optimizer_step(learner)
     taken = math.isfinite(norm)
     if taken:
         learner.scheduler.step()
@@ -187,7 +217,7 @@ def update(
     return Update(float(total), norm, taken)
 
 
-def step(learner: Learner) -> float:
+def optimizer_step(learner: Learner) -> float:
     """Clip the gradients and step, unless they are not finite, and forget them; returns their norm over all ranks."""
     if learner.deepspeed is not None:
         learner.deepspeed.step()  # it clips, and skips by itself
@@ -204,24 +234,65 @@ def step(learner: Learner) -> float:
 
 
 @torch.no_grad()
-def batch_outputs(
-    learner: Learner, batches: Sequence[PackedBatch], count: int, forward: Callable[[PackedBatch], Tensor]
-) -> Tensor:
-    """`forward` of every batch at the predicted tokens, (count,) float32 on the CPU, in the order of their rows.
+def batch_outputs(learner: Learner, batches: Sequence[PackedBatch], forward: Callable[[PackedBatch], Tensor]) -> Tensor:
+    """`forward` of all batches of some rows at their predicted tokens, (predicted,) float32 on the CPU, in rows' order.
 
     Each rank computes its share of the batches, and has all the outputs.
     """
-    result = torch.zeros(count)
-    for batch in my_share(batches):
+    result = torch.zeros(sum(len(batch.predicted) for batch in batches))
+    for batch in for_this_rank(batches):
         result[batch.predicted] = forward(batch.to(learner.accelerator.device)).float().cpu()
     return ranks.add_up(result)
 
 
-def batch_logp(learner: Learner, batches: Sequence[PackedBatch], count: int, temperature: float) -> Tensor:
+def batch_logp(learner: Learner, batches: Sequence[PackedBatch], temperature: float) -> Tensor:
     """logp of the predicted tokens of all batches under the policy's present weights, as `batch_outputs`."""
-    return batch_outputs(learner, batches, count, lambda batch: learner.forward(batch, temperature)[0])
+    return batch_outputs(learner, batches, lambda batch: learner.forward(batch, temperature)[0])
 
 
-def batch_values(learner: Learner, batches: Sequence[PackedBatch], count: int) -> Tensor:
+def batch_values(critic: Learner, batches: Sequence[PackedBatch]) -> Tensor:
     """The value model's present values at the predicted tokens of all batches, as `batch_outputs`."""
-    return batch_outputs(learner, batches, count, learner.forward)
+    return batch_outputs(critic, batches, critic.forward)
+
+
+# ---- weights that ranks share out
+
+
+@contextlib.contextmanager
+def whole_networks(accelerator: Accelerator) -> Iterator[None]:
+    """Within it networks are loaded whole on every rank, as an engine needs them, also where ZeRO-3 shards others."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # accelerate's zero3_init_context_manager has no effect on transformers any more
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(plugin.dschf)
+
+
+def whole_weights(network: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by name, adapters merged; under ZeRO-3 made whole one after another. All ranks must go through all.
+
+    A tensor that was made whole is gone when the next is asked for: one weight more is all the memory it takes.
+    """
+    for name, parameter in network.named_parameters():
+        layer = adapted_layer(network, name)
+        if layer is not None:
+            with whole(*layer.parameters()):
+                yield plain_name(name), merged(layer)
+        elif not is_adapter(name):
+            with whole(parameter):
+                yield plain_name(name), parameter.data
+
+
+def whole(*parameters: torch.nn.Parameter, changed: bool = False) -> contextlib.AbstractContextManager:
+    """Within it the parameters are whole on every rank; `changed`: what rank 0 writes to them there is kept."""
+    if not hasattr(parameters[0], "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if changed else None)

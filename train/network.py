@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
-from models.attention import take_block_masks
 from models.value import ValueNetwork
-from train.attention import attention_mask
+from train.attention import attention_mask, take_block_masks
 from train.packing import PackedBatch
 
 CHUNK_ELEMENTS = 1 << 23  # of a (positions, vocab) float32 tensor: 32 MiB
@@ -22,15 +22,20 @@ class Policy(torch.nn.Module):
     Logits exist at predicted positions only and chunk by chunk, recomputed in the backward pass.
     """
 
-    def __init__(self, model: torch.nn.Module, mask_id: int):
+    def __init__(self, backbone: PreTrainedModel, mask_id: int):
         super().__init__()
-        take_block_masks(model)
-        self.model = model
-        self.head = Head(model.lm_head, mask_id)
+        take_block_masks(backbone)
+        self.backbone = backbone
+        self.head = Head(backbone.lm_head, mask_id)
+
+    @property
+    def saved(self) -> torch.nn.Module:
+        """What a checkpoint holds, under the names of its parameters."""
+        return self.backbone
 
     def forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """logp (predicted,) with gradient, as the engine defines it, and entropy (predicted,) without, in nats."""
-        return self.head(predicted_states(self.model, batch), batch.target, temperature)
+        return self.head(predicted_states(self.backbone, batch), batch.target, temperature)
 
 
 class Head(torch.nn.Module):
@@ -94,19 +99,24 @@ class TargetLogp(torch.autograd.Function):
 class Critic(torch.nn.Module):
     """A value model whose forward returns the values of the predicted tokens of a packed batch."""
 
-    def __init__(self, model: ValueNetwork):
+    def __init__(self, value_network: ValueNetwork):
         super().__init__()
-        take_block_masks(model.network)
-        self.model = model
+        take_block_masks(value_network.network)
+        self.value_network = value_network
+
+    @property
+    def saved(self) -> torch.nn.Module:
+        """What a checkpoint holds, under the names of its parameters."""
+        return self.value_network
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Values (predicted,), read where a prediction for those positions is read."""
-        return self.model.head(predicted_states(self.model.network, batch))
+        return self.value_network.head(predicted_states(self.value_network.network, batch))
 
 
-def predicted_states(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
-    """The network's last hidden states where the batch's tokens are predicted, (predicted, hidden)."""
-    hidden = model.model(
+def predicted_states(backbone: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """The backbone's last hidden states where the batch's tokens are predicted, (predicted, hidden)."""
+    hidden = backbone.model(
         input_ids=batch.ids, position_ids=batch.position, attention_mask=attention_mask(batch), use_cache=False
     ).last_hidden_state
     return hidden.flatten(0, 1)[batch.predict_at]
