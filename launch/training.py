@@ -5,6 +5,7 @@ Over nodes Ray starts the ranks, and after a loss new ones that go on from the l
 
 import contextlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from common.checkpoint import newest_step
 from common.layers import accelerate_config
 from common.runtime import Stopwatch, console
 from common.schema import RLConfig
-from common.stop import STOP_FILE, Stopped, exit_code, resume_command, signals_noted, stop_requested
+from common.stop import STOP_FILE, exit_code, signals_noted, stop_requested
 from launch.accelerate import launch_ranks, launched
 from launch.ray_cluster import live_nodes, wait_for_nodes
 from launch.start_model import make_missing_model
@@ -37,21 +38,18 @@ def train_here(config: RLConfig, script: Path, arguments: Sequence[str]) -> int:
     """
     if config.experiment.deepspeed_file and not launched():
         return launch_ranks(config.experiment.deepspeed_file, script, arguments, lambda: make_missing_model(config))
-    from train.rl_setup import read_inputs
-    from train.rl_trainer import main
+    from train.rl_trainer import read_inputs, reinforce
+    from train.run import exit_code_of
 
-    stages = Stopwatch()
-    inputs = read_inputs(config)  # a mistake in the data is told before a model is made
-    with signals_noted():
-        try:
-            with stages("sft"):
-                made = make_missing_model(config)
-        except Stopped:
-            console.print(f"stopped before step 1; to go on: {resume_command()}")
-            return exit_code()
-    if not made:
-        stages.seconds.pop("sft")
-    return main(config, inputs, stages)
+    def job() -> None:
+        inputs, stages = read_inputs(config), Stopwatch()  # a mistake in the data is told before a model is made
+        with stages("sft"):
+            made = make_missing_model(config)
+        if not made:
+            stages.seconds.pop("sft")
+        reinforce(config, inputs, stages)
+
+    return exit_code_of(job)
 
 
 class Rank:
@@ -74,6 +72,7 @@ class Rank:
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
         # by the host's name gloo may find 127.0.0.1
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(ray.util.get_node_ip_address()))
+        sys.argv = ["multinode_rl.py", *arguments]  # for the line that says how to go on
         from common.config import load_config
         from train.rl_trainer import main
 

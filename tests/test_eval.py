@@ -8,22 +8,20 @@ import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 import eval as eval_script
 from common.boxed import extract_boxed
 from common.config import load_config
 from common.errors import UserError
-from common.runtime import Stopwatch
 from common.schema import EvalDatasetConfig, PromptsConfig, Sampling, TaskSampling
+from common.stop import Stopped
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models import load_model
 from rollout.evaluate import evaluate, name_settings, summarize
 from sample.engine import Engine
-from train import rl_trainer, sft_trainer
+from train import rl_trainer, run, sft_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -151,8 +149,9 @@ def test_a_stopped_evaluation_goes_on(
     monkeypatch.chdir(ROOT)
     arguments = run_arguments(tmp_path / "runs", model=tiny_sdar, **{"experiment.start_from_scratch": False})
     monkeypatch.setattr(sys, "argv", ["eval.py", "config=configs/eval_tiny.yaml", *arguments])
-    eval_script.main()
-    assert drawn == [0, 11]
+    with pytest.raises(SystemExit) as ended:
+        eval_script.main()
+    assert ended.value.code == 0 and drawn == [0, 11]
     assert as_sets(cut) == as_sets(whole)
     before, after = (json.loads((folder / "results.json").read_text()) for folder in (whole, cut))
     for name, row in before.items():
@@ -162,9 +161,9 @@ def test_a_stopped_evaluation_goes_on(
 
     # the same folder under another temperature would mix two evaluations
     monkeypatch.setattr(sys, "argv", [*sys.argv, "rollout.temperature=0.5"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         eval_script.main()
-    assert as_sets(cut) == as_sets(whole)
+    assert ended.value.code == 2 and as_sets(cut) == as_sets(whole)
 
 
 def test_accuracy_by_category_and_majority() -> None:
@@ -272,10 +271,11 @@ def test_all_prompts_too_long(tiny_sdar: Path) -> None:
 
 
 REWARD = ("time_limit=9", "memory_mb=99", "match=fuzzy", "workers=3", "truncated_is_wrong=False")
+JUDGE = ("reward.judge.base_url=http://127.0.0.1:1/v1", "reward.judge.model=judge")
 DECIDED_BY = [  # job, keys, what decides whether a held-out answer is right, the kind of its prompt
     ("rl", [], "math", "math"),
     ("rl", ["reward.kind=general"], "general", "math"),
-    ("rl", ["reward.kind=judge", "dataset.data_type=code"], "code", "code"),
+    ("rl", ["reward.kind=judge", *JUDGE, "dataset.data_type=code"], "code", "code"),
     ("rl", ["reward.kind=general", "evaluation.data_type=code"], "code", "code"),
     ("rl", ["reward.function=benchmarks.coin_flip:coin_flip"], "math", "math"),
     ("sft", ["dataset.data_type=general"], "general", "general"),
@@ -284,23 +284,38 @@ DECIDED_BY = [  # job, keys, what decides whether a held-out answer is right, th
 
 @pytest.mark.parametrize(("job", "keys", "decides", "asked"), DECIDED_BY)
 def test_evaluation_during_training_obeys_the_config(
-    job: str, keys: list[str], decides: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: str,
+    keys: list[str],
+    decides: str,
+    asked: str,
+    tiny_sdar: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By the task's own answer, under the config's limits and words; the limit of training's prompts is another."""
-    keys = [*keys, *(f"reward.{one}" for one in REWARD), "training.max_prompt_len=5", "evaluation.max_prompt_len=77"]
+    judged_by = {
+        "answers": {"ground_truth_answer": "2"},
+        "tests": {"test_method": "function", "test_list": ["assert f() == 2"]},
+    }
+    for name, fields in judged_by.items():
+        tasks = [json.dumps({"question": f"1+{n}"} | fields) for n in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(tasks))
+    keys = [*keys, *(f"reward.{one}" for one in REWARD), "training.max_prompt_len=20", "evaluation.max_prompt_len=77"]
+    keys += [f"model.pretrained_model={tiny_sdar}", f"experiment.runs_dir={tmp_path}", "experiment.trackers=[]"]
+    keys += [f"dataset.eval_dataset={tmp_path}/{'tests' if decides == 'code' else 'answers'}.jsonl"]
+    if job == "rl":
+        keys += [f"dataset.train_dataset={tmp_path}/answers.jsonl", "rollout.num_task_per_step=1"]
+    else:
+        keys += ["training.max_steps=1", "training.batch_size=2"]
     config = load_config(job, [f"config={ROOT}/configs/{job}_tiny.yaml", *keys])
     given: list[tuple] = []
-    result = SimpleNamespace(accuracy=0.5, tokens_per_forward=1.0)
-    for trainer in (rl_trainer, sft_trainer):
-        monkeypatch.setattr(trainer, "evaluate", lambda *one, **others: given.append(one) or {"static": result})
-    loaded = SimpleNamespace(model=torch.nn.Linear(1, 1), mask_id=0, stop_ids=[])
-    if job == "rl":
-        run = SimpleNamespace(config=config, engine=None, loaded=loaded, eval_tasks=[], stages=Stopwatch())
-        run.folder, run.step, run.metrics = tmp_path, 0, SimpleNamespace(log=lambda row: None)
-        rl_trainer.evaluate_now(run)
-    else:
-        monkeypatch.setattr(sft_trainer, "Engine", lambda *_: None)
-        sft_trainer.sampled_figures(config, loaded, [])
+
+    def stopped(*arguments: object, **others: object) -> None:
+        given.append(arguments)
+        raise Stopped
+
+    monkeypatch.setattr(run, "evaluate", stopped)
+    assert {"rl": rl_trainer, "sft": sft_trainer}[job].main(config) == 0
     ((_, _, _, _, scorer, dataset, longest, _),) = given
     reward = scorer.reward
     assert (reward.time_limit, reward.memory_mb, reward.match, reward.workers) == (9, 99, "fuzzy", 3)

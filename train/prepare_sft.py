@@ -19,10 +19,11 @@ from common.errors import UserError, one_line_errors
 from common.metrics import print_table
 from common.runtime import console
 from common.schema import SFTConfig
+from data.sft_records import Rejected, Sample
 from models.family import find_family, local_folder
 from models.prompts import end_of_turn
 from models.tokenizer import load_tokenizer
-from train.sft_data import Samples, encode_sample, instruction_of, read_samples, told_reasons, usable
+from train.sft_data import Samples, encode_or_reject, encode_sample, instruction_of, read_samples
 from train.views import Example
 
 
@@ -44,14 +45,17 @@ def prepare(config: SFTConfig, out: Path) -> Samples:
     dataset = config.dataset
     tokenizer = load_tokenizer(local_folder(config.model.pretrained_model))
     around, stop = instruction_of(config, find_family(config.model.model_base)), end_of_turn(tokenizer)
-    samples = Samples()
-    encoded = usable(
-        dataset,
-        read_samples(dataset),
-        lambda sample: encode_sample(sample, tokenizer, dataset, around, stop),
-        samples,
-    )
-    examples = [example for turns in encoded for example in turns]
+    samples, examples = Samples(), []
+
+    def encode(sample: Sample) -> list[Example]:
+        return encode_sample(sample, tokenizer, dataset, around, stop)
+
+    for place, sample in read_samples(dataset):
+        turns = encode_or_reject(encode, sample, place)
+        if isinstance(turns, Rejected):
+            samples.leave_out(turns, dataset)
+        else:
+            examples += turns
     if not examples:
         raise UserError(f"dataset.optimization_data: {dataset.optimization_data} has no sample that can be learned")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +87,7 @@ def report(config: SFTConfig, examples: list[Example], samples: Samples, out: Pa
         f"{limits['prompt']}, training.max_gen_length {limits['response']}; longer samples are left out of finetuning"
     )
     if samples.left_out:
-        console.print(f"left out: {told_reasons(samples, limits['prompt'], limits['response'])}")
+        console.print(f"left out: {samples.reasons(config.training)}")
 
 
 if __name__ == "__main__":
