@@ -84,7 +84,7 @@ def interface_of(address: str) -> str:
     import psutil
 
     found = psutil.net_if_addrs().items()
-    return next(name for name, addresses in found if any(one.address == address for one in addresses))
+    return next(name for name, own in found if address in [entry.address for entry in own])
 
 
 def train_over_nodes(config: RLConfig, arguments: Sequence[str], nodes: int) -> int:
@@ -110,7 +110,7 @@ def train_over_nodes(config: RLConfig, arguments: Sequence[str], nodes: int) -> 
             console.print(f"lost {lost} (experiment.max_failures allows {left} more); going on after step {step}")
             # what was there before this job is aside by now; the run itself is resumed
             key = "experiment.start_from_scratch"
-            arguments = [one for one in arguments if not one.startswith(f"{key}=")] + [f"{key}=False"]
+            arguments = [argument for argument in arguments if not argument.startswith(f"{key}=")] + [f"{key}=False"]
     return 1
 
 
@@ -155,10 +155,10 @@ def start_ranks(deepspeed_file: str | None, stop: Path) -> list[tuple[Any, str]]
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    places = [node for node in live_nodes() for _ in range(int(node["Resources"].get("GPU", 0)) or 1)]
-    shared = deepspeed_environment(deepspeed_file) | {"WORLD_SIZE": str(len(places)), STOP_FILE: str(stop)}
+    nodes = [node for node in live_nodes() for _ in range(int(node["Resources"].get("GPU", 0)) or 1)]
+    shared = deepspeed_environment(deepspeed_file) | {"WORLD_SIZE": str(len(nodes)), STOP_FILE: str(stop)}
     ranks = []
-    for number, node in enumerate(places):
+    for number, node in enumerate(nodes):
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         needs = {"num_gpus": 1} if node["Resources"].get("GPU") else {"num_cpus": 1}
         # a device of its own is all that a rank sees, so its local rank is 0

@@ -23,7 +23,7 @@ from models.tiny import build_tiny
 from rollout.samples import write_samples
 from sample.engine import Engine
 from train import prepare_sft
-from train.sft_data import Samples, make_samples, read_samples, split
+from train.sft_data import Samples, make_samples, read_samples, split, write_prepared
 from train.sft_step import rows_of
 from train.views import Example, trace_views
 
@@ -455,7 +455,7 @@ def test_prepared_samples_are_those_that_they_came_from(
     folder = tiny["sdar"].model.config.name_or_path
     options = {"model__pretrained_model": folder, "dataset__bad_samples": "skip", "training__max_prompt_len": 20}
     config, out = config_of(raw, **options), tmp_path / "new" / "out.jsonl"
-    prepare_sft.prepare(config, out)
+    write_prepared(config, out)
     told = capsys.readouterr().out
     assert "3 samples" in told and "left out: 1 broken line; the first: line 4 of" in told
     lines = [json.loads(line) for line in out.read_text().splitlines()]

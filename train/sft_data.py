@@ -1,21 +1,26 @@
 """From samples of a data set to examples: in the chat template, as ids, filled up, none lost without a word."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
+from common.metrics import print_table
 from common.records import Record
+from common.runtime import console
 from common.schema import SFTConfig, SFTDatasetConfig
 from common.training_schema import SFTTrainingConfig
 from data.sft_records import Answer, BadSample, Chat, Ids, Rejected, Sample, load_samples
 from models import LoadedModel
-from models.family import Family
+from models.family import Family, find_family, local_folder
 from models.prompts import ChatTemplateError, end_of_sequence, end_of_turn, instruction, turns_text
+from models.tokenizer import load_tokenizer
 from train.views import Example
 
 # Examples of one conversation, each of whose prompts goes on from the example before it. Under block attention they
@@ -79,8 +84,12 @@ def make_samples(config: SFTConfig, loaded: LoadedModel, located: Located) -> Sa
         if isinstance(examples, Rejected):
             samples.leave_out(examples, dataset)
             continue
-        samples.left_out.update(filter(None, (too_long(example, training) for example in examples)))
-        kept = [example for example in examples if not too_long(example, training)]
+        kept = []
+        for example in examples:
+            if reason := too_long(example, training):
+                samples.left_out[reason] += 1
+            else:
+                kept.append(example)
         samples.conversations += conversations_of(kept, loaded.family)
     if not samples.conversations:
         reasons = samples.reasons(training)
@@ -309,3 +318,59 @@ def split(
     learned = [conversation for conversation, value in zip(conversations, hashes) if value not in chosen]
     held_out = [conversation for conversation, value in zip(conversations, hashes) if value in chosen]
     return learned, held_out
+
+
+# --- samples written to a file (train.prepare_sft)
+
+
+def write_prepared(config: SFTConfig, out: Path) -> Samples:
+    """Write the samples of the config's data set to `out`, encoded; returns what was left out and why.
+
+    The lengths in tokens are printed, and how many are over the config's limits.
+    """
+    dataset = config.dataset
+    tokenizer = load_tokenizer(local_folder(config.model.pretrained_model))
+    around, stop = instruction_of(config, find_family(config.model.model_base)), end_of_turn(tokenizer)
+    samples, examples = Samples(), []
+
+    def encode(sample: Sample) -> list[Example]:
+        return encode_sample(sample, tokenizer, dataset, around, stop)
+
+    for place, sample in read_samples(dataset):
+        turns = encode_or_reject(encode, sample, place)
+        if isinstance(turns, Rejected):
+            samples.leave_out(turns, dataset)
+        else:
+            examples += turns
+    if not examples:
+        raise UserError(f"dataset.optimization_data: {dataset.optimization_data} has no sample that can be learned")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", encoding="utf-8") as file:
+        for example in examples:
+            line = {key: value for key, value in vars(example).items() if value is not None}
+            line["prompt"] = tokenizer.decode(example.prompt_ids)
+            line["response"] = tokenizer.decode(example.response_ids[: example.length])
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    limits = {"prompt": config.training.max_prompt_len, "response": config.training.max_gen_length}
+    print_table(length_rows(examples, limits), title=f"{out}: {len(examples)} samples")
+    console.print(
+        "limits: training.max_prompt_len "
+        f"{limits['prompt']}, training.max_gen_length {limits['response']}; longer samples are left out of finetuning"
+    )
+    if samples.left_out:
+        console.print(f"left out: {samples.reasons(config.training)}")
+    return samples
+
+
+def length_rows(examples: list[Example], limits: dict[str, int]) -> list[dict[str, str | float]]:
+    """A table of the lengths of prompts and of responses in tokens, and how many are over the limits."""
+    lengths = {
+        "prompt": [len(example.prompt_ids) for example in examples],
+        "response": [example.length for example in examples],
+    }
+    rows = []
+    for name, values in lengths.items():
+        row = {"tokens of": name, "mean": float(np.mean(values))}
+        row |= {label: int(np.percentile(values, share)) for label, share in (("half", 50), ("90 %", 90), ("99 %", 99))}
+        rows.append(row | {"longest": max(values), "over the limit": sum(value > limits[name] for value in values)})
+    return rows
