@@ -9,7 +9,7 @@ import collections
 import sys
 
 from common.errors import UserError, one_line_errors
-from data.sft_records import Answer, BadSample, Chat, Ids, load_samples
+from data.sft_records import Answer, Chat, Ids, Rejected, load_samples
 from data.tasks import load_records, load_tasks
 
 KINDS = {Answer: "answers", Chat: "conversations", Ids: "token ids"}
@@ -29,8 +29,8 @@ def check_file(name: str) -> str:
     if "question" not in first and {"response", "response_ids", "messages", "conversations"} & first.keys():
         samples = [sample for _, sample in load_samples(name, "file")]
         for sample in samples:
-            if isinstance(sample, BadSample):
-                raise UserError(f"file: {sample}")
+            if isinstance(sample, Rejected):
+                raise UserError(f"file: {sample.message}")
         kinds = collections.Counter(KINDS[type(sample)] for sample in samples)
         traced = sum(getattr(sample, "step_map", None) is not None for sample in samples)
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())

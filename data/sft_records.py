@@ -18,15 +18,20 @@ UNREAD = ("history", "documents", "images", "videos", "audios", "chat_template_k
 
 
 class BadSample(UserError):
-    """A sample that cannot be learned from; `reason` is what it is counted under."""
+    """Raised of a sample that cannot be learned from; `reason` is what it is counted under."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
 
 
-class Unwanted(BadSample):
-    """A good sample that the config leaves out: counted, never refused."""
+@dataclass(frozen=True)
+class Rejected:
+    """A record that is not learned from: the reason that it is counted under, and a line with its place in the set."""
+
+    reason: str
+    message: str
+    bad: bool = True  # False: a good sample that the config leaves out, which is never refused
 
 
 @dataclass(frozen=True)
@@ -76,25 +81,26 @@ def load_samples(
     prompt_key: str = "prompt",
     response_key: str = "response",
     correct_only: bool = False,
-) -> list[tuple[str, Sample | BadSample]]:
-    """Every sample of a set with words for its place ("line 3 of 'x.jsonl'"); a bad one is the error about it.
+) -> list[tuple[str, Sample | Rejected]]:
+    """Every sample of a set with words for its place ("line 3 of 'x.jsonl'"), or why a record is not learned from.
 
     Raises UserError where the set as a whole cannot be read.
     """
-    samples: list[tuple[str, Sample | BadSample]] = []
+    samples: list[tuple[str, Sample | Rejected]] = []
     for place, record in located_records(name_or_path, key):
-        if isinstance(record, UserError):
-            samples.append((place, BadSample("broken line", str(record).removeprefix(f"{key}: "))))
-            continue
+        sample: Sample | Rejected
         try:
-            if correct_only and not _is_correct(record):
-                samples.append((place, Unwanted("not correct", f"{place} is not correct")))
-                continue
-            samples.append((place, parse_sample(record, prompt_key, response_key)))
+            if isinstance(record, UserError):
+                sample = Rejected("broken line", str(record).removeprefix(f"{key}: "))
+            elif correct_only and not _is_correct(record):
+                sample = Rejected("not correct", f"{place} is not correct", bad=False)
+            else:
+                sample = parse_sample(record, prompt_key, response_key)
         except BadSample as error:
-            samples.append((place, BadSample(error.reason, f"{place} {error}")))
+            sample = Rejected(error.reason, f"{place} {error}")
         except RecursionError:
-            samples.append((place, BadSample("broken line", f"{place} is nested too deeply to read")))
+            sample = Rejected("broken line", f"{place} is nested too deeply to read")
+        samples.append((place, sample))
     return samples
 
 

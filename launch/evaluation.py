@@ -60,7 +60,7 @@ class EngineWorker:
 
 
 class RemoteEngines:
-    """Engines on all nodes behind the face of one: `generate` yields every request's trajectory once.
+    """Engines on all nodes, used as one is: `generate` yields every request's trajectory once.
 
     What a lost worker had is drawn again by others, to the same response; a node that comes later is used too.
     """
@@ -71,10 +71,10 @@ class RemoteEngines:
         self.config = config
         self.workers: dict[Any, str] = {}  # actor → its node's address
         self.used: set[str] = set()  # nodes that have workers
-        self.heard: set[str] = set()  # nodes that have returned responses
-        self.look()
+        self.answered: set[str] = set()  # nodes that have returned responses
+        self.use_new_nodes()
 
-    def look(self) -> None:
+    def use_new_nodes(self) -> None:
         """Start a worker on every device of nodes that have none."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -114,7 +114,7 @@ class RemoteEngines:
         running: dict[Any, tuple[Any, list[Request]]] = {}  # what a worker will return → the worker, its requests
         while waiting or running:
             busy = {worker for worker, _ in running.values()}
-            for worker in [one for one in self.workers if one not in busy]:
+            for worker in [worker for worker in self.workers if worker not in busy]:
                 if waiting:
                     chunk = self.take(waiting, settings.max_active)
                     running[worker.generate.remote(chunk, settings, stops)] = worker, chunk
@@ -128,18 +128,14 @@ class RemoteEngines:
                     where = self.workers.pop(worker)
                     console.print(f"the worker on {where} is lost; its {len(chunk)} responses are drawn by others")
                 else:
-                    self.hear(self.workers[worker])
+                    if (node := self.workers[worker]) not in self.answered:
+                        self.answered.add(node)
+                        console.print(f"first responses from {node}")
                     yield from trajectories
             if on_step is not None:
                 on_step()
             if not ready:
-                self.look()
-
-    def hear(self, node: str) -> None:
-        """Say once that a node works."""
-        if node not in self.heard:
-            self.heard.add(node)
-            console.print(f"first responses from {node}")
+                self.use_new_nodes()
 
     def take(self, waiting: deque[Request], most_active: int) -> list[Request]:
         """The next requests for one worker: half of an even share, so that the last ones end at about the same time."""

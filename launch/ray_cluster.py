@@ -34,20 +34,20 @@ class Job:
 
     def __init__(self) -> None:
         self.code: int | None = None
-        self.told: set[int] = set()
+        self.roles_gone: set[int] = set()
 
     def status(self, role: int) -> int | None:
-        """The job's exit code once it is over; a role that has been told leaves."""
+        """The job's exit code once it is over; a role that has read it leaves."""
         if self.code is not None:
-            self.told.add(role)
+            self.roles_gone.add(role)
         return self.code
 
     def finish(self, code: int) -> None:
         self.code = code
 
     def left(self) -> int:
-        """How many nodes have been told that the job is over."""
-        return len(self.told)
+        """How many nodes have read that the job is over."""
+        return len(self.roles_gone)
 
 
 def drive_or_follow(place: Place, experiment: EvalExperimentConfig, drive: Any, script: Path) -> int:
@@ -208,8 +208,8 @@ def ray_process(arguments: Sequence[str], port: int, folder: Path) -> Iterator[s
         yield process
     finally:
         if process.poll() is not None:
-            told = (folder / "ray.log").read_text().strip().splitlines()[-15:]
-            print("Ray ended by itself on this node:", *told, sep="\n  ", file=sys.stderr, flush=True)
+            last_lines = (folder / "ray.log").read_text().strip().splitlines()[-15:]
+            print("Ray ended by itself on this node:", *last_lines, sep="\n  ", file=sys.stderr, flush=True)
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(timeout=20)

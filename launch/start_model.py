@@ -13,11 +13,10 @@ def make_missing_model(config: RLConfig | EvalConfig) -> bool:
 
     UserError where that makes a model elsewhere. Raises Stopped, after a checkpoint, where a signal came.
     """
-    if isinstance(config, EvalConfig):
+    if isinstance(config.model, str):  # evaluation
         path, made_by, family, seed = config.model, config.made_by, config.model_base, config.seed
     else:
-        names = config.model
-        path, made_by, family = names.pretrained_model, names.made_by, names.model_base
+        path, made_by, family = config.model.pretrained_model, config.model.made_by, config.model.model_base
         seed = config.training.seed
     if not made_by or Path(path).exists():
         return False

@@ -5,6 +5,7 @@ Over nodes Ray starts the ranks, and after a loss new ones that go on from the l
 
 import contextlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from common.checkpoint import newest_step
 from common.layers import accelerate_config
 from common.runtime import Stopwatch, console
 from common.schema import RLConfig
-from common.stop import STOP_FILE, Stopped, exit_code, resume_command, signals_noted, stop_requested
+from common.stop import STOP_FILE, exit_code, signals_noted, stop_requested
 from launch.accelerate import launch_ranks, launched
 from launch.ray_cluster import live_nodes, wait_for_nodes
 from launch.start_model import make_missing_model
@@ -37,21 +38,18 @@ def train_here(config: RLConfig, script: Path, arguments: Sequence[str]) -> int:
     """
     if config.experiment.deepspeed_file and not launched():
         return launch_ranks(config.experiment.deepspeed_file, script, arguments, lambda: make_missing_model(config))
-    from train.rl_setup import read_inputs
-    from train.rl_trainer import main
+    from train.rl_trainer import read_inputs, reinforce
+    from train.run import exit_code_of
 
-    stages = Stopwatch()
-    inputs = read_inputs(config)  # a mistake in the data is told before a model is made
-    with signals_noted():
-        try:
-            with stages("sft"):
-                made = make_missing_model(config)
-        except Stopped:
-            console.print(f"stopped before step 1; to go on: {resume_command()}")
-            return exit_code()
-    if not made:
-        stages.seconds.pop("sft")
-    return main(config, inputs, stages)
+    def job() -> None:
+        inputs, stages = read_inputs(config), Stopwatch()  # a mistake in the data is told before a model is made
+        with stages("sft"):
+            made = make_missing_model(config)
+        if not made:
+            stages.seconds.pop("sft")
+        reinforce(config, inputs, stages)
+
+    return exit_code_of(job)
 
 
 class Rank:
@@ -74,6 +72,7 @@ class Rank:
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
         # by the host's name gloo may find 127.0.0.1
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(ray.util.get_node_ip_address()))
+        sys.argv = ["multinode_rl.py", *arguments]  # for the line that says how to go on
         from common.config import load_config
         from train.rl_trainer import main
 
@@ -85,7 +84,7 @@ def interface_of(address: str) -> str:
     import psutil
 
     found = psutil.net_if_addrs().items()
-    return next(name for name, addresses in found if any(one.address == address for one in addresses))
+    return next(name for name, own in found if address in [entry.address for entry in own])
 
 
 def train_over_nodes(config: RLConfig, arguments: Sequence[str], nodes: int) -> int:
@@ -111,7 +110,7 @@ def train_over_nodes(config: RLConfig, arguments: Sequence[str], nodes: int) -> 
             console.print(f"lost {lost} (experiment.max_failures allows {left} more); going on after step {step}")
             # what was there before this job is aside by now; the run itself is resumed
             key = "experiment.start_from_scratch"
-            arguments = [one for one in arguments if not one.startswith(f"{key}=")] + [f"{key}=False"]
+            arguments = [argument for argument in arguments if not argument.startswith(f"{key}=")] + [f"{key}=False"]
     return 1
 
 
@@ -156,10 +155,10 @@ def start_ranks(deepspeed_file: str | None, stop: Path) -> list[tuple[Any, str]]
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    places = [node for node in live_nodes() for _ in range(int(node["Resources"].get("GPU", 0)) or 1)]
-    shared = deepspeed_environment(deepspeed_file) | {"WORLD_SIZE": str(len(places)), STOP_FILE: str(stop)}
+    nodes = [node for node in live_nodes() for _ in range(int(node["Resources"].get("GPU", 0)) or 1)]
+    shared = deepspeed_environment(deepspeed_file) | {"WORLD_SIZE": str(len(nodes)), STOP_FILE: str(stop)}
     ranks = []
-    for number, node in enumerate(places):
+    for number, node in enumerate(nodes):
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         needs = {"num_gpus": 1} if node["Resources"].get("GPU") else {"num_cpus": 1}
         # a device of its own is all that a rank sees, so its local rank is 0

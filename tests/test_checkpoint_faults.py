@@ -20,14 +20,13 @@ import models
 import serve
 from common.config import load_config
 from common.errors import UserError
-from common.runtime import Stopwatch
 from models.family import local_folder
 from models.tiny import build_tiny
 from models.value import HEAD_FILE, load_value, save_value
 from rollout import evaluate
 from rollout.lm_harness import make_harness_model
 from sample import get_trace_viewer, show
-from train import rl_setup, sft_trainer
+from train import rl_trainer, sft_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TENSOR = "model.layers.1.mlp.up_proj.weight"
@@ -207,7 +206,7 @@ def nan_head(file: Path) -> None:
 def by_rl(folder: Path, runs: Path) -> None:
     tiny = f"config={ROOT}/configs/rl_tiny.yaml"
     config = load_config("rl", [tiny, f"model.pretrained_model={folder}", f"experiment.runs_dir={runs}"])
-    rl_setup.set_up(config, Stopwatch())
+    rl_trainer.main(config)
 
 
 def by_eval(folder: Path, runs: Path) -> None:

@@ -15,7 +15,7 @@ from models import LoadedModel, load_model
 from models.defaults import take_defaults
 from models.tiny import build_tiny
 from rollout.lm_harness import make_harness_model
-from train import rl_setup
+from train import rl_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,6 +128,6 @@ def test_the_file_is_read_on_the_way(tiny_sdar: Path, tmp_path: Path) -> None:
     assert make_harness_model(str(folder)).settings.block_size == 8
     arguments = [f"model.pretrained_model={folder}", f"experiment.runs_dir={tmp_path / 'runs'}"]
     config = load_config("rl", [f"config={ROOT}/configs/rl_tiny.yaml", *arguments])
-    run = rl_setup.set_up(config, Stopwatch())
+    run = rl_trainer.set_up(config, rl_trainer.read_inputs(config), Stopwatch())
     assert run.config.rollout.block_size == run.config.evaluation.block_size == 8 == run.page.block_size
     assert "block_size: 8" in (run.folder / "config.yaml").read_text()

@@ -8,24 +8,21 @@ import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 import eval as eval_script
 from common.boxed import extract_boxed
 from common.config import load_config
 from common.errors import UserError
-from common.runtime import Stopwatch
-from common.schema import EvalDatasetConfig, PromptsConfig, RewardConfig, Sampling, TaskSampling
+from common.schema import EvalDatasetConfig, PromptsConfig, Sampling, TaskSampling
+from common.stop import Stopped
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models import load_model
-from reward.score import RewardScorer
 from rollout.evaluate import evaluate, name_settings
 from rollout.results import summarize
 from sample.engine import Engine
-from train import rl_trainer, sft_trainer
+from train import rl_trainer, run, sft_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -155,8 +152,7 @@ def test_a_stopped_evaluation_goes_on(
     monkeypatch.setattr(sys, "argv", ["eval.py", "config=configs/eval_tiny.yaml", *arguments])
     with pytest.raises(SystemExit) as ended:
         eval_script.main()
-    assert ended.value.code == 0
-    assert drawn == [0, 11]
+    assert ended.value.code == 0 and drawn == [0, 11]
     assert as_sets(cut) == as_sets(whole)
     before, after = (json.loads((folder / "results.json").read_text()) for folder in (whole, cut))
     for name, row in before.items():
@@ -168,8 +164,7 @@ def test_a_stopped_evaluation_goes_on(
     monkeypatch.setattr(sys, "argv", [*sys.argv, "rollout.temperature=0.5"])
     with pytest.raises(SystemExit) as ended:
         eval_script.main()
-    assert ended.value.code == 2
-    assert as_sets(cut) == as_sets(whole)
+    assert ended.value.code == 2 and as_sets(cut) == as_sets(whole)
 
 
 def test_accuracy_by_category_and_majority() -> None:
@@ -244,9 +239,8 @@ def test_names_of_settings() -> None:
     assert list(named)[1] == "dynamic-dynamic_threshold=0.5"
 
 
-ALL_RIGHT = RewardScorer(
-    RewardConfig(workers=0, truncated_is_wrong=False), "math", lambda text, task, reward: Score(1.0, True, "passed")
-)
+def all_right(text: str, task: Task, truncated: bool) -> Score:
+    return Score(1.0, True, "passed")
 
 
 @pytest.mark.parametrize("limit", [{"max_prompt_len": 9}, {"cache_tokens": 16}], ids=["prompt", "cache"])
@@ -261,7 +255,7 @@ def test_tasks_without_a_response_count_as_wrong(
     setting = TaskSampling(max_token=4, num_response_per_task=2, cache_tokens=limit.get("cache_tokens"))
     dataset = EvalDatasetConfig(prompts=PromptsConfig(math="{question}"))
     longest = limit.get("max_prompt_len", 100)
-    (found,) = evaluate(engine, loaded, tasks, [setting], ALL_RIGHT, dataset, longest, seed=1).values()
+    (found,) = evaluate(engine, loaded, tasks, [setting], all_right, dataset, longest, seed=1).values()
     assert (found.tasks, found.unanswered, found.responses, found.accuracy) == (4, 2, 4, 0.5)
     assert found.pass_at == {2: 0.5}
     shares = {level: (row["tasks"], row["accuracy"]) for level, row in found.categories["level"].items()}
@@ -274,11 +268,11 @@ def test_all_prompts_too_long(tiny_sdar: Path) -> None:
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
     tasks = [Task("0", "1+2+3", "6")]
     with pytest.raises(UserError, match="max_prompt_len: every prompt of the evaluation is longer than 3"):
-        evaluate(engine, loaded, tasks, [TaskSampling()], ALL_RIGHT, EvalDatasetConfig(), 3, seed=1)
+        evaluate(engine, loaded, tasks, [TaskSampling()], all_right, EvalDatasetConfig(), 3, seed=1)
 
 
 REWARD = ("time_limit=9", "memory_mb=99", "match=fuzzy", "workers=3", "truncated_is_wrong=False")
-JUDGE = ("reward.judge.base_url=http://127.0.0.1:1/v1", "reward.judge.model=m")
+JUDGE = ("reward.judge.base_url=http://127.0.0.1:1/v1", "reward.judge.model=judge")
 DECIDED_BY = [  # job, keys, what decides whether a held-out answer is right, the kind of its prompt
     ("rl", [], "math", "math"),
     ("rl", ["reward.kind=general"], "general", "math"),
@@ -291,30 +285,38 @@ DECIDED_BY = [  # job, keys, what decides whether a held-out answer is right, th
 
 @pytest.mark.parametrize(("job", "keys", "decides", "asked"), DECIDED_BY)
 def test_evaluation_during_training_obeys_the_config(
-    job: str, keys: list[str], decides: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: str,
+    keys: list[str],
+    decides: str,
+    asked: str,
+    tiny_sdar: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By the task's own answer, under the config's limits and words; the limit of training's prompts is another."""
-    keys = [*keys, *(f"reward.{one}" for one in REWARD), "training.max_prompt_len=5", "evaluation.max_prompt_len=77"]
-    text = {"question": "q", "ground_truth_answer": "1"}
-    program = {"question": "q", "test_method": "stdio", "test_input": ["1"], "test_output": ["1"]}
-    (tmp_path / "train.json").write_text(json.dumps([text] * 99))
-    (tmp_path / "held_out.json").write_text(json.dumps([program if decides == "code" else text]))
+    judged_by = {
+        "answers": {"ground_truth_answer": "2"},
+        "tests": {"test_method": "function", "test_list": ["assert f() == 2"]},
+    }
+    for name, fields in judged_by.items():
+        tasks = [json.dumps({"question": f"1+{n}"} | fields) for n in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(tasks))
+    keys = [*keys, *(f"reward.{one}" for one in REWARD), "training.max_prompt_len=20", "evaluation.max_prompt_len=77"]
+    keys += [f"model.pretrained_model={tiny_sdar}", f"experiment.runs_dir={tmp_path}", "experiment.trackers=[]"]
+    keys += [f"dataset.eval_dataset={tmp_path}/{'tests' if decides == 'code' else 'answers'}.jsonl"]
     if job == "rl":
-        keys += [f"dataset.train_dataset={tmp_path}/train.json", f"dataset.eval_dataset={tmp_path}/held_out.json"]
+        keys += [f"dataset.train_dataset={tmp_path}/answers.jsonl", "rollout.num_task_per_step=1"]
+    else:
+        keys += ["training.max_steps=1", "training.batch_size=2"]
     config = load_config(job, [f"config={ROOT}/configs/{job}_tiny.yaml", *keys])
     given: list[tuple] = []
-    result = SimpleNamespace(accuracy=0.5, tokens_per_forward=1.0)
-    for trainer in (rl_trainer, sft_trainer):
-        monkeypatch.setattr(trainer, "evaluate", lambda *one, **others: given.append(one) or {"static": result})
-    loaded = SimpleNamespace(model=torch.nn.Linear(1, 1), mask_id=0, stop_ids=[])
-    if job == "rl":
-        run = SimpleNamespace(config=config, engine=None, loaded=loaded, eval_tasks=[], stages=Stopwatch())
-        run.folder, run.step, run.metrics = tmp_path, 0, SimpleNamespace(log=lambda row: None)
-        run.eval_scorer = rl_trainer.read_inputs(config).eval_scorer
-        rl_trainer.evaluate_now(run)
-    else:
-        monkeypatch.setattr(sft_trainer, "Engine", lambda *_: None)
-        sft_trainer.sampled_figures(config, loaded, [])
+
+    def stopped(*arguments: object, **others: object) -> None:
+        given.append(arguments)
+        raise Stopped
+
+    monkeypatch.setattr(run, "evaluate", stopped)
+    assert {"rl": rl_trainer, "sft": sft_trainer}[job].main(config) == 0
     ((_, _, _, _, scorer, dataset, longest, _),) = given
     reward = scorer.reward
     assert (reward.time_limit, reward.memory_mb, reward.match, reward.workers) == (9, 99, "fuzzy", 3)

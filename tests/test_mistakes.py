@@ -29,8 +29,8 @@ from reward.score import make_scorer
 from rollout.compare import compare
 from rollout.evaluate import main as evaluate
 from rollout.fingerprint import check_resumable
-from train.rl_setup import read_inputs as read_rl_inputs
-from train.sft_trainer import set_up as set_up_sft
+from train.rl_trainer import main as train_rl
+from train.sft_trainer import finetune
 
 EVAL, RL, SFT = "config=configs/eval_tiny.yaml", "config=configs/rl_tiny.yaml", "config=configs/sft_tiny.yaml"
 REFUSING = "{{ raise_exception('only images, please') }}"
@@ -137,7 +137,7 @@ MISTAKES: list[tuple[str, Callable[[Place], Any], str]] = [
     ("a number too long in the data", lambda p: load_tasks(p.file("x.jsonl", '{"id": 1%s}' % ("0" * 5000))), r"line 1 of .* has in `id` a number of 5001 digits; write it as text"),
     (
         "tasks without tests, learned as code",
-        lambda p: read_rl_inputs(load_config("rl", [RL, f"dataset.train_dataset={p.file('x.jsonl', record())}", "rollout.num_task_per_step=1", "dataset.data_type=code"])),
+        lambda p: train_rl(load_config("rl", [RL, f"dataset.train_dataset={p.file('x.jsonl', record())}", "rollout.num_task_per_step=1", "dataset.data_type=code"])),
         r"dataset.train_dataset: task '0' has no `test_method`, which dataset.data_type=code judges by",
     ),
     (
@@ -147,7 +147,7 @@ MISTAKES: list[tuple[str, Callable[[Place], Any], str]] = [
     ),
     (
         "tasks without tests, watched as code",
-        lambda p: set_up_sft(load_config("sft", [SFT, f"dataset.eval_dataset={p.file('x.jsonl', record())}", "dataset.data_type=code"])),
+        lambda p: finetune(load_config("sft", [SFT, f"dataset.eval_dataset={p.file('x.jsonl', record())}", "dataset.data_type=code"])),
         r"dataset.eval_dataset: task '0' has no `test_method`",
     ),
     ("an id twice", lambda p: load_tasks(p.file("x.jsonl", record(id=7) * 2)), r"records 1 and 2 of .* the same id '7'"),

@@ -250,6 +250,7 @@ def test_all_groups_filtered(tiny_sdar: Path, tmp_path: Path, capsys: pytest.Cap
     )
     (row,) = steps_of(folder)
     assert row["updates"] == row["groups_kept"] == 0 and row["groups"] == 8
+    assert row["seconds_sync"] == 0, "weights that did not move are not handed over"
     assert "loss" not in row
     assert len(lines_of(folder / "rollouts" / "step-0001.jsonl")) == 32
     assert "keep_accuracy [0.2, 0.8]; no update" in capsys.readouterr().out
@@ -277,6 +278,7 @@ def test_tasks_with_long_prompts_are_dropped(
     (tmp_path / "tasks.jsonl").write_text(tasks[2])
     with pytest.raises(UserError, match=r"training\.max_prompt_len: every prompt of the step is longer"):
         run_rl(tiny_sdar, tmp_path / "runs", rollout__num_task_per_step=1, **short)
+    assert not (folder / "rollouts" / "step-0001.jsonl").exists(), "told before anything of the step is written"
 
 
 def test_too_few_tasks(tiny_sdar: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.schema import EvalConfig, SFTConfig
 from launch.start_model import make_missing_model
 from models import load_model
+from train import run as shared_run
 from train import sft_step, sft_trainer
 from train.learner import Learner
 
@@ -182,8 +183,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path: Path, capsys: pytest.C
     config = sft_config(tmp_path, records, **changes)
     learned = sft_trainer.train_step
 
-    def stopping(run: sft_trainer.Run) -> dict[str, float]:
-        if run.step == 5:
+    def stopping(run: sft_trainer.SFTRun) -> dict[str, float]:
+        if run.progress.step == 5:
             raise KeyboardInterrupt
         return learned(run)
 
@@ -210,6 +211,8 @@ def test_a_mistake_in_the_data_leaves_an_older_run_where_it_is(tmp_path: Path, t
     config = sft_config(tmp_path, [*RECORDS, {"prompt": "1", "response": ""}], model__pretrained_model=tiny_sdar)
     with pytest.raises(UserError, match=r"record 4 of .* has an empty `response`"):
         sft_trainer.finetune(config)
+    with pytest.raises(UserError, match=r"training\.method=random_masking: sdar has block attention"):
+        sft_trainer.finetune(sft_config(tmp_path, RECORDS, training__method="random_masking"))
     assert [path.name for path in finished.parent.iterdir()] == ["results.json"]
 
 
@@ -219,7 +222,7 @@ def test_rows_of_an_epoch_are_all_learned(tmp_path: Path) -> None:
     config = sft_config(tmp_path, records, training__batch_size=2, dataset__eval_dataset="")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft_trainer, "sft_update", lambda *_: {"loss": 0.0})
-        run, _ = sft_trainer.set_up(config)
+        run = sft_trainer.set_up(config)
         prompts: list[int] = []
         patch.setattr(
             sft_trainer,
@@ -228,7 +231,7 @@ def test_rows_of_an_epoch_are_all_learned(tmp_path: Path) -> None:
         )
         for _ in range(5):
             figures = sft_trainer.train_step(run)
-            run.step += 1
+            run.progress.step += 1
     assert sorted(prompts[:5]) == sorted(prompts[5:]) == [0, 1, 2, 3, 4] and figures["epoch"] == 2.0
 
 
@@ -265,16 +268,17 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(
     records = RECORDS + [{"prompt": f"{n}+1", "response": f"{n + 1}"} for n in range(5)]
     whole, wanted = finetune(sft_config(tmp_path, records, experiment__project="whole", **changes))
     config = sft_config(tmp_path, records, **changes)
-    name, number = {"update": ("train_step", 4), "evaluation": ("evaluate", 2)}[moment]
-    real, calls = getattr(sft_trainer, name), []
+    at = {"update": (sft_trainer, "train_step", 4), "evaluation": (shared_run, "evaluate", 2)}
+    module, name, number = at[moment]
+    real, calls = getattr(module, name), []
 
-    def signalled(*args: object) -> object:
+    def signalled(*args: object, **named: object) -> object:
         calls.append(None)
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
+        return real(*args, **named)
 
-    monkeypatch.setattr(sft_trainer, name, signalled)
+    monkeypatch.setattr(module, name, signalled)
     assert sft_trainer.main(config) == 0
     monkeypatch.undo()
     out = " ".join(capsys.readouterr().out.split())

@@ -14,6 +14,7 @@ import pytest
 from common.config import load_config
 from common.errors import UserError
 from common.schema import Sampling, SFTConfig
+from common.training_schema import SFTTrainingConfig
 from common.trajectory import Request, Score, ScoredTrajectory, Task
 from data.check import check_file
 from data.sft_records import Answer, Chat, Ids, load_samples
@@ -22,7 +23,7 @@ from models.tiny import build_tiny
 from rollout.samples import write_samples
 from sample.engine import Engine
 from train import prepare_sft
-from train.sft_data import Samples, make_samples, read_samples, split, told_reasons
+from train.sft_data import Samples, make_samples, read_samples, split, write_prepared
 from train.sft_step import rows_of
 from train.views import Example, Layout, trace_views
 
@@ -204,14 +205,14 @@ def test_bad_samples_are_refused_by_line_or_counted(
         samples_of(tiny["sdar"], config_of(path))
     samples = samples_of(tiny["sdar"], config_of(path, dataset__bad_samples="skip"))
     assert len(samples.conversations) == 1 and samples.left_out == {reason: 1}
-    assert told_reasons(samples, 1, 1).startswith(f"1 {reason}; the first: line 3 of ")
+    assert samples.reasons(SFTTrainingConfig()).startswith(f"1 {reason}; the first: line 3 of ")
 
 
 def test_only_correct_samples(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
     record = {"prompt": "1+2", "response": "3"}
     path = write(tmp_path / "x.jsonl", [record | {"correct": True}, record | {"correct": False}])
     samples = samples_of(tiny["sdar"], config_of(path, dataset__correct_only="true"))
-    assert len(samples.conversations) == 1 and told_reasons(samples, 1, 1) == "1 not correct"
+    assert len(samples.conversations) == 1 and samples.reasons(SFTTrainingConfig()) == "1 not correct"
     assert len(samples_of(tiny["sdar"], config_of(path)).conversations) == 2
     with pytest.raises(UserError, match=r"line 1 .* has no `correct`"):
         samples_of(tiny["sdar"], config_of(write(path, [record]), dataset__correct_only="true"))
@@ -228,7 +229,7 @@ def test_too_long_samples_are_counted_by_reason(tmp_path: Path, tiny: dict[str, 
     config = config_of(write(tmp_path / "x.jsonl", records), training__max_prompt_len=12)
     samples = samples_of(tiny["sdar"], config)
     assert [one[0].length for one in samples.conversations] == [24, 2]
-    told = told_reasons(samples, 12, 24)
+    told = samples.reasons(config.training)
     assert told == "1 prompts over training.max_prompt_len 12, 1 responses over training.max_gen_length 24"
     with pytest.raises(UserError, match=r"no sample of .* can be used \(1 prompts over training.max_prompt_len 12\)"):
         samples_of(tiny["sdar"], config_of(write(tmp_path / "y.jsonl", records[:1]), training__max_prompt_len=12))
@@ -454,7 +455,7 @@ def test_prepared_samples_are_those_that_they_came_from(
     folder = tiny["sdar"].model.config.name_or_path
     options = {"model__pretrained_model": folder, "dataset__bad_samples": "skip", "training__max_prompt_len": 20}
     config, out = config_of(raw, **options), tmp_path / "new" / "out.jsonl"
-    prepare_sft.prepare(config, out)
+    write_prepared(config, out)
     told = capsys.readouterr().out
     assert "3 samples" in told and "left out: 1 broken line; the first: line 4 of" in told
     lines = [json.loads(line) for line in out.read_text().splitlines()]

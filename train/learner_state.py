@@ -1,4 +1,8 @@
-"""A learner in a checkpoint: weights and moments by parameter name, whole, so that any number of ranks reads them."""
+"""A learner in a checkpoint: weights and moments by parameter name, whole, so that any number of ranks reads them.
+
+What a checkpoint holds is the network under `learner.network`, by its own names: the policy's backbone, or the value
+network.
+"""
 
 import io
 import json
@@ -10,15 +14,25 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from common import ranks
 from common.checkpoint import Writer, write_folder
 from common.schema import ModelConfig
+from models import save_model
 from models.lora import is_adapter, save_adapter
+from models.value import ValueNetwork, save_value
 from train.learner import Learner, whole, whole_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, float32 as the weights
 SHARD_BYTES = 4 << 30  # of host memory that writing takes
+
+
+def write_network(learner: Learner, tokenizer: PreTrainedTokenizerBase, writer: Writer, folder: str = "") -> None:
+    """The learner's network as a model in its family's own format. All ranks must call it."""
+    network = learner.network.saved
+    save = save_value if isinstance(network, ValueNetwork) else save_model
+    writer.do(save, network, tokenizer, Path(writer.folder, folder), whole_state_dict(network))
 
 
 def save_learner(learner: Learner, writer: Writer, folder: str) -> None:
@@ -39,32 +53,34 @@ def save_learner(learner: Learner, writer: Writer, folder: str) -> None:
             writer.do(save_file, shard, writer.path(folder, f"{number:05d}.safetensors"))
             shard = {}
     writer.do(save_file, shard, writer.path(folder, f"{number + 1:05d}.safetensors"))
-    scheduler = {key: value for key, value in learner.scheduler.state_dict().items() if key != "lr_lambdas"}
-    about = {"scheduler": scheduler, "bad_in_a_row": learner.bad_in_a_row}
-    about["optimizer_steps"] = max((int(state["step"]) for state in states), default=0)
-    writer.do(writer.path(folder, "learner.json").write_text, json.dumps(about))
+    counts = {
+        "scheduler": {key: value for key, value in learner.scheduler.state_dict().items() if key != "lr_lambdas"},
+        "bad_in_a_row": learner.bad_in_a_row,
+        "optimizer_steps": max((int(state["step"]) for state in states), default=0),
+    }
+    writer.do(writer.path(folder, "learner.json").write_text, json.dumps(counts))
 
 
 def load_learner(learner: Learner, folder: Path, weights: dict[str, Tensor]) -> None:
     """Take up what `save_learner` wrote. `weights`: the network's by name, for those that it did not."""
-    about = json.loads((folder / "learner.json").read_text())
+    counts = json.loads((folder / "learner.json").read_text())
     files = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
-    place = {key: file for file in files for key in file.keys()}  # noqa: SIM118 — safe_open has no iterator
-    if about["optimizer_steps"]:
-        make_states(learner, about["optimizer_steps"])
+    file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118 — safe_open has no iterator
+    if counts["optimizer_steps"]:
+        make_states(learner, counts["optimizer_steps"])
     for name, parameter in learner.network.saved.named_parameters():
         saved = {
-            key: place[f"{name}:{key}"].get_tensor(f"{name}:{key}")
+            key: file_of[f"{name}:{key}"].get_tensor(f"{name}:{key}")
             for key in (*MOMENTS, "weight")
-            if f"{name}:{key}" in place
+            if f"{name}:{key}" in file_of
         }
         set_weight(learner, parameter, saved.pop("weight", weights.get(name)))
         for key, tensor in saved.items():
             set_moment(learner, parameter, key, tensor)
-    learner.scheduler.load_state_dict(about["scheduler"] | {"lr_lambdas": [None]})
+    learner.scheduler.load_state_dict(counts["scheduler"] | {"lr_lambdas": [None]})
     for group, rate in zip(learner.optimizer.param_groups, learner.scheduler.get_last_lr()):
         group["lr"] = rate
-    learner.bad_in_a_row = about["bad_in_a_row"]
+    learner.bad_in_a_row = counts["bad_in_a_row"]
 
 
 def optimizer_states(learner: Learner) -> list[dict]:
@@ -125,7 +141,7 @@ def set_weight(learner: Learner, parameter: torch.nn.Parameter, value: Tensor | 
 
 @torch.no_grad()
 def set_moment(learner: Learner, parameter: torch.nn.Parameter, key: str, value: Tensor) -> None:
-    """Put a whole tensor in the place of one of the parameter's moments, or this rank's part of it."""
+    """Set one of the parameter's moments to a whole tensor, or to this rank's part of it."""
     if learner.deepspeed is None:
         learner.optimizer.state[parameter][key].copy_(value)
         return
@@ -178,16 +194,18 @@ def whole_state_dict(network: torch.nn.Module) -> dict[str, Tensor] | None:
     return {name: tensor.to("cpu", copy=True) for name, tensor in whole_weights(network) if ranks.is_main()}
 
 
-def write_adapter(network: torch.nn.Module, names: ModelConfig, folder: Path) -> None:
+def write_adapter(learner: Learner, model_config: ModelConfig, folder: Path) -> None:
     """The adapters in peft's format, where there are any, beside the merged model. All ranks must call it."""
-    if not names.lora.r:
+    if not model_config.lora.r:
         return
     weights = {}
-    for name, parameter in network.named_parameters():
+    for name, parameter in learner.network.saved.named_parameters():
         if is_adapter(name):
             with whole(parameter):
                 weights[name] = parameter.detach().to("cpu", copy=True)
     write_folder(
-        folder / f"{names.optimized_name}_adapter",
-        lambda writer: writer.do(save_adapter, names.lora, names.pretrained_model, weights, writer.folder),
+        folder / f"{model_config.optimized_name}_adapter",
+        lambda writer: writer.do(
+            save_adapter, model_config.lora, model_config.pretrained_model, weights, writer.folder
+        ),
     )

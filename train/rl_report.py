@@ -1,43 +1,40 @@
-"""What a run tells: a step's figures, its line on the console, and the results of the whole."""
+"""What RL reports: a step's figures and its line on the console, and the results of the whole run."""
 
 import dataclasses
 import json
+from pathlib import Path
 
-from common.errors import UserError
 from common.metrics import print_table
 from common.runtime import Stopwatch, console
 from common.trajectory import ScoredTrajectory
 from rollout.results import Evaluation, tokens_per_forward
-from train.rl_setup import Run
 
 
 def rollout_figures(groups: list[list[ScoredTrajectory]], samples: list[ScoredTrajectory]) -> dict[str, float]:
-    """Means over the step's responses."""
-    rollouts = [rollout for group in groups for rollout in group]
-    if not rollouts:
-        raise UserError("training.max_prompt_len: every prompt of the step is longer; raise it")
-    count = len(rollouts)
+    """Means over the step's responses; `samples` are those that are learned from."""
+    responses = [response for group in groups for response in group]
+    count = len(responses)
     return {
-        "reward": sum(rollout.score.reward for rollout in rollouts) / count,
-        "accuracy": sum(rollout.score.correct for rollout in rollouts) / count,
-        "response_length": sum(rollout.trajectory.length for rollout in rollouts) / count,
-        "truncated": sum(rollout.trajectory.finish_reason == "length" for rollout in rollouts) / count,
-        "tokens_per_forward": tokens_per_forward(rollouts),
-        "kept_mass": sum(rollout.trajectory.kept_mass for rollout in rollouts) / count,
+        "reward": sum(response.score.reward for response in responses) / count,
+        "accuracy": sum(response.score.correct for response in responses) / count,
+        "response_length": sum(response.trajectory.length for response in responses) / count,
+        "truncated": sum(response.trajectory.finish_reason == "length" for response in responses) / count,
+        "tokens_per_forward": tokens_per_forward(responses),
+        "kept_mass": sum(response.trajectory.kept_mass for response in responses) / count,
         "groups": len(groups),
         "groups_kept": len({sample.trajectory.task_id for sample in samples}),
     }
 
 
-def step_times(run: Run, groups: list[list[ScoredTrajectory]], watch: Stopwatch) -> dict[str, float]:
+def step_times(groups: list[list[ScoredTrajectory]], watch: Stopwatch) -> dict[str, float]:
     """Tokens per second of the rollout, and the step's seconds by stage."""
-    tokens = sum(rollout.trajectory.length for group in groups for rollout in group)
+    tokens = sum(response.trajectory.length for group in groups for response in group)
     total = watch.total()
-    named = {stage: watch.seconds.get(stage, 0.0) for stage in ("rollout", "reward", "train", "sync")}
+    stages = {stage: watch.seconds.get(stage, 0.0) for stage in ("rollout", "reward", "train", "sync")}
     return {
-        "tokens_per_second": tokens / named["rollout"],
-        **{f"seconds_{stage}": seconds for stage, seconds in named.items()},
-        "seconds_other": total - sum(named.values()),
+        "tokens_per_second": tokens / stages["rollout"],
+        **{f"seconds_{stage}": seconds for stage, seconds in stages.items()},
+        "seconds_other": total - sum(stages.values()),
         "seconds": total,
     }
 
@@ -51,33 +48,33 @@ def report_step(step: int, total: int, figures: dict[str, float]) -> None:
     )
 
 
-def write_results(run: Run, before: dict[str, dict[str, float]], after: dict[str, Evaluation]) -> None:
+def write_results(
+    folder: Path, seed: int, before: dict[str, dict[str, float]], after: dict[str, Evaluation], stages: Stopwatch
+) -> None:
     """results.json (every figure), summary.json (accuracy before and after, seconds by stage) and a table."""
     results = {"before": before, "after": {name: dataclasses.asdict(result) for name, result in after.items()}}
-    (run.folder / "results.json").write_text(json.dumps(results, indent=2))
+    (folder / "results.json").write_text(json.dumps(results, indent=2))
     keep = ("accuracy", "tokens_per_forward")
     short = {
         moment: {name: {key: round(row[key], 4) for key in keep} for name, row in rows.items()}
         for moment, rows in results.items()
     }
-    seconds = {stage: round(value, 2) for stage, value in run.stages.seconds.items()}
-    seconds["total"] = round(run.stages.total(), 2)
-    summary = {"seed": run.config.training.seed} | short | {"seconds": seconds}
-    (run.folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    seconds = {stage: round(value, 2) for stage, value in stages.seconds.items()}
+    seconds["total"] = round(stages.total(), 2)
+    (folder / "summary.json").write_text(json.dumps({"seed": seed} | short | {"seconds": seconds}, indent=2))
     rows = []
     for name, now in short["after"].items():
         then = short["before"][name]
-        gain = 100 * (now["accuracy"] - then["accuracy"])
         rows.append(
             {
                 "sampling": name,
                 "tasks": after[name].tasks,
                 "accuracy before": f"{100 * then['accuracy']:.1f} %",
                 "after": f"{100 * now['accuracy']:.1f} %",
-                "gain": f"{gain:+.1f}",
+                "gain": f"{100 * (now['accuracy'] - then['accuracy']):+.1f}",
                 "tokens/forward before": f"{then['tokens_per_forward']:.2f}",
                 "tokens/forward after": f"{now['tokens_per_forward']:.2f}",
             }
         )
-    print_table(rows, title=f"held-out tasks, {run.folder}")
+    print_table(rows, title=f"held-out tasks, {folder}")
     console.print("seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items()))

@@ -2,102 +2,203 @@
 
 import dataclasses
 import json
-from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 
-from common.checkpoint import newest_step
-from common.config import settings_of
 from common.disk import unless_full, write_whole
-from common.health import watched
-from common.metrics import draw_curves
-from common.ranks import any_rank, from_main, is_main, rank
+from common.errors import UserError
+from common.metrics import draw_curves, truncate_after
+from common.ranks import any_rank, from_main, is_main
 from common.runtime import Stopwatch, console
 from common.schema import RLConfig
-from common.stop import Stopped, exit_code, resume_command, signals_noted, stop_requested
-from common.trajectory import ScoredTrajectory
-from data.tasks import task_batch
+from common.stop import Stopped, stop_requested
+from common.trajectory import ScoredTrajectory, Task
+from data.tasks import load_tasks, task_batch
+from models.defaults import take_defaults
+from reward.score import RewardScorer, check_tasks, make_scorer
 from rollout.collect import collect, encode_tasks, prompts_within
-from rollout.evaluate import evaluate
+from rollout.report import RunPage
 from rollout.results import Evaluation
 from rollout.samples import write_samples
-from train.learner import whole_weights
+from sample.engine import Engine
+from train.learner import Learner, whole_weights
+from train.networks import engine_model, frozen_reference, load_trained, policy_learner, value_learner
 from train.objectives import kept_samples
-from train.rl_checkpoint import export, resume, save
 from train.rl_report import report_step, rollout_figures, step_times, write_results
-from train.rl_setup import Inputs, Run, read_inputs, set_up
 from train.rl_step import learn
-from train.views import layout_of
+from train.run import (
+    HeldOut,
+    Progress,
+    Run,
+    begin,
+    evaluate_held_out,
+    exit_code_of,
+    export,
+    held_out_tasks,
+    make_folder,
+    open_records,
+    resume,
+    save,
+    until_stopped,
+)
+from train.views import layout_of, view_method
 
 
-def main(config: RLConfig, inputs: Inputs | None = None, stages: Stopwatch | None = None) -> int:
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before any network: tasks, and the functions that score answers to them."""
+
+    tasks: list[Task]
+    scorer: RewardScorer
+    held_out: HeldOut
+
+
+@dataclass
+class RLProgress(Progress):
+    """How far an RL run is."""
+
+    cursor: int = 0  # position in the endless sequence of shuffled tasks
+
+
+@dataclass(kw_only=True)
+class RLRun(Run):
+    """All that lives through an RL run."""
+
+    config: RLConfig
+    progress: RLProgress
+    tasks: list[Task]
+    scorer: RewardScorer
+    engine: Engine
+    reference: Learner | None  # the frozen first model, where the KL refers to it
+    page: RunPage
+    stages: Stopwatch  # seconds by stage of the whole run
+
+
+def main(config: RLConfig) -> int:
     """Run reinforcement learning as the config says; everything it makes lies in runs/<project>/.
 
-    `inputs` and the seconds of `stages` are what the caller has done already. Returns the program's exit code: 130
-    where Ctrl-C stopped it, else 0. All ranks must call it.
+    Returns the program's exit code: 130 where Ctrl-C stopped it, else 0. All ranks must call it.
     """
-    stages = stages or Stopwatch()
-    with signals_noted(), ExitStack() as stack:
-        run = set_up(config, inputs or read_inputs(config), stages)
-        stack.enter_context(watched(config.experiment.hang_timeout, run.folder / f"hang-rank-{rank()}.txt", rank()))
-        with stages("load"):
-            resume(run)
+    return exit_code_of(lambda: reinforce(config))
+
+
+def reinforce(config: RLConfig, inputs: Inputs | None = None, stages: Stopwatch | None = None) -> None:
+    """The run, from its set-up to its results. Raises Stopped, after a checkpoint, where a signal came.
+
+    `inputs` and the seconds of `stages` are what the caller has done already. All ranks must call it.
+    """
+    run = set_up(config, inputs or read_inputs(config), stages or Stopwatch())
+    with until_stopped(run):
         try:
+            with run.stages("load"):
+                resume(run)
+                if run.checkpoint is not None:
+                    run.engine.load_weights(whole_weights(run.learner.network.backbone))
             before = first_evaluation(run)
             train(run)
             after = evaluate_now(run)
         except Stopped:
-            stop(run)
-            return exit_code()
-    with stages("checkpoint"):
+            run.page.refresh(done=True)
+            raise
+    with run.stages("checkpoint"):
         save(run)
         export(run)
     run.metrics.close()
     if is_main():
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
         run.page.refresh(done=True)
-        write_results(run, before, after)
-    return 0
+        write_results(run.folder, config.training.seed, before, after, run.stages)
 
 
-def train(run: Run) -> None:
-    """The RL steps that are left, with evaluations and checkpoints between them. Stopped where the run is to end."""
-    experiment = run.config.experiment
-    while run.step < experiment.total_step:
+# --- before the first step
+
+
+def read_inputs(config: RLConfig) -> Inputs:
+    """Load what the config names beside models; UserError for a mistake in it."""
+    dataset, evaluation = config.dataset, config.evaluation
+    tasks = load_tasks(dataset.train_dataset, key="dataset.train_dataset")
+    if config.rollout.num_task_per_step > len(tasks):
+        raise UserError(
+            f"rollout.num_task_per_step: {config.rollout.num_task_per_step} is more than the {len(tasks)} tasks "
+            f"of dataset.train_dataset {dataset.train_dataset}"
+        )
+    scorer = make_scorer(config.reward, dataset.data_type)
+    check_tasks(scorer, tasks, "dataset.train_dataset")
+    view_method(config.training.method)
+    key = "evaluation.eval_dataset"
+    eval_tasks = load_tasks(evaluation.eval_dataset or dataset.eval_dataset, key=key)
+    own_kind = None if config.reward.kind == "judge" else config.reward.kind
+    judged_as = evaluation.data_type or own_kind or dataset.data_type
+    held_out = held_out_tasks(config, eval_tasks, key, judged_as, evaluation.data_type or dataset.data_type)
+    return Inputs(tasks, scorer, held_out)
+
+
+def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
+    """Load the networks; then, when no mistake can be found any more, open the run's folder and its records."""
+    experiment, updates_per_step = config.experiment, config.training.updates_per_step
+    with stages("load"):
+        begin(config)
+        trained = load_trained(config.model, config.training, config.model.pretrained_model)
+        learner = policy_learner(config, trained, experiment.total_step * updates_per_step)
+        drawing = engine_model(config, trained, learner)
+        reference = frozen_reference(config, trained, learner)
+        take_defaults(config, drawing)
+        critic = None
+        if config.model.value_base_model:
+            value_steps = experiment.total_step // experiment.train_value_every
+            critic = value_learner(config, value_steps * updates_per_step)
+        folder = make_folder(config)
+        metrics, checkpoint, state = open_records(config, folder)
+        if is_main():
+            (folder / "rollouts").mkdir(exist_ok=True)
+            truncate_after(folder / "samples.jsonl", state.get("step", -1))
+    return RLRun(
+        config=config,
+        folder=folder,
+        metrics=metrics,
+        checkpoint=checkpoint,
+        progress=RLProgress(**state),
+        held_out=inputs.held_out,
+        loaded=drawing,
+        learner=learner,
+        critic=critic,
+        tasks=inputs.tasks,
+        scorer=inputs.scorer,
+        engine=Engine(drawing.model, drawing.mask_id, drawing.stop_ids),
+        reference=reference,
+        page=RunPage(folder, drawing, config.rollout.block_size, experiment.total_step),
+        stages=stages,
+    )
+
+
+# --- the steps
+
+
+def train(run: RLRun) -> None:
+    """The RL steps that are left, with evaluations and checkpoints between them. Raises Stopped where it is to end."""
+    experiment, progress = run.config.experiment, run.progress
+    while progress.step < experiment.total_step:
         figures = rl_step(run)
-        run.step += 1
-        run.metrics.log({"step": run.step} | figures)
-        report_step(run.step, experiment.total_step, figures)
+        progress.step += 1
+        run.metrics.log({"step": progress.step} | figures)
+        report_step(progress.step, experiment.total_step, figures)
         run.page.refresh()
-        last = run.step == experiment.total_step
-        if experiment.eval_every and run.step % experiment.eval_every == 0 and not last:
+        last = progress.step == experiment.total_step
+        if experiment.eval_every and progress.step % experiment.eval_every == 0 and not last:
             evaluate_now(run)
-        if experiment.save_every and run.step % experiment.save_every == 0 and not last:
+        if experiment.save_every and progress.step % experiment.save_every == 0 and not last:
             with run.stages("checkpoint"):
                 save(run)
         if any_rank(stop_requested()):
             raise Stopped
 
 
-def stop(run: Run) -> None:
-    """Save what is done and say how to go on."""
-    if run.step > 0 and newest_step(run.folder) < run.step:
-        save(run)
-    run.metrics.close()
-    run.page.refresh(done=True)
-    console.print(f"stopped after step {run.step}; to go on: {resume_command()}")
-
-
-def rl_step(run: Run) -> dict[str, float]:
+def rl_step(run: RLRun) -> dict[str, float]:
     """Sample, score, learn, and hand the new weights to the engine; returns the step's figures."""
     config, watch = run.config, Stopwatch()
-    number = run.step + 1
-    cursor = run.cursor
-    try:
-        groups, samples = gather_samples(run, number, watch)
-    except Stopped:
-        run.cursor = cursor  # the step is done again when the run is resumed
-        raise
+    number = run.progress.step + 1
+    groups, samples = draw_groups(run, number, watch)
     file = run.folder / "rollouts" / f"step-{number:04d}.jsonl"
     if is_main():
         file.unlink(missing_ok=True)  # a run that stopped after its last checkpoint wrote this step before
@@ -126,34 +227,35 @@ def rl_step(run: Run) -> dict[str, float]:
             f"step {number}: no group{equal} has an accuracy within training.keep_accuracy "
             f"{config.training.keep_accuracy}; no update"
         )
-    with watch("sync"):
-        run.engine.load_weights(whole_weights(run.learner.network.backbone))
+    if figures["updates"]:
+        with watch("sync"):
+            run.engine.load_weights(whole_weights(run.learner.network.backbone))
     for stage, seconds in watch.seconds.items():
         run.stages.seconds[stage] = run.stages.seconds.get(stage, 0.0) + seconds
-    means = rollout_figures(groups, samples)
-    return means | figures | step_times(run, groups, watch)
+    return rollout_figures(groups, samples) | figures | step_times(groups, watch)
 
 
-def exact_rollouts(run: Run) -> bool:
+def exact_rollouts(run: RLRun) -> bool:
     """Whether the engine's log-probabilities must be the trainer's: float32, and no approximate cache."""
     approximate = run.loaded.family.attention == "full" and run.config.rollout.use_cache
     return run.loaded.model.dtype == torch.float32 and not approximate
 
 
-def gather_samples(
-    run: Run, number: int, watch: Stopwatch
+def draw_groups(
+    run: RLRun, number: int, watch: Stopwatch
 ) -> tuple[list[list[ScoredTrajectory]], list[ScoredTrajectory]]:
-    """Groups of rollouts for the step's tasks; where the filter leaves none, more tasks, up to `max_resample` times.
+    """Responses in groups for the step's tasks, and those that are learned from; the run's cursor moves on.
 
-    With dynamic sampling more tasks are drawn until as many groups are kept as there were to be.
+    Where the filter leaves no group, more tasks are drawn, up to `max_resample` times; with dynamic sampling until as
+    many groups are kept as there were to be. UserError where every prompt is too long.
     """
     config, training = run.config, run.config.training
     wanted = config.rollout.num_task_per_step
     groups: list[list[ScoredTrajectory]] = []
     samples: list[ScoredTrajectory] = []
-    missing = wanted
+    missing, cursor = wanted, run.progress.cursor
     for _ in range(config.rollout.max_resample + 1):
-        indices, run.cursor = task_batch(len(run.tasks), missing, run.cursor, training.seed)
+        indices, cursor = task_batch(len(run.tasks), missing, cursor, training.seed)
         seen = {group[0].task.id for group in groups}
         tasks = [run.tasks[index] for index in dict.fromkeys(indices)]
         tasks = [task for task in tasks if task.id not in seen]
@@ -175,36 +277,27 @@ def gather_samples(
         missing = wanted - kept if training.dynamic_sampling else wanted * (kept == 0)
         if missing == 0:
             break
+    if not groups:
+        raise UserError("training.max_prompt_len: every prompt of the step is longer; raise it")
+    run.progress.cursor = cursor  # not before: a step that was stopped is done again when the run is resumed
     return groups, samples
 
 
-def evaluate_now(run: Run) -> dict[str, Evaluation]:
-    """Accuracy on the held-out tasks under each evaluation setting, by the task's own answer; logged."""
-    config = run.config
-    prompts_of = config.evaluation.data_type or config.dataset.data_type
+# --- evaluations
+
+
+def evaluate_now(run: RLRun) -> dict[str, Evaluation]:
+    """Accuracy on the held-out tasks under each evaluation setting; logged, every response in samples.jsonl."""
     with run.stages("evaluation"):
-        results = evaluate(
-            run.engine,
-            run.loaded,
-            run.eval_tasks,
-            settings_of(config.evaluation),
-            run.eval_scorer,
-            dataclasses.replace(config.dataset, data_type=prompts_of),
-            config.evaluation.max_prompt_len,
-            config.training.seed,
-            samples_file=run.folder / "samples.jsonl",
-            step=run.step,
-        )
-    figures = {f"eval/{name}/accuracy": result.accuracy for name, result in results.items()}
-    figures |= {f"eval/{name}/tokens_per_forward": result.tokens_per_forward for name, result in results.items()}
-    run.metrics.log({"step": run.step} | figures)
+        results, figures = evaluate_held_out(run, run.engine, run.loaded, run.folder / "samples.jsonl")
+    run.metrics.log({"step": run.progress.step} | figures)
     return results
 
 
-def first_evaluation(run: Run) -> dict[str, dict[str, float]]:
+def first_evaluation(run: RLRun) -> dict[str, dict[str, float]]:
     """The evaluation before the first step, kept in before.json so that a resumed run still has it."""
     path = run.folder / "before.json"
-    if run.step > 0 and from_main(path.exists()):
+    if run.progress.step > 0 and from_main(path.exists()):
         return json.loads(path.read_text())
     before = {name: dataclasses.asdict(result) for name, result in evaluate_now(run).items()}
     if is_main():

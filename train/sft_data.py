@@ -1,20 +1,26 @@
 """From samples of a data set to examples: in the chat template, as ids, filled up, none lost without a word."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
+from common.metrics import print_table
 from common.records import Record
+from common.runtime import console
 from common.schema import SFTConfig, SFTDatasetConfig
-from data.sft_records import Answer, BadSample, Chat, Ids, Sample, Unwanted, load_samples
+from common.training_schema import SFTTrainingConfig
+from data.sft_records import Answer, BadSample, Chat, Ids, Rejected, Sample, load_samples
 from models import LoadedModel
-from models.family import Family
+from models.family import Family, find_family, local_folder
 from models.prompts import ChatTemplateError, end_of_sequence, end_of_turn, instruction, turns_text
+from models.tokenizer import load_tokenizer
 from train.views import Example
 
 # Examples of one conversation, each of whose prompts goes on from the example before it. Under block attention they
@@ -25,6 +31,9 @@ LONG_PROMPT = "prompts over training.max_prompt_len"
 LONG_RESPONSE = "responses over training.max_gen_length"
 
 
+Located = Sequence[tuple[str, Sample | Rejected]]  # samples with words for their places in the data set
+
+
 @dataclass
 class Samples:
     """What came of a data set."""
@@ -33,8 +42,21 @@ class Samples:
     left_out: Counter[str] = field(default_factory=Counter)  # by reason
     first_bad: str = ""
 
+    def leave_out(self, rejected: Rejected, dataset: SFTDatasetConfig) -> None:
+        """Count what is not learned from; UserError for a bad sample where dataset.bad_samples refuses such."""
+        if rejected.bad and dataset.bad_samples == "refuse":
+            raise UserError(
+                f"dataset.optimization_data: {rejected.message} (dataset.bad_samples=skip leaves such samples out)"
+            )
+        self.left_out[rejected.reason] += 1
+        if rejected.bad:
+            self.first_bad = self.first_bad or rejected.message
 
-Located = Sequence[tuple[str, Sample | BadSample]]  # samples with words for their places
+    def reasons(self, training: SFTTrainingConfig) -> str:
+        """Why samples were left out, counted, in one line; empty where none was."""
+        limits = {LONG_PROMPT: training.max_prompt_len, LONG_RESPONSE: training.max_gen_length}
+        counts = [f"{count} {reason} {limits.get(reason, '')}".strip() for reason, count in self.left_out.items()]
+        return ", ".join(counts) + (f"; the first: {self.first_bad}" if self.first_bad else "")
 
 
 def read_samples(dataset: SFTDatasetConfig) -> Located:
@@ -51,23 +73,26 @@ def make_samples(config: SFTConfig, loaded: LoadedModel, located: Located) -> Sa
     """Conversations of a data set's samples, too long ones counted; UserError for a bad one where that is asked for."""
     dataset, training = config.dataset, config.training
     around, stop = instruction_of(config, loaded.family), end_of_turn(loaded.tokenizer)
+
+    def encode(sample: Sample) -> list[Example]:
+        examples = encode_sample(sample, loaded.tokenizer, dataset, around, stop)
+        return [example if too_long(example, training) else fill(example, loaded, config) for example in examples]
+
     samples = Samples()
-
-    def make(sample: Sample) -> list[Example]:
+    for place, sample in located:
+        examples = encode_or_reject(encode, sample, place)
+        if isinstance(examples, Rejected):
+            samples.leave_out(examples, dataset)
+            continue
         kept = []
-        for example in encode_sample(sample, loaded.tokenizer, dataset, around, stop):
-            if len(example.prompt_ids) > training.max_prompt_len:
-                samples.left_out[LONG_PROMPT] += 1
-            elif example.length > training.max_gen_length:
-                samples.left_out[LONG_RESPONSE] += 1
+        for example in examples:
+            if reason := too_long(example, training):
+                samples.left_out[reason] += 1
             else:
-                kept.append(fill(example, loaded, config))
-        return kept
-
-    for examples in usable(dataset, located, make, samples):
-        samples.conversations += conversations_of(examples, loaded.family)
+                kept.append(example)
+        samples.conversations += conversations_of(kept, loaded.family)
     if not samples.conversations:
-        reasons = told_reasons(samples, training.max_prompt_len, training.max_gen_length)
+        reasons = samples.reasons(training)
         raise UserError(
             f"dataset.optimization_data: no sample of {dataset.optimization_data} can be used"
             + (f" ({reasons})" if reasons else "")
@@ -75,41 +100,34 @@ def make_samples(config: SFTConfig, loaded: LoadedModel, located: Located) -> Sa
     return samples
 
 
-def usable(
-    dataset: SFTDatasetConfig, located: Located, make: Callable[[Sample], list[Example]], samples: Samples
-) -> Iterator[list[Example]]:
-    """What `make` makes of each good sample; bad ones are refused or counted in `samples`, by dataset.bad_samples."""
-    for place, sample in located:
-        try:
-            if isinstance(sample, BadSample):
-                raise sample
-            try:
-                yield make(sample)
-            except ChatTemplateError as error:
-                raise BadSample("chat template", f"is not taken by the chat template: {error.reason}") from None
-        except Unwanted as error:
-            samples.left_out[error.reason] += 1
-        except BadSample as error:
-            told = str(error) if error is sample else f"{place} {error}"
-            if dataset.bad_samples == "refuse":
-                raise UserError(
-                    f"dataset.optimization_data: {told} (dataset.bad_samples=skip leaves such samples out)"
-                ) from None
-            samples.left_out[error.reason] += 1
-            samples.first_bad = samples.first_bad or told
+def encode_or_reject(
+    encode: Callable[[Sample], list[Example]], sample: Sample | Rejected, place: str
+) -> list[Example] | Rejected:
+    """What `encode` makes of the sample at that place of the data set, or why it cannot be learned from."""
+    if isinstance(sample, Rejected):
+        return sample
+    try:
+        return encode(sample)
+    except ChatTemplateError as error:
+        return Rejected("chat template", f"{place} is not taken by the chat template: {error.reason}")
+    except BadSample as error:
+        return Rejected(error.reason, f"{place} {error}")
 
 
-def told_reasons(samples: Samples, max_prompt_len: int, max_gen_length: int) -> str:
-    """Why samples were left out, counted, in one line; empty where none was."""
-    limits = {LONG_PROMPT: max_prompt_len, LONG_RESPONSE: max_gen_length}
-    told = [f"{count} {reason} {limits.get(reason, '')}".strip() for reason, count in samples.left_out.items()]
-    return ", ".join(told) + (f"; the first: {samples.first_bad}" if samples.first_bad else "")
+def too_long(example: Example, training: SFTTrainingConfig) -> str | None:
+    """The reason that an example is too long under, if it is."""
+    if len(example.prompt_ids) > training.max_prompt_len:
+        return LONG_PROMPT
+    return LONG_RESPONSE if example.length > training.max_gen_length else None
 
 
 def instruction_of(config: SFTConfig, family: Family) -> str:
     """The text around a prompt, {question} in it; samples of code do not say how they are tested."""
     kind = "code_function" if config.dataset.data_type == "code" else config.dataset.data_type
     return instruction(family, kind, config.dataset.prompts, config.evaluation.start_with_think)
+
+
+# --- from a sample to token ids
 
 
 def encode_sample(
@@ -124,51 +142,61 @@ def encode_sample(
         ends = [n for n, token in enumerate(sample.response_ids, 1) if token in (stop, tokenizer.eos_token_id)]
         length = sample.length or (ends[0] if ends else len(sample.response_ids))
         return [Example(sample.prompt_ids, sample.response_ids, length, sample.step_map)]
+    step_map = sample.step_map if isinstance(sample, Answer) else None
+    if isinstance(sample, Chat):
+        pairs = chat_turns(sample, tokenizer, stop)
+    elif dataset.apply_chat_template:
+        pairs = chat_turns(as_chat(sample, around), tokenizer, stop)
+    else:
+        pairs = [templated_answer(sample, tokenizer, stop)]
     examples = []
-    for prompt, response in _texts(sample, tokenizer, dataset, around, stop):
+    for prompt, response in pairs:
         if not response.strip():
             raise BadSample("empty response", "has a response that is nothing but its stop token")
         ids = [*tokenizer.encode(response, add_special_tokens=False), stop]
-        steps = whole_step_map(sample.step_map, len(ids)) if isinstance(sample, Answer) else None
+        steps = whole_step_map(step_map, len(ids))
         examples.append(Example(tokenizer.encode(prompt, add_special_tokens=False), ids, len(ids), steps))
     return examples
 
 
-def _texts(
-    sample: Answer | Chat, tokenizer: PreTrainedTokenizerBase, dataset: SFTDatasetConfig, around: str, stop: int
-) -> Iterator[tuple[str, str]]:
-    """Prompt, and response without its stop token, of every turn to be learned."""
-    if isinstance(sample, Answer) and not dataset.apply_chat_template:
-        for field in ("system", "tools", "reasoning_content"):
-            if getattr(sample, field):
-                told = f"has `{field}`, which needs the chat template; dataset.apply_chat_template is False"
-                raise BadSample("chat template", told)
-        yield sample.prompt, without_stop(sample.response, tokenizer, stop)
-        return
-    if isinstance(sample, Answer):
-        answer = {"role": "assistant", "content": sample.response}
-        if sample.reasoning_content:
-            answer["reasoning_content"] = sample.reasoning_content
-        messages = [{"role": "user", "content": around.replace("{question}", sample.prompt)}, answer]
-    else:
-        messages = sample.messages
-    said = {place for place, turn in enumerate(messages) if turn["role"] == "assistant"}
+def templated_answer(sample: Answer, tokenizer: PreTrainedTokenizerBase, stop: int) -> tuple[str, str]:
+    """Prompt and response of an answer whose prompt stands in the chat template already."""
+    for name in ("system", "tools", "reasoning_content"):
+        if getattr(sample, name):
+            problem = f"has `{name}`, which needs the chat template; dataset.apply_chat_template is False"
+            raise BadSample("chat template", problem)
+    return sample.prompt, without_stop(sample.response, tokenizer, stop)
+
+
+def as_chat(sample: Answer, around: str) -> Chat:
+    """An answer as a conversation of one question, within its instruction."""
+    answer = {"role": "assistant", "content": sample.response}
+    if sample.reasoning_content:
+        answer["reasoning_content"] = sample.reasoning_content
+    question = {"role": "user", "content": around.replace("{question}", sample.prompt)}
+    return Chat([question, answer], system=sample.system, tools=sample.tools)
+
+
+def chat_turns(sample: Chat, tokenizer: PreTrainedTokenizerBase, stop: int) -> Iterator[tuple[str, str]]:
+    """Prompt, and response without its stop token, of every turn of the assistant that is to be learned."""
     messages = [
-        turn | {"content": without_stop(turn["content"], tokenizer, stop)} if place in said else turn
-        for place, turn in enumerate(messages)
+        turn | {"content": without_stop(turn["content"], tokenizer, stop)} if turn["role"] == "assistant" else turn
+        for turn in sample.messages
     ]
     system = [{"role": "system", "content": sample.system}] if sample.system else []
     check_taken(tokenizer, system, messages, sample.tools)
-    for place in sorted(said - set(sample.context_only if isinstance(sample, Chat) else ())):
-        before, turn = [*system, *messages[:place]], messages[place]
+    for index, turn in enumerate(messages):
+        if turn["role"] != "assistant" or index in sample.context_only:
+            continue
+        before = [*system, *messages[:index]]
         prompt = turns_text(tokenizer, before, tools=sample.tools)
         if turn.keys() == {"role", "content"}:
             yield prompt, turn["content"]
             continue
         whole = turns_text(tokenizer, [*before, turn], whole=True, tools=sample.tools)
         if not whole.startswith(prompt):
-            told = f"has a message {place + 1} which the chat template writes otherwise than it begins an answer"
-            raise BadSample("chat template", told)
+            problem = f"has a message {index + 1} which the chat template writes otherwise than it begins an answer"
+            raise BadSample("chat template", problem)
         yield prompt, without_stop(whole.removeprefix(prompt), tokenizer, stop)
 
 
@@ -194,15 +222,17 @@ def check_taken(
     # A template may have the same words for where there are none, so leaving them out need not change anything.
     if system and system[0]["content"].strip() not in written(messages[:1]):
         left_out.append("`system`")
-    for place, turn in enumerate(messages):
+    for index, turn in enumerate(messages):
         for name in ("reasoning_content", "tool_calls"):
             without = {key: value for key, value in turn.items() if key != name}
-            before = messages[:place]
+            before = messages[:index]
             if name in turn and written([*before, turn], True) == written([*before, without], True):
-                left_out.append(f"`{name}` of the turn {place + 1}")
+                left_out.append(f"`{name}` of the turn {index + 1}")
     if left_out:
-        told = f"has {left_out[0]}, which the model's chat template leaves out; leave it out or take another template"
-        raise BadSample("chat template", told)
+        raise BadSample(
+            "chat template",
+            f"has {left_out[0]}, which the model's chat template leaves out; leave it out or take another template",
+        )
 
 
 def whole_step_map(step_map: list[int] | None, length: int) -> list[int] | None:
@@ -221,7 +251,7 @@ def whole_step_map(step_map: list[int] | None, length: int) -> list[int] | None:
 def fill(example: Example, loaded: LoadedModel, config: SFTConfig) -> Example:
     """The example as long as while it is sampled: whole blocks, or the canvas of full attention; BadSample if unfit.
 
-    A trace keeps what was drawn behind the stop token, and places that it never unmasked stay masks. Otherwise stop
+    A trace keeps what was drawn behind the stop token, and positions that it never unmasked stay masks. Otherwise stop
     tokens fill the rest.
     """
     training, family = config.training, loaded.family
@@ -275,16 +305,72 @@ def split(
     """
     if share == 0:
         return list(conversations), []
-    hashes = [_hash(conversation[0].prompt_ids, seed) for conversation in conversations]
+    hashes = [
+        hashlib.sha256(f"{seed}:{','.join(map(str, conversation[0].prompt_ids))}".encode()).hexdigest()
+        for conversation in conversations
+    ]
     prompts = sorted(set(hashes))
     chosen = set(prompts[: int(np.ceil(share * len(prompts)))])
     if len(chosen) == len(prompts):
         raise UserError(
             f"dataset.validation_share={share:g} of {len(prompts)} prompts leaves none to learn from; lower it"
         )
-    pairs = list(zip(conversations, hashes))
-    return [one for one, value in pairs if value not in chosen], [one for one, value in pairs if value in chosen]
+    learned = [conversation for conversation, value in zip(conversations, hashes) if value not in chosen]
+    held_out = [conversation for conversation, value in zip(conversations, hashes) if value in chosen]
+    return learned, held_out
 
 
-def _hash(prompt_ids: Sequence[int], seed: int) -> str:
-    return hashlib.sha256(f"{seed}:{','.join(map(str, prompt_ids))}".encode()).hexdigest()
+# --- samples written to a file (train.prepare_sft)
+
+
+def write_prepared(config: SFTConfig, out: Path) -> Samples:
+    """Write the samples of the config's data set to `out`, encoded; returns what was left out and why.
+
+    The lengths in tokens are printed, and how many are over the config's limits.
+    """
+    dataset = config.dataset
+    tokenizer = load_tokenizer(local_folder(config.model.pretrained_model))
+    around, stop = instruction_of(config, find_family(config.model.model_base)), end_of_turn(tokenizer)
+    samples, examples = Samples(), []
+
+    def encode(sample: Sample) -> list[Example]:
+        return encode_sample(sample, tokenizer, dataset, around, stop)
+
+    for place, sample in read_samples(dataset):
+        turns = encode_or_reject(encode, sample, place)
+        if isinstance(turns, Rejected):
+            samples.leave_out(turns, dataset)
+        else:
+            examples += turns
+    if not examples:
+        raise UserError(f"dataset.optimization_data: {dataset.optimization_data} has no sample that can be learned")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", encoding="utf-8") as file:
+        for example in examples:
+            line = {key: value for key, value in vars(example).items() if value is not None}
+            line["prompt"] = tokenizer.decode(example.prompt_ids)
+            line["response"] = tokenizer.decode(example.response_ids[: example.length])
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    limits = {"prompt": config.training.max_prompt_len, "response": config.training.max_gen_length}
+    print_table(length_rows(examples, limits), title=f"{out}: {len(examples)} samples")
+    console.print(
+        "limits: training.max_prompt_len "
+        f"{limits['prompt']}, training.max_gen_length {limits['response']}; longer samples are left out of finetuning"
+    )
+    if samples.left_out:
+        console.print(f"left out: {samples.reasons(config.training)}")
+    return samples
+
+
+def length_rows(examples: list[Example], limits: dict[str, int]) -> list[dict[str, str | float]]:
+    """A table of the lengths of prompts and of responses in tokens, and how many are over the limits."""
+    lengths = {
+        "prompt": [len(example.prompt_ids) for example in examples],
+        "response": [example.length for example in examples],
+    }
+    rows = []
+    for name, values in lengths.items():
+        row = {"tokens of": name, "mean": float(np.mean(values))}
+        row |= {label: int(np.percentile(values, share)) for label, share in (("half", 50), ("90 %", 90), ("99 %", 99))}
+        rows.append(row | {"longest": max(values), "over the limit": sum(value > limits[name] for value in values)})
+    return rows
