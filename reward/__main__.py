@@ -19,35 +19,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import track
 
+from common.config import parse_or_help
 from common.errors import UserError, one_line_errors
-from common.keys import keys_of
 from common.records import read_lines
-from common.schema import RewardConfig
+from common.schema import RewardJobConfig
 from common.trajectory import Score, Task
 from data.tasks import load_tasks
 from reward.score import check_tasks, make_scorer
 from reward.workers import Workers
 
-FILES = ("data", "responses", "out")
-UNREAD = "truncated_is_wrong"  # whether a response was cut is not known of one that was written by anything
-
 
 @one_line_errors
 def main() -> None:
-    if not sys.argv[1:] or {"-h", "--help", "help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    files, reward = read_arguments(sys.argv[1:])
-    tasks = load_tasks(files["data"], key="data")
-    lines = read_responses(Path(files["responses"]), len(tasks))
-    out = Path(files["out"])
+    config = parse_or_help("reward", sys.argv[1:] or ["--help"], __doc__)
+    tasks = load_tasks(config.data, key="data")
+    lines = read_responses(Path(config.responses), len(tasks))
+    out = Path(config.out)
     if not out.parent.is_dir():
         raise UserError(f"out: the folder {out.parent} does not exist; make it or name another")
-    scores = score_all(tasks, lines, reward)
+    scores = score_all(tasks, lines, config)
     with out.open("w", encoding="utf-8") as file:
         for line, score in zip(lines, scores):
             line |= {"correct": score.correct, "reward": score.reward, "verdict": score.verdict}
@@ -58,46 +51,6 @@ def main() -> None:
     correct = sum(score.correct for score in scores)
     told = ", ".join(f"{verdict} {count}" for verdict, count in counts.most_common())
     print(f"{out}: {len(scores)} responses, {correct} correct ({told})")
-
-
-def read_arguments(arguments: list[str]) -> tuple[dict[str, str], RewardConfig]:
-    """The three files, and the reward section that the other arguments set."""
-    files: dict[str, str] = {}
-    reward = RewardConfig(workers=os.cpu_count() or 1)
-    known = {key: one for key, one in keys_of(RewardConfig).items() if key != UNREAD}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        key = key.removeprefix("reward.")
-        if not equals:
-            raise UserError(f"'{argument}' is not of the form key=value; python -m reward --help")
-        if key in FILES:
-            files[key] = value
-        elif key in known:
-            section, _, leaf = key.rpartition(".")
-            set_value(reward.judge if section else reward, leaf, value, known[key])
-        else:
-            raise UserError(f"unknown key {key}={value}; keys: {', '.join([*FILES, *known])}")
-    for key in FILES:
-        if not files.get(key):
-            raise UserError(f"{key} is empty: python -m reward data=TASKS responses=FILE out=FILE")
-    return files, reward
-
-
-def set_value(section: Any, name: str, text: str, known: tuple[Any, Any]) -> None:
-    """One key, of the type and within the bounds that the schema gives it."""
-    hint, field = known
-    limits = field.metadata
-    value = text if hint in (str, str | None) and text != "null" else yaml.safe_load(text)
-    kinds = {int: int, float: (int, float), bool: bool}.get(hint)
-    good = not kinds or (isinstance(value, kinds) and (hint is bool or not isinstance(value, bool)))
-    if good and isinstance(value, (int, float)) and not isinstance(value, bool):
-        low, high = limits.get("low"), limits.get("high")
-        good = (low is None or value >= low) and (high is None or value <= high)
-    if good and limits.get("choices") and value is not None:
-        good = value in limits["choices"]
-    if not good:
-        raise UserError(f"{name}={text}: not a value it takes ({limits['help']})")
-    setattr(section, name, value)
 
 
 def read_responses(path: Path, num_tasks: int) -> list[dict[str, Any]]:
@@ -117,16 +70,17 @@ def read_responses(path: Path, num_tasks: int) -> list[dict[str, Any]]:
     return lines
 
 
-def score_all(tasks: list[Task], lines: list[dict[str, Any]], reward: RewardConfig) -> list[Score]:
+def score_all(tasks: list[Task], lines: list[dict[str, Any]], reward: RewardJobConfig) -> list[Score]:
     """Scores in the order of the lines."""
     types = [data_type_of(tasks[line["task"]]) if reward.kind is None else reward.kind for line in lines]
     for data_type in set(types):  # a mistake in the config or the tasks is told before any work
         asked = [tasks[line["task"]] for line, its_type in zip(lines, types) if its_type == data_type]
         check_tasks(make_scorer(reward, data_type), asked, "data")
+    processes = max(1, os.cpu_count() or 1 if reward.workers is None else reward.workers)
     with contextlib.ExitStack() as stack:
         workers = {}
         for data_type in set(types):
-            workers[data_type] = Workers(reward, data_type, max(1, reward.workers))
+            workers[data_type] = Workers(reward, data_type, processes)
             stack.callback(workers[data_type].close)
         waiting = [
             workers[data_type].submit(line["response"], tasks[line["task"]], False)

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, load_function
 from common.schema import RewardConfig, ScoringConfig
 from common.trajectory import Response, Score, Task
-from common.user_code import load_function
 from reward.code_reward import CodeLimits, code_score
 from reward.general_reward import general_score
 from reward.judge import judged_score

@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from common.errors import UserError
-from common.reward_schema import JudgeConfig
 from common.runtime import Stopwatch
-from common.schema import PromptsConfig, RewardConfig, TaskSampling
+from common.schema import JudgeConfig, PromptsConfig, RewardConfig, TaskSampling
 from common.trajectory import Response, Score, Task
 from models.prompts import instruction
 from reward.score import check_tasks, make_scorer
@@ -155,9 +154,17 @@ def test_the_reward_command(tmp_path):
         ('{"task": 0, "response": "x", "n": 1%s}' % ("0" * 5000), [], "has in `n` a number of 5001 digits"),
         ("[" * 10**5, [], "line 1 of .* is nested too deeply"),
         ('{"task": 0, "response": "x"}', ["kind=code"], "data: task '0' has no `test_method`, which reward.kind=code"),
-        ('{"task": 0, "response": "x"}', ["kind=maths"], "kind=maths: not a value it takes"),
-        ('{"task": 0, "response": "x"}', ["memory_mb=1"], "memory_mb=1: not a value it takes"),
-        ('{"task": 0, "response": "x"}', ["speed=1"], "unknown key speed=1; keys: data, responses, out, workers"),
+        (
+            '{"task": 0, "response": "x"}',
+            ["kind=maths"],
+            "kind=maths: expected math, code, general, judge;",
+        ),
+        ('{"task": 0, "response": "x"}', ["memory_mb=1"], "memory_mb=1: must be at least 64"),
+        (
+            '{"task": 0, "response": "x"}',
+            ["speed=1"],
+            "unknown key speed=1 in the command line;",
+        ),
         (
             '{"task": 0, "response": "x"}',
             ["truncated_is_wrong=True"],

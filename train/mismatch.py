@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common import ranks
 from common.errors import UserError
-from common.training_schema import RLTrainingConfig
+from common.schema import RLTrainingConfig
 from common.trajectory import ScoredTrajectory
 from train.objectives import kl_estimate
 from train.optimize import Learner, batch_logp, micro_batches

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from common import ranks
 from common.errors import UserError
-from common.health import beat
 from common.runtime import console
-from common.training_schema import OptimizerParams, SchedulerConfig, TrainingBase
+from common.schema import OptimizerParams, SchedulerConfig, TrainingBase
+from common.stop import beat
 from train.devices import make_accelerator, with_deepspeed
 from train.packing import PackedBatch, Row, pack
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common import ranks
 from common.runtime import console
-from common.training_schema import RLTrainingConfig
+from common.schema import RLTrainingConfig
 from common.trajectory import ScoredTrajectory
 from train.advantages import explained_variance
 from train.mismatch import FirstLogp, check_ratios, importance_weights, mismatch_of, replay

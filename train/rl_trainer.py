@@ -6,15 +6,13 @@ from contextlib import ExitStack
 
 import torch
 
-from common.checkpoint import newest_step
+from common.checkpoint import newest_step, unless_full, write_whole
 from common.config import settings_of
-from common.disk import unless_full, write_whole
-from common.health import watched
 from common.metrics import draw_curves
 from common.ranks import any_rank, from_main, is_main, rank
 from common.runtime import Stopwatch, console
 from common.schema import RLConfig
-from common.stop import Stopped, exit_code, resume_command, signals_noted, stop_requested
+from common.stop import Stopped, exit_code, resume_command, signals_noted, stop_requested, watched
 from common.trajectory import ScoredTrajectory
 from data.tasks import task_batch
 from rollout.collect import collect, prompts_within

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.training_schema import RLTrainingConfig
+from common.errors import UserError, load_function
+from common.schema import RLTrainingConfig
 from common.trajectory import ScoredTrajectory, Trajectory
-from common.user_code import load_function
 from models import LoadedModel
 from train.advantages import group_advantages, keep_group, trace_advantages
 from train.packing import Row, make_rows

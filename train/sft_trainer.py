@@ -12,12 +12,10 @@ from common import ranks
 from common.checkpoint import Writer, newest_step, save_step, step_folders, write_folder
 from common.config import dump_config, settings_of
 from common.errors import UserError
-from common.health import watched
 from common.metrics import MetricsLog, draw_curves, open_metrics
 from common.runtime import Stopwatch, console, device_and_dtype, prepare_run_folder, progress, seed_everything
-from common.schema import SFTConfig
-from common.stop import Stopped, exit_code, resume_command, signals_noted, stop_requested
-from common.training_schema import SFTTrainingConfig
+from common.schema import SFTConfig, SFTTrainingConfig
+from common.stop import Stopped, exit_code, resume_command, signals_noted, stop_requested, watched
 from common.trajectory import Task
 from data.tasks import load_tasks
 from models import LoadedModel, load_model, load_network, save_model

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.training_schema import RLTrainingConfig, SFTTrainingConfig
+from common.schema import RLTrainingConfig, SFTTrainingConfig
 from common.trajectory import Trajectory
 
 
