@@ -28,7 +28,7 @@ from common.config_files import (
     split_arguments,
 )
 from common.errors import UserError, one_line, one_line_errors, show
-from common.older_keys import derive_update_size
+from common.older_keys import UPDATE_SIZE_KEYS, derive_update_size
 from common.schema import JOBS, Job, Key, Sampling, TaskSampling, keys_of
 
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -53,37 +53,37 @@ step for every token. What was taken so is printed, and stands in the run's conf
 """
 
 
-def load_config(job: str, argv: list[str]) -> Any:
-    """The config of a job, a name in JOBS, from arguments as typed: `config=X.yaml key=value …`.
+def load_config(name: str, argv: list[str]) -> Any:
+    """The config of the job of that name in JOBS, from arguments as typed: `config=X.yaml key=value …`.
 
     Returns the job's dataclass from common.schema with references resolved and every value checked.
     Raises UserError, one line, at the first mistake. What older keys became is reported on stderr.
     """
-    its = JOBS[job]
-    path, overrides = split_arguments(its, argv)
+    job = JOBS[name]
+    path, overrides = split_arguments(job, argv)
     family = overrides.get("model.model_base") or overrides.get("model_base")
     layers = read_layers(path, family) if path else []
-    meant = infer_job({key: value for _, layer in layers for key, value in layer.items()})
-    if meant not in (None, job):
-        raise UserError(f"config={path} is a config for {JOBS[meant].script}, not for {its.script}")
+    inferred = infer_job({key: value for _, layer in layers for key, value in layer.items()})
+    if inferred not in (None, name):
+        raise UserError(f"config={path} is a config for {JOBS[inferred].script}, not for {job.script}")
 
-    values, notes = merge_layers(its, [*layers, ("the command line", overrides)])
-    if path and not values.get("experiment.project") and "experiment.project" in keys_of(its.config):
+    values, notes = merge_layers(job, [*layers, ("the command line", overrides)])
+    if path and not values.get("experiment.project") and "experiment.project" in keys_of(job.config):
         values["experiment.project"] = path.stem  # before references are resolved: others refer to it
-    cfg = typed(its, values)
+    cfg = typed(job, values)
     cfg.written = written_keys(values)
-    for key in its.required:
+    for key in job.required:
         if not value_at(cfg, key):
-            place = f"in {path} or " if path else ""
-            raise UserError(f"{key} is empty: set it {place}as {key}=… on the command line")
+            in_file = f"in {path} or " if path else ""
+            raise UserError(f"{key} is empty: set it {in_file}as {key}=… on the command line")
     for section in vars(cfg).values():
         if isinstance(section, Sampling):
             settings = take_apart(section)
             if f"{section.prefix}block_size" in cfg.written:  # else it comes with the model, and is checked then
                 check_steps(settings)
-    if its.name in ("rl", "sft"):
-        notes += filter(None, [derive_update_size(job, cfg, values, devices_of(cfg))])
-    if job == "rl" and cfg.model.value_base_model and "training.keep_accuracy" not in values:
+    if values.keys() & set(UPDATE_SIZE_KEYS):
+        notes.append(derive_update_size(name, cfg, values, devices_of(cfg)))
+    if name == "rl" and cfg.model.value_base_model and "training.keep_accuracy" not in values:
         cfg.training.keep_accuracy = None  # with a value model groups are not compared
         notes.append("model.value_base_model is set → training.keep_accuracy=null (set it to drop groups)")
     for fault in cfg.faults():
@@ -144,10 +144,11 @@ def take_apart(evaluation: Sampling) -> list[Sampling]:
 
 def check_steps(settings: list[Sampling]) -> None:
     """UserError where a block has more steps than tokens."""
-    for one in settings:
-        if (steps := one.denoising_steps_per_block) > one.block_size:
+    for setting in settings:
+        steps, size, prefix = setting.denoising_steps_per_block, setting.block_size, setting.prefix
+        if steps > size:
             raise UserError(
-                f"{one.prefix}denoising_steps_per_block={steps} is more than {one.prefix}block_size={one.block_size}: "
+                f"{prefix}denoising_steps_per_block={steps} is more than {prefix}block_size={size}: "
                 "each step unmasks at least one token"
             )
 
@@ -253,27 +254,27 @@ def value_at(cfg: Any, key: str) -> Any:
 # --help, the table of keys, and this module as a command --------------------------------------------------------------
 
 
-def parse_or_help(job: str, argv: list[str], description: str) -> Any:
+def parse_or_help(name: str, argv: list[str], description: str) -> Any:
     """load_config, or the usage and exit code 0 when `--help`, `-h` or `help` is among the arguments."""
     if {"--help", "-h", "help"} & set(argv):
-        print(usage(job, description))
+        print(usage(name, description))
         sys.exit(0)
-    return load_config(job, argv)
+    return load_config(name, argv)
 
 
-def usage(job: str, description: str) -> str:
+def usage(name: str, description: str) -> str:
     """The text of `--help`: what the script does, how keys are set, which configs fit."""
-    its = JOBS[job]
-    configs = configs_of(its)
-    command = its.script if its.script.startswith("python ") else f"python {sys.argv[0]}"
+    job = JOBS[name]
+    configs = configs_of(job)
+    command = job.script if job.script.startswith("python ") else f"python {sys.argv[0]}"
     width = max((len(path) for path in configs), default=0)
     return "\n".join(
         [
-            f"usage: {command} {its.arguments} [key=value …]",
+            f"usage: {command} {job.arguments} [key=value …]",
             "",
             description.strip(),
             "",
-            f"Any key can be set after the config, as in {its.example}; lists are key=[0,1], nothing is key=null.",
+            f"Any key can be set after the config, as in {job.example}; lists are key=[0,1], nothing is key=null.",
             "A wrong key or value ends the program at once and names the right one.",
             "",
             *(["configs that fit:"] if configs else []),

@@ -52,9 +52,7 @@ UPDATE_SIZE_KEYS = ("training.gradient_accumulation_steps", "training.batch_size
 
 
 def derive_update_size(job: str, cfg: Any, values: dict[str, Any], devices: int) -> str:
-    """Set the size of an update on so many devices from the original's keys, where they are given; returns how."""
-    if not any(key in values for key in UPDATE_SIZE_KEYS):
-        return ""
+    """Set the size of an update on so many devices from the original's keys; returns how, in a line."""
     counts = {key: str(values.get(key, 1)) for key in UPDATE_SIZE_KEYS}
     for key, count in counts.items():
         if not count.isdecimal() or int(count) < 1:
