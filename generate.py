@@ -10,7 +10,9 @@ import sys
 
 from common.config import parse_or_help
 from common.errors import one_line_errors
-from sample.functions import block_diffusion_generate, diffusion_generate, generate_ids  # registers the families
+
+if __name__ != "__main__":  # torch, transformers and the families, which --help does without
+    from sample.functions import block_diffusion_generate, diffusion_generate, generate_ids
 
 __all__ = ["block_diffusion_generate", "diffusion_generate", "generate_ids"]
 

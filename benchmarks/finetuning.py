@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from common.metrics import print_table
 from common.runtime import device_and_dtype
-from common.training_schema import OptimizerParams, SchedulerConfig, SFTTrainingConfig
+from common.schema import OptimizerParams, SchedulerConfig, SFTTrainingConfig
 from models import LoadedModel, load_model
 from models.tiny import build_tiny
 from train.learner import MOST_PADDING, Learner, make_learner, update

@@ -30,7 +30,7 @@ from benchmarks import use_threads
 from benchmarks.made_trajectories import BLOCK, LAYOUT, MASK, VOCABULARY, make_trajectories
 from benchmarks.plain_training import plain_batches, plain_logp, plain_rows
 from common.metrics import print_table
-from common.training_schema import RLTrainingConfig
+from common.schema import RLTrainingConfig
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models.sdar import SDARConfig, SDARForCausalLM
 from train import network as network_module

@@ -20,7 +20,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from benchmarks.made_trajectories import LAYOUT, MASK, PROMPT, make_trajectories
 from common.metrics import print_table
-from common.training_schema import RLTrainingConfig
+from common.schema import RLTrainingConfig
 from common.trajectory import Score, ScoredTrajectory, Task
 from models.sdar import SDARConfig, SDARForCausalLM
 from train.learner import Learner, micro_batches

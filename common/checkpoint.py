@@ -1,13 +1,20 @@
-"""Checkpoints that are whole or absent: written beside, synced, renamed, and checked before they are read."""
+"""Files that are whole or absent, on a disk that may fill up: checkpoints, and the other files of a run.
 
+What is replaced is written beside, synced and renamed; a checkpoint is checked before it is read. What does not fit on
+a full disk is reported, once for each file, and the run goes on.
+"""
+
+import functools
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from common import ranks
+from common.errors import FULL
 from common.runtime import console
 
 STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -88,7 +95,7 @@ def _is_whole(folder: Path) -> bool:
     except (OSError, ValueError):
         torn = [MANIFEST]
     if torn:
-        console.print(f"{folder} is not whole ({torn[0]}): skipped")
+        _print_once(f"{folder} is not whole ({torn[0]}): skipped")
     return not torn
 
 
@@ -114,3 +121,44 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def unless_full(path: Path) -> Iterator[None]:
+    """Within it a full disk raises nothing: what was to be written there is missing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _print_once(
+            f"{path} could not be written ({error.strerror}); the run goes on, and what belongs there is missing"
+        )
+
+
+@functools.cache
+def _print_once(line: str) -> None:
+    """The line on the console, the first time in this process that it is to be printed."""
+    console.print(line)
+
+
+def append_lines(path: Path, text: str) -> None:
+    """Add whole lines to a file, or on a full disk none of them; a run that is killed leaves the last one torn."""
+    with unless_full(path), path.open("ab", buffering=0) as file:
+        size, left = file.tell(), memoryview(text.encode())
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside and rename it: whoever looks meanwhile, or after a crash, sees the old one whole."""
+    beside = path.with_name(f"{path.name}.writing")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from common.config import load_config
+from common.config_files import find_config, infer_job, read_layers
 from common.errors import UserError, one_line_errors
-from common.json_file import read_object
-from common.layers import find_config, infer_job, read_layers
-from common.metrics import print_table
+from common.records import read_object
+from common.runtime import project_version, version_of
 from common.schema import Sampling
-from common.versions import project_version, version_of
 
 REQUIRED = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "omegaconf", "rich")
 OPTIONAL = {
@@ -210,6 +209,8 @@ def device_room() -> tuple[float, bool, int]:
 
 def memory_report(argv: Sequence[str]) -> None:
     """Print what a config needs, beside what a device has."""
+    from common.metrics import print_table
+
     path = find_config(next(one for one in argv if one.startswith("config=")).partition("=")[2])
     written = {key: value for _, layer in read_layers(path) for key, value in layer.items()}
     job = infer_job(written) or "rl"
@@ -234,6 +235,8 @@ def main(argv: list[str]) -> None:
     if "-h" in argv or "--help" in argv:
         print(__doc__.strip())
         return
+    from common.metrics import print_table  # with torch, which --help does without
+
     print_table(main_report())
     if any(one.startswith("config=") for one in argv):
         memory_report(argv)

@@ -1,9 +1,13 @@
-"""How a user's mistake is told: one line, exit code 2, no traceback."""
+"""A user's mistake: one line, exit code 2, no traceback; and the user's own functions, found by `module:name`."""
 
+import difflib
 import errno
 import functools
+import importlib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -23,18 +27,65 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except UserError as error:
-            told = str(error)
+            message = str(error)
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            told = f"{error.filename or 'a file'} could not be written: {error.strerror}; free some space and resume"
+            message = f"{error.filename or 'a file'} could not be written: {error.strerror}; free some space and resume"
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
                 raise
-            told = "the device's memory is full; python -m common.doctor config=… says what needs it and what helps"
+            message = "the device's memory is full; python -m common.doctor config=… says what needs it and what helps"
         else:
             return
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
     return wrapped
+
+
+def show(value: Any) -> str:
+    """A value as a user would type it, in one short line."""
+    words = {True: "true", False: "false", None: "null"}
+    return words[value] if value is None or isinstance(value, bool) else one_line(value)
+
+
+def one_line(thing: Any) -> str:
+    """The first line of a text, shortened."""
+    text = (str(thing).strip().splitlines() or [""])[0]
+    return text if len(text) <= 100 else text[:97] + "…"
+
+
+def names_of(names: Iterable[str]) -> str:
+    """A list in words, at most a dozen."""
+    names = list(names)
+    return ", ".join(names[:12]) + (" …" if len(names) > 12 else "") if names else "none"
+
+
+def load_function(key: str, spec: str) -> Callable[..., Any]:
+    """The function that `module:function` names, the current folder searched too; UserError names the config key."""
+    return load_object(key, spec, "function", callable)
+
+
+def load_object(key: str, spec: str, what: str, fits: Callable[[Any], bool]) -> Any:
+    """What `module:name` names, if it is what is wanted there; else UserError, `what` being the word for it."""
+    module_name, colon, name = spec.partition(":")
+    if not (colon and module_name and name):
+        raise UserError(f"{key}: '{spec}' is not of the form module:{what}")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; what it imports is not
+        raise UserError(
+            f"{key}: there is no module '{error.name}' ('{spec}'); put {error.name}.py into {here} or install it"
+        ) from None
+    found = getattr(module, name, None)
+    if not fits(found):
+        close = difflib.get_close_matches(name, [word for word, value in vars(module).items() if fits(value)], n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise UserError(f"{key}: '{spec}': {module.__file__} has no {what} '{name}'{hint}")
+    return found

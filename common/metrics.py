@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.disk import append_lines, unless_full, write_whole
+from common.checkpoint import append_lines, unless_full, write_whole
 from common.errors import UserError
 from common.ranks import is_main
 

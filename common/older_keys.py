@@ -1,6 +1,9 @@
 """Keys of the original's YAML files, and what became of them."""
 
+import math
 from typing import Any
+
+from common.errors import UserError, show
 
 # Keys of the original's YAML files. A key that the job's schema has is never looked up here.
 # Without effect here: pattern → what takes its place.
@@ -43,5 +46,48 @@ RENAMED_VALUES: dict[str, dict[Any, str]] = {
 }
 # Families whose rows are steps of the whole response, not of a block.
 FULL_ATTENTION = ("dream", "llada", "mmada")
-# The size of an update, in rows per device; `common.config` derives updates_per_step (RL) or batch_size (SFT).
+# The size of an update, in rows per device, and the keys of today that `derive_update_size` sets by it, by job.
+UPDATE_SIZE = {"rl": "training.updates_per_step", "sft": "training.batch_size"}
 UPDATE_SIZE_KEYS = ("training.gradient_accumulation_steps", "training.batch_size_lm")
+
+
+def derive_update_size(job: str, cfg: Any, values: dict[str, Any], devices: int) -> str:
+    """Set the size of an update on so many devices from the original's keys; returns how, in a line."""
+    counts = {key: str(values.get(key, 1)) for key in UPDATE_SIZE_KEYS}
+    for key, count in counts.items():
+        if not count.isdecimal() or int(count) < 1:
+            raise UserError(f"{key}={show(values[key])}: expected a whole number, at least 1")
+    rows = devices * math.prod(map(int, counts.values()))
+    how = " × ".join(f"{key}={count}" for key, count in counts.items())
+    how += f" × {devices} device{'s' * (devices > 1)} = {rows} rows an update"
+    made, why = rows_of_response(job, cfg, values)
+    if job == "sft":
+        cfg.training.batch_size = max(round(rows / made), 1)
+        return f"{how}, {made} of a sample ({why}) → training.batch_size={cfg.training.batch_size}"
+    responses = cfg.rollout.num_task_per_step * cfg.rollout.num_response_per_task
+    cfg.training.updates_per_step = min(max(round(responses * made / rows), 1), responses)
+    return (
+        f"{how}, {responses} responses × {made} rows a step ({why}) → "
+        f"training.updates_per_step={cfg.training.updates_per_step} (set it to choose another)"
+    )
+
+
+def rows_of_response(job: str, cfg: Any, values: dict[str, Any]) -> tuple[int, str]:
+    """How many rows the original made of one response, as far as the config tells, and of what.
+
+    Here all views of a response count as one.
+    """
+    training = cfg.training
+    if training.method in ("random_masking", "coupled") or (job == "sft" and training.method == "semi-ar"):
+        pairs = 2 if training.method == "coupled" else 1
+        return training.mask_times_per_sample * pairs, "noised copies"
+    if job == "sft" or training.method != "TraceRL":
+        return 1, f"training.method={training.method}"
+    rollout, family = cfg.rollout, cfg.model.model_base
+    if family in FULL_ATTENTION or (":" in family and "rollout.steps" in values):
+        steps, of = min(rollout.steps, rollout.max_token), "rollout.steps"
+    elif rollout.remasking_strategy in ("low_confidence_static", "low_confidence_dynamic", "sequential"):
+        steps, of = rollout.denoising_steps_per_block, "rollout.denoising_steps_per_block"
+    else:
+        steps, of = rollout.block_size, "rollout.block_size"
+    return math.ceil(steps / training.shrink), of if training.shrink == 1 else f"{of} / training.shrink"

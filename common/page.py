@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.disk import write_whole
+from common.checkpoint import write_whole
 
 DATA = re.compile(r'(<script type="application/json" id="data">).*?(</script>)', re.DOTALL)
 SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)

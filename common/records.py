@@ -53,6 +53,20 @@ def read_lines(path: Path, key: str) -> Iterator[tuple[int, Any]]:
         yield number, UserError(f"{where} {fault}") if fault else content
 
 
+def read_object(file: Path, key: str) -> dict[str, Any]:
+    """The object that a file holds; UserError, naming the config's key, where it is damaged or holds something else."""
+    where = f"{key}: {file}"
+    try:
+        content = json.loads(file.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text ({error.reason} at byte {error.start}); copy it anew") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}); copy it anew") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where} holds a {type(content).__name__}, not keys and values; copy it anew")
+    return content
+
+
 def parse(text: str, where: str) -> tuple[Any, bool]:
     """What a JSON text holds, and whether `fault_of` must look at that: it takes longer than parsing.
 

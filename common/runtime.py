@@ -1,36 +1,105 @@
-"""What a run stands on: its folder, its device and dtype, seeds, the console and progress bars."""
+"""What a run stands on: console, device, dtype, threads, seeds, its folder, clocks, and its software's versions.
 
+torch is imported where it is used, so that what only prints starts at once.
+"""
+
+import functools
+import importlib.metadata
+import math
 import os
+import platform
 import random
+import subprocess
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from common import ranks
 from common.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+THREADS_SET = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+PARAMETERS_PER_THREAD = 1_000_000  # below this a second thread costs more in waiting than it works
+IDLE_WINDOW = 0.2  # seconds over which it is measured how busy the machine is
+NUMERIC = ("torch", "transformers", "tokenizers", "numpy", "math-verify")  # whose versions can change a result
 # one rank speaks for all; brackets in paths and errors are no markup
 console = Console(stderr=False, highlight=False, markup=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-
-def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(dtype: str) -> "tuple[torch.device, torch.dtype]":
     """The device to run on and the dtype that `auto` or a name stands for there."""
+    import torch
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         return device, torch.bfloat16 if device.type == "cuda" else torch.float32
-    return device, DTYPES[dtype]
+    return device, getattr(torch, dtype)
+
+
+def settle_threads(parameters: int) -> None:
+    """Give torch the threads that a network of that size is worth here, said where that changes their number.
+
+    A number that the user or a launcher chose (OMP_NUM_THREADS) stays.
+    """
+    if any(os.environ.get(name) for name in THREADS_SET):
+        return
+    import torch
+
+    free, ranks = free_cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    number = number_for(parameters, free // ranks)
+    if number != torch.get_num_threads():
+        torch.set_num_threads(number)
+        console.print(
+            f"threads: {number}, for a network of {parameters / 1e6:.1f} M parameters where {free} of {cores()} cores "
+            "are free; OMP_NUM_THREADS sets another number"
+        )
+
+
+def number_for(parameters: int, free: int) -> int:
+    """How many threads a network of that size gets where so many cores are free."""
+    return max(1, min(free, math.ceil(parameters / PARAMETERS_PER_THREAD)))
+
+
+def cores() -> int:
+    """Processor cores that this process may use, by its affinity and its container's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(allowed, quota())))
+
+
+def quota(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Cores' worth of time that the container may take, infinite where nothing bounds it; cgroup version 2, then 1."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        if all((root / file).is_file() for file in files):
+            words = " ".join((root / file).read_text() for file in files).split()
+            if words[0] not in ("max", "-1"):
+                return int(words[0]) / int(words[1])
+    return math.inf
+
+
+@functools.cache
+def free_cores() -> int:
+    """Cores that nobody used over a short while in which this process waited; at least 1. Looked at once."""
+    import psutil
+
+    busy = psutil.cpu_percent(interval=IDLE_WINDOW, percpu=True)
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(busy))
+    idle = sum(1 - busy[core] / 100 for core in mine if core < len(busy))
+    return max(1, min(cores(), round(idle)))
 
 
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's generators and forbid nondeterministic kernels where torch knows them."""
+    import numpy as np
+    import torch
+
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -42,6 +111,8 @@ def prepare_run_folder(runs_dir: str, project: str, from_scratch: bool) -> Path:
 
     One rank does it, the others wait.
     """
+    from common import ranks
+
     folder = Path(runs_dir) / project
     if ranks.is_main():
         if folder.exists() and any(folder.iterdir()) and from_scratch:
@@ -118,3 +189,37 @@ def timed(iterable: Iterable, watch: Stopwatch, stage: str) -> Iterator:
             except StopIteration:
                 return
         yield item
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def project_version() -> str:
+    """The project's version, with the commit where it is a git checkout and `+changes` where files differ from it."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    changed = "+changes" if commit and _git("status", "--porcelain", "--untracked-files=no") else ""
+    return f"{version} {commit}{changed}".strip()
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this project and the packages whose versions can change a result."""
+    found = {package: version_of(package) for package in NUMERIC}
+    return {"python": platform.python_version(), "dllm-rl": project_version()} | {
+        package: version for package, version in found.items() if version
+    }
+
+
+def _git(*arguments: str) -> str:
+    if not (ROOT / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,55 +1,109 @@
-"""Every key a config may have: its type, its default and one line of explanation.
+"""Every key a config may have: its type, its default, one line of explanation and its limits; and every job.
 
-A job is one of the dataclasses in `JOBS`; `common.config.load_config` fills it from YAML layers and the
-command line. `Any` marks a key that takes a scalar or a list (evaluation under several settings).
+From top to bottom: how a key is declared; the sections (sampling, rewards, training, runs, models, data); and the jobs,
+each a config class made of sections, which `common.config.load_config` fills from YAML and the command line. A section
+that several jobs share stands here once; a job has no key that its code does not read (tests/test_key_reads.py).
 """
 
 # ruff: noqa: RUF009 — `key` and `section` make fields, which is what dataclass defaults are for
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from common.keys import key, section
-from common.reward_schema import KINDS, RewardConfig, ScoringConfig
-from common.training_schema import (
-    OptimizerConfig,
-    RLOptimizerConfig,
-    RLTrainingConfig,
-    SchedulerConfig,
-    SFTTrainingConfig,
-)
-
-# What the classes below have together, a job's config has: a job reads every key of its own (tests/test_key_reads.py).
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any, ClassVar, get_type_hints
 
 STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded")
 DTYPES = ("auto", "float32", "bfloat16")
+KINDS = ("math", "code", "general")  # of tasks; reward/score.py has a function for each
+# Sampling keys that may be lists in an evaluation: entry i of each makes setting i.
+SETTINGS = ("block_size", "temperature", "top_k", "top_p", "remasking_strategy", "dynamic_threshold")
 LONG_TASKS = "tasks with longer prompts are not drawn and count as wrong"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a value under a config key may be; for a list, what its entries may be."""
+
+    type: Any  # as annotated: int, float, bool, str, a list of one of them, or one of these and None
+    default: Any
+    help: str
+    choices: tuple[str, ...]  # the words allowed; none: any text
+    low: float | None
+    high: float | None
+    function: bool  # module:function is allowed too
+    setting: bool  # one of SETTINGS
+    lists: bool  # a list of such is allowed too, an entry for each setting of an evaluation
+
+
+def key(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    function: bool = False,
+) -> Any:
+    """A schema field with its explanation and limits, as in `Key`; lists are copied per instance."""
+    limits = {"help": help, "choices": choices, "low": low, "high": high, "function": function}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+def section(cls: type) -> Any:
+    """A nested section with the defaults of its class."""
+    return field(default_factory=cls)
+
+
+@cache
+def keys_of(cls: type, prefix: str = "") -> dict[str, Key]:
+    """Every key of a section or job, those of sections below it too: by dotted name, in order."""
+    found: dict[str, Key] = {}
+    hints = get_type_hints(cls)
+    for entry in fields(cls):
+        name, hint = prefix + entry.name, hints[entry.name]
+        if is_dataclass(hint):
+            found |= keys_of(hint, f"{name}.")
+            continue
+        default = entry.default if entry.default is not MISSING else entry.default_factory()
+        setting = hasattr(cls, "lists") and entry.name in SETTINGS
+        found[name] = Key(hint, default, **entry.metadata, setting=setting, lists=setting and entry.name in cls.lists)
+    return found
+
+
+# Sampling -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Sampling:
-    """How responses are drawn: all that the engine reads."""
+    """How responses are drawn: all that the engine reads.
 
-    block_size: Any = key(
+    Those of `lists` may be lists; `common.config.settings_of` makes one of these of each setting.
+    """
+
+    lists: ClassVar[tuple[str, ...]] = ()
+    prefix: ClassVar[str] = ""  # of these keys in a config
+
+    block_size: int = key(
         4, "tokens denoised together; blocks are aligned to position 0; not set: the checkpoint's own", low=1
     )
     denoising_steps_per_block: int = key(4, "static: steps in which one block is unmasked", low=1)
     max_token: int = key(
         2000, "longest response in tokens; the prompt's remainder in the first block is not counted", low=1
     )
-    temperature: Any = key(1.0, "of the draw; 0 is argmax", low=0)
-    top_k: Any = key(0, "draw among the k likeliest tokens; 0 for all, 1 is argmax", low=0)
-    top_p: Any = key(
+    temperature: float = key(1.0, "of the draw; 0 is argmax", low=0)
+    top_k: int = key(0, "draw among the k likeliest tokens; 0 for all, 1 is argmax", low=0)
+    top_p: float = key(
         1.0, "draw among the likeliest tokens that reach this probability, the crossing one kept", low=0, high=1
     )
-    remasking_strategy: Any = key(
+    remasking_strategy: str = key(
         "low_confidence_dynamic",
         "which positions are unmasked: low_confidence_static, low_confidence_dynamic, sequential, entropy_bounded, "
         "or my_module:my_function",
         choices=STRATEGIES,
         function=True,
     )
-    dynamic_threshold: Any = key(
+    dynamic_threshold: float = key(
         0.9, "low_confidence_dynamic: unmask every candidate at or above this probability", low=0, high=1
     )
     eb_threshold: float = key(0.1, "entropy_bounded: largest sum of entropies (nats) unmasked together", low=0)
@@ -101,6 +155,7 @@ class RankSampling(TaskSampling):
 
 @dataclass
 class RolloutConfig(RankSampling):
+    prefix: ClassVar[str] = "rollout."
     num_task_per_step: int = key(64, "tasks drawn in one RL step, over all devices", low=1)
     free_cache: bool = key(True, "give the cache's memory back while training")
     max_resample: int = key(1, "how many times more tasks are drawn when every group was filtered away", low=0)
@@ -110,6 +165,8 @@ class RolloutConfig(RankSampling):
 class SFTEvaluationConfig(TaskSampling):
     """Evaluation by a job that trains."""
 
+    lists: ClassVar[tuple[str, ...]] = SETTINGS
+    prefix: ClassVar[str] = "evaluation."
     num_task: int = key(0, "use the first n tasks; 0 for all", low=0)
     max_prompt_len: int = key(4096, LONG_TASKS, low=1)
 
@@ -124,7 +181,213 @@ class EvaluationConfig(SFTEvaluationConfig):
 
 @dataclass
 class EvalRolloutConfig(RankSampling):
+    lists: ClassVar[tuple[str, ...]] = SETTINGS
+    prefix: ClassVar[str] = "rollout."
     num_task: int = key(0, "use the first n tasks; 0 for all", low=0)
+
+
+# Rewards --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class JudgeConfig:
+    """A model behind an OpenAI-compatible endpoint that scores responses; used where base_url is given."""
+
+    base_url: str = key("", "of the endpoint, as http://127.0.0.1:8000/v1; empty: no judge")
+    model: str = key("", "name by which the endpoint knows the model")
+    api_key_env: str = key("OPENAI_API_KEY", "environment variable that holds the key; it may be unset")
+    reward_chunk_length: int | None = key(
+        None, "score every chunk of so many tokens (process rewards); null: the response as a whole", low=1
+    )
+    k_sample: int = key(1, "votes on each score; the reward is their mean", low=1)
+    temperature: float = key(0.6, "of the judge", low=0)
+    max_generation_token: int = key(10000, "longest answer of the judge in tokens", low=1)
+    timeout: float = key(600.0, "seconds to wait for one answer", low=0.01)
+    retries: int = key(5, "further attempts after a failed request, each after twice the wait", low=0)
+    first_wait: float = key(1.0, "seconds before the first further attempt", low=0)
+    parallel: int = key(8, "requests at once from one scoring process", low=1)
+    prompt: str | None = key(
+        None, "instruction with {question}, {response}, {chunk}, {reference}; null: as in reward/judge.py"
+    )
+
+
+@dataclass
+class ScoringConfig:
+    """How an answer is checked against the task's own."""
+
+    truncated_is_wrong: bool = key(True, "a response cut at the length limit earns nothing")
+    workers: int = key(1, "processes that score beside the rollout; 0 scores in the rollout's own", low=0)
+    time_limit: float = key(5.0, "code: seconds of processor time where a task has no test_time_limit", low=0.01)
+    memory_mb: int = key(1024, "code: memory of a program", low=64)
+    output_mb: int = key(16, "code: what a program may write to stdout and stderr", low=1)
+    float_tolerance: float = key(
+        1e-6, "code: how far a printed number may be from the wanted one, absolutely or relative to it", low=0
+    )
+    match: str = key("exact", "general: exact, or fuzzy (the reward is the similarity)", choices=("exact", "fuzzy"))
+    fuzzy_threshold: float = key(0.8, "general, fuzzy: similarity from which a response is correct", low=0, high=1)
+
+
+@dataclass
+class RewardConfig(ScoringConfig):
+    kind: str | None = key(
+        None,
+        "math, code, general or judge: what decides whether a response is correct; null: dataset.data_type",
+        choices=(*KINDS, "judge"),
+    )
+    function: str | None = key(
+        None, "my_module:my_reward, called with (response, task), returns a number or one for each token", function=True
+    )
+    judge: JudgeConfig = section(JudgeConfig)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainingBase:
+    seed: int = key(10086, "of weights, data order and draws", low=0)
+    max_prompt_len: int = key(784, "longer prompts are dropped and counted", low=1)
+    tokens_per_micro_batch: int = key(16384, "packed tokens in one forward of the trainer", low=1)
+    max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: they are not", low=0)
+    max_bad_steps: int = key(
+        3, "updates in a row whose loss or gradient is not finite: they are skipped, so many end the run", low=1
+    )
+    gradient_checkpointing_enable: bool = key(False, "recompute activations in the backward pass: less memory")
+    lower_p: float = key(0.1, "lowest masking probability of a random view", low=0, high=1)
+    upper_p: float = key(0.9, "highest masking probability of a random view", low=0.01, high=1)
+    mask_times_per_sample: int = key(1, "random masking: noised copies of each response", low=1)
+    post_num: int = key(0, "how many tokens after the end of the response are predicted too", low=0)
+
+
+@dataclass
+class RLTrainingConfig(TrainingBase):
+    method: str = key(
+        "TraceRL",
+        "how views are made: TraceRL (replay the trace), random_masking, coupled (random and its complement), or "
+        "my_module:my_views",
+        choices=("TraceRL", "random_masking", "coupled"),
+        function=True,
+    )
+    ratio_level: str = key(
+        "token",
+        "what ratio is clipped: of every token, or one of the whole sequence, from its ELBO per token (ESPO)",
+        choices=("token", "sequence"),
+    )
+    shrink: int = key(
+        1, "TraceRL: this many neighbouring steps (of a block, under block attention) are merged into one view", low=1
+    )
+    updates_per_step: int = key(1, "optimizer updates in one RL step", low=1)
+    eps: float = key(0.2, "clip range of the ratio, and of the value", low=0, high=1)
+    eps_high: float | None = key(None, "clip range of the ratio upwards, as in DAPO; null: eps", low=0)
+    beta: float = key(0.01, "weight of the KL penalty", low=0)
+    use_kl_estimator_k3: bool = key(True, "k3 estimator of the KL; False: k1, or k2 where ratio_level is sequence")
+    kl_reference: str = key(
+        "old",
+        "the KL is to the policy at the start of the step (old) or the first model (initial)",
+        choices=("old", "initial"),
+    )
+    loss_norm: str = key(
+        "token",
+        "token, length or step (those that shrink merged are one): over what token losses are averaged",
+        choices=("token", "length", "step"),
+    )
+    keep_accuracy: list[float] | None = key(
+        [0.2, 0.8], "groups of other accuracy are dropped; null keeps all", low=0, high=1
+    )
+    dynamic_sampling: bool = key(
+        False,
+        "drop groups of equal rewards and draw tasks until num_task_per_step groups are kept, at most "
+        "rollout.max_resample times more (DAPO)",
+    )
+    gam: float = key(1.0, "value model: discount of later steps' rewards and values (γ)", low=0, high=1)
+    lam: float = key(1.0, "value model: weight of later steps in the advantage (λ of GAE)", low=0, high=1)
+    mismatch_sample: int = key(
+        16, "trajectories replayed to measure mismatch_kl where the method's views are no replay", low=1
+    )
+    old_logp: str = key(
+        "auto",
+        "auto, engine, recompute or detach: whose log-probabilities the ratio starts from",
+        choices=("auto", "engine", "recompute", "detach"),
+    )
+    tis_cap: float | None = key(
+        None, "largest importance weight π_trainer/π_engine of a token, for low precision; null: no weights", low=0.01
+    )
+
+
+@dataclass
+class SFTTrainingConfig(TrainingBase):
+    method: str = key(
+        "semi-ar",
+        "how views are made: semi-ar (block by block), trace (replays the samples' step_map), random_masking (the "
+        "whole response; full attention), ar (next token; families with shifted logits)",
+        choices=("semi-ar", "trace", "random_masking", "ar"),
+    )
+    shrink: int = key(
+        1, "trace: this many neighbouring steps (of a block, under block attention) are merged into one view", low=1
+    )
+    loss_weight: str = key(
+        "none",
+        "none: mean over predicted tokens; elbo: each weighted by 1/t, t its masking probability",
+        choices=("none", "elbo"),
+    )
+    block_size: int = key(4, "tokens denoised together; not set: the checkpoint's own", low=1)
+    batch_size: int = key(32, "samples in one update, over all devices", low=1)
+    num_train_epochs: int = key(1, "passes over the data", low=1)
+    max_steps: int = key(0, "stop after so many updates; 0: by epochs", low=0)
+    max_gen_length: int = key(
+        2000,
+        "samples with longer responses are dropped and counted; full attention: the canvas they are learned on",
+        low=1,
+    )
+    stop_at_accuracy: float | None = key(
+        None, "stop when sampling accuracy on eval_dataset reaches this share", low=0, high=1
+    )
+    eval_every: int = key(
+        50,
+        "updates between measurements of accuracy and validation loss; four times as many while accuracy is under "
+        "half of stop_at_accuracy",
+        low=1,
+    )
+
+
+@dataclass
+class OptimizerParams:
+    learning_rate: float = key(1e-6, "peak learning rate", low=0)
+    beta1: float = key(0.9, "AdamW", low=0, high=0.99999)
+    beta2: float = key(0.999, "AdamW", low=0, high=0.99999)
+    weight_decay: float = key(0.0, "AdamW", low=0)
+    epsilon: float = key(1e-8, "AdamW", low=0)
+
+
+@dataclass
+class RLOptimizerParams(OptimizerParams):
+    value_learning_rate: float | None = key(None, "peak of the value model's; null: learning_rate", low=0)
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = key("adamw", "adamw", choices=("adamw",))
+    params: OptimizerParams = section(OptimizerParams)
+
+
+@dataclass
+class RLOptimizerConfig(OptimizerConfig):
+    params: RLOptimizerParams = section(RLOptimizerParams)
+
+
+@dataclass
+class SchedulerParams:
+    warmup_steps: int = key(0, "updates over which the rate rises from 0", low=0)
+    min_lr_scale: float = key(1.0, "cosine and linear: last rate over the first; 1 is constant", low=0)
+
+
+@dataclass
+class SchedulerConfig:
+    scheduler: str = key("constant", "constant, linear or cosine", choices=("constant", "linear", "cosine"))
+    params: SchedulerParams = section(SchedulerParams)
+
+
+# Runs, models, data ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -241,15 +504,22 @@ class SFTDatasetConfig(EvalDatasetConfig):
     )
 
 
-class Job:
-    """What a job's config knows of itself beside its keys."""
+# Jobs -----------------------------------------------------------------------------------------------------------------
+
+
+class JobConfig:
+    """What every job's config has beside its keys."""
 
     # The keys that YAML or the command line set; the model may set others. None: made in Python, all are as meant.
     written: ClassVar[frozenset[str] | None] = None
 
+    def faults(self) -> Iterator[str]:
+        """Values that are each good but not together, one line for each; the first is told."""
+        return iter(())
+
 
 @dataclass
-class RLConfig(Job):
+class RLConfig(JobConfig):
     """python rl.py config=… : reinforcement learning."""
 
     experiment: ExperimentConfig = section(ExperimentConfig)
@@ -262,9 +532,51 @@ class RLConfig(Job):
     lr_scheduler: SchedulerConfig = section(SchedulerConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)
 
+    def faults(self) -> Iterator[str]:
+        rollout, training, has_value = self.rollout, self.training, bool(self.model.value_base_model)
+        responses, keep = rollout.num_task_per_step * rollout.num_response_per_task, training.keep_accuracy
+        yield from masking_faults(training)
+        if rollout.num_response_per_task < 2 and not has_value:
+            yield (
+                f"rollout.num_response_per_task={rollout.num_response_per_task}: "
+                "a task's responses are compared with each other, so it takes at least 2"
+            )
+        if training.updates_per_step > responses:
+            yield (
+                f"training.updates_per_step={training.updates_per_step} is more than the responses of a step, "
+                f"rollout.num_task_per_step={rollout.num_task_per_step} × "
+                f"rollout.num_response_per_task={rollout.num_response_per_task}"
+            )
+        if keep is not None and (len(keep) != 2 or keep[0] > keep[1]):
+            yield f"training.keep_accuracy={keep}: expected two ascending numbers, as [0.2, 0.8], or null"
+        if training.old_logp == "detach" and training.updates_per_step > 1:
+            yield (
+                f"training.old_logp=detach allows one update, but training.updates_per_step={training.updates_per_step}"
+            )
+        if has_value and training.method != "TraceRL":
+            yield (
+                f"model.value_base_model with training.method={training.method}: a value model learns over the steps "
+                "of a trace; set training.method=TraceRL, or model.value_base_model=null"
+            )
+        if has_value and training.ratio_level == "sequence":
+            yield (
+                "model.value_base_model with training.ratio_level=sequence: a sequence has one advantage, a value "
+                "model gives one to each token; set training.ratio_level=token, or model.value_base_model=null"
+            )
+        if training.tis_cap is not None and training.old_logp == "engine":
+            yield (
+                f"training.tis_cap={training.tis_cap} with training.old_logp=engine: the ratio holds that weight "
+                "already; set training.old_logp=auto, or training.tis_cap=null"
+            )
+        if self.model.pretrained_model == "tiny":
+            yield (
+                "model.pretrained_model=tiny is a new, untrained network, for SFT only: give a trained model's folder "
+                "(model.made_by names the SFT config that makes it)"
+            )
+
 
 @dataclass
-class EvalConfig(Job):
+class EvalConfig(JobConfig):
     """python eval.py config=… : accuracy of a model."""
 
     experiment: EvalExperimentConfig = section(EvalExperimentConfig)
@@ -280,7 +592,7 @@ class EvalConfig(Job):
 
 
 @dataclass
-class SFTConfig(Job):
+class SFTConfig(JobConfig):
     """train/sft_*.py config=… : supervised finetuning."""
 
     experiment: SFTExperimentConfig = section(SFTExperimentConfig)
@@ -292,9 +604,23 @@ class SFTConfig(Job):
     lr_scheduler: SchedulerConfig = section(SchedulerConfig)
     evaluation: SFTEvaluationConfig = section(SFTEvaluationConfig)
 
+    def faults(self) -> Iterator[str]:
+        yield from masking_faults(self.training)
+        if self.training.loss_weight == "elbo" and self.training.method in ("trace", "ar"):
+            yield (
+                "training.loss_weight=elbo weighs by a masking probability, which "
+                f"training.method={self.training.method} does not have; set it to none"
+            )
+
+
+def masking_faults(training: TrainingBase) -> Iterator[str]:
+    """As `JobConfig.faults`, of what both trainers have."""
+    if training.lower_p > training.upper_p:
+        yield f"training.lower_p={training.lower_p} is above training.upper_p={training.upper_p}"
+
 
 @dataclass
-class OneModel(Job, Sampling):
+class OneModel(JobConfig, Sampling):
     model: str = key("", "folder or hub id of the model")
     model_base: str = key("", "the family; empty: the first that reads this kind of checkpoint")
     dtype: str = key("auto", "of the weights: auto, float32, bfloat16", choices=DTYPES)
@@ -329,5 +655,76 @@ class ServeConfig(OneModel):
     )
 
 
-JOBS: dict[str, type] = {"rl": RLConfig, "eval": EvalConfig, "sft": SFTConfig}
-JOBS |= {"generate": GenerateConfig, "trace": TraceConfig, "serve": ServeConfig}
+@dataclass
+class RewardJobConfig(JobConfig, RewardConfig):
+    """python -m reward data=TASKS responses=FILE out=FILE : a file of responses scored; `reward.` may be left out."""
+
+    truncated_is_wrong: ClassVar[bool] = False  # no key here: whether a response was cut is not known
+    data: str = key("", "tasks in the project's format: a name, a path (json, jsonl, parquet) or a hub id")
+    responses: str = key("", 'JSON lines {"task": index, "response": text}, index counting the tasks from 0')
+    out: str = key("", "the same lines with `correct`, `reward` and `verdict` added")
+    kind: str | None = key(
+        None,
+        "math, code, general or judge; null: code for a task with a test_method, math for another",
+        choices=(*KINDS, "judge"),
+    )
+    workers: int | None = key(None, "processes that score side by side; null: one for each processor", low=0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kind of program that takes a config."""
+
+    name: str
+    script: str  # as messages call it
+    config: type[JobConfig]
+    required: tuple[str, ...]  # keys that may not be empty
+    example: str  # of a key set on the command line
+    arguments: str = "config=FILE.yaml"  # what its command needs
+    needs_config: bool = True
+    section: str = ""  # of its keys, which may stand before them: reward.kind is kind
+
+
+JOBS = {
+    job.name: job
+    for job in (
+        Job("rl", "rl.py", RLConfig, ("model.pretrained_model", "dataset.train_dataset"), "training.seed=1"),
+        Job("eval", "eval.py", EvalConfig, ("model", "dataset.eval_dataset"), "seed=1"),
+        Job(
+            "sft",
+            "train/sft_<family>.py",
+            SFTConfig,
+            ("model.pretrained_model", "dataset.optimization_data"),
+            "training.seed=1",
+        ),
+        Job(
+            "generate",
+            "generate.py",
+            GenerateConfig,
+            ("model",),
+            "temperature=0",
+            arguments='model=PATH [prompt="…"]',
+            needs_config=False,
+        ),
+        Job(
+            "trace",
+            "sample/get_trace_viewer.py",
+            TraceConfig,
+            ("model",),
+            "out=trace.html",
+            arguments='model=PATH prompt="…"',
+            needs_config=False,
+        ),
+        Job("serve", "serve.py", ServeConfig, ("model",), "port=8001", arguments="model=PATH", needs_config=False),
+        Job(
+            "reward",
+            "python -m reward",
+            RewardJobConfig,
+            ("data", "responses", "out"),
+            "kind=code",
+            arguments="data=TASKS responses=FILE out=FILE",
+            needs_config=False,
+            section="reward",
+        ),
+    )
+}

@@ -1,30 +1,35 @@
-"""Stopping a run without loss: SIGTERM and Ctrl-C are taken note of, and acted on where nothing is half done.
+"""How a run is stopped without loss, and how one that hangs is noticed.
+
+SIGTERM and Ctrl-C are taken note of, and acted on where nothing is half done.
 
 A second signal, unless it follows at once, ends the process. Ranks that rl.py launched have a launcher above them,
 which would kill them soon after it got the signal itself; so it keeps the signal from them and makes a file, which they
 look for.
 """
 
+import contextlib
+import faulthandler
 import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 STOP_FILE = "DLLM_RL_STOP_FILE"  # environment variable: the file that says that the job is to stop
 AT_ONCE = 2.0  # seconds within which signals are one: launchers pass on what a terminal or scheduler sent to all
 _received: list[tuple[int, float]] = []  # signals, each with its moment
+_last_moved = [0.0]  # when this rank last moved
 
 
 class Stopped(Exception):
     """The run was asked to stop; what was not finished is to be done again when it is resumed."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def signals_noted() -> Iterator[None]:
     """Within it SIGTERM and SIGINT make `stop_requested` true instead of ending the process."""
     before = {number: signal.signal(number, _note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -59,3 +64,39 @@ def _note(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     _received.append((number, time.monotonic()))
+
+
+def beat() -> None:
+    """Say that this rank moves: called at every denoising step, forward and score."""
+    _last_moved[0] = time.monotonic()
+
+
+@contextlib.contextmanager
+def watched(timeout: float, file: Path, rank: int) -> Iterator[None]:
+    """Within it a pause of `timeout` seconds is reported, once each; the stacks go to `file`. 0: no watch."""
+    if timeout == 0:
+        yield
+        return
+    done = threading.Event()
+    beat()
+    thread = threading.Thread(target=_watch, args=(timeout, file, rank, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _watch(timeout: float, file: Path, rank: int, done: threading.Event) -> None:
+    reported = -1.0
+    while not done.wait(timeout / 10):
+        last = _last_moved[0]
+        if time.monotonic() - last >= timeout and last != reported:
+            reported = last
+            with file.open("a") as stream:
+                stream.write(f"{time.strftime('%F %T')} rank {rank}: nothing moved for {timeout:g} s\n")
+                stream.flush()
+                faulthandler.dump_traceback(stream)
+            told = f"rank {rank} has not moved for experiment.hang_timeout={timeout:g} s; where it stands: {file}"
+            print(told, file=sys.stderr, flush=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from common.config_files import accelerate_config
 from common.errors import UserError
-from common.layers import accelerate_config
 from common.stop import STOP_FILE, exit_code, signals_noted, stop_requested
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from common.checkpoint import newest_step
-from common.layers import accelerate_config
+from common.config_files import accelerate_config
 from common.runtime import Stopwatch, console
 from common.schema import RLConfig
 from common.stop import STOP_FILE, exit_code, signals_noted, stop_requested

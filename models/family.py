@@ -22,9 +22,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from common.errors import UserError
-from common.threads import settle_threads
-from common.user_code import load_object
+from common.errors import UserError, load_object
+from common.runtime import settle_threads
 from models.files import MALFORMED, check_files, read_config
 from models.tokenizer import (
     TOKENIZER_FILES,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.json_file import read_object
+from common.records import read_object
 
 KEY = "model.pretrained_model"
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

@@ -20,36 +20,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import track
 
-from common.config import check_values, wrong_type
+from common.config import parse_or_help
 from common.errors import UserError, one_line_errors
-from common.keys import keys_of
 from common.records import read_lines
-from common.schema import RewardConfig
+from common.schema import RewardJobConfig
 from common.trajectory import Score, Task
 from data.tasks import load_tasks
 from reward.score import check_tasks, make_scorer
 
-FILES = ("data", "responses", "out")
-UNREAD = "truncated_is_wrong"  # whether a response was cut is not known of one that was written by anything
-
 
 @one_line_errors
 def main() -> None:
-    if not sys.argv[1:] or {"-h", "--help", "help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return
-    files, reward = read_arguments(sys.argv[1:])
-    tasks = load_tasks(files["data"], key="data")
-    lines = read_responses(Path(files["responses"]), len(tasks))
-    out = Path(files["out"])
+    config = parse_or_help("reward", sys.argv[1:] or ["--help"], __doc__)
+    tasks = load_tasks(config.data, key="data")
+    lines = read_responses(Path(config.responses), len(tasks))
+    out = Path(config.out)
     if not out.parent.is_dir():
         raise UserError(f"out: the folder {out.parent} does not exist; make it or name another")
-    scores = score_all(tasks, lines, reward)
+    scores = score_all(tasks, lines, config)
     with out.open("w", encoding="utf-8") as file:
         for line, score in zip(lines, scores):
             line |= {"correct": score.correct, "reward": score.reward, "verdict": score.verdict}
@@ -60,33 +51,6 @@ def main() -> None:
     correct = sum(score.correct for score in scores)
     shown = ", ".join(f"{verdict} {count}" for verdict, count in counts.most_common())
     print(f"{out}: {len(scores)} responses, {correct} correct ({shown})")
-
-
-def read_arguments(arguments: list[str]) -> tuple[dict[str, str], RewardConfig]:
-    """The three files, and the reward section that the other arguments set."""
-    files: dict[str, str] = {}
-    reward = OmegaConf.structured(RewardConfig(workers=os.cpu_count() or 1))
-    known = {key: info for key, info in keys_of(RewardConfig).items() if key != UNREAD}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        key = key.removeprefix("reward.")
-        if not equals:
-            raise UserError(f"'{argument}' is not of the form key=value; python -m reward --help")
-        if key in FILES:
-            files[key] = value
-        elif key in known:
-            try:
-                OmegaConf.update(reward, key, None if value == "null" else value, merge=False)
-            except OmegaConfBaseException:
-                raise wrong_type(key, value, known[key]) from None
-        else:
-            raise UserError(f"unknown key {key}={value}; keys: {', '.join([*FILES, *known])}")
-    for key in FILES:
-        if not files.get(key):
-            raise UserError(f"{key} is empty: python -m reward data=TASKS responses=FILE out=FILE")
-    reward = OmegaConf.to_object(reward)
-    check_values(reward)
-    return files, reward
 
 
 def read_responses(path: Path, num_tasks: int) -> list[dict[str, Any]]:
@@ -106,11 +70,11 @@ def read_responses(path: Path, num_tasks: int) -> list[dict[str, Any]]:
     return lines
 
 
-def score_all(tasks: list[Task], lines: list[dict[str, Any]], reward: RewardConfig) -> list[Score]:
+def score_all(tasks: list[Task], lines: list[dict[str, Any]], reward: RewardJobConfig) -> list[Score]:
     """Scores in the order of the lines."""
     types = [reward.kind or data_type_of(tasks[line["task"]]) for line in lines]
-    reward = replace(reward, workers=max(1, reward.workers))
-    scorers = {data_type: make_scorer(reward, data_type) for data_type in set(types)}
+    processes = max(1, os.cpu_count() or 1 if reward.workers is None else reward.workers)
+    scorers = {data_type: make_scorer(replace(reward, workers=processes), data_type) for data_type in set(types)}
     for data_type, scorer in scorers.items():  # a mistake in the config or the tasks is told before any work
         check_tasks(scorer, [tasks[line["task"]] for line, kind in zip(lines, types) if kind == data_type], "data")
     with contextlib.ExitStack() as stack:

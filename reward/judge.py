@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from common.boxed import extract_boxed, final_part
 from common.errors import UserError
-from common.reward_schema import JudgeConfig
+from common.schema import JudgeConfig
 from common.trajectory import Response, Score, Task
 from reward import notation
 

@@ -9,10 +9,9 @@ from concurrent.futures import Future
 from dataclasses import fields
 from typing import Any, Self
 
-from common.errors import UserError
+from common.errors import UserError, load_function
 from common.schema import RewardConfig, ScoringConfig
 from common.trajectory import Response, Score, Task
-from common.user_code import load_function
 from reward.code_reward import CodeLimits, code_score
 from reward.general_reward import general_score
 from reward.judge import judged_score

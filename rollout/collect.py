@@ -6,11 +6,10 @@ from concurrent.futures import Future
 from contextlib import suppress
 
 from common.errors import UserError
-from common.health import beat
 from common.ranks import Queue, any_of_tensor_group, gather, is_first_of_tensor_group, rank
 from common.runtime import Stopwatch, console, progress, timed
 from common.schema import EvalDatasetConfig, TaskSampling
-from common.stop import Stopped, stop_requested
+from common.stop import Stopped, beat, stop_requested
 from common.trajectory import Request, Response, Score, ScoredTrajectory, Task
 from models import LoadedModel
 from models.prompts import encode_prompt, instruction, stop_ids_of

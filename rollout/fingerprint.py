@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.runtime import device_and_dtype
+from common.runtime import device_and_dtype, versions
 from common.schema import EvalConfig, Sampling
-from common.versions import versions
 from models import LoadedModel
 from models.family import local_folder
 from models.prompts import instruction

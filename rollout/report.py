@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from common.disk import unless_full, write_whole
+from common.checkpoint import unless_full, write_whole
 from common.errors import UserError, one_line_errors
 from common.metrics import PANELS, Row, curves_of, read_rows
 from common.page import fill_page

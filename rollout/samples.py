@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.disk import append_lines, write_whole
+from common.checkpoint import append_lines, write_whole
 from common.ranks import from_main, is_main, main_only
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 

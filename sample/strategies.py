@@ -16,9 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, load_function
 from common.schema import Sampling
-from common.user_code import load_function
 from sample.draw import Candidates
 
 Strategy = Callable[[Candidates, Tensor, Tensor, Tensor, Tensor, Tensor, Sampling], Tensor]

@@ -1,15 +1,22 @@
 """Trajectories made visible: what trace.viewer.html shows, and the page with it."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from common.disk import write_whole
+from common.checkpoint import write_whole
+from common.errors import UserError
 from common.page import fill_page
-from common.trajectory import Trajectory
+from common.records import read_lines
+from common.schema import TraceConfig
+from common.trajectory import Request, Trajectory
 from models import LoadedModel
+from models.prompts import encode_prompt, stop_ids_of
+from sample.engine import Engine
+from sample.records import refused
 
 TEMPLATE = Path(__file__).with_name("trace.viewer.html")
 Trace = dict[str, Any]
@@ -79,3 +86,47 @@ def write_trace_page(path: Path, traces: Sequence[Trace], title: str, subtitle: 
     """Write the page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, trace_page(traces, title, subtitle))
+
+
+def draw_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
+    """New responses to the prompt."""
+    prompt = encode_prompt(loaded, config.prompt, config.prompt_template, config.start_with_think)
+    requests = [Request("prompt", prompt, sample, config.seed) for sample in range(config.num_response_per_task)]
+    engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
+    drawn = list(engine.generate(requests, config, stop_ids=stop_ids_of(loaded, config.stop_token_list)))
+    if drawn[0].finish_reason == "refused":
+        raise refused(drawn[0])
+    return [
+        trace_of(loaded, one, config.block_size, f"response {one.sample + 1}", config.remasking_strategy)
+        for one in sorted(drawn, key=lambda one: one.sample)
+    ]
+
+
+def read_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
+    """The first `num_response_per_task` responses of a file, those of `task_id` where it is given."""
+    path = Path(config.samples)
+    if not path.is_file():
+        raise UserError(f"samples: no file {path}; give the samples.jsonl of a run")
+    names = [field.name for field in dataclasses.fields(Trajectory)]
+    traces: list[Trace] = []
+    for number, line in read_lines(path, "samples"):
+        if len(traces) == config.num_response_per_task:
+            break
+        if isinstance(line, UserError):
+            raise line
+        foreign = UserError(f"samples: line {number} of '{path}' is no response as eval.py and rl.py write them")
+        if not isinstance(line, dict) or "task_id" not in line:
+            raise foreign
+        if config.task_id not in ("", str(line["task_id"])):
+            continue
+        if not line.get("step_map"):
+            raise UserError(f"samples: {path} holds no traces (rollout.output_unmasking_history was False)")
+        if not set(names) <= line.keys():
+            raise foreign
+        trajectory = Trajectory(**{name: line[name] for name in names})
+        about = {"setting": line.get("setting", ""), "verdict": line.get("verdict", "")}
+        about["reference"] = line.get("ground_truth_answer") or ""
+        traces.append(trace_of(loaded, trajectory, config.block_size, **about))
+    if not traces:
+        raise UserError(f"task_id={config.task_id}: {path} has no response to it")
+    return traces

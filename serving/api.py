@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from reprlib import repr as show
 from typing import Any
 
-from common.config import fault_of
-from common.keys import keys_of
-from common.schema import Sampling, ServeConfig
+from common.records import fault_of
+from common.schema import Sampling, ServeConfig, keys_of
 from models import LoadedModel
 from models.prompts import ChatTemplateError, encode_turns
 
@@ -181,7 +180,7 @@ def _settings(given: dict[str, Any], config: ServeConfig, limit: int, full_atten
         value, kind = given[key], type(getattr(settings, key))
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise ApiError(f"{key}: {show(value)} is not a {'number' if kind is not str else 'text'}", key)
-        fault = fault_of(value, known[key][1].metadata)
+        fault = fault_of(value, known[key])
         if key == "temperature" and value != 0 and not LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE:
             fault = f"must be 0, or between {LEAST_TEMPERATURE} and {MOST_TEMPERATURE}"
         if fault or ":" in str(value):  # a client does not name functions to import

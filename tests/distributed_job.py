@@ -15,8 +15,7 @@ import torch
 
 from common import ranks
 from common.checkpoint import write_folder
-from common.schema import Sampling
-from common.training_schema import OptimizerParams, RLTrainingConfig, SchedulerConfig, SFTTrainingConfig
+from common.schema import OptimizerParams, RLTrainingConfig, Sampling, SchedulerConfig, SFTTrainingConfig
 from common.trajectory import Request
 from models import LoadedModel, load_model, load_network
 from models.value import load_value

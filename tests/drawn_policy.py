@@ -7,8 +7,7 @@ import pytest
 import torch
 from scored import scored
 
-from common.schema import Sampling
-from common.training_schema import OptimizerParams, RLTrainingConfig, SchedulerConfig
+from common.schema import OptimizerParams, RLTrainingConfig, Sampling, SchedulerConfig
 from common.trajectory import Request, ScoredTrajectory
 from models import load_model
 from sample.engine import Engine

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 from common.schema import JOBS
 
+CONFIGS = [job.config for job in JOBS.values()]
 ROOT = Path(__file__).resolve().parents[1]
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+CHECKS = {"common/config.py", "common/schema.py"}  # what only checks a value makes no use of it
 LOADERS = ("load_config", "parse_or_help")  # of common.config: called with the job's name
 
 
@@ -94,7 +96,8 @@ class Reader:
                     names = [name.value] if isinstance(name, ast.Constant) else hints_of(value.cls)
                     self.found |= {Read(value.job, value.cls, one) for one in names}
             elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
-                known[getattr(node.args[0], "id", "")] = self.annotated(node.args[1])
+                name = getattr(node.args[0], "id", "")  # that, or in another branch what it was before
+                known[name] = known.get(name, set()) | self.annotated(node.args[1])
 
     def assign(self, target: ast.expr, value: ast.expr, known: dict[str, set[Typed]]) -> None:
         if isinstance(target, ast.Name):
@@ -110,8 +113,10 @@ class Reader:
         return {one.arg: self.annotated(one.annotation) for one in every if one.annotation}
 
     def annotated(self, annotation: ast.expr) -> set[Typed]:
+        if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):  # in quotes
+            annotation = ast.parse(annotation.value, mode="eval")
         named = (self.names.get(node.id) for node in ast.walk(annotation) if isinstance(node, ast.Name))
-        return {Typed(cls, cls if cls in JOBS.values() else None) for one in named for cls in dataclasses_in(one)}
+        return {Typed(cls, cls if cls in CONFIGS else None) for one in named for cls in dataclasses_in(one)}
 
     def types(self, value: ast.expr, known: dict[str, set[Typed]]) -> set[Typed]:
         if isinstance(value, ast.Name):
@@ -120,7 +125,7 @@ class Reader:
             if getattr(value.value, "id", "") == "self" and value.attr in self.members:
                 return self.members[value.attr]
             return {
-                Typed(cls, one.job or (cls if cls in JOBS.values() else None))
+                Typed(cls, one.job or (cls if cls in CONFIGS else None))
                 for one in self.types(value.value, known)
                 for cls in dataclasses_in(hints_of(one.cls).get(value.attr))
             }
@@ -130,7 +135,8 @@ class Reader:
         if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
             called = self.names.get(value.func.id)
             if value.func.id in LOADERS and isinstance(value.args[0], ast.Constant):
-                return {Typed(JOBS[value.args[0].value], JOBS[value.args[0].value])}
+                cls = JOBS[value.args[0].value].config
+                return {Typed(cls, cls)}
             if isinstance(called, types.FunctionType):
                 return {Typed(cls, None) for cls in dataclasses_in(hints_of(called).get("return"))}
         return set()
@@ -166,9 +172,7 @@ def dataclasses_in(hint: Any) -> Iterator[type]:
 def sections_of(cls: type, prefix: str = "") -> dict[str, type]:
     """Every key below a job's class, dotted, and the class whose field it is."""
     found: dict[str, type] = {}
-    hints = hints_of(cls)
-    for name in (one.name for one in dataclasses.fields(cls)):
-        hint = hints[name]
+    for name, hint in ((one.name, hints_of(cls)[one.name]) for one in dataclasses.fields(cls)):
         if dataclasses.is_dataclass(hint):
             found |= sections_of(hint, f"{prefix}{name}.")
         else:
@@ -178,7 +182,7 @@ def sections_of(cls: type, prefix: str = "") -> dict[str, type]:
 
 def unread(job: type, scripts: Iterable[str]) -> list[str]:
     """Keys of the job that nothing which its scripts import reads from a config that may be the job's."""
-    files = sorted({file for script in scripts for file in modules_of(script)} - {"common/config.py"})
+    files = sorted({file for script in scripts for file in modules_of(script)} - CHECKS)
     reads = {read for file in files for read in reads_of(file)}
 
     def is_read(key: str, section: type) -> bool:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
-from common.training_schema import RLTrainingConfig
+from common.schema import RLTrainingConfig
 from models import load_network
 from train import network as network_module
 from train.attention import NAME, attention_mask, block_mask, flex_or_sdpa, mask_function, visible, visible_tiles

@@ -8,12 +8,10 @@ import pytest
 import yaml
 from shipped import shipped
 
-from common.config import dump_config, load_config, parse_or_help, settings_of
+from common.config import dump_config, key_tables, load_config, parse_or_help, settings_of, usage
+from common.config_files import find_config, infer_job, read_layers
 from common.errors import UserError
-from common.help import key_tables, usage
-from common.keys import default_of, keys_of
-from common.layers import find_config, infer_job, read_layers
-from common.schema import JOBS, RLConfig, RolloutConfig
+from common.schema import JOBS, RLConfig, RolloutConfig, keys_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RL = """# a small run
@@ -296,9 +294,9 @@ def test_a_job_without_a_config_file():
 
 
 def test_every_default_is_allowed():
-    for cls in JOBS.values():
-        for key, (_, one) in keys_of(cls).items():
-            choices, value = one.metadata["choices"], default_of(one)
+    for job in JOBS.values():
+        for key, limits in keys_of(job.config).items():
+            choices, value = limits.choices, limits.default
             assert not choices or value is None or set(value if isinstance(value, list) else [value]) <= {*choices}, key
 
 
@@ -329,6 +327,52 @@ def test_command_line():
     assert bad.stderr == "error: unknown key training.sed=1 in the command line; did you mean training.seed?\n"
 
 
-def test_importing_config_is_light():
-    heavy = python("-c", "import sys, common.config; print([m for m in ('torch', 'transformers') if m in sys.modules])")
-    assert heavy.stdout.strip() == "[]"
+ENTRY = [*(f"{name}.py" for name in ("eval", "generate", "multinode_eval", "multinode_rl", "rl", "serve"))]
+ENTRY += [*(f"train/sft_{family}.py" for family in ("sdar", "trado", "dream", "llada", "mmada"))]
+ENTRY += ["sample/get_trace_viewer.py", "reward/__main__.py", "common/config.py", "common/doctor.py"]
+HELP = """
+import atexit, runpy, sys
+atexit.register(lambda: print([name for name in ("torch", "transformers", "ray") if name in sys.modules]))
+sys.path.insert(0, "")
+sys.argv[1:] = ["--help"]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ENTRY)
+def test_help_imports_nothing_heavy(script):
+    """Every entry script tells its usage in well under a second."""
+    done = python("-c", HELP.format(script=script))
+    *told, heavy = done.stdout.splitlines()
+    assert done.returncode == 0 and heavy == "[]" and "config" in "".join(told)
+
+
+def test_importing_generate_registers_the_families():
+    """What generate.py --help does without is there for those who import it."""
+    code = "import generate, transformers; print(transformers.AutoConfig.for_model('sdar').model_type)"
+    assert python("-c", code).stdout.split()[-1] == "sdar"
+
+
+REFUSED_LISTS = [
+    ("generate", "temperature=[0.5,1]", "temperature=[0.5, 1.0]: generate.py samples under one setting"),
+    ("serve", "remasking_strategy=[sequential]", "remasking_strategy=['sequential']: serve.py samples under one"),
+    ("trace", "block_size=[4,8]", "block_size=[4, 8]: sample/get_trace_viewer.py samples under one setting"),
+]
+
+
+@pytest.mark.parametrize(("job", "argument", "told"), REFUSED_LISTS)
+def test_lists_of_settings_belong_to_evaluation(job, argument, told):
+    with pytest.raises(UserError) as caught:
+        load_config(job, ["model=M", argument])
+    assert str(caught.value).startswith(told) and str(caught.value).endswith("; lists belong to evaluation")
+
+
+def test_the_reward_job_takes_its_keys_with_and_without_their_section():
+    files = ["data=d", "responses=r", "out=o"]
+    for prefix in ("", "reward."):
+        config = load_config("reward", [*files, f"{prefix}kind=code", f"{prefix}judge.retries=2"])
+        assert (config.kind, config.judge.retries, config.workers) == ("code", 2, None)
+    with pytest.raises(UserError, match="out is empty: set it as out=…"):
+        load_config("reward", files[:2])
+    with pytest.raises(UserError, match=r"truncated_is_wrong=true"):
+        load_config("reward", [*files, "truncated_is_wrong=true"])

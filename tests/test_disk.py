@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common.disk import append_lines, unless_full, write_whole
+from common.checkpoint import append_lines, unless_full, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path(tempfile.gettempdir(), "dllm-rl-full-disk")  # where the small disk is put

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from common.config import load_config
+from common.config_files import accelerate_config
 from common.errors import UserError
-from common.layers import accelerate_config
 from launch.accelerate import check_devices
 from train import rl_trainer
 

@@ -9,8 +9,7 @@ from accelerate import Accelerator
 from scored import scored
 
 from common.config import load_config
-from common.schema import Sampling
-from common.training_schema import RLTrainingConfig, SFTTrainingConfig
+from common.schema import RLTrainingConfig, Sampling, SFTTrainingConfig
 from common.trajectory import Request, ScoredTrajectory, Trajectory
 from models import LoadedModel, load_model
 from models.tiny import build_tiny

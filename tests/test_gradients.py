@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from scored import scored
 
 from benchmarks.plain_training import PlainRow, plain_batches, plain_logp, plain_rows, plain_values
-from common.training_schema import RLTrainingConfig
+from common.schema import RLTrainingConfig
 from common.trajectory import Trajectory
 from models import find_family, load_network
 from models.value import ValueNetwork

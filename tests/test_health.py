@@ -8,8 +8,8 @@ import pytest
 
 from common.checkpoint import Writer, newest_step, save_step, step_folders, write_folder
 from common.errors import UserError
-from common.health import beat, watched
 from common.runtime import prepare_run_folder
+from common.stop import beat, watched
 from launch.nodes import Place, expand_hosts, find_place
 
 

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from common.errors import UserError
-from common.reward_schema import JudgeConfig, RewardConfig
+from common.schema import JudgeConfig, RewardConfig
 from common.trajectory import Response, Score, Task
 from reward.judge import judged_score
 from reward.score import make_scorer

@@ -5,7 +5,7 @@ import ast
 import pytest
 from key_reads import Reader, unread
 
-from common import reward_schema, schema
+from common import schema
 from common.config import load_config
 from common.errors import UserError
 from common.schema import JOBS, EvalConfig, RLConfig
@@ -17,13 +17,14 @@ SCRIPTS = {
     "generate": ("generate.py",),
     "trace": ("sample/get_trace_viewer.py",),
     "serve": ("serve.py",),
+    "reward": ("reward/__main__.py",),
 }
 ONE_CHOICE = {"optimizer.name"}  # adamw: to name another is refused, so there is nothing to read
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_reads_all_its_keys(job: str) -> None:
-    assert set(unread(JOBS[job], SCRIPTS[job])) - ONE_CHOICE == set()
+    assert set(unread(JOBS[job].config, SCRIPTS[job])) - ONE_CHOICE == set()
 
 
 def test_what_only_others_read_is_found() -> None:
@@ -51,7 +52,7 @@ class C:
 
 
 def test_reads_are_followed_through_names() -> None:
-    reader = Reader(vars(schema) | vars(reward_schema))
+    reader = Reader(vars(schema))
     reader.block(ast.parse(CODE), {})
     assert {(read.job, read.key) for read in reader.found} == {
         (RLConfig, "experiment"),

@@ -19,9 +19,8 @@ import serve
 from common.config import load_config, settings_of
 from common.errors import UserError, one_line_errors
 from common.metrics import check_trackers
-from common.reward_schema import JudgeConfig
 from common.runtime import prepare_run_folder
-from common.schema import RewardConfig, ServeConfig
+from common.schema import JudgeConfig, RewardConfig, ServeConfig
 from data.tasks import load_tasks
 from models import load_model
 from models.prompts import encode_prompt, stop_ids_of

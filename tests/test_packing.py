@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from scored import scored
 
 from common.errors import UserError
-from common.schema import Sampling
-from common.training_schema import OptimizerParams, RLTrainingConfig, SchedulerConfig, SchedulerParams
+from common.schema import OptimizerParams, RLTrainingConfig, Sampling, SchedulerConfig, SchedulerParams
 from common.trajectory import Request, Trajectory
 from models import load_model, load_network
 from sample.engine import Engine

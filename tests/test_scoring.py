@@ -13,9 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from common.errors import UserError
-from common.reward_schema import JudgeConfig
 from common.runtime import Stopwatch
-from common.schema import PromptsConfig, RewardConfig, TaskSampling
+from common.schema import JudgeConfig, PromptsConfig, RewardConfig, TaskSampling
 from common.trajectory import Response, Score, Task
 from models.prompts import instruction
 from reward.score import RewardScorer, check_tasks, make_scorer, submitter
@@ -186,7 +185,7 @@ def test_the_reward_command(tmp_path):
         ('{"task": 0, "response": "x"}', ["memory_mb=1"], "memory_mb=1: must be at least 64"),
         ('{"task": 0, "response": "x"}', ["workers=x"], "workers=x: expected a whole number"),
         ('{"task": 0, "response": "x"}', ["judge.k_sample=0"], r"judge.k_sample=0: must be at least 1"),
-        ('{"task": 0, "response": "x"}', ["speed=1"], "unknown key speed=1; keys: data, responses, out, workers"),
+        ('{"task": 0, "response": "x"}', ["speed=1"], "unknown key speed=1 in the command line;"),
         (
             '{"task": 0, "response": "x"}',
             ["truncated_is_wrong=True"],

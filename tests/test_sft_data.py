@@ -13,8 +13,7 @@ import pytest
 
 from common.config import load_config
 from common.errors import UserError
-from common.schema import Sampling, SFTConfig
-from common.training_schema import SFTTrainingConfig
+from common.schema import Sampling, SFTConfig, SFTTrainingConfig
 from common.trajectory import Request, Score, ScoredTrajectory, Task
 from data.check import check_file
 from data.sft_records import Answer, Chat, Ids, load_samples

@@ -10,7 +10,7 @@ import training_reference as plain
 from accelerate import Accelerator
 
 from common.errors import UserError
-from common.training_schema import SFTTrainingConfig
+from common.schema import SFTTrainingConfig
 from models import LoadedModel, load_network
 from models.family import find_family
 from train import sft_step

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import threads
+import common
+from common import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("eval.py", "rl.py", "generate.py", "serve.py", "multinode_eval.py", "multinode_rl.py")
@@ -31,7 +32,7 @@ print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
 
 def spied(script: str, **variables: str) -> str:
     """What waiting threads are told to do when a script comes to import torch."""
-    environment = {key: value for key, value in os.environ.items() if key not in threads.WAITING} | variables
+    environment = {key: value for key, value in os.environ.items() if key not in common.WAITING} | variables
     command = [sys.executable, "-c", SPY, script]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -51,26 +52,26 @@ def test_what_the_user_set_stays() -> None:
     [(800_000, 64, 1), (800_000, 1, 1), (3_000_000, 64, 3), (3_000_000, 2, 2), (8_000_000_000, 64, 64), (10**9, 0, 1)],
 )
 def test_threads_by_size_and_by_what_is_free(parameters: int, free: int, number: int) -> None:
-    assert threads.number_for(parameters, free) == number
+    assert runtime.number_for(parameters, free) == number
 
 
 def test_torch_gets_them_and_it_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    for name in threads.NUMBER:
+    for name in runtime.THREADS_SET:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(threads, "free_cores", lambda: 6)
+    monkeypatch.setattr(runtime, "free_cores", lambda: 6)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        threads.settle_threads(800_000)
-        threads.settle_threads(700_000)
+        runtime.settle_threads(800_000)
+        runtime.settle_threads(700_000)
         assert torch.get_num_threads() == 1
         told = capsys.readouterr().out
         assert told.count("\n") == 1 and told.startswith("threads: 1, for a network of 0.8 M parameters where 6 of")
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-        threads.settle_threads(10**9)
+        runtime.settle_threads(10**9)
         assert torch.get_num_threads() == 3
         monkeypatch.setenv("OMP_NUM_THREADS", "5")
-        threads.settle_threads(800_000)
+        runtime.settle_threads(800_000)
         assert torch.get_num_threads() == 3, "the user's choice is not touched"
     finally:
         torch.set_num_threads(before)
@@ -90,8 +91,8 @@ def test_the_quota_of_a_container(tmp_path: Path, files: dict[str, str], cores: 
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
-    assert threads.quota(tmp_path) == cores
+    assert runtime.quota(tmp_path) == cores
 
 
 def test_at_least_one_core_is_free() -> None:
-    assert 1 <= threads.free_cores() <= threads.cores()
+    assert 1 <= runtime.free_cores() <= runtime.cores()

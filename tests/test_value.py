@@ -16,7 +16,7 @@ from test_rl import run_rl, same_weights, steps_of
 
 from common.checkpoint import MANIFEST
 from common.errors import UserError
-from common.training_schema import OptimizerParams, RLTrainingConfig, SchedulerConfig
+from common.schema import OptimizerParams, RLTrainingConfig, SchedulerConfig
 from common.trajectory import Score, ScoredTrajectory, Task
 from models import load_model, load_network, save_model
 from models.value import HEAD_FILE, ValueNetwork, load_value, save_value

@@ -8,7 +8,7 @@ import training_reference as plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.training_schema import RLTrainingConfig, SFTTrainingConfig
+from common.schema import RLTrainingConfig, SFTTrainingConfig
 from common.trajectory import Trajectory
 from train.views import Example, Layout, Views, block_grid, random_block_views, random_views, trace_views
 

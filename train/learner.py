@@ -18,9 +18,9 @@ from torch import Tensor
 
 from common import ranks
 from common.errors import UserError
-from common.health import beat
 from common.runtime import console
-from common.training_schema import OptimizerParams, SchedulerConfig, TrainingBase
+from common.schema import OptimizerParams, SchedulerConfig, TrainingBase
+from common.stop import beat
 from models.lora import adapted_layer, is_adapter, merged, plain_name
 from train.network import Head
 from train.packing import PackedBatch, Row, pack

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.training_schema import RLTrainingConfig
+from common.schema import RLTrainingConfig
 from common.trajectory import ScoredTrajectory
 from train.learner import Learner, batch_logp, micro_batches
 from train.objectives import kl_estimate

@@ -9,8 +9,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from common.runtime import device_and_dtype
-from common.schema import ModelConfig, RLConfig, SFTConfig
-from common.training_schema import TrainingBase
+from common.schema import ModelConfig, RLConfig, SFTConfig, TrainingBase
 from models import LoadedModel, load_model, load_network
 from models.lora import add_lora
 from models.value import load_value

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.training_schema import RLTrainingConfig
+from common.schema import RLTrainingConfig
 from common.trajectory import ScoredTrajectory
 from train.tokens import Tokens
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common import ranks
 from common.runtime import console
-from common.training_schema import RLTrainingConfig
+from common.schema import RLTrainingConfig
 from common.trajectory import ScoredTrajectory
 from train.learner import Learner, batch_logp, batch_values, micro_batches, update
 from train.mismatch import importance_weights, mismatch_of, replay

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.disk import unless_full, write_whole
+from common.checkpoint import unless_full, write_whole
 from common.errors import UserError
 from common.metrics import draw_curves, truncate_after
 from common.ranks import any_rank, from_main, is_main

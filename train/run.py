@@ -16,11 +16,10 @@ from common import ranks
 from common.checkpoint import Writer, newest_step, save_step, step_folders, write_folder
 from common.config import dump_config, settings_of
 from common.errors import UserError
-from common.health import watched
 from common.metrics import MetricsLog, open_metrics
 from common.runtime import console, prepare_run_folder, seed_everything
 from common.schema import EvalDatasetConfig, RLConfig, SFTConfig
-from common.stop import STOP_FILE, Stopped, exit_code, resume_command, signals_noted
+from common.stop import STOP_FILE, Stopped, exit_code, resume_command, signals_noted, watched
 from common.trajectory import Task
 from models import LoadedModel, load_network
 from models.value import load_value

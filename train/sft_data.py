@@ -14,8 +14,7 @@ from common.errors import UserError
 from common.metrics import print_table
 from common.records import Record
 from common.runtime import console
-from common.schema import SFTConfig, SFTDatasetConfig
-from common.training_schema import SFTTrainingConfig
+from common.schema import SFTConfig, SFTDatasetConfig, SFTTrainingConfig
 from data.sft_records import Answer, BadSample, Chat, Ids, Rejected, Sample, load_samples
 from models import LoadedModel
 from models.family import Family, find_family, local_folder

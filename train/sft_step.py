@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.training_schema import SFTTrainingConfig
+from common.schema import SFTTrainingConfig
 from models import LoadedModel
 from train.learner import Learner, batch_logp, micro_batches, update
 from train.packing import PackedBatch, Row, make_rows

@@ -13,9 +13,8 @@ from common.checkpoint import write_folder
 from common.errors import UserError
 from common.metrics import draw_curves
 from common.runtime import Stopwatch, console, progress
-from common.schema import SFTConfig
+from common.schema import SFTConfig, SFTTrainingConfig
 from common.stop import Stopped, stop_requested
-from common.training_schema import SFTTrainingConfig
 from data.tasks import load_tasks
 from models import Family, find_family
 from models.defaults import take_defaults

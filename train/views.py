@@ -13,10 +13,9 @@ from functools import partial
 
 import numpy as np
 
-from common.errors import UserError
-from common.training_schema import RLTrainingConfig, SFTTrainingConfig, TrainingBase
+from common.errors import UserError, load_function
+from common.schema import RLTrainingConfig, SFTTrainingConfig, TrainingBase
 from common.trajectory import Trajectory
-from common.user_code import load_function
 from models.family import LoadedModel
 
 

@@ -12,29 +12,17 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.errors import UserError
-from common.keys import keys_of
-from common.older_keys import OBSOLETE_KEYS, RENAMED_KEYS, RENAMED_VALUES, UPDATE_SIZE_KEYS
-from common.schema import JOBS
+from common.errors import UserError, names_of, one_line, show
+from common.older_keys import OBSOLETE_KEYS, RENAMED_KEYS, RENAMED_VALUES, UPDATE_SIZE, UPDATE_SIZE_KEYS
+from common.schema import JOBS, Job, keys_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
-ENTRY_SCRIPTS = {
-    "rl": "rl.py",
-    "eval": "eval.py",
-    "sft": "train/sft_<family>.py",
-    "generate": "generate.py",
-    "trace": "sample/get_trace_viewer.py",
-    "serve": "serve.py",
-}
-CONFIG_IS_OPTIONAL = {"generate", "trace", "serve"}
-EXAMPLES = {"rl": "training.seed=1", "eval": "seed=1", "sft": "training.seed=1"}
-EXAMPLES |= {"generate": "temperature=0", "trace": "out=trace.html", "serve": "port=8001"}
 DEFAULT_FAMILY = "sdar"
 Layer = tuple[str, dict[str, Any]]  # where it was written, its keys
 
 
-def split_arguments(job: str, argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
+def split_arguments(job: Job, argv: list[str]) -> tuple[Path | None, dict[str, Any]]:
     """The config's path, None where a job does without, and the overrides, values parsed as YAML scalars."""
     path: Path | None = None
     overrides: dict[str, Any] = {}
@@ -42,20 +30,22 @@ def split_arguments(job: str, argv: list[str]) -> tuple[Path | None, dict[str, A
         key, equals, text = argument.partition("=")
         bare = key.lstrip("-+")
         if not equals or not bare or bare != key:
-            wanted = f"{bare}={text or '…'}" if bare else EXAMPLES[job]
+            wanted = f"{bare}={text or '…'}" if bare else job.example
             raise UserError(f"{argument}: arguments are key=value, as in {wanted}")
         if key == "config":
             path = find_config(text)
         else:
+            key = key.removeprefix(f"{job.section}.") if job.section else key
             overrides[key] = parse_value(job, key, text)
-    if path is None and job not in CONFIG_IS_OPTIONAL:
-        raise UserError(f"config= is missing; for {ENTRY_SCRIPTS[job]} choose one of: {names_of(configs_of(job))}")
+    if path is None and job.needs_config:
+        raise UserError(f"config= is missing; for {job.script} choose one of: {names_of(configs_of(job))}")
     return path, flatten(overrides)
 
 
-def parse_value(job: str, key: str, text: str) -> Any:
+def parse_value(job: Job, key: str, text: str) -> Any:
     """The value of `key=text`, read as YAML; for a key of type text, taken as typed unless quoted or null."""
-    hint = keys_of(JOBS[job]).get(key, (Any,))[0]
+    known = keys_of(job.config)
+    hint = known[key].type if key in known and not known[key].setting else Any
     wants_text = get_origin(hint) is not list and str in (hint, *get_args(hint))
     if not text or (wants_text and text != "null" and text[0] not in "'\""):
         return text
@@ -162,7 +152,7 @@ def infer_job(values: dict[str, Any]) -> str | None:
     return None
 
 
-def configs_of(job: str) -> dict[str, str]:
+def configs_of(job: Job) -> dict[str, str]:
     """The shipped configs that fit a job, those for one node first: path → first comment line."""
     found = {}
     for path in sorted((ROOT / "configs").glob("*.yaml"), key=lambda path: ("multinode" in path.stem, path)):
@@ -170,13 +160,13 @@ def configs_of(job: str) -> dict[str, str]:
             written = {key: value for _, layer in read_layers(path) for key, value in layer.items()}
         except UserError:  # a broken file must not keep others from being listed
             continue
-        if infer_job(written) == job:
+        if infer_job(written) == job.name:
             comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
             found[shown_path(path)] = comments[0].lstrip("# ") if comments else ""
     return found
 
 
-def merge_layers(job: str, layers: list[Layer]) -> tuple[dict[str, Any], list[str]]:
+def merge_layers(job: Job, layers: list[Layer]) -> tuple[dict[str, Any], list[str]]:
     """One mapping of the job's keys, later layers winning, and what there is to tell about older keys.
 
     The keys of UPDATE_SIZE_KEYS stay in it where they were written after the key they stand for.
@@ -184,7 +174,7 @@ def merge_layers(job: str, layers: list[Layer]) -> tuple[dict[str, Any], list[st
     merged: dict[str, Any] = {}
     idle: dict[str, str] = {}
     renamed: dict[str, str] = {}
-    target = update_size_target(job)
+    target = UPDATE_SIZE.get(job.name, "")
     for source, layer in layers:
         values = translate(job, source, layer, idle, renamed)
         if target in values:
@@ -207,16 +197,11 @@ def merge_layers(job: str, layers: list[Layer]) -> tuple[dict[str, Any], list[st
     return merged, notes
 
 
-def update_size_target(job: str) -> str:
-    """The key that UPDATE_SIZE_KEYS stand for; "" where the job has none."""
-    return {"rl": "training.updates_per_step", "sft": "training.batch_size"}.get(job, "")
-
-
 def translate(
-    job: str, source: str, layer: dict[str, Any], idle: dict[str, str], renamed: dict[str, str]
+    job: Job, source: str, layer: dict[str, Any], idle: dict[str, str], renamed: dict[str, str]
 ) -> dict[str, Any]:
     """The layer in the job's own keys; fills `idle` (key → why) and `renamed` (old=value → new=value)."""
-    known = keys_of(JOBS[job])
+    known = keys_of(job.config)
     sections = {key[:dot] for key in known for dot in range(len(key)) if key[dot] == "."}
     values = {key: value for key, value in layer.items() if key in known}
     for key, value in layer.items():
@@ -224,7 +209,7 @@ def translate(
         obsolete = next((p for p in OBSOLETE_KEYS if fnmatch.fnmatch(key, p) or p == f"{key}.*"), None)
         if key in known or (key in sections and value is None):  # a section with all its keys commented out
             continue
-        if key in UPDATE_SIZE_KEYS and update_size_target(job):
+        if key in UPDATE_SIZE_KEYS and job.name in UPDATE_SIZE:
             values[key] = value
         elif new in known:
             if meant(value) == f"${{{new}}}" or layer.get(new) == value:
@@ -248,15 +233,15 @@ def translate(
     return values
 
 
-def refusal(job: str, key: str, value: Any, source: str) -> str:
+def refusal(job: Job, key: str, value: Any, source: str) -> str:
     """What to tell of a key that the job does not read: a key of other jobs, or of none."""
-    known = list(keys_of(JOBS[job]))
-    others = [ENTRY_SCRIPTS[other] for other, cls in JOBS.items() if key in keys_of(cls)]
+    known = list(keys_of(job.config))
+    others = [other.script for other in JOBS.values() if key in keys_of(other.config)]
     leaf = key.rpartition(".")[2]
     if not others or any(one.rpartition(".")[2] == leaf for one in known):
         return f"unknown key {key}={show(value)} in {source}; {nearest(key, known)}"
     readers = ", ".join(others)
-    return f"{key}={show(value)} in {source}: {ENTRY_SCRIPTS[job]} does not read it, only {readers}; leave it out"
+    return f"{key}={show(value)} in {source}: {job.script} does not read it, only {readers}; leave it out"
 
 
 def meant(value: Any) -> Any:
@@ -279,24 +264,6 @@ def nearest(key: str, known: list[str]) -> str:
         by_leaf = {one.split(".")[-1]: one for one in reversed(known)}
         near = [by_leaf[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], by_leaf, 1, 0.6)]
     return f"did you mean {near[0]}?" if near else "all keys are in configs/README.md"
-
-
-def show(value: Any) -> str:
-    """A value as a user would type it, in one short line."""
-    words = {True: "true", False: "false", None: "null"}
-    return words[value] if value is None or isinstance(value, bool) else one_line(value)
-
-
-def one_line(thing: Any) -> str:
-    """The first line of a text, shortened."""
-    text = (str(thing).strip().splitlines() or [""])[0]
-    return text if len(text) <= 100 else text[:97] + "…"
-
-
-def names_of(names: Any) -> str:
-    """A list in words, at most a dozen."""
-    names = list(names)
-    return ", ".join(names[:12]) + (" …" if len(names) > 12 else "") if names else "none"
 
 
 def shown_path(path: Path) -> str:
