@@ -7,12 +7,24 @@ classes read every family's checkpoints.
 """
 
 import sys
+from typing import TYPE_CHECKING, Any
 
 from common.config import parse_or_help
 from common.errors import one_line_errors
-from sample.functions import block_diffusion_generate, diffusion_generate, generate_ids  # registers the families
+
+if TYPE_CHECKING:
+    from sample.functions import block_diffusion_generate, diffusion_generate, generate_ids
 
 __all__ = ["block_diffusion_generate", "diffusion_generate", "generate_ids"]
+
+
+def __getattr__(name: str) -> Any:
+    """The functions, loaded with torch and the rest when they are asked for: --help does without."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sample import functions  # registers the families
+
+    return getattr(functions, name)
 
 
 @one_line_errors
