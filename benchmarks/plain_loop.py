@@ -15,7 +15,7 @@ from common.schema import Sampling
 from common.trajectory import Request
 from sample.block_attention import block_causal_mask
 from sample.draw import draw, is_greedy, uniforms
-from sample.strategies import even_split, find_strategy
+from sample.strategies import BlockState, even_split, find_strategy
 
 
 class Clock:
@@ -75,7 +75,9 @@ def plain_loop(
             drawn = draw(logits, uniform, mask_id, settings)
             k = even_split(block, settings.denoising_steps_per_block, torch.tensor([block_step], device=device))
             chance = uniforms(key, positions, now, "random") if ":" in settings.remasking_strategy else None
-            chosen = masked & strategy(drawn, drawn.probability, drawn.entropy, masked, k, chance, settings)
+            chosen = masked & strategy(
+                BlockState(drawn, drawn.probability, drawn.entropy, masked, k, chance, settings, tokens)
+            )
             tokens = torch.where(chosen, drawn.tokens, tokens)
             masked = masked & ~chosen
             for index in chosen[0].nonzero()[:, 0].tolist():

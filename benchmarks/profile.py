@@ -18,18 +18,18 @@ from benchmarks.shapes import SHAPES, make_network, rate_settings
 from common.metrics import print_table
 from common.runtime import console
 from common.schema import Sampling
-from sample import attention, block_attention, step
+from sample import network, step
 from sample.engine import Engine
 
 # what is timed, by the name under which its caller finds it; an indented part lies within the one above it
 PARTS = (
     ("admit: queue, prefill", Engine, "admit"),
-    ("step", Engine, "step"),
+    ("step", Engine, "run_step"),
     ("  forward", step.Step, "forward"),
-    ("    layers", block_attention, "forward"),
-    ("      attention", attention, "sdpa"),
+    ("    layers", network.Network, "forward"),
+    ("      attention", network, "sdpa"),
     ("  logits and draw", step.Step, "draw"),
-    ("    logits", step, "logits_of"),
+    ("    logits", network.Network, "logits"),
     ("    random numbers", step, "uniforms"),
     ("  choose positions", step.Step, "choose"),
     ("  record", step.Step, "record"),

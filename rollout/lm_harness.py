@@ -20,8 +20,8 @@ from models import LoadedModel, load_model
 from models.defaults import take_defaults
 from models.family import family_of
 from models.prompts import stop_ids_of, turns_text
+from rollout.likelihood import response_elbo
 from sample.engine import Engine
-from sample.likelihood import response_elbo
 
 HARNESS_WRITES = ("prompt", "prompt_template", "start_with_think")  # keys of generate.py that say what a prompt is
 DEFAULT_MASKS = 128  # LLaDA's choice for most tasks

@@ -1,10 +1,14 @@
-"""The key-value cache: one pool of tokens per layer, cut into slots of equal width."""
+"""The key-value cache: one pool of tokens per layer, cut into slots of equal width; and how many sequences fit it."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sample.parallel import local
+
+SMALLEST = 64  # positions in a slot
 
 
 class KeyValueCache:
@@ -30,6 +34,11 @@ class KeyValueCache:
         """Write (lines, kv_heads, length, head_dim) at `places`."""
         self.keys[layer].index_copy_(0, places, keys.transpose(1, 2).flatten(0, 1))
         self.values[layer].index_copy_(0, places, values.transpose(1, 2).flatten(0, 1))
+
+    def read(self, layer: int, rows: slice | Tensor, seen: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `seen` positions of slots, (rows, kv_heads, seen, head_dim) each."""
+        keys, values = self.slots[layer]
+        return keys[rows, :seen].transpose(1, 2), values[rows, :seen].transpose(1, 2)
 
     def cut(self, width: int) -> None:
         """See the pool as slots of that width: `slots` holds each layer's keys and values."""
@@ -81,3 +90,29 @@ def affordable_tokens(model: torch.nn.Module, wanted: int) -> int:
     if isinstance(weight, DTensor):  # processes that sample together must admit the same requests
         torch.distributed.all_reduce(tokens, torch.distributed.ReduceOp.MIN, weight.device_mesh.get_group())
     return int(tokens)
+
+
+@dataclass(frozen=True)
+class Room:
+    """A cache of `tokens` positions for at most `rows` sequences, the longest of which may come to `longest`."""
+
+    tokens: int
+    rows: int
+    longest: int
+
+    def width(self, reach: int) -> int:
+        """The width of slots for sequences that reach so far: a power of two, so that it seldom changes.
+
+        Where the longest sequences fit all at once it never does.
+        """
+        if self.rows * self.longest <= self.tokens:
+            return self.longest
+        return min(self.longest, max(SMALLEST, 1 << (reach - 1).bit_length()))
+
+    def slots(self) -> int:
+        """How many slots there are at most: as many as sequences, unless the narrowest ones are fewer."""
+        return min(self.rows, self.tokens // self.width(1))
+
+    def fits(self, reaches: list[int]) -> bool:
+        """Whether sequences that reach so far fit side by side."""
+        return len(reaches) <= self.rows and len(reaches) * self.width(max(reaches)) <= self.tokens

@@ -1,4 +1,8 @@
-"""The sampler: a queue of requests over slots whose whole state is tensors; one `step` is one forward for all."""
+"""The sampler: requests wait for slots, whose whole state is tensors; one `step` is one forward for all of them.
+
+A request is a `Sequence` from `add` until it is finished (sample/slots.py). Whoever uses an engine calls what stands
+before "behind the door", and nothing else of it.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,16 +17,12 @@ from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from models.family import family_of_network, longest_sequence
 from sample import block_attention
-from sample.attention import Rotary, engine_attention, has_flash
-from sample.cache import KeyValueCache, affordable_tokens
+from sample.cache import KeyValueCache, Room, affordable_tokens
 from sample.graphs import Graphs
+from sample.network import engine_attention, has_flash
 from sample.parallel import copy_into, tensor_group_of
-from sample.records import refusal_of, trajectory_of
-from sample.room import Room
-from sample.slots import Slots, Ticket, Watch
+from sample.slots import Finished, Progress, Refusal, Sequence, Slots, Watch, refusal_of, trajectory_of
 from sample.step import Step
-
-MERGE_UP_TO = 256  # tokens in a forward on CUDA: beyond, arithmetic rather than memory is the limit
 
 
 class Engine:
@@ -30,29 +30,37 @@ class Engine:
 
     Sequences at different blocks and denoising steps share one forward. Under block attention the commit of a finished
     block rides in the first forward of the sequence's next block, or has a forward of its own (`merge_commit`).
+
+    An exception of a step is raised; with `isolate_faults`, as a server wants it, it ends the request that makes it.
     """
 
     cache_class, step_class = KeyValueCache, Step  # docs/engine.md puts others in their place
 
-    def __init__(self, model: torch.nn.Module, mask_id: int, stop_ids: Iterable[int]):
+    def __init__(self, model: torch.nn.Module, mask_id: int, stop_ids: Iterable[int], isolate_faults: bool = False):
         self.model = model
         self.mask_id = mask_id
+        self.isolate_faults = isolate_faults
         self.full_attention = family_of_network(model).attention == "full"
         self.positions = longest_sequence(model.config)
         self.device = next(model.parameters()).device
-        self.own_stop_ids = sorted(stop_ids)
+        self.own_stop_ids = tuple(sorted(stop_ids))
         self.tensor_group = tensor_group_of(model)  # ranks that draw together: they must be given the same requests
-        self.told: set[str] = set()  # what is said once
+        self.said: set[str] = set()  # what is said once
         self.flash = not self.full_attention and has_flash(model)
         if self.device.type == "cuda" and not self.full_attention and not self.flash:
-            self.tell("attention: torch's own; with flash-attn installed and bfloat16 weights its kernel would be used")
+            self.say_once(
+                "attention: torch's own; with flash-attn installed and bfloat16 weights its kernel would be used"
+            )
         # on CUDA steps are launched without a look at the device, and replayed: their shapes must be few
         self.graphs = Graphs() if self.device.type == "cuda" else None
         self.watch = Watch(self.device)
+        self.settings, self.stop_ids = Sampling(), self.own_stop_ids
+        self.room = Room(tokens=0, rows=0, longest=0)
         self.slots: Slots | None = None
         self.cache: KeyValueCache | None = None
         self.denoise: Step | None = None
         self.asleep: tuple[int, int] | None = None  # tokens and width of the cache that sleep gave back
+        self.forget_requests()
 
     @torch.inference_mode()
     def generate(
@@ -68,34 +76,30 @@ class Engine:
         is one whose prompt fills the positions that the network knows; a response is cut where they end.
         `on_step` is called after every step; `stop_ids` take the place of the engine's own.
         """
-        self.start(requests, settings, self.own_stop_ids if stop_ids is None else stop_ids)
-        with engine_attention(self.model):
-            while self.queue or self.waiting or self.active:
-                yield from self.admit()
-                if not self.active:  # other ranks took what was left, or it was refused
-                    continue
-                self.step()
-                if on_step is not None:
-                    on_step()
-                yield from self.collect()
+        queue = requests if isinstance(requests, Queue) else Queue(requests, shared=False)
+        self.set_up(settings, queue, stop_ids)
+        self.take_from(queue)
+        while self.busy:
+            if self.step() and on_step is not None:
+                on_step()
+            for finished in self.finished():
+                yield finished.trajectory
 
-    # ---- requests come in and wait
-
-    def start(self, requests: Iterable[Request], settings: Sampling, stop_ids: Iterable[int]) -> None:
-        """Queue requests and make room for the longest of those that fit."""
+    @torch.inference_mode()
+    def set_up(
+        self, settings: Sampling, expected: Queue | Iterable[Request], stop_ids: Iterable[int] | None = None
+    ) -> None:
+        """Forget the requests there are, and make room for the longest that fits of those that are expected."""
+        self.forget_requests()
         self.settings = settings
-        self.stop_ids = tuple(sorted(stop_ids))
-        self.queue = requests if isinstance(requests, Queue) else Queue(requests, shared=False)
-        self.waiting: deque[Ticket] = deque()  # requests taken from the queue, and sequences that had to give way
-        self.active: list[Ticket] = []  # row by row
-        self.taken = 0  # requests, so far
-        self.watch.forget()
-        if not self.queue:
+        self.stop_ids = self.own_stop_ids if stop_ids is None else tuple(sorted(stop_ids))
+        expected = expected if isinstance(expected, Queue) else Queue(expected, shared=False)
+        if not expected:
             return
-        self.check_settings()
+        self.check_settings(expected)
         cached = settings.use_cache or not self.full_attention
-        rows = min(settings.max_active, self.queue.share())
-        ends = [self.ticket(0, request).canvas_end for request in self.queue]
+        rows = min(settings.max_active, expected.share())
+        ends = [self.sequence(0, request).canvas_end for request in expected]
         wanted = rows * min(max(ends), self.positions)
         tokens = self.cache_tokens(wanted) if cached else wanted
         fitting = [end for end in ends if end <= min(tokens, self.positions)]
@@ -114,244 +118,81 @@ class Engine:
         if fitting:
             self.reserve(cached)
 
-    def check_settings(self) -> None:
-        """Raise UserError for what cannot be sampled; say how a canvas is rounded."""
-        settings, block = self.settings, self.settings.block_size
-        if settings.max_token < 1:
-            raise UserError(f"rollout.max_token: {settings.max_token} leaves no room for a response; give at least 1")
-        if self.full_attention and any(not request.prompt_ids for request in self.queue):
-            raise UserError("the prompt is empty: full attention needs at least one token before the response")
-        if self.full_attention and settings.max_token % block:
-            self.tell(
-                f"max_token {settings.max_token} is no multiple of block_size {block}: responses are drawn on a "
-                f"canvas of {-(-settings.max_token // block) * block} tokens and cut"
-            )
-
-    def ticket(self, number: int, request: Request) -> Ticket:
-        """A request with where its first block begins and where the block that holds its length limit ends.
-
-        Blocks are aligned to position 0 under block attention, to the response under full attention.
-        """
-        block, prompt = self.settings.block_size, len(request.prompt_ids)
-        origin, limit = prompt if self.full_attention else 0, prompt + self.settings.max_token
-        last = self.positions - (self.positions - origin) % block  # end of the last whole block that the network knows
-        if prompt < last < limit:
-            limit = last
-            self.tell(
-                f"max_token {self.settings.max_token}: the model has {self.positions} positions, prompt and response "
-                "together; responses to long prompts are cut there"
-            )
-        start, end = prompt - (prompt - origin) % block, limit + (origin - limit) % block
-        return Ticket(number, request, start, limit, end, reach=end if self.full_attention else start + block)
-
     def longest_prompt(self, settings: Sampling) -> int:
         """Tokens of the longest prompt to which the network's positions leave room for a response."""
         block = settings.block_size
         return self.positions - block if self.full_attention else self.positions - self.positions % block - 1
 
-    def cache_tokens(self, wanted: int) -> int:
-        """Positions for which keys may be kept: what is wanted, less where the config or the memory says so."""
-        limit = self.settings.cache_tokens
-        if limit is not None:
-            return min(limit, wanted)
-        if self.cache is not None and self.cache.tokens >= wanted:
-            return wanted
-        self.sleep()  # so that the old cache's memory counts as free
-        return affordable_tokens(self.model, wanted)
+    def add(self, requests: Request | Iterable[Request]) -> list[int]:
+        """Put requests behind those that wait; returns the ids under which the engine speaks of them."""
+        new = []
+        for request in [requests] if isinstance(requests, Request) else requests:
+            new.append(self.sequence(self.added, request))
+            self.added += 1
+        self.waiting += new
+        return [sequence.id for sequence in new]
 
-    def reserve(self, cached: bool) -> None:
-        """Make slots and cache, unless those of the last use are large enough."""
-        room = self.room
-        rows = min(room.rows, room.tokens // room.width(1))
-        if self.slots is None or self.slots.tokens.shape[0] < rows or self.slots.tokens.shape[1] < room.longest:
-            self.forget_graphs()
-            self.slots = Slots.empty(rows, room.longest, self.device)
-        if cached and (self.cache is None or self.cache.tokens < room.tokens):
-            self.forget_graphs()
-            self.cache = None  # the old one is freed before the new one is made
-            self.cache = self.cache_class(self.model, room.tokens, room.width(1))
-        if cached:
-            self.cache.resize(room.width(1), rows=0)
-        self.slots.finished.fill_(True)
-        merge = self.settings.merge_commit
-        if merge is None:
-            merge = self.device.type == "cpu" or 2 * rows * self.settings.block_size <= MERGE_UP_TO
-        rotary = Rotary(self.model, room.longest)
-        self.denoise = self.step_class(
-            self.model,
-            self.mask_id,
-            self.stop_ids,
-            self.settings,
-            self.slots,
-            self.cache,
-            merge,
-            self.flash,
-            rotary,
-            fixed=self.graphs is not None,
-        )
+    def take_from(self, queue: Queue) -> None:
+        """Add the requests of a queue, which ranks may share: each is taken when there is room for it."""
+        self.queue = queue
 
-    def next_ticket(self, refused: list[Trajectory]) -> Ticket | None:
-        """The oldest request that waits; where none does one is taken from the queue, which ranks may share."""
-        while not self.waiting and self.queue:
-            for request in self.queue.take(1):
-                ticket = self.ticket(self.taken, request)
-                self.taken += 1
-                if ticket.canvas_end <= self.room.longest:
-                    self.waiting.append(ticket)
-                else:
-                    refused.append(refusal_of(request, self.settings))
-        return self.waiting[0] if self.waiting else None
-
-    def admit(self) -> list[Trajectory]:
-        """Fill free slots, the oldest request first, and prefill what the cache must hold; returns those refused."""
-        first, new, refused = len(self.active), [], []
-        reaches = [ticket.reach for ticket in self.active]
-        while len(reaches) < self.room.rows and (ticket := self.next_ticket(refused)) is not None:
-            if not self.room.fits([*reaches, ticket.reach]):
-                break
-            new.append(self.waiting.popleft())
-            reaches.append(ticket.reach)
-        if new:
-            self.place(first, new, reaches)
-        return refused
-
-    def place(self, first: int, new: list[Ticket], reaches: list[int]) -> None:
-        """Give new sequences, and those that come back, the rows from `first` on."""
-        self.watch.forget()
-        if self.cache is not None and (
-            max(reaches) > self.cache.width or len(reaches) * self.cache.width > self.room.tokens
-        ):
-            self.cache.resize(self.room.width(max(reaches)), first)
-        self.seat([ticket for ticket in new if ticket.state is None])
-        for ticket in new:
-            if ticket.state is not None:
-                self.slots.put(len(self.active), ticket.state)
-                self.active.append(ticket)
-        if not self.full_attention:
-            self.prefill(first)
-        for ticket in new:
-            ticket.state = None
-
-    def seat(self, new: list[Ticket]) -> None:
-        """Write new requests into the first free rows."""
-        if not new:
-            return
-        slots, rows = self.slots, slice(len(self.active), len(self.active) + len(new))
-        ids = torch.full((len(new), slots.tokens.shape[1]), self.mask_id)
-        for row, ticket in enumerate(new):
-            ids[row, : len(ticket.request.prompt_ids)] = torch.tensor(ticket.request.prompt_ids)
-        prompt_end = torch.tensor([len(ticket.request.prompt_ids) for ticket in new])
-        values = {
-            "tokens": ids,
-            "masked": torch.arange(ids.shape[1]) >= prompt_end[:, None],
-            "key": torch.tensor([ticket.request.stream_key() for ticket in new]),
-            "prompt_end": prompt_end,
-            "response_end": torch.tensor([ticket.response_end for ticket in new]),
-            "canvas_end": torch.tensor([ticket.canvas_end for ticket in new]),
-            "block_start": torch.tensor([ticket.block_start for ticket in new]),
-            "cached": torch.tensor([ticket.block_start for ticket in new]),
-        }
-        for name, value in values.items():
-            getattr(slots, name)[rows] = value.to(self.device)
-        slots.step_map[rows] = -1
-        slots.figures[rows] = 0
-        for counter in (slots.block_step, slots.step, slots.forwards, slots.finished, slots.stuck):
-            counter[rows] = 0
-        self.active += new
-
-    def prefill(self, first: int) -> None:
-        """Bring the keys that rows from `first` on need into the cache; one forward serves all that need the same."""
-        held = {
-            tuple(ticket.request.prompt_ids[: ticket.block_start]): row
-            for row, ticket in enumerate(self.active[:first])
-        }
-        missing, copies = {}, []
-        for row, ticket in enumerate(self.active[first:], first):
-            prefix = ticket.prefix()
-            if prefix in held:
-                copies.append((held[prefix], row, len(prefix)))
-            else:
-                held[prefix] = row
-                missing[prefix] = row
-        rows, block = list(missing.values()), self.settings.block_size
-        block_attention.prefill(self.model, self.denoise.rotary, self.cache, list(missing), rows, block)
-        for source, target, length in copies:
-            self.cache.copy(source, target, length)
-
-    def make_room(self) -> None:
-        """Widen the slots for sequences that outgrow them; where the cache cannot, the youngest wait in the queue.
-
-        They keep what they have drawn, and their keys are computed anew when there is room.
-        """
-        if self.cache is None or max(ticket.reach for ticket in self.active) <= self.cache.width:
-            return
-        staying = sorted(self.active, key=lambda ticket: ticket.number)
-        while not self.room.fits([ticket.reach for ticket in staying]):
-            ticket = staying.pop()
-            row = self.active.index(ticket)
-            ticket.state = self.slots.select([row])
-            ticket.state.cached.copy_(ticket.state.block_start)
-            ticket.reach = int(ticket.state.block_start) + self.settings.block_size
+    @torch.inference_mode()
+    def cancel(self, id: int) -> None:
+        """Drop a request, wherever it is; its slot is free at once."""
+        self.waiting = deque(sequence for sequence in self.waiting if sequence.id != id)
+        self.done = [finished for finished in self.done if finished.id != id]
+        for row in [row for row, sequence in enumerate(self.active) if sequence.id == id]:
             self.remove(row)
-            self.waiting.appendleft(ticket)
-        self.cache.resize(self.room.width(max(ticket.reach for ticket in staying)), len(staying))
 
-    # ---- sequences are denoised and leave
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or is being drawn."""
+        return bool(self.queue or self.waiting or self.active)
 
-    def step(self, rows: int | None = None) -> None:
-        """One forward of every active sequence's current block; masked positions may be unmasked by it.
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Let in whom there is room for, then one forward of every sequence's current block.
 
-        With `rows`, of the first so many sequences alone, by which a server finds the one that a step fails for.
+        False where no forward was made: nobody is there, or it failed for a sequence, which it ended.
         """
-        self.make_room()
-        seen = max(ticket.reach for ticket in self.active)
-        if self.graphs is None or rows is not None:  # a graph's rows are rounded up
-            self.denoise(len(self.active) if rows is None else rows, seen)
-        else:
-            self.graphs.run(self.denoise, len(self.active), seen)
+        with engine_attention(self.model):
+            self.admit()
+            if not self.active:
+                return False
+            try:
+                self.make_room()
+                self.run_step()
+            except Exception as error:
+                if not self.isolate_faults:
+                    raise
+                self.fail(self.denoise.faulty_row(len(self.active), self.reach()), error)
+                return False
+        return True
 
-    def collect(self) -> list[Trajectory]:
-        """Take the finished sequences out, closing the gaps so that the active slots stay the first ones."""
-        block = self.settings.block_size
-        look = self.watch.look(self.slots.first(len(self.active)))
-        if look is None:
-            for ticket in self.active:
-                ticket.reach = min(ticket.reach + block, ticket.canvas_end)
-            return []
-        (finished, stuck, starts), age = look
-        if any(stuck):
-            raise UserError(
-                f"rollout.remasking_strategy: {self.settings.remasking_strategy!r} unmasked nothing in some step; "
-                "it must choose at least one masked position of every row that has any"
-            )
-        if not self.full_attention:
-            for ticket, start in zip(self.active, starts):
-                ticket.reach = min(start + (1 + age) * block, ticket.canvas_end)
-        rows = [row for row, flag in enumerate(finished) if flag]
-        if not rows:
-            return []
-        left = self.slots.select(rows)
-        done = [
-            trajectory_of(left, index, self.active[row].request, self.settings, self.stop_ids, self.full_attention)
-            for index, row in enumerate(rows)
-        ]
-        for row in reversed(rows):
-            self.remove(row)
+    @torch.inference_mode()
+    def progress(self) -> list[Progress]:
+        """How far the step brought each response that is being drawn, those that it finished included."""
+        slots = self.slots.first(len(self.active))
+        block = slots.block_start[:, None] + torch.arange(self.settings.block_size, device=self.device)
+        tokens, masked = slots.tokens.gather(1, block), slots.masked.gather(1, block)
+        seen, gains = torch.stack((block, tokens, masked), 1).tolist(), []
+        for row, (sequence, (positions, present, hidden)) in enumerate(zip(self.active, seen)):
+            prompt, start = len(sequence.request.prompt_ids), positions[0]
+            final, logp = [], []
+            if start - prompt > sequence.reported:
+                new = slice(prompt + sequence.reported, start)
+                final, logp = slots.tokens[row, new].tolist(), slots.figures[row, new, 0].tolist()
+                sequence.reported = start - prompt
+            drawn = max(0, prompt - start)  # the prompt's remainder stands before it
+            gains.append(Progress(sequence.id, final, logp, list(zip(present[drawn:], map(bool, hidden[drawn:])))))
+        return gains
+
+    @torch.inference_mode()
+    def finished(self) -> list[Finished]:
+        """Take out what is done, in the order in which it was."""
+        self.collect()
+        done, self.done = self.done, []
         return done
-
-    def remove(self, row: int) -> None:
-        """Free an active row: the last one takes its place."""
-        last = len(self.active) - 1
-        if row != last:
-            self.slots.move(last, row)
-            if self.cache is not None:
-                self.cache.copy(last, row, min(self.active[last].reach, self.cache.width))
-            self.active[row] = self.active[last]
-        self.slots.finished[last] = True
-        self.active.pop()
-        self.watch.forget()
-
-    # ---- weights and memory
 
     @torch.no_grad()
     def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -377,14 +218,221 @@ class Engine:
         if self.cache is None and self.asleep is not None:
             self.cache = self.cache_class(self.model, *self.asleep)
 
+    # ---- behind the door: requests wait and come in
+
+    def forget_requests(self) -> None:
+        """Begin anew with no request."""
+        self.queue: Queue = Queue((), shared=False)  # requests to be taken when there is room
+        self.waiting: deque[Sequence] = deque()  # among them those that had to give way
+        self.active: list[Sequence] = []  # row by row
+        self.done: list[Finished] = []  # not given back yet
+        self.added = 0  # requests, so far
+        self.watch.forget()
+
+    def check_settings(self, requests: Iterable[Request]) -> None:
+        """Raise UserError for what cannot be sampled; say how a canvas is rounded."""
+        settings, block = self.settings, self.settings.block_size
+        if settings.max_token < 1:
+            raise UserError(f"rollout.max_token: {settings.max_token} leaves no room for a response; give at least 1")
+        if self.full_attention and any(not request.prompt_ids for request in requests):
+            raise UserError("the prompt is empty: full attention needs at least one token before the response")
+        if self.full_attention and settings.max_token % block:
+            self.say_once(
+                f"max_token {settings.max_token} is no multiple of block_size {block}: responses are drawn on a "
+                f"canvas of {-(-settings.max_token // block) * block} tokens and cut"
+            )
+
+    def sequence(self, id: int, request: Request) -> Sequence:
+        """A request with where its first block begins and where the block that holds its length limit ends.
+
+        Blocks are aligned to position 0 under block attention, to the response under full attention.
+        """
+        block, prompt = self.settings.block_size, len(request.prompt_ids)
+        origin, limit = prompt if self.full_attention else 0, prompt + self.settings.max_token
+        last = self.positions - (self.positions - origin) % block  # end of the last whole block that the network knows
+        if prompt < last < limit:
+            limit = last
+            self.say_once(
+                f"max_token {self.settings.max_token}: the model has {self.positions} positions, prompt and response "
+                "together; responses to long prompts are cut there"
+            )
+        start, end = prompt - (prompt - origin) % block, limit + (origin - limit) % block
+        return Sequence(id, request, start, limit, end, reach=end if self.full_attention else start + block)
+
+    def cache_tokens(self, wanted: int) -> int:
+        """Positions for which keys may be kept: what is wanted, less where the config or the memory says so."""
+        limit = self.settings.cache_tokens
+        if limit is not None:
+            return min(limit, wanted)
+        if self.cache is not None and self.cache.tokens >= wanted:
+            return wanted
+        self.sleep()  # so that the old cache's memory counts as free
+        return affordable_tokens(self.model, wanted)
+
+    def reserve(self, cached: bool) -> None:
+        """Make slots and cache, unless those of the last use are large enough."""
+        room, rows = self.room, self.room.slots()
+        if self.slots is None or self.slots.tokens.shape[0] < rows or self.slots.tokens.shape[1] < room.longest:
+            self.forget_graphs()
+            self.slots = Slots.empty(rows, room.longest, self.device)
+        if cached and (self.cache is None or self.cache.tokens < room.tokens):
+            self.forget_graphs()
+            self.cache = None  # the old one is freed before the new one is made
+            self.cache = self.cache_class(self.model, room.tokens, room.width(1))
+        if cached:
+            self.cache.resize(room.width(1), rows=0)
+        self.slots.finished.fill_(True)
+        self.denoise = self.step_class(self)
+
+    def oldest_waiting(self) -> Sequence | None:
+        """The next that may come in; those before it that no room could ever hold are refused."""
+        while self.waiting or self.queue:
+            if not self.waiting:
+                self.add(self.queue.take(1))  # of a shared queue, nothing where other ranks took what was left
+            elif self.waiting[0].canvas_end <= self.room.longest:
+                return self.waiting[0]
+            else:
+                sequence = self.waiting.popleft()
+                refusal = Refusal(sequence.canvas_end, self.room.longest)
+                self.done.append(Finished(sequence.id, refusal_of(sequence.request, self.settings), refusal))
+        return None
+
+    def admit(self) -> None:
+        """Fill free slots, the oldest request first, and prefill what the cache must hold."""
+        new, reaches = [], [sequence.reach for sequence in self.active]
+        while len(reaches) < self.room.rows and (oldest := self.oldest_waiting()) is not None:
+            if not self.room.fits([*reaches, oldest.reach]):
+                break
+            new.append(self.waiting.popleft())
+            reaches.append(oldest.reach)
+        if new:
+            self.let_in(new)
+
+    def let_in(self, new: list[Sequence]) -> None:
+        """Seat sequences; where that fails one after the other, so that a fault concerns one."""
+        first = len(self.active)
+        try:
+            self.seat(new)
+        except Exception as error:
+            if not self.isolate_faults:
+                raise
+            while len(self.active) > first:
+                self.remove(len(self.active) - 1)
+            if len(new) == 1:
+                self.done.append(Finished(new[0].id, None, error=error))
+                return
+            for sequence in new:
+                self.let_in([sequence])
+
+    def seat(self, new: list[Sequence]) -> None:
+        """Give new sequences, and those that come back, the rows behind the active ones."""
+        first, longest = len(self.active), max(sequence.reach for sequence in (*self.active, *new))
+        count = first + len(new)
+        self.watch.forget()
+        if self.cache is not None and (longest > self.cache.width or count * self.cache.width > self.room.tokens):
+            self.cache.resize(self.room.width(longest), first)
+        fresh = [sequence for sequence in new if sequence.state is None]
+        back = [sequence for sequence in new if sequence.state is not None]
+        self.slots.begin(first, fresh, self.mask_id)
+        for row, sequence in enumerate(back, first + len(fresh)):
+            self.slots.put(row, sequence.state)
+        self.active += fresh + back
+        if not self.full_attention:
+            prefixes = [sequence.prefix() for sequence in self.active]
+            block_attention.prefill(self.denoise.network, self.cache, prefixes, first, self.settings.block_size)
+        for sequence in new:
+            sequence.state = None
+
+    def make_room(self) -> None:
+        """Widen the slots for sequences that outgrow them; where the cache cannot, the youngest wait in the queue.
+
+        They keep what they have drawn, and their keys are computed anew when there is room.
+        """
+        if self.cache is None or self.reach() <= self.cache.width:
+            return
+        staying = sorted(self.active, key=lambda sequence: sequence.id)
+        while not self.room.fits([sequence.reach for sequence in staying]):
+            sequence = staying.pop()
+            row = self.active.index(sequence)
+            sequence.state = self.slots.select([row])
+            sequence.state.cached.copy_(sequence.state.block_start)
+            sequence.reach = int(sequence.state.block_start) + self.settings.block_size
+            self.remove(row)
+            self.waiting.appendleft(sequence)
+        self.cache.resize(self.room.width(max(sequence.reach for sequence in staying)), len(staying))
+
+    # ---- behind the door: sequences are denoised and leave
+
+    def run_step(self) -> None:
+        """One forward, by its CUDA graph where there are graphs."""
+        if self.graphs is None:
+            self.denoise(len(self.active), self.reach())
+        else:
+            self.graphs.run(self.denoise, len(self.active), self.reach())
+
+    def reach(self) -> int:
+        """The next forward writes nothing at or behind this position."""
+        return max(sequence.reach for sequence in self.active)
+
+    def fail(self, row: int, error: Exception) -> None:
+        """End a sequence that cannot go on."""
+        self.done.append(Finished(self.active[row].id, None, error=error))
+        self.remove(row)
+
+    def collect(self) -> None:
+        """Take finished sequences out, closing the gaps so that the active slots stay the first ones."""
+        if not self.active:
+            return
+        block = self.settings.block_size
+        look = self.watch.look(self.slots.first(len(self.active)))
+        if look is None:
+            for sequence in self.active:
+                sequence.reach = min(sequence.reach + block, sequence.canvas_end)
+            return
+        (finished, stuck, starts), age = look
+        fault = None
+        if any(stuck):
+            fault = UserError(
+                f"rollout.remasking_strategy: {self.settings.remasking_strategy!r} unmasked nothing in some step; "
+                "it must choose at least one masked position of every row that has any"
+            )
+            if not self.isolate_faults:
+                raise fault
+        if not self.full_attention:
+            for sequence, start in zip(self.active, starts):
+                sequence.reach = min(start + (1 + age) * block, sequence.canvas_end)
+        rows = [row for row, ended in enumerate(finished) if ended and not stuck[row]]
+        left = self.slots.select(rows) if rows else None
+        for index, row in enumerate(rows):
+            sequence = self.active[row]
+            trajectory = trajectory_of(left, index, sequence.request, self.settings, self.stop_ids, self.full_attention)
+            self.done.append(Finished(sequence.id, trajectory))
+        for row in range(len(self.active) - 1, -1, -1):
+            if stuck[row]:
+                self.fail(row, fault)
+            elif finished[row]:
+                self.remove(row)
+
+    def remove(self, row: int) -> None:
+        """Free an active row: the last one takes its place."""
+        last = len(self.active) - 1
+        if row != last:
+            self.slots.move(last, row)
+            if self.cache is not None:
+                self.cache.copy(last, row, min(self.active[last].reach, self.cache.width))
+            self.active[row] = self.active[last]
+        self.slots.finished[last] = True
+        self.active.pop()
+        self.watch.forget()
+
     def forget_graphs(self) -> None:
         """Drop what speaks of memory that is about to go."""
         self.denoise = None
         if self.graphs is not None:
             self.graphs.forget()
 
-    def tell(self, message: str) -> None:
+    def say_once(self, message: str) -> None:
         """Print a line once in the engine's life."""
-        if message not in self.told:
-            self.told.add(message)
+        if message not in self.said:
+            self.said.add(message)
             console.print(message)

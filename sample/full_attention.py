@@ -10,29 +10,25 @@ starts one position earlier, so that every logit is there and no position is bot
 import torch
 from torch import Tensor
 
-from sample.attention import Attention, Rotary, bias_of, forward
 from sample.cache import KeyValueCache
+from sample.network import CachedKeys, Network, OwnKeys, bias_of
 from sample.slots import Slots
 
 
-def denoise(
-    model: torch.nn.Module, rotary: Rotary, slots: Slots, positions: Tensor, logit_offset: int, longest: int
-) -> Tensor:
+def denoise(network: Network, slots: Slots, positions: Tensor, longest: int) -> Tensor:
     """Hidden states that predict each row's current block, (batch, block, width), from a forward of all its tokens.
 
     positions (batch, block) absolute; `longest` is at or behind the end of every canvas.
     """
-    hidden = _forward_all(model, rotary, slots.tokens, slots.canvas_end, longest, None, None)
-    return _at(hidden, positions + logit_offset)
+    hidden = _forward_all(network, slots.tokens, slots.canvas_end, longest, None, None)
+    return _at(hidden, positions + network.logit_offset)
 
 
 def denoise_cached(
-    model: torch.nn.Module,
-    rotary: Rotary,
+    network: Network,
     cache: KeyValueCache,
     slots: Slots,
     positions: Tensor,
-    logit_offset: int,
     longest: int,
     further_horizon: int | None,
 ) -> Tensor:
@@ -44,15 +40,15 @@ def denoise_cached(
         if len(rows) == 0:
             continue
         tokens, end = slots.tokens[rows], slots.canvas_end[rows]
+        index = positions[rows] + network.logit_offset  # of the hidden states that predict the block
         if window:
-            start = positions[rows, 0] + logit_offset  # (rows,)
+            start = index[:, 0]
             if further_horizon is not None:
                 end = torch.minimum(positions[rows, -1] + 1 + further_horizon, end)
-            hidden = _forward_window(model, rotary, cache, tokens, start, end, rows)
-            index = positions[rows] + logit_offset - start[:, None]
+            hidden = _forward_window(network, cache, tokens, start, end, rows)
+            index = index - start[:, None]
         else:
-            hidden = _forward_all(model, rotary, tokens, end, longest, cache, rows)
-            index = positions[rows] + logit_offset
+            hidden = _forward_all(network, tokens, end, longest, cache, rows)
         part = _at(hidden, index)
         states = part.new_empty(*positions.shape, part.shape[-1]) if states is None else states
         states[rows] = part
@@ -60,42 +56,35 @@ def denoise_cached(
 
 
 def _forward_all(
-    model: torch.nn.Module,
-    rotary: Rotary,
+    network: Network,
     tokens: Tensor,
     canvas_end: Tensor,
     longest: int,
     cache: KeyValueCache | None,
     rows: Tensor | None,
 ) -> Tensor:
+    """Of prompts and canvases; with a cache the keys are kept in slots `rows`."""
     ids = tokens[:, :longest]
     position = torch.arange(longest, device=ids.device).expand_as(ids)
     places = None if cache is None else cache.places(rows, position)
-    bias = _bias(model, position < canvas_end[:, None])
-    return forward(model, rotary, ids, position, Attention(bias, cache, places))
+    bias = bias_of(position < canvas_end[:, None], network.dtype)[:, None, None]
+    return network.forward(ids, position, OwnKeys(bias, cache, places))
 
 
 def _forward_window(
-    model: torch.nn.Module,
-    rotary: Rotary,
-    cache: KeyValueCache,
-    tokens: Tensor,
-    start: Tensor,
-    end: Tensor,
-    rows: Tensor,
+    network: Network, cache: KeyValueCache, tokens: Tensor, start: Tensor, end: Tensor, rows: Tensor
 ) -> Tensor:
+    """Of the positions from `start` up to `end` (rows,) alone, over the kept keys of what lies before."""
     width, seen = int((end - start).max()), int(end.max())
     position = start[:, None] + torch.arange(width, device=tokens.device)
     # rows with a shorter window repeat their last position, whose keys come out the same
     position = torch.minimum(position, end[:, None] - 1)
     visible = torch.arange(seen, device=tokens.device) < end[:, None]
-    attention = Attention(_bias(model, visible), cache, cache.places(rows, position), rows, seen)
-    return forward(model, rotary, tokens.gather(1, position), position, attention)
-
-
-def _bias(model: torch.nn.Module, visible: Tensor) -> Tensor:
-    return bias_of(visible, next(model.parameters()).dtype)[:, None, None]
+    bias = bias_of(visible, network.dtype)[:, None, None]
+    attention = CachedKeys(bias, cache, cache.places(rows, position), rows, seen)
+    return network.forward(tokens.gather(1, position), position, attention)
 
 
 def _at(hidden: Tensor, index: Tensor) -> Tensor:
+    """Hidden states (batch, length, width) at positions `index` (batch, block)."""
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))

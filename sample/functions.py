@@ -9,7 +9,7 @@ from common.schema import Sampling
 from common.trajectory import Request
 from models.family import stop_ids_of_network
 from sample.engine import Engine
-from sample.records import refused
+from sample.slots import refused
 
 
 def block_diffusion_generate(

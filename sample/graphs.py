@@ -16,12 +16,13 @@ class Graphs:
     """
 
     def __init__(self) -> None:
+        self.usable = True  # until a step cannot be recorded
         self.forget()
-        self.usable = True
 
     def forget(self) -> None:
         """Drop all graphs: the memory they speak of goes away."""
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
+        self.met: set[tuple] = set()  # shapes that have been run once
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self.steps: dict[tuple, Step] = {}  # kept because graphs read their tensors
         self.pool: tuple[int, int] | None = None
 
@@ -30,23 +31,18 @@ class Graphs:
         limit = step.cache.width if step.cache is not None else step.slots.tokens.shape[1]
         rows = min(1 << (rows - 1).bit_length(), len(step.slots.finished))
         seen = min(-(-seen // SEEN) * SEEN, limit)
-        if not self.usable or (step.full_attention and step.settings.use_cache):
-            step(rows, seen)  # a prefix cache sorts its rows on the host
+        shape = (rows, seen, limit, *step.variant)
+        if shape in self.met and shape not in self.graphs and self.usable:
+            self.record(shape, step, rows, seen)
+        if shape in self.graphs and self.usable:
+            self.graphs[shape].replay()
             return
-        key = (rows, seen, limit, step.merge, step.stop_ids, repr(step.settings))
-        if key not in self.graphs:
-            self.graphs[key] = None
-            step(rows, seen)
-            return
-        if self.graphs[key] is None:
-            self.graphs[key], self.steps[key] = self.record(step, rows, seen), step
-        if self.graphs[key] is None:
-            step(rows, seen)
-        else:
-            self.graphs[key].replay()
+        step(rows, seen)
+        if not (step.network.full_attention and step.settings.use_cache):  # a prefix cache sorts its rows on the host
+            self.met.add(shape)
 
-    def record(self, step: Step, rows: int, seen: int) -> torch.cuda.CUDAGraph | None:
-        """The graph of a step, which is not carried out; None where it cannot be recorded, and then never again."""
+    def record(self, shape: tuple, step: Step, rows: int, seen: int) -> None:
+        """Keep the graph of a step, which is not carried out. Where it cannot be recorded, nothing is any more."""
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -55,5 +51,5 @@ class Graphs:
         except RuntimeError as error:
             self.usable = False
             console.print(f"steps are launched one kernel at a time: no CUDA graph ({str(error).splitlines()[0]})")
-            return None
-        return graph
+            return
+        self.graphs[shape], self.steps[shape] = graph, step

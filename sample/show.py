@@ -16,7 +16,7 @@ from models.defaults import take_defaults
 from models.family import family_of
 from models.prompts import encode_prompt, encode_turns, stop_ids_of
 from sample.engine import Engine
-from sample.records import refused
+from sample.slots import refused
 from sample.traces import trace_of, write_trace_page
 
 MASK = "░"
@@ -30,12 +30,8 @@ def main(config: GenerateConfig) -> None:
     take_defaults(config, loaded)
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
     if config.prompt:
-        answer(
-            engine,
-            loaded,
-            config,
-            encode_prompt(loaded, config.prompt, config.prompt_template, config.start_with_think),
-        )
+        prompt = encode_prompt(loaded, config.prompt, config.prompt_template, config.start_with_think)
+        answer(engine, loaded, config, prompt)
     else:
         chat(engine, loaded, config)
 
@@ -43,7 +39,7 @@ def main(config: GenerateConfig) -> None:
 def answer(engine: Engine, loaded: LoadedModel, config: GenerateConfig, prompt: list[int], turn: int = 0) -> Trajectory:
     """Draw a response to the prompt ids, shown meanwhile, and print it; `turn` tells the draws of a chat apart."""
     request = Request("prompt", prompt, seed=config.seed, step=turn)
-    with denoising(engine, loaded, len(prompt)) as on_step:
+    with denoising(engine, loaded) as on_step:
         stops = stop_ids_of(loaded, config.stop_token_list)
         (trajectory,) = engine.generate([request], config, on_step, stops)
     if trajectory.finish_reason == "refused":
@@ -106,14 +102,15 @@ def write_last(loaded: LoadedModel, config: GenerateConfig, last: Trajectory | N
 
 
 @contextmanager
-def denoising(engine: Engine, loaded: LoadedModel, start: int) -> Iterator[Callable[[], None]]:
+def denoising(engine: Engine, loaded: LoadedModel) -> Iterator[Callable[[], None]]:
     """Show the response after every step: in place on a terminal, a line a step elsewhere."""
+    pieces: list[str] = []  # of the blocks that are finished
 
     def current() -> Text:
-        slots, end = engine.slots, int(engine.slots.block_start[0]) + engine.settings.block_size
-        ids, masked = slots.tokens[0, start:end].tolist(), slots.masked[0, start:end].tolist()
-        runs = [MASK if hidden else loaded.tokenizer.decode([token]) for token, hidden in zip(ids, masked)]
-        return Text("".join(runs))
+        (progress,) = engine.progress()
+        pieces.extend(loaded.tokenizer.decode([token]) for token in progress.tokens)
+        block = [MASK if masked else loaded.tokenizer.decode([token]) for token, masked in progress.block]
+        return Text("".join(pieces + block))
 
     if not console.is_terminal:
         yield lambda: console.print(current())

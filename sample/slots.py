@@ -1,13 +1,15 @@
-"""The state of the sequences being sampled: one row of tensors per sequence, and what the host keeps beside it."""
-
-from __future__ import annotations
+"""The sequences being sampled: a row of tensors each, what the host keeps beside it, and the record that is left."""
 
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from common.trajectory import Request
+from common.errors import UserError
+from common.schema import Sampling
+from common.trajectory import Request, Trajectory
+from sample.draw import rollout_temperature
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Slots:
     stuck: Tensor  # (slots,) the strategy unmasked nothing at some step
 
     @classmethod
-    def empty(cls, slots: int, capacity: int, device: torch.device | str) -> Slots:
+    def empty(cls, slots: int, capacity: int, device: torch.device | str) -> Self:
         """Unused rows."""
         shapes = {"tokens": (capacity,), "masked": (capacity,), "step_map": (capacity,), "figures": (capacity, 3)}
         dtypes = {"figures": torch.float32, "masked": torch.bool, "finished": torch.bool, "stuck": torch.bool}
@@ -45,19 +47,45 @@ class Slots:
         return cls(**stores)
 
     def __post_init__(self) -> None:
-        self.views: dict[int, Slots] = {}
+        self.views: dict[int, Self] = {}
 
-    def first(self, rows: int) -> Slots:
+    def first(self, rows: int) -> Self:
         """Views of the first rows; writing to them writes here."""
         if rows not in self.views:
             self.views[rows] = Slots(**{field.name: getattr(self, field.name)[:rows] for field in fields(self)})
         return self.views[rows]
 
-    def select(self, rows: Tensor | list[int]) -> Slots:
+    def select(self, rows: Tensor | list[int]) -> Self:
         """Copies of the given rows, on the host."""
         return Slots(**{field.name: getattr(self, field.name)[rows].cpu() for field in fields(self)})
 
-    def put(self, row: int, state: Slots) -> None:
+    def begin(self, first: int, sequences: "list[Sequence]", mask_id: int) -> None:
+        """Write new sequences, prompts and masks, into the rows from `first` on."""
+        if not sequences:
+            return
+        rows, prompts = slice(first, first + len(sequences)), [sequence.request.prompt_ids for sequence in sequences]
+        ids = torch.full((len(sequences), self.tokens.shape[1]), mask_id)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        prompt_end = torch.tensor([len(prompt) for prompt in prompts])
+        values = {
+            "tokens": ids,
+            "masked": torch.arange(ids.shape[1]) >= prompt_end[:, None],
+            "key": torch.tensor([sequence.request.stream_key() for sequence in sequences]),
+            "prompt_end": prompt_end,
+            "response_end": torch.tensor([sequence.response_end for sequence in sequences]),
+            "canvas_end": torch.tensor([sequence.canvas_end for sequence in sequences]),
+            "block_start": torch.tensor([sequence.block_start for sequence in sequences]),
+            "cached": torch.tensor([sequence.block_start for sequence in sequences]),
+        }
+        for name, value in values.items():
+            getattr(self, name)[rows] = value.to(self.tokens.device)
+        self.step_map[rows] = -1
+        self.figures[rows] = 0
+        for counter in (self.block_step, self.step, self.forwards, self.finished, self.stuck):
+            counter[rows] = 0
+
+    def put(self, row: int, state: Self) -> None:
         """Write a state of one row, of at most this capacity, to a row."""
         for field in fields(self):
             store, value = getattr(self, field.name)[row], getattr(state, field.name)[0]
@@ -75,15 +103,19 @@ class Slots:
 
 
 @dataclass(eq=False)
-class Ticket:
-    """A request on its way: waiting in the queue or, at the same index as its row, among the active ones."""
+class Sequence:
+    """A request on its way through the engine, from `add` until it is finished.
 
-    number: int  # place in the order of arrival: the youngest gives way when the cache runs out
+    It waits or is active; an active one stands at the same index among the active ones as its row among the slots.
+    """
+
+    id: int  # in order of arrival: the youngest gives way when the cache runs out
     request: Request
     block_start: int  # where its first block begins
     response_end: int  # the length limit
     canvas_end: int  # end of the block that holds the limit
     reach: int  # the next forward writes nothing at or behind this position
+    reported: int = 0  # response tokens that `Engine.progress` has returned
     state: Slots | None = None  # one row on the host: of a sequence that had to give way
 
     def prefix(self) -> tuple[int, ...]:
@@ -125,3 +157,88 @@ class Watch:
         self.event = torch.cuda.Event()
         self.event.record()
         return None if seen is None else (seen, self.every)
+
+
+# ---- what the engine gives back
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a response gained since it was last asked for, and the block that is being denoised."""
+
+    id: int
+    tokens: list[int]  # that will not change any more
+    logp: list[float]  # of each of them
+    block: list[tuple[int, bool]]  # the response's part of the present block: token, and whether it is masked
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a request was turned away: with its response, in whole blocks, it needs more positions than there is room."""
+
+    needed: int
+    room: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What became of a request."""
+
+    id: int
+    trajectory: Trajectory | None  # empty where it was refused, None where it failed
+    refusal: Refusal | None = None
+    error: Exception | None = None
+
+
+def trajectory_of(
+    slots: Slots, row: int, request: Request, settings: Sampling, stop_ids: tuple[int, ...], full_attention: bool
+) -> Trajectory:
+    """The record of a finished sequence."""
+    start = len(request.prompt_ids)
+    block_end = int(slots.block_start[row]) + settings.block_size
+    end = int(slots.canvas_end[row]) if full_attention else block_end
+    tokens = slots.tokens[row, start:end].tolist()
+    length = next((n for n, token in enumerate(tokens[: settings.max_token], 1) if token in stop_ids), 0)
+    logp, confidence, _ = slots.figures[row, start:end].T.tolist()
+    return Trajectory(
+        task_id=request.task_id,
+        sample=request.sample,
+        prompt_ids=list(request.prompt_ids),
+        response_ids=tokens,
+        step_map=slots.step_map[row, start:end].tolist(),
+        logp=logp,
+        confidence=confidence,
+        kept_mass=float(slots.figures[row, start:block_end, 2].mean()),
+        finish_reason="stop" if length else "length",
+        length=length or min(settings.max_token, len(tokens)),
+        steps=int(slots.step[row]),
+        forwards=int(slots.forwards[row]),
+        temperature=rollout_temperature(settings),
+    )
+
+
+def refusal_of(request: Request, settings: Sampling) -> Trajectory:
+    """The empty record of a request that cache or network could never hold."""
+    return Trajectory(
+        task_id=request.task_id,
+        sample=request.sample,
+        prompt_ids=list(request.prompt_ids),
+        response_ids=[],
+        step_map=[],
+        logp=[],
+        confidence=[],
+        kept_mass=1.0,
+        finish_reason="refused",
+        length=0,
+        steps=0,
+        forwards=0,
+        temperature=rollout_temperature(settings),
+    )
+
+
+def refused(trajectory: Trajectory) -> UserError:
+    """What to tell whoever waits for the response to a request that was refused; the engine has said why."""
+    return UserError(
+        f"a prompt of {len(trajectory.prompt_ids)} tokens leaves no room for a response in the model's positions, or "
+        "in the cache (cache_tokens); shorten it"
+    )

@@ -1,17 +1,12 @@
 """Which candidates are unmasked at a denoising step: pure functions over (batch, block), no loop over sequences.
 
-A strategy is called with
-    candidates   the draw's `Candidates`
-    confidence   (batch, block) score by which positions are ranked
-    entropy      (batch, block) nats
-    masked       (batch, block) True where a token may be unmasked
-    k            (batch,) how many the static schedule unmasks now
-    uniform      (batch, block) a random number per position
-    settings     the `Sampling` section of the config
-and returns bool (batch, block), the positions to unmask, a subset of `masked`.
+A strategy is called with a `BlockState` and returns bool (batch, block), the positions to unmask, a subset of its
+`masked`.
 """
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -20,66 +15,50 @@ from common.errors import UserError, load_function
 from common.schema import Sampling
 from sample.draw import Candidates
 
-Strategy = Callable[[Candidates, Tensor, Tensor, Tensor, Tensor, Tensor, Sampling], Tensor]
+
+@dataclass(frozen=True)
+class BlockState:
+    """The current blocks at one denoising step: all that a strategy decides by."""
+
+    candidates: Candidates  # the draw's, for every masked position
+    confidence: Tensor  # (batch, block) score by which positions are ranked
+    entropy: Tensor  # (batch, block) nats
+    masked: Tensor  # (batch, block) True where a token may be unmasked
+    k: Tensor  # (batch,) how many the static schedule unmasks now
+    uniform: Tensor | None  # (batch, block) a random number per position; for a strategy of one's own, else None
+    settings: Sampling  # the sampling section of the config
+    tokens: Tensor  # (batch, block) the blocks' tokens, masks included
 
 
-def low_confidence_static(
-    candidates: Candidates,
-    confidence: Tensor,
-    entropy: Tensor,
-    masked: Tensor,
-    k: Tensor,
-    uniform: Tensor,
-    settings: Sampling,
-) -> Tensor:
+Strategy = Callable[[BlockState], Tensor]
+OLDER_ARGUMENTS = [field.name for field in fields(BlockState)][:7]  # of a function that takes no record
+
+
+def low_confidence_static(block: BlockState) -> Tensor:
     """The k most confident; ties go to the lower position."""
-    return top_k_masked(confidence, masked, k)
+    return top_k_masked(block.confidence, block.masked, block.k)
 
 
-def low_confidence_dynamic(
-    candidates: Candidates,
-    confidence: Tensor,
-    entropy: Tensor,
-    masked: Tensor,
-    k: Tensor,
-    uniform: Tensor,
-    settings: Sampling,
-) -> Tensor:
+def low_confidence_dynamic(block: BlockState) -> Tensor:
     """All whose probability reaches `dynamic_threshold`; where those are fewer than k, the k most confident."""
-    sure = masked & (candidates.probability >= settings.dynamic_threshold)
-    enough = sure.sum(1) >= k
-    return torch.where(enough[:, None], sure, top_k_masked(confidence, masked, k))
+    sure = block.masked & (block.candidates.probability >= block.settings.dynamic_threshold)
+    enough = sure.sum(1) >= block.k
+    return torch.where(enough[:, None], sure, top_k_masked(block.confidence, block.masked, block.k))
 
 
-def sequential(
-    candidates: Candidates,
-    confidence: Tensor,
-    entropy: Tensor,
-    masked: Tensor,
-    k: Tensor,
-    uniform: Tensor,
-    settings: Sampling,
-) -> Tensor:
+def sequential(block: BlockState) -> Tensor:
     """The leftmost k."""
-    return masked & (masked.cumsum(1) <= k[:, None])
+    return block.masked & (block.masked.cumsum(1) <= block.k[:, None])
 
 
-def entropy_bounded(
-    candidates: Candidates,
-    confidence: Tensor,
-    entropy: Tensor,
-    masked: Tensor,
-    k: Tensor,
-    uniform: Tensor,
-    settings: Sampling,
-) -> Tensor:
+def entropy_bounded(block: BlockState) -> Tensor:
     """In order of entropy while the running sum, the token included, stays within `eb_threshold`; at least one."""
-    order = entropy.masked_fill(~masked, float("inf")).sort(dim=1, stable=True).indices
-    sorted_masked = masked.gather(1, order)
-    running = entropy.gather(1, order).masked_fill(~sorted_masked, 0).cumsum(1)
-    within = running <= settings.eb_threshold
+    order = block.entropy.masked_fill(~block.masked, float("inf")).sort(dim=1, stable=True).indices
+    sorted_masked = block.masked.gather(1, order)
+    running = block.entropy.gather(1, order).masked_fill(~sorted_masked, 0).cumsum(1)
+    within = running <= block.settings.eb_threshold
     within[:, 0] = True
-    return torch.zeros_like(masked).scatter(1, order, within & sorted_masked)
+    return torch.zeros_like(block.masked).scatter(1, order, within & sorted_masked)
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -91,13 +70,23 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def find_strategy(name: str) -> Strategy:
-    """The strategy of that name, or the user's own by `module:function`; UserError when there is none."""
+    """The strategy of that name, or the user's own by `module:function`; UserError when there is none.
+
+    A function that can be called with seven arguments is of the older kind: it gets the record's first seven fields.
+    """
     if name in STRATEGIES:
         return STRATEGIES[name]
     if ":" not in name:
         known = ", ".join(STRATEGIES)
         raise UserError(f"rollout.remasking_strategy: {name!r} is none of {known}, nor module:function")
-    return load_function("rollout.remasking_strategy", name)
+    function = load_function("rollout.remasking_strategy", name)
+    try:
+        inspect.signature(function).bind(*OLDER_ARGUMENTS)
+    except TypeError:
+        return function
+    except ValueError:  # of a function that tells no signature
+        pass
+    return lambda block: function(*(getattr(block, field) for field in OLDER_ARGUMENTS))
 
 
 def even_split(total: int, parts: int | Tensor, number: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Trajectories made visible: what trace.viewer.html shows, and the page with it."""
+"""Trajectories made visible: what trace.viewer.html shows, the page with it, and what get_trace_viewer.py runs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,12 +11,15 @@ from common.checkpoint import write_whole
 from common.errors import UserError
 from common.page import fill_page
 from common.records import read_lines
+from common.runtime import console, device_and_dtype
 from common.schema import TraceConfig
 from common.trajectory import Request, Trajectory
-from models import LoadedModel
+from models import LoadedModel, load_model
+from models.defaults import take_defaults
+from models.family import family_of
 from models.prompts import encode_prompt, stop_ids_of
 from sample.engine import Engine
-from sample.records import refused
+from sample.slots import refused
 
 TEMPLATE = Path(__file__).with_name("trace.viewer.html")
 Trace = dict[str, Any]
@@ -88,17 +91,34 @@ def write_trace_page(path: Path, traces: Sequence[Trace], title: str, subtitle: 
     write_whole(path, trace_page(traces, title, subtitle))
 
 
+# ---- the command
+
+
+def main(config: TraceConfig) -> Path:
+    """Draw or read responses and write the page; returns its path."""
+    if not config.prompt and not config.samples:
+        raise UserError('prompt is empty: give prompt="…", or samples=runs/X/samples.jsonl')
+    device, dtype = device_and_dtype(config.dtype)
+    loaded = load_model(config.model, config.model_base or family_of(config.model), dtype, device)
+    take_defaults(config, loaded)
+    traces = read_traces(config, loaded) if config.samples else draw_traces(config, loaded)
+    out = Path(config.out)
+    write_trace_page(out, traces, config.prompt or config.samples, f"{config.model}, {config.remasking_strategy}")
+    console.print(f"written: {out} ({len(traces)} responses); open it in a browser")
+    return out
+
+
 def draw_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
     """New responses to the prompt."""
     prompt = encode_prompt(loaded, config.prompt, config.prompt_template, config.start_with_think)
     requests = [Request("prompt", prompt, sample, config.seed) for sample in range(config.num_response_per_task)]
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
-    drawn = list(engine.generate(requests, config, stop_ids=stop_ids_of(loaded, config.stop_token_list)))
-    if drawn[0].finish_reason == "refused":
-        raise refused(drawn[0])
+    trajectories = list(engine.generate(requests, config, stop_ids=stop_ids_of(loaded, config.stop_token_list)))
+    if trajectories[0].finish_reason == "refused":
+        raise refused(trajectories[0])
     return [
-        trace_of(loaded, one, config.block_size, f"response {one.sample + 1}", config.remasking_strategy)
-        for one in sorted(drawn, key=lambda one: one.sample)
+        trace_of(loaded, drawn, config.block_size, f"response {drawn.sample + 1}", config.remasking_strategy)
+        for drawn in sorted(trajectories, key=lambda trajectory: trajectory.sample)
     ]
 
 
@@ -124,9 +144,8 @@ def read_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
         if not set(names) <= line.keys():
             raise foreign
         trajectory = Trajectory(**{name: line[name] for name in names})
-        about = {"setting": line.get("setting", ""), "verdict": line.get("verdict", "")}
-        about["reference"] = line.get("ground_truth_answer") or ""
-        traces.append(trace_of(loaded, trajectory, config.block_size, **about))
+        setting, verdict, reference = (line.get(key) or "" for key in ("setting", "verdict", "ground_truth_answer"))
+        traces.append(trace_of(loaded, trajectory, config.block_size, "", setting, verdict, reference))
     if not traces:
         raise UserError(f"task_id={config.task_id}: {path} has no response to it")
     return traces

@@ -85,6 +85,8 @@ class Reader:
             elif isinstance(node, ast.Assign):
                 for target in node.targets:
                     self.assign(target, node.value, known)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                known[node.target.id] = self.annotated(node.annotation)
             elif isinstance(node, (ast.For, ast.comprehension)) and isinstance(node.target, ast.Name):
                 known[node.target.id] = self.types(node.iter, known)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

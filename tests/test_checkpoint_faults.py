@@ -25,7 +25,7 @@ from models.tiny import build_tiny
 from models.value import HEAD_FILE, load_value, save_value
 from rollout import evaluate
 from rollout.lm_harness import make_harness_model
-from sample import get_trace_viewer, show
+from sample import show, traces
 from train import rl_trainer, sft_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,7 +225,7 @@ def by_generate(folder: Path, runs: Path) -> None:
 
 
 def by_trace(folder: Path, runs: Path) -> None:
-    get_trace_viewer.main(load_config("trace", [f"model={folder}", "prompt=1+2", f"out={runs}"]))
+    traces.main(load_config("trace", [f"model={folder}", "prompt=1+2", f"out={runs}"]))
 
 
 def by_harness(folder: Path, runs: Path) -> None:

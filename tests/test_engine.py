@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import sample.step
 from common.errors import UserError
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
@@ -317,18 +316,93 @@ def test_responses_are_yielded_as_they_finish(tiny: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_the_mask_token_is_never_drawn(tiny: LoadedModel, draw: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wants_the_mask(*arguments: object) -> torch.Tensor:
-        logits = logits_of(*arguments)
+def test_the_mask_token_is_never_drawn(tiny: LoadedModel, draw: str, request: pytest.FixtureRequest) -> None:
+    def wants_the_mask(head: torch.nn.Module, inputs: tuple, logits: torch.Tensor) -> torch.Tensor:
         logits[..., tiny.mask_id] += 20
         return logits
 
-    logits_of = sample.step.logits_of
-    monkeypatch.setattr(sample.step, "logits_of", wants_the_mask)
+    hook = tiny.model.lm_head.register_forward_hook(wants_the_mask)
+    request.addfinalizer(hook.remove)
     for trajectory in run(engine_of(tiny), requests_of(5, 8), Sampling(max_token=12, **DRAWS[draw])).values():
         assert tiny.mask_id not in trajectory.response_ids
         assert max(trajectory.confidence) < 1e-3  # the raw softmax still holds the mask token
         assert min(trajectory.logp) > -12  # and logp does not
+
+
+# ---- the door: requests come, are looked at and cancelled one by one
+
+
+def test_requests_come_at_any_time_and_can_be_cancelled(tiny: LoadedModel) -> None:
+    """What each gains from step to step adds up to its trajectory; ids say whose it is; nobody notices who left."""
+    engine, requests, settings = engine_of(tiny), requests_of(3, 8, 13, 5), Sampling(max_token=14, max_active=2)
+    engine.set_up(settings, requests)
+    assert engine.add([]) == [] and not engine.busy and not engine.step() and engine.finished() == []
+    ids = engine.add(requests[:3])
+    gained: dict[int, list[tuple[int, float]]] = {}
+    done: dict[int, Trajectory] = {}
+    for step in range(200):
+        if step == 3:
+            ids += engine.add(requests[3])
+            engine.cancel(ids[0])  # drawn
+            engine.cancel(ids[2])  # waiting
+        if not engine.busy:
+            break
+        assert engine.step()
+        for progress in engine.progress():
+            gained.setdefault(progress.id, []).extend(zip(progress.tokens, progress.logp))
+            present = [token for token, masked in progress.block if masked]
+            assert len(progress.block) <= 4 and set(present) <= {tiny.mask_id}
+        for finished in engine.finished():
+            assert finished.error is None and finished.refusal is None
+            done[finished.id] = finished.trajectory
+    assert len(set(ids)) == 4 and set(done) == {ids[1], ids[3]}
+    for number in (1, 3):
+        trajectory = done[ids[number]]
+        check(trajectory, one_of(run(engine_of(tiny), [requests[number]], settings)))
+        count = len(gained[ids[number]])  # all but the last block, which comes with the trajectory
+        assert count >= len(trajectory.response_ids) - 4
+        assert gained[ids[number]] == list(zip(trajectory.response_ids, trajectory.logp))[:count]
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_fault_is_raised_or_ends_the_request_that_makes_it(tiny: LoadedModel, isolate: bool) -> None:
+    engine = Engine(tiny.model, tiny.mask_id, (), isolate_faults=isolate)
+    requests, settings = requests_of(6, 9, 5, 10), Sampling(max_token=6, dynamic_threshold=0.1)
+    bad = requests[2].prompt_ids[-1]
+
+    def fails(module: torch.nn.Module, inputs: tuple) -> None:
+        if (inputs[0][:, 0] == bad).any():  # the prompt's last token begins its first block
+            raise MemoryError("poisoned")
+
+    hook = tiny.model.model.embed_tokens.register_forward_pre_hook(fails)
+    engine.set_up(settings, requests)
+    ids, done = engine.add(requests), {}
+    try:
+        if not isolate:
+            with pytest.raises(MemoryError):
+                engine.step()
+            return
+        while engine.busy:
+            engine.step()
+            done |= {finished.id: finished for finished in engine.finished()}
+    finally:
+        hook.remove()
+    assert isinstance(done[ids[2]].error, MemoryError) and done[ids[2]].trajectory is None
+    for number in (0, 1, 3):
+        check(done[ids[number]].trajectory, one_of(run(engine_of(tiny), [requests[number]], settings)))
+
+
+def test_a_refusal_says_what_it_needs(tiny: LoadedModel) -> None:
+    engine, settings = engine_of(tiny), Sampling(max_token=8, cache_tokens=24)
+    engine.set_up(settings, requests_of(16))
+    fits, refused = engine.add(requests_of(9, 33))
+    done: dict = {}
+    while engine.busy:
+        engine.step()
+        done |= {finished.id: finished for finished in engine.finished()}
+    assert done[fits].trajectory.finish_reason == "length" and done[fits].refusal is None
+    assert (done[refused].refusal.needed, done[refused].refusal.room) == (44, 24)
+    assert done[refused].trajectory.finish_reason == "refused"
 
 
 # ---- strategies of the user's own, and names that are none
@@ -412,7 +486,7 @@ def test_an_engine_is_used_again_with_other_prompts_and_settings(tiny: LoadedMod
 def test_an_engine_is_used_again_after_its_caller_left_early(tiny: LoadedModel) -> None:
     engine, settings = engine_of(tiny), Sampling(max_token=12, max_active=2)
     next(engine.generate(requests_of(7, 4, 5), settings))
-    assert engine.active and engine.queue  # work is left over
+    assert engine.busy  # work is left over
     fresh = run(engine_of(tiny), requests_of(9, 6, seed=1), settings)
     for task, trajectory in run(engine, requests_of(9, 6, seed=1), settings).items():
         check(trajectory, fresh[task])

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import sample.attention
 import sample.block_attention
+import sample.network
 from benchmarks.plain_loop import Clock, plain_loop
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model
 from models.tiny import build_tiny
-from sample.cache import KeyValueCache
+from sample.cache import KeyValueCache, Room
 from sample.engine import Engine
-from sample.room import Room
+from sample.network import Network
 from tests.reference import sample_block_attention
 
 BOUNDS = {"dynamic_threshold": 0.1, "eb_threshold": 6.5}  # both cut both ways on an untrained network
@@ -92,17 +92,18 @@ def test_forwards_per_token_are_one(tiny: LoadedModel) -> None:
 def test_samples_of_a_prompt_share_its_prefill(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prefilled = []
 
-    def counted(model, rotary, cache, prefixes, rows, block_size):
-        prefilled.extend(prefixes)
-        return prefill(model, rotary, cache, prefixes, rows, block_size)
+    def counted(network, ids, positions, attention):
+        if isinstance(attention, sample.network.OwnKeys):  # under block attention only a prefill has no older keys
+            prefilled.extend(ids.tolist())
+        return forward(network, ids, positions, attention)
 
-    prefill = sample.block_attention.prefill
-    monkeypatch.setattr(sample.block_attention, "prefill", counted)
+    forward = Network.forward
+    monkeypatch.setattr(Network, "forward", counted)
     requests = [Request(f"{task}-{n}", prompt(13, task), sample=n) for task in range(2) for n in range(4)]
     settings = Sampling(max_token=9, max_active=3, **BOUNDS)
     got = run(Engine(tiny.model, tiny.mask_id, []), requests, settings)
     assert len(prefilled) < len(requests) and {len(prefix) for prefix in prefilled} == {12}
-    monkeypatch.setattr(sample.block_attention, "prefill", prefill)
+    monkeypatch.setattr(Network, "forward", forward)
     for request in requests:
         check(got[request.task_id], run(Engine(tiny.model, tiny.mask_id, []), [request], settings)[request.task_id])
 
@@ -110,9 +111,9 @@ def test_samples_of_a_prompt_share_its_prefill(tiny: LoadedModel, monkeypatch: p
 def test_many_prompts_are_prefilled_in_pieces(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(Engine(tiny.model, tiny.mask_id, []), requests_of(40, 3, 9, 22), Sampling(max_token=6))
     sizes = []
-    forward = sample.block_attention.forward
+    forward = Network.forward
     monkeypatch.setattr(sample.block_attention, "PREFILL_TOKENS", 48)
-    monkeypatch.setattr(sample.block_attention, "forward", lambda *a: sizes.append(a[2].numel()) or forward(*a))
+    monkeypatch.setattr(Network, "forward", lambda *a: sizes.append(a[1].numel()) or forward(*a))
     pieces = run(Engine(tiny.model, tiny.mask_id, []), requests_of(40, 3, 9, 22), Sampling(max_token=6))
     assert max(sizes[:2]) <= 48 and sizes[:2] == [40, 40]  # one of 40; of 20 and 8 together
     for task, trajectory in pieces.items():
@@ -158,7 +159,8 @@ def test_sequences_that_give_way_lose_nothing(
     waited = []
 
     def on_step() -> None:
-        waited.extend(ticket.number for ticket in engine.waiting if ticket.state is not None)
+        # how full the cache is, and who gave way, no call of the door says
+        waited.extend(sequence.id for sequence in engine.waiting if sequence.state is not None)
         assert len(engine.active) * engine.cache.width <= tokens
 
     got = {t.task_id: t for t in engine.generate(requests, settings, on_step)}
@@ -253,11 +255,11 @@ def test_a_layer_by_its_parts_is_the_layer(family: str, tmp_path: Path, monkeypa
         if weight.dim() == 1:
             torch.nn.init.normal_(weight, std=0.5, generator=torch.Generator().manual_seed(len(name)))
     ids, positions = torch.randint(0, 30, (9, 12)), torch.arange(12).expand(9, -1)
-    bias = sample.attention.bias_of(torch.rand(9, 1, 12, 12) > 0.3, torch.float32)
-    rotary, attention = sample.attention.Rotary(model, 12), sample.attention.Attention(bias)
-    assert isinstance(model.model.layers[0], sample.attention.PRE_NORM)
-    with torch.inference_mode(), sample.attention.engine_attention(model):
-        parts = sample.attention.forward(model, rotary, ids, positions, attention)
-        monkeypatch.setattr(sample.attention, "PRE_NORM", ())
-        whole = sample.attention.forward(model, rotary, ids, positions, attention)
+    attention = sample.network.OwnKeys(sample.network.bias_of(torch.rand(9, 1, 12, 12) > 0.3, torch.float32))
+    network = Network(model, positions=12)
+    assert isinstance(model.model.layers[0], sample.network.PRE_NORM)
+    with torch.inference_mode(), sample.network.engine_attention(model):
+        parts = network.forward(ids, positions, attention)
+        monkeypatch.setattr(sample.network, "PRE_NORM", ())
+        whole = network.forward(ids, positions, attention)
     assert torch.equal(parts, whole)

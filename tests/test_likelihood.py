@@ -15,10 +15,10 @@ from common.schema import Sampling
 from common.trajectory import Request
 from models import LoadedModel, load_model
 from models.tiny import build_tiny
+from rollout.likelihood import response_elbo, spans_of
 from rollout.lm_harness import cut, generation_settings, make_harness_model, register_with_harness
 from sample.draw import token_logp
 from sample.engine import Engine
-from sample.likelihood import response_elbo, spans_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,5 +1,6 @@
 """serve.py through OpenAI's own client, over a real socket."""
 
+import importlib
 import socket
 import threading
 import time
@@ -155,10 +156,10 @@ def test_a_client_that_leaves_frees_its_slot(tiny_sdar: Path, monkeypatch: pytes
     loop, gate, steps = one.app.state.server.loop, threading.Event(), []
     step = loop.engine.step
 
-    def held() -> None:
+    def held() -> bool:
         gate.wait(60)
         steps.append(None)
-        step()
+        return step()
 
     monkeypatch.setattr(loop.engine, "step", held)
     try:
@@ -262,8 +263,8 @@ def test_a_fault_concerns_the_request_that_makes_it(
     texts = [f"{number}+2+8+11" for number in range(8)]
     texts[3], texts[6] = poisoned, poisoned
     engine, gate = one.app.state.server.loop.engine, threading.Event()
-    admit = engine.admit
-    engine.admit = lambda: (gate.wait(60), admit())[1]  # all of them wait, and come in together
+    step = engine.step
+    engine.step = lambda: (gate.wait(60), step())[1]  # all of them wait, and come in together
     poison = Poison(one.loaded, "^")
 
     def ask(number: int) -> str:
@@ -297,14 +298,14 @@ def test_settings_that_cannot_be_set_up_end_those_who_ask_for_them(
 ) -> None:
     one = Running(load_model(tiny_sdar, "sdar"))
     engine = one.app.state.server.loop.engine
-    reserve = engine.reserve
+    set_up = engine.set_up
 
-    def full(cached: bool) -> None:
-        if engine.settings.top_k == 3:
+    def full(settings: Sampling, *rest: Any) -> None:
+        if settings.top_k == 3:
             raise MemoryError("full")
-        reserve(cached)
+        set_up(settings, *rest)
 
-    monkeypatch.setattr(engine, "reserve", full)
+    monkeypatch.setattr(engine, "set_up", full)
     try:
         with ThreadPoolExecutor(4) as pool:
             asked = [pool.submit(one.ask, extra_body={"top_k": number % 2 * 3}) for number in range(4)]
@@ -318,26 +319,33 @@ def test_settings_that_cannot_be_set_up_end_those_who_ask_for_them(
         one.close()
 
 
-def test_a_strategy_that_gets_stuck_ends_its_sequence_only(tiny_sdar: Path) -> None:
-    one = Running(load_model(tiny_sdar, "sdar"))
-    engine, gate = one.app.state.server.loop.engine, threading.Event()
-    collect, admit = engine.collect, engine.admit
-
-    def collect_stuck() -> list[Trajectory]:
-        for row, ticket in enumerate(engine.active):
-            engine.slots.stuck[row] |= ticket.request.seed == 1
-        return collect()
-
-    engine.collect, engine.admit = collect_stuck, lambda: (gate.wait(60), admit())[1]
+def test_a_strategy_that_gets_stuck_ends_its_sequence_only(
+    tiny_sdar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A strategy of the server's own that unmasks nothing beside a prompt's last two tokens, where those are alike."""
+    (tmp_path / "stuck_beside.py").write_text(
+        "from sample.strategies import low_confidence_dynamic\n\n"
+        "def twins(block):\n"
+        "    alike = (block.tokens[:, 1:] == block.tokens[:, :-1]) & ~block.masked[:, 1:]\n"
+        "    return low_confidence_dynamic(block) & ~(alike & (block.tokens[:, 1:] == TOKEN)).any(1, keepdim=True)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded = load_model(tiny_sdar, "sdar")
+    importlib.import_module("stuck_beside").TOKEN = loaded.tokenizer.convert_tokens_to_ids("^")
+    one = Running(loaded, remasking_strategy="stuck_beside:twins")
+    engine, gate, texts = one.app.state.server.loop.engine, threading.Event(), ["4+2+8+1", "4+2+8+1^^", "4+2+8+11"]
+    step = engine.step
+    engine.step = lambda: (gate.wait(60), step())[1]
     try:
         with ThreadPoolExecutor(3) as pool:
-            asked = [pool.submit(one.ask, seed=seed) for seed in range(3)]
+            turns = [[{"role": "user", "content": text}] for text in texts]
+            asked = [pool.submit(one.ask, seed=seed, messages=turns[seed]) for seed in range(3)]
             until(lambda: sum(one.app.state.server.loop.counts().values()) == 3)
             gate.set()
         with pytest.raises(openai.InternalServerError, match="unmasked nothing"):
             asked[1].result()
         for seed in (0, 2):
-            drawn = alone(one.loaded, "4+2+8+1", seed)
+            drawn = alone(one.loaded, texts[seed], seed)
             assert asked[seed].result().choices[0].message.content == text_of(one.loaded, drawn)
     finally:
         gate.set()

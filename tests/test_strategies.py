@@ -1,6 +1,7 @@
 """Strategies against plain per-row Python: ties, thresholds, and never a position that is not masked."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from common.trajectory import Request
 from models import load_model
 from sample.draw import Candidates
 from sample.engine import Engine
-from sample.strategies import STRATEGIES, even_split, find_strategy, top_k_masked
+from sample.strategies import STRATEGIES, BlockState, even_split, find_strategy, top_k_masked
 from tests import reference
 
 examples = settings(deadline=None, database=None, derandomize=True, max_examples=100)
@@ -47,8 +48,11 @@ def call(name: str, block: dict[str, torch.Tensor], **sampling: float) -> list[s
     """The positions that a strategy unmasks, row by row."""
     other = torch.zeros_like(block["entropy"])
     candidates = Candidates(other.long(), block["probability"], other, block["entropy"], other, other)
+    settings, tokens = Sampling(**sampling), block.get("tokens", other.long())
     chosen = find_strategy(name)(
-        candidates, block["confidence"], block["entropy"], block["masked"], block["k"], other, Sampling(**sampling)
+        BlockState(
+            candidates, block["confidence"], block["entropy"], block["masked"], block["k"], other, settings, tokens
+        )
     )
     assert chosen.dtype == torch.bool and chosen.shape == block["masked"].shape
     return [set(row.nonzero()[:, 0].tolist()) for row in chosen]
@@ -185,11 +189,35 @@ def test_a_strategy_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert call("strategy_of_mine:last", block) == [{0, 2}]
 
 
-def test_the_strategy_of_the_docs(tiny_sdar, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "number, code",
+    enumerate(
+        [
+            "def mine(block): return block.masked & (block.tokens == 5)",
+            "def mine(block, token=5): return block.masked & (block.tokens == token)",
+            "def mine(a, b, c, masked, k, uniform, settings): return masked & (uniform == 0) & (settings.top_k == 0)",
+            "def mine(a, b, c, masked, *rest): return masked & (len(rest) == 3)",
+        ]
+    ),
+)
+def test_what_a_strategy_of_the_users_own_takes(
+    number: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One record; or the older seven arguments where a function can take so many."""
+    (tmp_path / f"taken{number}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    block = plain(3, masked=[True, False, True]) | {"tokens": torch.tensor([[5, 5, 4]])}
+    assert call(f"taken{number}:mine", block) == [{0, 2} if "masked, " in code else {0}]
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["record", "seven arguments"])
+def test_the_strategies_of_the_docs(number, tiny_sdar, tmp_path, monkeypatch):
     """docs/strategies.md: its function draws, unmasks what it says, and takes one position where nothing is sure."""
     page = (Path(__file__).resolve().parents[1] / "docs" / "strategies.md").read_text(encoding="utf-8")
-    (tmp_path / "my_strategies.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_strategies.py").write_text(code[number])
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_strategies", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     loaded = load_model(tiny_sdar, "sdar")
     engine = Engine(loaded.model, loaded.mask_id, ())

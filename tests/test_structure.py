@@ -181,3 +181,38 @@ def test_every_test_has_its_own_name() -> None:
     for path in TESTS:
         names = [node.name for node in parse(path).body if isinstance(node, FUNCTION)]
         assert len(names) == len(set(names)), path
+
+
+# what those outside sample/ may call: docs/engine.md lists it
+ENGINES_DOOR = {"generate", "set_up", "add", "take_from", "cancel", "step", "progress", "finished", "busy"}
+ENGINES_DOOR |= {"longest_prompt", "load_weights", "sleep", "wake", "tensor_group"}
+BEHIND_THE_DOOR = {"Slots", "Sequence", "Watch", "Room", "Step", "Network", "KeyValueCache", "Graphs"}
+
+
+def behind_the_door(tree: ast.AST) -> set[str]:
+    """What a file takes of an `engine`, or of the sampler's files, that is not for those outside."""
+    found = set()
+    for node in ast.walk(tree):
+        holder = getattr(node, "value", None)
+        if isinstance(node, ast.Attribute) and "engine" in (getattr(holder, "attr", ""), getattr(holder, "id", "")):
+            found |= {node.attr} - ENGINES_DOOR
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sample"):
+            found |= {alias.name for alias in node.names} & BEHIND_THE_DOOR
+    return found
+
+
+OUTSIDE = [path for path in PRODUCT if path.relative_to(ROOT).parts[0] not in ("sample", "benchmarks")]
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=name_of)
+def test_the_engine_is_used_through_its_door(path: Path) -> None:
+    """Benchmarks may measure what is inside."""
+    assert not behind_the_door(parse(path))
+
+
+def test_the_rule_of_the_engines_door_can_fail() -> None:
+    assert behind_the_door(ast.parse("self.engine.slots.finished[0] = True")) == {"slots"}
+    assert behind_the_door(ast.parse("def f(run):\n    run.loop.engine.queue = engine.active")) == {"queue", "active"}
+    assert behind_the_door(ast.parse("from sample.slots import Sequence, Progress")) == {"Sequence"}
+    assert not behind_the_door(ast.parse("for done in self.engine.finished():\n    engine.cancel(done.id)"))
+    assert ROOT / "serving" / "loop.py" in OUTSIDE and ROOT / "launch" / "evaluation.py" in OUTSIDE

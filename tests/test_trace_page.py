@@ -11,8 +11,7 @@ from common.config import load_config
 from common.errors import UserError
 from common.page import allow_script, embed_json, fill_page, read_data
 from models import load_model
-from sample.get_trace_viewer import main
-from sample.traces import TEMPLATE, pieces_of, trace_page
+from sample.traces import TEMPLATE, main, pieces_of, trace_page
 from tests.browser import chromium, open_page
 
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script><!--\u2028]]>&amp;"

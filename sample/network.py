@@ -1,0 +1,236 @@
+"""How the engine runs transformers' network: its layers, with attention over the engine's own cache.
+
+`Network.forward` is where the engine meets the network. The layouts (`OwnKeys` and those after it) say who sees whom
+in one forward, and call the attention kernel. Keys and values of tokens that a forward computes are written to the
+cache first, flat, at `places`.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, apply_rotary_pos_emb
+
+from models.family import family_of_network
+from sample.cache import KeyValueCache
+
+NAME = "engine"  # under which transformers knows `attend`
+PRE_NORM = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)  # layers that `by_parts` knows
+FOLD_FROM = 8  # rows on the CPU, see docs/performance.md
+
+
+# ---- who sees whom: a layout's lines are the rows of tokens (lines, length) of one forward
+
+
+@dataclass(frozen=True)
+class OwnKeys:
+    """Tokens see tokens of the same forward; their keys and values are kept where there is a cache."""
+
+    bias: Tensor  # (lines, 1, length or 1, length) added to scores: 0 where seen, else minus infinity
+    cache: KeyValueCache | None = None
+    places: Tensor | None = None  # (lines × length,) in the cache
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        if self.cache is not None:
+            self.cache.write(layer, self.places, key, value)
+        return sdpa(query, key, value, self.bias, scaling)
+
+
+@dataclass(frozen=True)
+class CachedKeys:
+    """Line i sees the first `seen` positions of the i-th of the cache's slots `rows`, its own new keys among them."""
+
+    bias: Tensor  # (lines, 1, 1, seen)
+    cache: KeyValueCache
+    places: Tensor
+    rows: slice | Tensor  # the first slots, which costs no copy, or those that a tensor (lines,) names
+    seen: int
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.cache.write(layer, self.places, key, value)
+        return sdpa(query, *self.cache.read(layer, self.rows, self.seen), self.bias, scaling)
+
+
+@dataclass(frozen=True)
+class CommitEvery:
+    """The current blocks of the first slots, then the previous block of each of them, whose keys are to be kept.
+
+    A slot's two lines are attended to together: its keys are read once and never copied.
+    """
+
+    bias: Tensor  # (slots, 1, 2 × length, seen) of both lines' queries, the current block's first
+    cache: KeyValueCache
+    places: Tensor
+    rows: int  # slots; there are twice as many lines
+    seen: int
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.cache.write(layer, self.places, key, value)
+        key, value = self.cache.read(layer, slice(self.rows), self.seen)
+        length, current, previous = query.shape[2], query[: self.rows], query[self.rows :]
+        out = sdpa(torch.cat((current, previous), 2), key, value, self.bias, scaling)
+        return torch.cat((out[:, :length], out[:, length:]))
+
+
+@dataclass(frozen=True)
+class CommitSome:
+    """The current blocks of the first slots, then the previous blocks of the slots `committing`, which see less."""
+
+    bias: Tensor  # (slots, 1, 1, seen) of the current blocks
+    previous_bias: Tensor  # (committing, 1, 1, seen)
+    cache: KeyValueCache
+    places: Tensor
+    rows: int  # slots whose current blocks are there
+    seen: int
+    committing: Tensor  # (committing,)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.cache.write(layer, self.places, key, value)
+        key, value = self.cache.read(layer, slice(self.rows), self.seen)
+        current = sdpa(query[: self.rows], key, value, self.bias, scaling)
+        key, value = key[self.committing], value[self.committing]
+        return torch.cat((current, sdpa(query[self.rows :], key, value, self.previous_bias, scaling)))
+
+
+@dataclass(frozen=True)
+class FlashKeys:
+    """flash-attn's kernel for a cache: each line sees what lies before `ends` in its own slot."""
+
+    cache: KeyValueCache
+    places: Tensor
+    rows: Tensor  # (lines,) int32 slots
+    ends: Tensor  # (lines,) int32 positions
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        from flash_attn import flash_attn_with_kvcache
+
+        self.cache.write(layer, self.places, key, value)
+        keys, values = self.cache.slots[layer]
+        out = flash_attn_with_kvcache(
+            query.transpose(1, 2),
+            keys,
+            values,
+            cache_seqlens=self.ends,
+            cache_batch_idx=self.rows,
+            softmax_scale=scaling,
+            causal=False,
+        )
+        return out.flatten(2)
+
+
+# `attend` of each: query, key and value (lines, heads, length, head_dim) -> (lines, length, heads × head_dim)
+Attention = OwnKeys | CachedKeys | CommitEvery | CommitSome | FlashKeys
+
+
+def bias_of(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible, else minus infinity; on the CPU and on CUDA cheaper than a boolean mask, which every layer
+    would turn into this."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+# ---- the network
+
+
+class Network:
+    """transformers' network with its rotary tables computed once, for positions below `positions`."""
+
+    def __init__(self, model: torch.nn.Module, positions: int, flash: bool = False):
+        weight, family = next(model.parameters()), family_of_network(model)
+        self.model, self.flash = model, flash  # whether flash-attn denoises blocks
+        self.dtype, self.device = weight.dtype, weight.device
+        self.full_attention, self.logit_offset = family.attention == "full", family.logit_offset
+        tables = model.model.rotary_emb(weight, torch.arange(positions, device=weight.device)[None])
+        self.cosine, self.sine = (table[0] for table in tables)  # (positions, head_dim)
+
+    def forward(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Hidden states before the final norm, (lines, length, width); ids and positions (lines, length)."""
+        hidden, tables = self.model.model.embed_tokens(ids), (self.cosine[positions], self.sine[positions])
+        for layer in self.model.model.layers:
+            if isinstance(layer, PRE_NORM):
+                hidden = by_parts(layer, hidden, tables, attention)
+            else:
+                hidden = layer(
+                    hidden, attention_mask=None, position_ids=positions, position_embeddings=tables, attention=attention
+                )
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head's output for hidden states (…, width), (…, vocab)."""
+        return self.model.lm_head(self.model.model.norm(hidden))
+
+
+def by_parts(layer: torch.nn.Module, hidden: Tensor, tables: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+    """The layer's output, by its own parts: its `forward`'s numbers, on a CPU in three quarters of the time."""
+    own, normed = layer.self_attn, layer.input_layernorm(hidden)
+    heads = (*hidden.shape[:2], -1, own.head_dim)
+    query, key, value = own.q_proj(normed).view(heads), own.k_proj(normed).view(heads), own.v_proj(normed).view(heads)
+    if isinstance(layer, Qwen3DecoderLayer):
+        query, key = own.q_norm(query), own.k_norm(key)
+    query, key = apply_rotary_pos_emb(query, key, *tables, unsqueeze_dim=2)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    hidden = hidden + own.o_proj(attention.attend(own.layer_idx, query, key, value, own.scaling))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    attention: Attention | None = None,
+    **named: object,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (lines, heads, length, head_dim) -> (lines, length, heads × head_dim)."""
+    if attention is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **named)
+    return attention.attend(module.layer_idx, query, key, value, named["scaling"]), None
+
+
+@contextmanager
+def engine_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Within, layers that `by_parts` does not know attend by `attend`; for others' calls that is transformers' sdpa."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before  # the trainer may share the network
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """torch's attention; query (rows, heads, length, head_dim), key and value (rows, kv_heads, keys, head_dim).
+
+    Returns (rows, length, heads × head_dim). CUDA's fused kernels want as many key heads as query heads once there is
+    a bias: there the queries of heads that share keys become further positions, so that no key is copied. On the CPU
+    that is cheaper too, except for a few rows.
+    """
+    rows, heads, length, width = query.shape
+    groups = heads // key.shape[1]
+    if groups > 1 and (query.device.type == "cuda" or rows >= FOLD_FROM):
+        folded = query.reshape(rows, heads // groups, groups * length, width)
+        bias = bias if bias.shape[2] == 1 else bias.repeat(1, 1, groups, 1)
+        out = scaled_dot_product_attention(folded, key, value, bias, scale=scaling).view(query.shape)
+    else:
+        out = scaled_dot_product_attention(query, key, value, bias, scale=scaling, enable_gqa=groups > 1)
+    return out.transpose(1, 2).reshape(rows, length, -1)
+
+
+def has_flash(model: torch.nn.Module) -> bool:
+    """Whether flash-attn's kernel rather than torch's denoises blocks: on CUDA, in half precision, if installed."""
+    weight = next(model.parameters())
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    return weight.device.type == "cuda" and half and importlib.util.find_spec("flash_attn") is not None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
