@@ -90,7 +90,7 @@ def test_arithmetic_by_name():
 def write(path: Path, records) -> str:
     if path.suffix == ".gz":
         plain = Path(write(path.with_suffix(""), records))
-        path.write_bytes(gzip.compress(plain.read_bytes()))
+        path.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
         plain.unlink()
     elif path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
@@ -173,7 +173,7 @@ LONG = '{"question": "2+2", "ground_truth_answer": ' + "1" * 5000 + "}"
         ("x.parquet.gz", TORN, "is torn or no gzip file"),
         ("x.json.gz", "plain text", "is torn or no gzip file"),
         ("x.jsonl.gz", TORN[:20] + b"\x55" * 40, "is torn or no gzip file"),
-        ("x.jsonl.gz", gzip.compress(b"\n\xff"), "is not UTF-8 \\(byte 1\\)"),
+        ("x.jsonl.gz", gzip.compress(b"\n\xff", mtime=0), "is not UTF-8 \\(byte 1\\)"),
         ("x.jsonl", LONE, r"line 1 of .* has in `question` half a character \(\\ud83d\); mend the text"),
         ("x.json", f"[{{}}, {LONE}]", r"record 2 of .* has in `question` half a character"),
         ("x.jsonl", '{"a": [{"\\uDC00": 1}]}', r"line 1 of .* has in `a` half a character \(\\udc00\)"),
