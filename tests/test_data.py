@@ -149,7 +149,8 @@ def test_a_record_without_a_field_is_told(tmp_path, field, bad):
     assert "\n" not in str(caught.value)
 
 
-TORN = gzip.compress(json.dumps(GOOD | {"noise": [hashlib.sha256(b"%d" % n).hexdigest() for n in range(9)]}).encode())
+NOISE = {"noise": [hashlib.sha256(b"%d" % n).hexdigest() for n in range(9)]}
+TORN = gzip.compress(json.dumps(GOOD | NOISE).encode(), mtime=0)  # with a time every process would have its own
 TORN = TORN[: len(TORN) // 2]
 LONE = '{"question": "what is \\ud83d?", "ground_truth_answer": "4"}'
 LONG = '{"question": "2+2", "ground_truth_answer": ' + "1" * 5000 + "}"
