@@ -55,7 +55,7 @@ class Engine:
         self.graphs = Graphs() if self.device.type == "cuda" else None
         self.watch = Watch(self.device)
         self.settings, self.stop_ids = Sampling(), self.own_stop_ids
-        self.room = Room(tokens=0, rows=0, longest=0)
+        self.room = Room(tokens=0, rows=1, longest=0)  # until set_up: nothing fits
         self.slots: Slots | None = None
         self.cache: KeyValueCache | None = None
         self.denoise: Step | None = None
@@ -86,15 +86,14 @@ class Engine:
                 yield finished.trajectory
 
     @torch.inference_mode()
-    def set_up(
-        self, settings: Sampling, expected: Queue | Iterable[Request], stop_ids: Iterable[int] | None = None
-    ) -> None:
+    def set_up(self, settings: Sampling, expected: Iterable[Request], stop_ids: Iterable[int] | None = None) -> None:
         """Forget the requests there are, and make room for the longest that fits of those that are expected."""
         self.forget_requests()
         self.settings = settings
         self.stop_ids = self.own_stop_ids if stop_ids is None else tuple(sorted(stop_ids))
         expected = expected if isinstance(expected, Queue) else Queue(expected, shared=False)
         if not expected:
+            self.room = Room(tokens=0, rows=1, longest=0)
             return
         self.check_settings(expected)
         cached = settings.use_cache or not self.full_attention
@@ -125,11 +124,10 @@ class Engine:
 
     def add(self, requests: Request | Iterable[Request]) -> list[int]:
         """Put requests behind those that wait; returns the ids under which the engine speaks of them."""
-        new = []
-        for request in [requests] if isinstance(requests, Request) else requests:
-            new.append(self.sequence(self.added, request))
-            self.added += 1
+        requests = [requests] if isinstance(requests, Request) else requests
+        new = [self.sequence(id, request) for id, request in enumerate(requests, self.added)]
         self.waiting += new
+        self.added += len(new)
         return [sequence.id for sequence in new]
 
     def take_from(self, queue: Queue) -> None:
@@ -172,6 +170,8 @@ class Engine:
     @torch.inference_mode()
     def progress(self) -> list[Progress]:
         """How far the step brought each response that is being drawn, those that it finished included."""
+        if not self.active:
+            return []
         slots = self.slots.first(len(self.active))
         block = slots.block_start[:, None] + torch.arange(self.settings.block_size, device=self.device)
         tokens, masked = slots.tokens.gather(1, block), slots.masked.gather(1, block)

@@ -403,6 +403,9 @@ def test_a_refusal_says_what_it_needs(tiny: LoadedModel) -> None:
     assert done[fits].trajectory.finish_reason == "length" and done[fits].refusal is None
     assert (done[refused].refusal.needed, done[refused].refusal.room) == (44, 24)
     assert done[refused].trajectory.finish_reason == "refused"
+    engine.set_up(settings, [])  # room for nothing
+    engine.add(requests_of(9))
+    assert not engine.step() and [finished.refusal.room for finished in engine.finished()] == [0] and not engine.busy
 
 
 # ---- strategies of the user's own, and names that are none
