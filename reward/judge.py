@@ -4,7 +4,6 @@ import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from common.boxed import extract_boxed, final_part
@@ -137,16 +136,15 @@ def _prompt(judge: JudgeConfig, task: Task, response: str, chunk: str) -> str:
 
 
 def _number(answer: str) -> float | None:
-    """The vote, within 0 and 1: the boxed number, else the last line where that is a number and no more."""
+    """The vote: the boxed number, else the last line where that is a number and no more; None outside 0 and 1."""
     boxed = extract_boxed(answer)
     vote = boxed if boxed is not None else (final_part(answer).strip().splitlines() or [""])[-1]
     vote = notation.without_text(LABEL.sub("", vote[:200], count=1).strip("*$ ").removesuffix("."))
     vote = OUT_OF.sub("/", vote)
     # `3 steps` is no vote, though it would be an answer.
     found = None if WORD.search(vote) else notation.number(notation.plain(vote))
-    if found is None:
-        return None
-    return float(min(Fraction(1), max(Fraction(0), found.value / (100 if found.is_percent else 1))))
+    value = None if found is None else found.value / (100 if found.is_percent else 1)
+    return float(value) if value is not None and 0 <= value <= 1 else None  # 8, of a judge that counts to 10, is none
 
 
 def _mean(votes: list[float | None]) -> float | None:

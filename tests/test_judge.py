@@ -81,7 +81,7 @@ def test_a_judge_that_does_not_answer_in_time(server):
     [
         (["\\boxed{1}", "\\boxed{0}", "\\boxed{0}"], 1 / 3),
         (["\\boxed{1}", "no idea", "\\boxed{0}"], 0.5),
-        (["7", "-3", "0.5"], 0.5),
+        (["7", "-3", "0.2"], 0.2),
     ],
 )
 def test_votes(server, answers, reward):
@@ -106,13 +106,17 @@ def test_votes(server, answers, reward):
         ("It has 3 steps.\nFinal score: 7/10", 0.7),
         ("**Score:** 8 out of 10", 0.8),
         ("<think>\\boxed{1}</think> 0.25", 0.25),
-        ("\\boxed{-0.5}", 0.0),
+        ("\\boxed{-0.5}", None),
         ("3 steps, all wrong", None),
         ("\\boxed{3 steps, all wrong}", None),
         ("\\boxed{3 steps}", None),
         ("The number of errors is 3.", None),
         ("\\boxed{1 - 0.2}", None),
         ("\\boxed{0.5}, \\boxed{0.7}", None),
+        ("\\boxed{8}", None),
+        ("\\boxed{8}/10", None),
+        ("\\boxed{-0.1}", None),
+        ("\\boxed{1}", 1.0),
         ("\\boxed{nan}", None),
         ("\\boxed{1/0}", None),
         ("\\boxed{}", None),
