@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from reprlib import repr as show
 from typing import Any
 
-from common.records import fault_of
+from common.config import fault_of
 from common.schema import Sampling, ServeConfig, keys_of
 from models import LoadedModel
 from models.prompts import ChatTemplateError, encode_turns
