@@ -15,10 +15,11 @@ import eval as eval_script
 from common.boxed import extract_boxed
 from common.config import load_config
 from common.errors import UserError
-from common.schema import EvalDatasetConfig, PromptsConfig, Sampling, TaskSampling
+from common.schema import EvalDatasetConfig, PromptsConfig, RewardConfig, Sampling, TaskSampling
 from common.stop import Stopped
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models import load_model
+from reward.score import RewardScorer
 from rollout.evaluate import evaluate, name_settings
 from rollout.results import summarize
 from sample.engine import Engine
@@ -239,7 +240,7 @@ def test_names_of_settings() -> None:
     assert list(named)[1] == "dynamic-dynamic_threshold=0.5"
 
 
-def all_right(text: str, task: Task, truncated: bool) -> Score:
+def all_right(text: str, task: Task, reward: RewardConfig) -> Score:
     return Score(1.0, True, "passed")
 
 
@@ -255,7 +256,16 @@ def test_tasks_without_a_response_count_as_wrong(
     setting = TaskSampling(max_token=4, num_response_per_task=2, cache_tokens=limit.get("cache_tokens"))
     dataset = EvalDatasetConfig(prompts=PromptsConfig(math="{question}"))
     longest = limit.get("max_prompt_len", 100)
-    (found,) = evaluate(engine, loaded, tasks, [setting], all_right, dataset, longest, seed=1).values()
+    (found,) = evaluate(
+        engine,
+        loaded,
+        tasks,
+        [setting],
+        RewardScorer(RewardConfig(workers=0), None, all_right),
+        dataset,
+        longest,
+        seed=1,
+    ).values()
     assert (found.tasks, found.unanswered, found.responses, found.accuracy) == (4, 2, 4, 0.5)
     assert found.pass_at == {2: 0.5}
     shares = {level: (row["tasks"], row["accuracy"]) for level, row in found.categories["level"].items()}
