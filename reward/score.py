@@ -1,7 +1,6 @@
 """From the reward section of a config to a function that scores a response."""
 
 import difflib
-import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -77,7 +76,9 @@ class RewardScorer:
     def submit(self, text: str, task: Task, truncated: bool) -> Future[Score]:
         """Have a response scored by one of `reward.workers` processes, which are kept; at once where that is 0."""
         if not self.reward.workers:
-            return scored_at_once(self, text, task, truncated)
+            scored: Future[Score] = Future()
+            scored.set_result(self(text, task, truncated))
+            return scored
         if self._workers is None:
             self._workers = Workers(self.reward, self.data_type, self.reward.workers)
         return self._workers.submit(text, task, truncated)
@@ -93,18 +94,6 @@ class RewardScorer:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def submitter(scorer: Callable[[str, Task, bool], Score]) -> Callable[[str, Task, bool], Future[Score]]:
-    """A function that has a response scored: beside this process where the scorer has processes, else at once."""
-    return scorer.submit if isinstance(scorer, RewardScorer) else functools.partial(scored_at_once, scorer)
-
-
-def scored_at_once(scorer: Callable[[str, Task, bool], Score], text: str, task: Task, truncated: bool) -> Future[Score]:
-    """The score, as a future that is done."""
-    done: Future[Score] = Future()
-    done.set_result(scorer(text, task, truncated))
-    return done
 
 
 def make_scorer(reward: RewardConfig, data_type: str | None = None) -> RewardScorer:

@@ -13,7 +13,7 @@ from common.stop import Stopped, beat, stop_requested
 from common.trajectory import Request, Response, Score, ScoredTrajectory, Task
 from models import LoadedModel
 from models.prompts import encode_prompt, instruction, stop_ids_of
-from reward.score import RewardScorer, submitter
+from reward.score import RewardScorer
 from sample.engine import Engine
 
 Prompt = tuple[Task, list[int]]  # a task and the ids of its prompt
@@ -80,7 +80,6 @@ def collect(
         if (task.id, sample) not in known
     ]
     tasks = {task.id: task for task, _ in prompts}
-    submit = submitter(scorer)
     scoring: deque[tuple[ScoredTrajectory, Future[Score]]] = deque()  # in the order in which they were drawn
     own: list[ScoredTrajectory] = []  # scored, of this rank's requests
 
@@ -93,7 +92,7 @@ def collect(
                 if scorer.needs_tokens:
                     ids = trajectory.response_ids[: trajectory.length]
                     text = Response.of(text, loaded.tokenizer.batch_decode([[token] for token in ids]))
-                scoring.append((response, submit(text, response.task, trajectory.finish_reason == "length")))
+                scoring.append((response, scorer.submit(text, response.task, trajectory.finish_reason == "length")))
                 while scoring and scoring[0][1].done():
                     own.append(take_score(scoring, keep))
     with progress("scoring", len(scoring)) as advance, watch("reward"):

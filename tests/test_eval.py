@@ -240,8 +240,9 @@ def test_names_of_settings() -> None:
     assert list(named)[1] == "dynamic-dynamic_threshold=0.5"
 
 
-def all_right(text: str, task: Task, reward: RewardConfig) -> Score:
-    return Score(1.0, True, "passed")
+ALL_RIGHT = RewardScorer(
+    RewardConfig(workers=0, truncated_is_wrong=False), "math", lambda text, task, reward: Score(1.0, True, "passed")
+)
 
 
 @pytest.mark.parametrize("limit", [{"max_prompt_len": 9}, {"cache_tokens": 16}], ids=["prompt", "cache"])
@@ -261,7 +262,7 @@ def test_tasks_without_a_response_count_as_wrong(
         loaded,
         tasks,
         [setting],
-        RewardScorer(RewardConfig(workers=0), None, all_right),
+        ALL_RIGHT,
         dataset,
         longest,
         seed=1,
@@ -278,7 +279,7 @@ def test_all_prompts_too_long(tiny_sdar: Path) -> None:
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
     tasks = [Task("0", "1+2+3", "6")]
     with pytest.raises(UserError, match="max_prompt_len: every prompt of the evaluation is longer than 3"):
-        evaluate(engine, loaded, tasks, [TaskSampling()], all_right, EvalDatasetConfig(), 3, seed=1)
+        evaluate(engine, loaded, tasks, [TaskSampling()], ALL_RIGHT, EvalDatasetConfig(), 3, seed=1)
 
 
 REWARD = ("time_limit=9", "memory_mb=99", "match=fuzzy", "workers=3", "truncated_is_wrong=False")

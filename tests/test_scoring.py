@@ -17,7 +17,7 @@ from common.runtime import Stopwatch
 from common.schema import JudgeConfig, PromptsConfig, RewardConfig, TaskSampling
 from common.trajectory import Response, Score, Task
 from models.prompts import instruction
-from reward.score import RewardScorer, check_tasks, make_scorer, submitter
+from reward.score import RewardScorer, check_tasks, make_scorer
 from rollout.collect import collect, kind_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ def own(tmp_path, monkeypatch):
 
 def test_workers_score_in_other_processes_and_in_order(own):
     body = "import os\ndef my_reward(response, task):\n    print('noise')\n    return [float(response), os.getpid()]"
-    submit = submitter(own(body, workers=2))
+    submit = own(body, workers=2).submit
     waiting = [submit(str(n), TASK, False) for n in range(20)]
     scores = [one.result() for one in waiting]
     assert [score.token_rewards[0] for score in scores] == list(range(20))
@@ -53,9 +53,8 @@ def test_workers_score_in_other_processes_and_in_order(own):
 
 def test_no_workers_score_at_once(own):
     body = "import os\ndef my_reward(response, task): return os.getpid()"
-    submit = submitter(own(body, workers=0))
+    submit = own(body, workers=0).submit
     assert submit("x", TASK, False).result().reward == os.getpid()
-    assert submitter(lambda text, task, truncated: Score(2.0, True, "passed"))("x", TASK, False).result().reward == 2
 
 
 def test_workers_know_the_config_and_the_tokens(own):
