@@ -13,7 +13,7 @@ from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model
 from models.tiny import build_tiny
-from sample.draw import STREAMS, _hash, _mix, _shift_right, _signed, uniforms
+from sample.draw import STREAMS, _hash, _mix, _shift_right, _signed, uniforms  # CUDA's form of the hash
 from sample.engine import Engine
 from sample.graphs import Graphs
 from sample.network import FOLD_FROM, bias_of, sdpa

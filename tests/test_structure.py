@@ -136,13 +136,7 @@ def comments(source: str) -> set[int]:
     return {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
 
 
-# Tests of rooms whose insides are still to be reached by a public door.
-STILL_BOUND = {"answers", "engine_cuda", "reward", "sandbox", "sandbox_attacks", "sandbox_plain"}
-
-
-@pytest.mark.parametrize(
-    "path", [path for path in TESTS if path.stem.removeprefix("test_") not in STILL_BOUND], ids=name_of
-)
+@pytest.mark.parametrize("path", TESTS, ids=name_of)
 def test_a_private_name_in_a_test_has_its_reason_beside_it(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     explained = comments(source)
