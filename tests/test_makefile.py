@@ -36,7 +36,8 @@ def test_setup_shows_what_it_does_and_fails_where_pip_does(tmp_path: Path, code:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
         file.chmod(0o755)
-    environment = os.environ | {"CODE": str(code), "COMPLAINT": "ERROR: no space left" if code else ""}
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    environment = outside | {"CODE": str(code), "COMPLAINT": "ERROR: no space left" if code else ""}
     done = subprocess.run(["make", "setup"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     said = done.stdout.splitlines()
     assert said[0].startswith("setup, once: ")
