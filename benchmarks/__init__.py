@@ -2,7 +2,7 @@
 
 import os
 
-import common  # noqa: F401 — before torch, see common/threads.py
+import common  # noqa: F401 — before torch, see common/__init__.py
 
 
 def use_threads(number: int) -> None:
