@@ -177,24 +177,21 @@ def make_app(config: ServeConfig, loaded: LoadedModel, key: str = "") -> FastAPI
         yield
         server.loop.close()
 
+    async def told(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, HTTPException):  # no such path or method
+            error = ApiError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
+        elif not isinstance(error, ApiError):
+            error = ApiError(f"{type(error).__name__}; the server's log says more", status=500)
+        return JSONResponse(error.body, error.status)
+
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    for kind in (ApiError, HTTPException, Exception):
+        app.add_exception_handler(kind, told)
     app.state.server = server
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-
-    @app.exception_handler(ApiError)
-    async def told(request: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body, error.status)
-
-    @app.exception_handler(HTTPException)
-    async def not_found(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(ApiError(f"{request.method} {request.url.path}: {error.detail}").body, error.status_code)
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(ApiError(f"{type(error).__name__}; the server's log says more", status=500).body, 500)
 
     @app.get("/")
     async def page() -> HTMLResponse:

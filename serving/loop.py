@@ -17,7 +17,7 @@ from common.trajectory import Request
 from models import LoadedModel
 from models.prompts import stop_ids_of
 from sample.engine import Engine
-from sample.slots import Progress, Refusal
+from sample.slots import Progress
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,13 @@ class EngineLoop:
             if finished.error is not None:
                 faults.setdefault(finished.error, []).append(stream)
             elif finished.refusal is not None:
-                self.news.append((stream, Event(error=too_long(stream, finished.refusal), status=400)))
+                prompt, most, refusal = len(stream.request.prompt_ids), self.settings.max_token, finished.refusal
+                told = (
+                    f"the prompt comes to {prompt} tokens and a response to up to {most} (max_token), in whole blocks "
+                    f"{refusal.needed}; this server has room for {self.settings.cache_tokens or refusal.room} "
+                    "(cache_tokens): send a shorter prompt"
+                )
+                self.news.append((stream, Event(error=told, status=400)))
             else:
                 end = min(trajectory.length, stream.limit)
                 finish = trajectory.finish_reason if trajectory.length <= stream.limit else "length"
@@ -184,13 +190,3 @@ class EngineLoop:
             stream.cancelled = True
         block = progress.block if stream.watched else None
         return stream, Event(progress.tokens[:left], progress.logp[:left], block, "length" if full else "")
-
-
-def too_long(stream: Stream, refusal: Refusal) -> str:
-    """Why the engine turned a request away: its cache could never hold it."""
-    prompt, settings = len(stream.request.prompt_ids), stream.settings
-    return (
-        f"the prompt comes to {prompt} tokens and a response to up to {settings.max_token} (max_token), in whole "
-        f"blocks {refusal.needed}; this server has room for {settings.cache_tokens or refusal.room} "
-        "(cache_tokens): send a shorter prompt"
-    )
