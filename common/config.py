@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from functools import reduce
 from operator import attrgetter, getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -33,6 +33,7 @@ from common.errors import UserError, one_line, one_line_errors, show
 from common.older_keys import UPDATE_SIZE_KEYS, derive_update_size
 from common.schema import JOBS, SETTINGS, Job, Key, Sampling, keys_of
 
+Settings = TypeVar("Settings", bound=Sampling)
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 MADE_FROM = {int: (int, str), float: (int, float, str), str: (str, int, float, bool)}  # numbers may be quoted
 TRUTH = dict.fromkeys(("true", "yes", "y", "on", "1"), True) | dict.fromkeys(("false", "no", "n", "off", "0"), False)
@@ -130,8 +131,8 @@ def dump_config(cfg: Any) -> str:
 # Settings of an evaluation --------------------------------------------------------------------------------------------
 
 
-def settings_of(sampling: Sampling, check_steps: bool = True) -> list[Any]:
-    """One object of the section's class for each sampling setting: entry i of every list; a single value holds for all.
+def settings_of(sampling: Settings, check_steps: bool = True) -> list[Settings]:
+    """One such object for each sampling setting: entry i of every list; a single value holds for all.
 
     Raises UserError where lists have different lengths, or where a block has more steps than tokens, unless
     `check_steps` is False.
