@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoint import append_lines, write_whole
-from common.ranks import from_main, is_main, main_only
+from common.ranks import from_main, is_main
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 
 Line = dict[str, Any]
@@ -16,15 +16,16 @@ OF_SCORE = [field.name for field in dataclasses.fields(Score)]
 OF_TRAJECTORY = {field.name: field for field in dataclasses.fields(Trajectory)}
 
 
-@main_only
 def write_samples(
     path: Path, groups: Iterable[Sequence[ScoredTrajectory]], extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Append every response of the groups; each line begins with the keys of `extra`."""
+    """Append every response of the groups, from one rank; each line begins with the keys of `extra`."""
+    if not is_main():
+        return
     lines = []
     for response in (response for group in groups for response in group):
         task = {"question": response.task.question, "ground_truth_answer": response.task.ground_truth_answer}
-        line = dict(extra or {}) | task | vars(response.score) | response.trajectory.to_json()
+        line = dict(extra or {}) | task | vars(response.score) | vars(response.trajectory)
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     append_lines(path, "".join(lines))
 

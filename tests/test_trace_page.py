@@ -9,10 +9,10 @@ import pytest
 
 from common.config import load_config
 from common.errors import UserError
-from common.page import allow_script, embed_json, fill_page, read_data
+from common.page import allow_script, embed_json, fill_page
 from models import load_model
 from sample.traces import TEMPLATE, main, pieces_of, trace_page
-from tests.browser import chromium, open_page
+from tests.browser import chromium, open_page, read_data
 
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script><!--\u2028]]>&amp;"
 
