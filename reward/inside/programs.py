@@ -110,7 +110,11 @@ def _test(order: dict[str, Any], peer: Peer) -> str:
         names |= {name: peer.ask("name", name) for name in order["shadowing"]}
         peer.asked = 0
         for number, test in enumerate(order["tests"], 1):
-            _run_test(compile(test, f"test {number}", "exec", dont_inherit=True), names)
+            try:
+                exec(compile(test, f"test {number}", "exec", dont_inherit=True), names)
+            except SystemExit as end:  # how `unittest.main()` ends
+                if end.code:
+                    raise
     except FarError:
         return "crashed"
     except BaseException:  # a failed assertion, or tests that cannot digest what they were given
@@ -135,14 +139,6 @@ def _look_at_results() -> None:
         return result
 
     runner.run = checked
-
-
-def _run_test(test: types.CodeType, names: dict[str, Any]) -> None:
-    try:
-        exec(test, names)
-    except SystemExit as end:  # how `unittest.main()` ends
-        if end.code:
-            raise
 
 
 class Names(dict):

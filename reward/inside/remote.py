@@ -70,6 +70,17 @@ class Far:
         return self.ask("do", deed, *operands)
 
 
+def _deed(name: str, mixed_too: bool = True) -> Callable[..., Any]:
+    """A method that has one of DEEDS done with its object, where that lies."""
+
+    def method(self: Any, *operands: Any) -> Any:
+        if not mixed_too:
+            _refuse_mixed(self)
+        return FAR(self).do(name, self, *operands)
+
+    return method
+
+
 class Remote:
     """An object of the other end. Subclasses (`remote_class`) have the special methods that its class has."""
 
@@ -111,22 +122,12 @@ class Remote:
         base = FAR(self).base
         return FAR(self).do("hash", self) if base is None else hash(base)
 
-    def __str__(self) -> str:
-        return FAR(self).do("str", self)
-
-    def __repr__(self) -> str:
-        return FAR(self).do("repr", self)
-
     def __format__(self, form: str) -> str:
         if form:
             _refuse_mixed(self)
         return FAR(self).do("format", self, form)
 
-    def __dir__(self) -> list[str]:
-        return FAR(self).do("dir", self)
-
-    def __copy__(self) -> Any:
-        return FAR(self).do("copy", self)
+    __str__, __repr__, __dir__, __copy__ = map(_deed, ("str", "repr", "dir", "copy"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return FAR(self).do("deepcopy", self)
@@ -230,14 +231,6 @@ def _order(name: str) -> Callable[[Any, Any], Any]:
     return method
 
 
-def _plainly(name: str) -> Callable[..., Any]:
-    def method(self: Remote, *operands: Any) -> Any:
-        _refuse_mixed(self)
-        return FAR(self).do(name, self, *operands)
-
-    return method
-
-
 def _call(self: Remote, *arguments: Any, **named: Any) -> Any:
     result = FAR(self).ask("call", self, list(arguments), named)
     return _mixed(result) if FAR(self).mixed else result
@@ -255,9 +248,9 @@ def _contains(self: Remote, item: Any) -> bool:
 SPECIAL: dict[str, Callable[..., Any]] = {
     "call": _call,
     "contains": _contains,
-    "enter": lambda self: FAR(self).do("enter", self),
+    "enter": _deed("enter"),
     "exit": lambda self, kind, error, trace: FAR(self).do("exit", self, error),
-    **{name: _plainly(name) for name in [*NUMBER, *CONTAINER]},
+    **{name: _deed(name, mixed_too=False) for name in [*NUMBER, *CONTAINER]},
     **{name: _order(name) for name in ORDER},
     **{name: _binary(name) for name in [*BINARY, *IN_PLACE]},
     **{f"r{name}": _binary(name, reflected=True) for name in BINARY},
