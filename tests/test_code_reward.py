@@ -223,6 +223,7 @@ FUNCTIONS = {  # what the tests may use: (test, right program, wrong program)
     "dates": ("from datetime import *\nassert f(date(2024, 2, 28), timedelta(days=2)) == date(2024, 3, 1)\n"
               "assert f(datetime(2024, 1, 1, 5, tzinfo=timezone.utc), timedelta(hours=1)).hour == 6",
               "def f(d, t): return d + t", "def f(d, t): return d"),
+    "identifiers": ("from uuid import UUID\nassert f() == UUID(int=5)", "import uuid\ndef f(): return uuid.UUID(int=5)", "import uuid\ndef f(): return str(uuid.UUID(int=5))"),
     "custom exceptions": ("try:\n    f(3)\n    assert False\nexcept Short as e:\n    assert e.missing == 3 and str(e) == '3 short' and e.args == (3,)\n"
                           "assert issubclass(Short, ValueError) and Short(4).missing == 4", SHORT, SHORT.replace("missing = n", "missing = 0")),
     "exceptions of the library": ("import json\ntry:\n    f('{')\n    assert False\nexcept json.JSONDecodeError: pass", "import json\ndef f(t): json.loads(t)", "def f(t): raise KeyError"),

@@ -11,12 +11,11 @@ Runs inside the sandbox and imports nothing of the project.
 import builtins
 import collections
 import copy
-import dataclasses
 import functools
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 CHANGEABLE = (list, dict, set, bytearray, collections.deque)
@@ -70,6 +69,26 @@ class Far:
         return self.ask("do", deed, *operands)
 
 
+def is_remote(value: Any) -> bool:
+    return issubclass(type(value), Remote)
+
+
+def _refuse_mixed(*operands: Any) -> None:
+    if any(is_remote(one) and FAR(one).mixed for one in operands):
+        raise TypeError(MIXED)
+
+
+def _content(remote: Any) -> Any:
+    """The plain content now; None where the class derives from no plain type."""
+    far = FAR(remote)
+    if not isinstance(far.base, CHANGEABLE):
+        return far.base
+    content = far.ask("base", remote)
+    if type(content) is not type(far.base):
+        raise Ended
+    return content
+
+
 def _deed(name: str, mixed_too: bool = True) -> Callable[..., Any]:
     """A method that has one of DEEDS done with its object, where that lies."""
 
@@ -77,6 +96,20 @@ def _deed(name: str, mixed_too: bool = True) -> Callable[..., Any]:
         if not mixed_too:
             _refuse_mixed(self)
         return FAR(self).do(name, self, *operands)
+
+    return method
+
+
+def _comparison(name: str, mixed_too: bool = True) -> Callable[[Any, Any], Any]:
+    """A method that compares an object with another where they lie, and its plain content with a plain value here."""
+
+    def method(self: Any, other: Any) -> Any:
+        if not mixed_too:
+            _refuse_mixed(self, other)
+        if is_remote(other):
+            return FAR(self).do(name, self, other)
+        content = _content(self)
+        return NotImplemented if content is None else DEEDS[name](content, other)
 
     return method
 
@@ -112,11 +145,8 @@ class Remote:
     def __delattr__(self, name: str) -> None:
         FAR(self).ask("delete", self, name)
 
-    def __eq__(self, other: Any) -> Any:
-        return _compare("eq", self, other)
-
-    def __ne__(self, other: Any) -> Any:
-        return _compare("ne", self, other)
+    __eq__, __ne__ = _comparison("eq"), _comparison("ne")
+    __str__, __repr__, __dir__, __copy__ = map(_deed, ("str", "repr", "dir", "copy"))
 
     def __hash__(self) -> int:
         base = FAR(self).base
@@ -126,8 +156,6 @@ class Remote:
         if form:
             _refuse_mixed(self)
         return FAR(self).do("format", self, form)
-
-    __str__, __repr__, __dir__, __copy__ = map(_deed, ("str", "repr", "dir", "copy"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return FAR(self).do("deepcopy", self)
@@ -165,10 +193,6 @@ class FarError(Exception, metaclass=FarClass):
         return self._error.ask("get", self, name)
 
 
-def is_remote(value: Any) -> bool:
-    return issubclass(type(value), Remote)
-
-
 def far_of(value: Any) -> Far | None:
     """Where the other end has what this value stands for; None for a value of this end."""
     if is_remote(value):
@@ -178,34 +202,11 @@ def far_of(value: Any) -> Far | None:
     return vars(value).get("_origin") if isinstance(value, FarClass) else None
 
 
-def _content(remote: Remote) -> Any:
-    """The plain content now; None where the class derives from no plain type."""
-    far = FAR(remote)
-    if not isinstance(far.base, CHANGEABLE):
-        return far.base
-    content = far.ask("base", remote)
-    if type(content) is not type(far.base):
-        raise Ended
-    return content
-
-
-def _compare(name: str, self: Remote, other: Any) -> Any:
-    if is_remote(other):
-        return FAR(self).do(name, self, other)
-    content = _content(self)
-    return NotImplemented if content is None else DEEDS[name](content, other)
-
-
 def _mixed(result: Any) -> Any:
     """The same object, marked; the unmarked one, if the tests have it from elsewhere, stays as it is."""
     if not is_remote(result):
         raise TypeError(MIXED)
-    return type(result)(dataclasses.replace(FAR(result), mixed=True))
-
-
-def _refuse_mixed(*operands: Any) -> None:
-    if any(is_remote(one) and FAR(one).mixed for one in operands):
-        raise TypeError(MIXED)
+    return type(result)(replace(FAR(result), mixed=True))
 
 
 def _binary(name: str, reflected: bool = False) -> Callable[[Any, Any], Any]:
@@ -219,14 +220,6 @@ def _binary(name: str, reflected: bool = False) -> Callable[[Any, Any], Any]:
             return DEEDS[name](*((other, content) if reflected else (content, other)))
         result = far.do(name, left, right)
         return _mixed(result) if far.mixed or plain or FAR(other).mixed else result
-
-    return method
-
-
-def _order(name: str) -> Callable[[Any, Any], Any]:
-    def method(self: Remote, other: Any) -> Any:
-        _refuse_mixed(self, other)
-        return _compare(name, self, other)
 
     return method
 
@@ -251,7 +244,7 @@ SPECIAL: dict[str, Callable[..., Any]] = {
     "enter": _deed("enter"),
     "exit": lambda self, kind, error, trace: FAR(self).do("exit", self, error),
     **{name: _deed(name, mixed_too=False) for name in [*NUMBER, *CONTAINER]},
-    **{name: _order(name) for name in ORDER},
+    **{name: _comparison(name, mixed_too=False) for name in ORDER},
     **{name: _binary(name) for name in [*BINARY, *IN_PLACE]},
     **{f"r{name}": _binary(name, reflected=True) for name in BINARY},
 }
