@@ -223,6 +223,7 @@ FUNCTIONS = {  # what the tests may use: (test, right program, wrong program)
     "dates": ("from datetime import *\nassert f(date(2024, 2, 28), timedelta(days=2)) == date(2024, 3, 1)\n"
               "assert f(datetime(2024, 1, 1, 5, tzinfo=timezone.utc), timedelta(hours=1)).hour == 6",
               "def f(d, t): return d + t", "def f(d, t): return d"),
+    "identifiers": ("from uuid import UUID\nassert f() == UUID(int=5)", "import uuid\ndef f(): return uuid.UUID(int=5)", "import uuid\ndef f(): return str(uuid.UUID(int=5))"),
     "custom exceptions": ("try:\n    f(3)\n    assert False\nexcept Short as e:\n    assert e.missing == 3 and str(e) == '3 short' and e.args == (3,)\n"
                           "assert issubclass(Short, ValueError) and Short(4).missing == 4", SHORT, SHORT.replace("missing = n", "missing = 0")),
     "exceptions of the library": ("import json\ntry:\n    f('{')\n    assert False\nexcept json.JSONDecodeError: pass", "import json\ndef f(t): json.loads(t)", "def f(t): raise KeyError"),
@@ -301,7 +302,7 @@ def test_what_the_tests_pass_gives_the_program_no_hold_on_them():
     program = """import sys
 def f(g, n):
     remote = sys.modules['remote']
-    peer = remote.FAR(g).peer
+    peer = remote.FAR(g).ask.__self__
     asks = [('get', g, name) for name in ('__globals__', '__code__', '__closure__', '__self__', 'gi_frame')]
     asks += [('get', n, name) for name in ('__class__', '__dict__', '_secret')] + [('set', n, '__class__', g), ('set', n, 'm', g), ('do', 'dir', n), ('name', 'secret')]
     asks += [('do', 'format', g, ''), ('base', g), ('call', eval, ['1'], {}), ('do', 'isinstance', n, g), ('do', 'deepcopy', n)]
@@ -310,8 +311,8 @@ def f(g, n):
         try: found.append(peer.ask(*ask))
         except (TypeError, AttributeError): pass
     for name in ('__globals__', '__code__'):
-        try: found.append(peer._value(peer._raw({'ask': 'call', 'of': [{'yours': [0, None]}, [{'yours': [0, name]}], {'dict': []}]})))
-        except (TypeError, AttributeError): pass
+        reply = peer._raw({'ask': 'call', 'of': [{'yours': [0, None]}, [{'yours': [0, name]}], {'dict': []}]})
+        if 'the tests do not let a program' not in str(reply.get('error')): found.append(reply)
     return [g(1), n.v, found]"""
     test = "secret = 5\nclass N:\n    v = 2\n    _secret = 3\n    def m(self): pass\nassert f(lambda x: x, N()) == [1, 2, []]"
     raw = "import sys\npeer = sys.modules['peer']\n"

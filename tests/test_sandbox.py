@@ -72,6 +72,18 @@ def test_time_is_the_programs_own():
     assert late.reason == "timeout" and late.wall < 10
 
 
+def test_what_children_use_counts_together():
+    forks = "import os, time\nfor _ in range(3):\n    if os.fork() == 0: WORK\ntime.sleep(100)"
+    big, busy = (
+        {"source": forks.replace("WORK", work)}
+        for work in ("x = b'x' * (200 << 20); time.sleep(100)", "sum(range(10**10))")
+    )
+    enough_for_one = Limits(seconds=10, memory=512 << 20)
+    assert SANDBOX.run(Cell("program", big, enough_for_one))[0].reason == "memory"
+    outcome = SANDBOX.run(Cell("program", busy, Limits(seconds=0.3, wall=30)))[0]
+    assert outcome.reason == "timeout" and outcome.cpu > 0.3
+
+
 class NoRoom(Sandbox):
     """A sandbox whose first `failures` runs cannot start."""
 
