@@ -14,17 +14,7 @@ from transformers import (
 )
 
 from common.errors import UserError
-from models.files import MALFORMED, check_texts
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+from models.files import MALFORMED, TOKENIZER_FILES, check_texts
 
 _OURS: set[str] = set()  # model types whose tokenizers AutoTokenizer leaves to load_tokenizer
 _auto_from_pretrained = AutoTokenizer.from_pretrained
@@ -49,9 +39,9 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
         )
     check_texts(folder)
     whole = folder / "tokenizer.json"
-    # Dream publishes Qwen2's files with a class of its own, which is Qwen2's
-    kind = PreTrainedTokenizerFast if whole.is_file() else Qwen2Tokenizer
+    kind = Qwen2Tokenizer  # Dream publishes Qwen2's files with a class of its own, which is Qwen2's
     if whole.is_file():
+        kind = PreTrainedTokenizerFast
         try:
             Tokenizer.from_str(whole.read_text(encoding="utf-8"))
         except Exception as error:  # tokenizers has no class of its own for it
@@ -82,12 +72,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
     for file in (source / name for name in TOKENIZER_FILES):
         if file.is_file() and source.resolve() != Path(folder).resolve():
             (Path(folder) / file.name).write_bytes(file.read_bytes())
-
-
-def special_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
-    """Return the id of `token` if it is a special token of this tokenizer's own, else None."""
-    special = {str(added): index for index, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return special.get(token)
 
 
 def no_code_for(model_type: str) -> None:
