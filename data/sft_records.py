@@ -51,13 +51,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, {"role", "content"} and some of TURN_FIELDS each; what the assistant says is to be learned.
-
-    context_only: places of those turns of the assistant that are not. system comes before the messages.
-    """
+    """A conversation, {"role", "content"} and some of TURN_FIELDS each; system comes before the messages."""
 
     messages: list[Record]
-    context_only: tuple[int, ...] = ()
+    learned: tuple[int, ...]  # places of those turns of the assistant that are to be learned
     system: str | None = None
     tools: list[Record] | None = None
 
@@ -88,7 +85,6 @@ def load_samples(
     """
     samples: list[tuple[str, Sample | Rejected]] = []
     for place, record in located_records(name_or_path, key):
-        sample: Sample | Rejected
         try:
             if isinstance(record, UserError):
                 sample = Rejected("broken line", str(record).removeprefix(f"{key}: "))
@@ -114,9 +110,8 @@ def parse_sample(record: Record, prompt_key: str = "prompt", response_key: str =
     unread = [*UNREAD, "input"] if prompt_key == "instruction" else UNREAD  # Alpaca's prompt is in two fields
     for field in unread:
         if record.get(field) and field not in (prompt_key, response_key):
-            raise BadSample(
-                "unread field", f"has `{field}`, which is not learned; put it into the prompt or leave it out"
-            )
+            problem = f"has `{field}`, which is not learned; put it into the prompt or leave it out"
+            raise BadSample("unread field", problem)
     system, tools = _optional(record, "system", ""), _tools(record.get("tools"))
     chat = next((field for field in ("messages", "conversations") if field in record), None)
     if chat and response_key not in record:
@@ -136,9 +131,8 @@ def _ids(record: Record) -> Ids:
     if steps is not None and len(steps) != len(response):
         raise BadSample("step map", f"has a `step_map` of {len(steps)} entries for {len(response)} `response_ids`")
     if length is not None and (type(length) is not int or not 1 <= length <= len(response)):
-        raise BadSample(
-            "ids", f"has the `length` {length!r:.40}; a whole number from 1 to {len(response)} was expected"
-        )
+        wanted = f"a whole number from 1 to {len(response)} was expected"
+        raise BadSample("ids", f"has the `length` {length!r:.40}; {wanted}")
     return Ids(prompt, response, steps, length)
 
 
@@ -158,8 +152,7 @@ def _chat(messages: list[Any], system: str | None, tools: list[Record] | None) -
         raise BadSample("messages", "begins with the assistant; a turn of the user must come first")
     if system and roles[0] == "system":
         raise BadSample("messages", "has a `system` field and a turn of the system; leave one out")
-    context_only = [place for place, role in enumerate(roles) if role == "assistant" and place not in learned]
-    return Chat(turns, tuple(context_only), system, tools)
+    return Chat(turns, tuple(learned), system, tools)
 
 
 def _bad_message(number: int, fault: str) -> BadSample:
@@ -265,15 +258,13 @@ def _optional(record: Record, field: str, where: str) -> str | None:
 def _text(record: Record, field: str, what: str) -> str:
     """A column as text; numbers are taken as written."""
     value = as_text(record.get(field))
-    if isinstance(value, str) and value.strip():
-        return value
-    if isinstance(value, str):
+    if not isinstance(value, str):
+        fields = ", ".join(record) or "none"
+        way_out = f"rename it, or name yours in dataset.{what}_key"
+        raise BadSample(f"no {what}", f"has no `{field}` that is text (its fields: {fields:.200}); {way_out}")
+    if not value.strip():
         raise BadSample(f"empty {what}", f"has an empty `{field}`")
-    fields = ", ".join(record) or "none"
-    raise BadSample(
-        f"no {what}",
-        f"has no `{field}` that is text (its fields: {fields:.200}); rename it, or name yours in dataset.{what}_key",
-    )
+    return value
 
 
 def _step_map(record: Record) -> list[int] | None:

@@ -165,7 +165,7 @@ def as_chat(sample: Answer, around: str) -> Chat:
     if sample.reasoning_content:
         answer["reasoning_content"] = sample.reasoning_content
     question = {"role": "user", "content": around.replace("{question}", sample.prompt)}
-    return Chat([question, answer], system=sample.system, tools=sample.tools)
+    return Chat([question, answer], (1,), sample.system, sample.tools)
 
 
 def chat_turns(sample: Chat, tokenizer: PreTrainedTokenizerBase, stop: int) -> Iterator[tuple[str, str]]:
@@ -180,10 +180,8 @@ def chat_turns(sample: Chat, tokenizer: PreTrainedTokenizerBase, stop: int) -> I
             "chat template",
             f"has {ignored}, which the model's chat template leaves out; leave it out or take another template",
         )
-    for index, turn in enumerate(messages):
-        if turn["role"] != "assistant" or index in sample.context_only:
-            continue
-        before = [*system, *messages[:index]]
+    for index in sample.learned:
+        turn, before = messages[index], [*system, *messages[:index]]
         prompt = turns_text(tokenizer, before, tools=sample.tools)
         if turn.keys() == {"role", "content"}:
             yield prompt, turn["content"]
