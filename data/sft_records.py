@@ -88,7 +88,10 @@ def load_samples(
         try:
             if isinstance(record, UserError):
                 sample = Rejected("broken line", str(record).removeprefix(f"{key}: "))
-            elif correct_only and not _is_correct(record):
+            elif correct_only and not isinstance(record.get("correct"), bool):
+                asked = "has no `correct` that is true or false, which dataset.correct_only asks for"
+                sample = Rejected("no verdict", f"{place} {asked}")
+            elif correct_only and not record["correct"]:
                 sample = Rejected("not correct", f"{place} is not correct", bad=False)
             else:
                 sample = parse_sample(record, prompt_key, response_key)
@@ -100,7 +103,7 @@ def load_samples(
     return samples
 
 
-def parse_sample(record: Record, prompt_key: str = "prompt", response_key: str = "response") -> Sample:
+def parse_sample(record: Record, prompt_key: str, response_key: str) -> Sample:
     """A record, without empty fields, as the sample that its fields make it: ids before texts, texts before messages.
 
     BadSample if it is none, or if it holds more than would be learned of it.
@@ -138,13 +141,13 @@ def _ids(record: Record) -> Ids:
 
 def _chat(messages: list[Any], system: str | None, tools: list[Record] | None) -> Chat:
     turns, learned = [], []
-    for place, message in enumerate(messages):
+    for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
-            raise _bad_message(place + 1, "that is no object")
+            raise _bad_message(number, "that is no object")
         message = _filled(message)
-        turns.append(_turn(message, place + 1))
-        if _is_learned(message, turns[-1]["role"], place + 1):
-            learned.append(place)
+        turns.append(_turn(message, number))
+        if _is_learned(message, turns[-1]["role"], number):
+            learned.append(number - 1)
     roles = [turn["role"] for turn in turns]
     if not learned:
         raise BadSample("no assistant turn", "has no turn of the assistant, so nothing to learn")
@@ -184,9 +187,9 @@ def _turn(message: Record, number: int) -> Record:
 
 def _content(content: Any, number: int) -> str | None:
     """What is said, also as a list of parts that are text; None where there is nothing."""
+    if content is None or isinstance(content, str):
+        return content
     if not isinstance(content, list):
-        if content is None or isinstance(content, str):
-            return content
         raise _bad_message(number, "whose `content` is no text")
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
@@ -276,9 +279,3 @@ def _step_map(record: Record) -> list[int] | None:
 
 def _whole_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and abs(value) < 2**31 for value in values)
-
-
-def _is_correct(record: Record) -> bool:
-    if not isinstance(record.get("correct"), bool):
-        raise BadSample("no verdict", "has no `correct` that is true or false, which dataset.correct_only asks for")
-    return record["correct"]

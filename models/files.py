@@ -45,7 +45,16 @@ def check_files(folder: Path) -> None:
                 f"{KEY}: {file} is no index of shards (`metadata`, and a `weight_map` from tensors to files beside "
                 "it); copy it anew"
             )
-    _check_not_quantised(folder)
+    way_out = "quantised weights are not read here: give the checkpoint in bfloat16 or float32"
+    quantised = read_config(folder).get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise UserError(f"{KEY}: {folder}/config.json has a quantization_config ({method or quantised!r}); {way_out}")
+    for file in sorted(folder.glob("model*.safetensors")):
+        with contextlib.suppress(SafetensorError), safe_open(file, "pt") as tensors:  # damage is told when it is read
+            for name in tensors.offset_keys():
+                if (kind := tensors.get_slice(name).get_dtype()) not in FLOATS:
+                    raise UserError(f"{KEY}: tensor {name} of {file} is of type {kind}; {way_out}")
 
 
 def check_texts(folder: Path) -> None:
@@ -59,17 +68,3 @@ def check_texts(folder: Path) -> None:
             file.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{KEY}: {file} is not UTF-8 text; copy it anew") from error
-
-
-def _check_not_quantised(folder: Path) -> None:
-    """UserError where the weights are no floats as they stand."""
-    way_out = "quantised weights are not read here: give the checkpoint in bfloat16 or float32"
-    quantised = read_config(folder).get("quantization_config")
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise UserError(f"{KEY}: {folder}/config.json has a quantization_config ({method or quantised!r}); {way_out}")
-    for file in sorted(folder.glob("model*.safetensors")):
-        with contextlib.suppress(SafetensorError), safe_open(file, "pt") as tensors:  # damage is told when it is read
-            for name in tensors.offset_keys():
-                if (kind := tensors.get_slice(name).get_dtype()) not in FLOATS:
-                    raise UserError(f"{KEY}: tensor {name} of {file} is of type {kind}; {way_out}")

@@ -22,9 +22,8 @@ _auto_from_pretrained = AutoTokenizer.from_pretrained
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint's folder holds a fast tokenizer, or the files of which one is made."""
-    return (folder / "tokenizer.json").is_file() or all(
-        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
-    )
+    parts = [folder / "vocab.json", folder / "merges.txt"]
+    return (folder / "tokenizer.json").is_file() or all(part.is_file() for part in parts)
 
 
 def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -60,18 +59,14 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write the tokenizer: the files it came from, byte for byte, unless it was changed since."""
-    source = Path(tokenizer.name_or_path or "")
-    if not tokenizer.name_or_path or not source.is_dir():
+    source, folder = Path(tokenizer.name_or_path or ""), Path(folder)
+    fresh = load_tokenizer(source) if tokenizer.name_or_path and source.is_dir() else None
+    if fresh is None or (fresh.get_vocab(), fresh.chat_template) != (tokenizer.get_vocab(), tokenizer.chat_template):
         tokenizer.save_pretrained(str(folder))
-        return
-    fresh = load_tokenizer(source)
-    if fresh.get_vocab() != tokenizer.get_vocab() or fresh.chat_template != tokenizer.chat_template:
-        tokenizer.save_pretrained(str(folder))
-        return
-    # transformers 5 would write a tokenizer class that transformers 4 does not know
-    for file in (source / name for name in TOKENIZER_FILES):
-        if file.is_file() and source.resolve() != Path(folder).resolve():
-            (Path(folder) / file.name).write_bytes(file.read_bytes())
+    elif source.resolve() != folder.resolve():
+        # copied, for transformers 5 would write a tokenizer class that transformers 4 does not know
+        for file in (source / name for name in TOKENIZER_FILES if (source / name).is_file()):
+            (folder / file.name).write_bytes(file.read_bytes())
 
 
 def no_code_for(model_type: str) -> None:

@@ -269,18 +269,15 @@ def fill(example: Example, loaded: LoadedModel, config: SFTConfig) -> Example:
 def conversations_of(examples: Sequence[Example], family: Family) -> list[Conversation]:
     """Examples of one sample, together as far as one's prompt goes on from the last and attention lets them share."""
     conversations: list[Conversation] = []
+    seen: list[int] = []  # clean, by the views of the example before
     for example in examples:
-        if family.attention == "block" and conversations and goes_on(conversations[-1][-1], example):
+        prompt = example.prompt_ids
+        if family.attention == "block" and conversations and prompt[: len(seen)] == seen and len(prompt) > len(seen):
             conversations[-1].append(example)
         else:
             conversations.append([example])
+        seen = prompt + example.response_ids[: example.length - 1]
     return conversations
-
-
-def goes_on(before: Example, after: Example) -> bool:
-    """Whether a prompt begins with all that the views of an earlier example see clean."""
-    whole = before.prompt_ids + before.response_ids[: before.length - 1]
-    return after.prompt_ids[: len(whole)] == whole and len(after.prompt_ids) > len(whole)
 
 
 def split(

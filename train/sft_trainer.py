@@ -89,15 +89,8 @@ def finetune(config: SFTConfig) -> Path:
         figures = train(run)
     run.metrics.close()
     target = export(run)
-    results = {
-        "samples": {
-            "learned": len(run.learned),
-            "validation": len(run.validation),
-            "left_out": dict(run.samples.left_out),
-        },
-        "updates": run.progress.step,
-        "last": figures,
-    }
+    samples = {"learned": len(run.learned), "validation": len(run.validation), "left_out": run.samples.left_out}
+    results = {"samples": samples, "updates": run.progress.step, "last": figures}
     if ranks.is_main():
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
         (run.folder / "results.json").write_text(json.dumps(results, indent=2))
@@ -222,10 +215,7 @@ def train_step(run: SFTRun) -> dict[str, float]:
 
 
 def rows_of(
-    training: SFTTrainingConfig,
-    loaded: LoadedModel,
-    conversations: Sequence[Conversation],
-    rng: np.random.Generator,
+    training: SFTTrainingConfig, loaded: LoadedModel, conversations: Sequence[Conversation], rng: np.random.Generator
 ) -> list[Row]:
     """Packed rows of conversations under freshly drawn views."""
     method, layout = SFT_METHODS[loaded.family.attention][training.method], layout_of(loaded, training.block_size)
@@ -289,14 +279,12 @@ def report_line(run: SFTRun, figures: dict[str, float]) -> str:
 def measure_if_due(run: SFTRun) -> dict[str, float]:
     """The measurements after this update, if it is one of those that have them and they are not made yet."""
     state, training = run.progress, run.config.training
-    due = state.step > state.measured and (state.step % state.interval == 0 or state.step == run.updates)
-    if not due:
+    if state.step <= state.measured or (state.step % state.interval and state.step != run.updates):
         return {}
     figures = measure(run)
     accuracy = figures.get("eval/accuracy", 0.0)
     state.measured, state.interval = state.step, next_interval(training, accuracy)
-    stop_at = training.stop_at_accuracy
-    state.good_enough = bool(run.held_out.tasks) and stop_at is not None and accuracy >= stop_at
+    state.good_enough = training.stop_at_accuracy is not None and accuracy >= training.stop_at_accuracy
     return figures
 
 
