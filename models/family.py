@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from common.errors import UserError, load_object
 from common.runtime import settle_threads
-from models.files import MALFORMED, TOKENIZER_FILES, check_files, read_config
+from models.files import KEY, MALFORMED, TOKENIZER_FILES, check_files, read_config
 from models.tokenizer import has_tokenizer, load_tokenizer, no_code_for, save_tokenizer
 
 # Instructions around a task; `{question}` is replaced by it.
@@ -106,7 +106,7 @@ def load_model(
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
     if largest >= model.config.vocab_size:
         raise UserError(
-            f"model.pretrained_model: {folder}: the tokenizer's token {token!r} has id {largest}, the network only "
+            f"{KEY}: {folder}: the tokenizer's token {token!r} has id {largest}, the network only "
             f"{model.config.vocab_size} ids; enlarge it (resize_token_embeddings), or take the token out"
         )
     return LoadedModel(
@@ -135,18 +135,14 @@ def load_network(
         raise
     except StrictDataclassError as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"model.pretrained_model: {folder}/config.json does not fit {family.name} ({reason})"
-        ) from error
+        raise UserError(f"{KEY}: {folder}/config.json does not fit {family.name} ({reason})") from error
     except (OSError, SafetensorError, UnpicklingError, EOFError) as error:
         # torch's own words on pickles advise to run them
         reason = "no file of plain tensors" if isinstance(error, UnpicklingError) else one_line(error)
-        raise UserError(f"model.pretrained_model: {folder} holds no weights that can be read ({reason})") from error
+        raise UserError(f"{KEY}: {folder} holds no weights that can be read ({reason})") from error
     except (RuntimeError, *MALFORMED) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(
-            f"model.pretrained_model: {folder}/config.json or its weights do not fit {family.name} ({reason})"
-        ) from error
+        raise UserError(f"{KEY}: {folder}/config.json or its weights do not fit {family.name} ({reason})") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     check_tensors(folder, family, report)
@@ -181,7 +177,7 @@ def local_folder(path: str | Path) -> Path:
         return Path(path)
     way_out = "give a folder with config.json, or a hub name such as JetLM/SDAR-1.7B-Chat"
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):
-        raise UserError(f"model.pretrained_model: no folder {str(path)!r}; {way_out}")
+        raise UserError(f"{KEY}: no folder {str(path)!r}; {way_out}")
     try:
         folder = Path(snapshot_download(str(path), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
         if not any(folder.glob("*.safetensors")):  # an older repository: torch's own format, read without its pickles
@@ -189,8 +185,7 @@ def local_folder(path: str | Path) -> Path:
         return folder
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.pretrained_model: {str(path)!r} is no folder and could not be downloaded "
-            f"({type(error).__name__}); {way_out}"
+            f"{KEY}: {str(path)!r} is no folder and could not be downloaded ({type(error).__name__}); {way_out}"
         ) from error
 
 
@@ -215,9 +210,7 @@ def own_block_size(folder: Path, family: Family) -> int | None:
     """The block size that a checkpoint's config.json names, where its family attends by blocks; UserError if unfit."""
     size = read_config(folder).get("block_size") if family.attention == "block" else None
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise UserError(
-            f"model.pretrained_model: {folder}/config.json: block_size: {size!r} is no whole number above 0; mend it"
-        )
+        raise UserError(f"{KEY}: {folder}/config.json: block_size: {size!r} is no whole number above 0; mend it")
     return size
 
 
@@ -244,17 +237,17 @@ def check_model_type(folder: Path, family: Family) -> None:
 def check_tensors(folder: Path, family: Family, report: dict[str, Any]) -> None:
     """Raise UserError naming the first tensor that is missing, misshapen or unknown; report: from_pretrained's."""
     if missing := report["missing_keys"]:
-        raise UserError(f"model.pretrained_model: {folder} lacks {_counted(family, missing)}; is the checkpoint whole?")
+        raise UserError(f"{KEY}: {folder} lacks {_counted(family, missing)}; is the checkpoint whole?")
     if report["mismatched_keys"]:
         name, found, wanted = sorted(report["mismatched_keys"])[0]
         raise UserError(
-            f"model.pretrained_model: {folder}: tensor {family.model_class.original_name(name)} has shape "
+            f"{KEY}: {folder}: tensor {family.model_class.original_name(name)} has shape "
             f"{tuple(found)}, config.json asks for {tuple(wanted)}"
         )
     unknown = [name for name in report["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
     if unknown:
         tensors = _counted(family, unknown)
-        raise UserError(f"model.pretrained_model: {folder} has {tensors}, which {family.name} has no place for")
+        raise UserError(f"{KEY}: {folder} has {tensors}, which {family.name} has no place for")
 
 
 @torch.no_grad()
@@ -264,8 +257,8 @@ def check_finite(folder: Path, family: Family, model: PreTrainedModel) -> None:
         tensor = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's ZeRO-3 keeps a rank's part there
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
             raise UserError(
-                f"model.pretrained_model: {folder}: tensor {family.model_class.original_name(name)} holds NaN or "
-                "infinite values; the training that wrote it failed, or the file is damaged"
+                f"{KEY}: {folder}: tensor {family.model_class.original_name(name)} holds NaN or infinite values; "
+                "the training that wrote it failed, or the file is damaged"
             )
 
 
@@ -274,7 +267,7 @@ def find_mask_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fam
     mask_id = tokenizer.mask_token_id
     if mask_id is None:
         mask_id = tokenizer.get_vocab().get(family.mask_token, getattr(model.config, "mask_token_id", None))
-    where = f"model.pretrained_model: {model.config.name_or_path}"
+    where = f"{KEY}: {model.config.name_or_path}"
     if mask_id is None:
         raise UserError(
             f"{where}: the tokenizer has no mask token; set mask_token in tokenizer_config.json "

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from common.errors import UserError
 from common.records import read_object
 
-KEY = "model.pretrained_model"
+KEY = "model.pretrained_model"  # of the config: what errors about a checkpoint begin with
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,8 +42,8 @@ def check_files(folder: Path) -> None:
         whole = isinstance(shards, dict) and shards and isinstance(index.get("metadata"), dict)
         if not whole or not all(isinstance(name, str) and Path(name).name == name for name in shards.values()):
             raise UserError(
-                f"{KEY}: {file} is no index of shards (`metadata`, and a `weight_map` from tensors to files beside "
-                "it); copy it anew"
+                f"{KEY}: {file} is no index of shards (`metadata`, and a `weight_map` from tensors to files "
+                "beside it); copy it anew"
             )
     way_out = "quantised weights are not read here: give the checkpoint in bfloat16 or float32"
     quantised = read_config(folder).get("quantization_config")

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from common.errors import UserError
-from models.files import MALFORMED, TOKENIZER_FILES, check_texts
+from models.files import KEY, MALFORMED, TOKENIZER_FILES, check_texts
 
 _OURS: set[str] = set()  # model types whose tokenizers AutoTokenizer leaves to load_tokenizer
 _auto_from_pretrained = AutoTokenizer.from_pretrained
@@ -33,9 +33,7 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
     """
     folder = Path(folder)
     if not has_tokenizer(folder):
-        raise UserError(
-            f"model.pretrained_model: {folder} has no tokenizer; copy the base model's tokenizer.json there"
-        )
+        raise UserError(f"{KEY}: {folder} has no tokenizer; copy the base model's tokenizer.json there")
     check_texts(folder)
     whole = folder / "tokenizer.json"
     kind = Qwen2Tokenizer  # Dream publishes Qwen2's files with a class of its own, which is Qwen2's
@@ -45,15 +43,14 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
             Tokenizer.from_str(whole.read_text(encoding="utf-8"))
         except Exception as error:  # tokenizers has no class of its own for it
             raise UserError(
-                f"model.pretrained_model: {whole} is no tokenizer ({error}); copy the base model's tokenizer.json there"
+                f"{KEY}: {whole} is no tokenizer ({error}); copy the base model's tokenizer.json there"
             ) from error
     try:
         return kind.from_pretrained(str(folder), **kwargs)
     except MALFORMED as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"model.pretrained_model: the tokenizer's files in {folder} do not fit each other ({reason}); "
-            "copy the base model's there"
+            f"{KEY}: the tokenizer's files in {folder} do not fit each other ({reason}); copy the base model's there"
         ) from error
 
 

@@ -103,11 +103,8 @@ def make_samples(config: SFTConfig, loaded: LoadedModel, located: Located) -> Sa
                 kept.append(example)
         samples.conversations += conversations_of(kept, loaded.family)
     if not samples.conversations:
-        reasons = samples.reasons(training)
-        raise UserError(
-            f"dataset.optimization_data: no sample of {dataset.optimization_data} can be used"
-            + (f" ({reasons})" if reasons else "")
-        )
+        problem = f"no sample of {dataset.optimization_data} can be used ({samples.reasons(training)})"
+        raise UserError(f"dataset.optimization_data: {problem}")
     return samples
 
 
@@ -176,10 +173,8 @@ def chat_turns(sample: Chat, tokenizer: PreTrainedTokenizerBase, stop: int) -> I
     ]
     system = [{"role": "system", "content": sample.system}] if sample.system else []
     if ignored := ignored_by_template(tokenizer, system, messages, sample.tools):
-        raise BadSample(
-            "chat template",
-            f"has {ignored}, which the model's chat template leaves out; leave it out or take another template",
-        )
+        problem = "which the model's chat template leaves out; leave it out or take another template"
+        raise BadSample("chat template", f"has {ignored}, {problem}")
     for index in sample.learned:
         turn, before = messages[index], [*system, *messages[:index]]
         prompt = turns_text(tokenizer, before, tools=sample.tools)
@@ -228,11 +223,8 @@ def whole_step_map(step_map: list[int] | None, length: int) -> list[int] | None:
     if step_map is None:
         return None
     if len(step_map) not in (length - 1, length):
-        raise BadSample(
-            "step map",
-            f"has a `step_map` of {len(step_map)} entries; its response is {length - 1} tokens, or {length} with the "
-            "stop token",
-        )
+        counted = f"{length - 1} tokens, or {length} with the stop token"
+        raise BadSample("step map", f"has a `step_map` of {len(step_map)} entries; its response is {counted}")
     return step_map if len(step_map) == length else [*step_map, max(step_map, default=-1) + 1]
 
 
@@ -243,9 +235,8 @@ def fill(example: Example, loaded: LoadedModel, config: SFTConfig) -> Example:
     tokens fill the rest.
     """
     training, family = config.training, loaded.family
-    replayed = training.method == "trace"
     response, steps = example.response_ids[: example.length], None
-    if replayed:
+    if training.method == "trace":
         if example.step_map is None:
             raise BadSample("no step map", "has no `step_map`, which training.method=trace replays")
         response, steps = example.response_ids, example.step_map
