@@ -16,19 +16,19 @@ def take_defaults(config: Any, loaded: LoadedModel) -> None:
     """
     if config.written is None:
         return
-    sections = {name: section for name, section in vars(config).items() if isinstance(section, Sampling)}
-    sections |= {"": config} if isinstance(config, Sampling) else {}
-    sections |= {"training": config.training} if hasattr(getattr(config, "training", None), "block_size") else {}
+    sections = {f"{name}.": section for name, section in vars(config).items() if isinstance(section, Sampling)}
+    if isinstance(config, Sampling):
+        sections[""] = config
+    if hasattr(getattr(config, "training", None), "block_size"):
+        sections["training."] = config.training
     taken, differing = [], []
-    for name, section in sections.items():
-        prefix = f"{name}." if name else ""
+    for prefix, section in sections.items():
         written = {key.removeprefix(prefix) for key in config.written if key.startswith(prefix)}
         for key, value in open_keys(section, written, loaded).items():
             if getattr(section, key) != value:
                 taken.append(f"{prefix}{key}={value}")
                 setattr(section, key, value)
-        own = loaded.block_size
-        if own is not None and section.block_size != own:
+        if loaded.block_size not in (None, section.block_size):
             differing.append(f"{prefix}block_size={section.block_size}")
         if isinstance(section, Sampling):
             settings_of(section)
