@@ -7,10 +7,11 @@ import json
 import symtable
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common.errors import UserError
+from common.records import Record
 
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 CONSTANT = (ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Set, ast.JoinedStr, ast.Lambda)
@@ -28,13 +29,14 @@ class Usage:
     problem: str  # why the tests test nothing, empty where they do
 
 
-def checked_usage(tests: str | Sequence[str], prefix: str, entry_point: str, where: str) -> Usage:
-    """What these tests use; UserError where they are no Python or test nothing."""
-    entries = (tests,) if isinstance(tests, str) else tuple(tests)
+def checked_usage(record: Record, where: str) -> Usage:
+    """What the tests of a task's functions use; UserError where they are no Python or test nothing."""
+    tests = record["test_list"]
     if isinstance(tests, str) and _is_json_list(tests):
         raise UserError(f"{where}: `test_list` is a list written as one text; give the list itself")
+    entries = (tests,) if isinstance(tests, str) else tuple(tests)
     try:
-        usage = usage_of(entries, prefix, entry_point)
+        usage = _usage(entries, record.get("prefix") or "", record.get("entry_point") or "")
     except NO_PYTHON as error:
         told = " ".join(str(error).split())
         raise UserError(f"{where}: `test_list` or `prefix` is not valid Python: {told:.160}") from None
@@ -43,7 +45,7 @@ def checked_usage(tests: str | Sequence[str], prefix: str, entry_point: str, whe
     return usage
 
 
-def check_input_output(record: dict[str, object], where: str) -> None:
+def check_input_output(record: Record, where: str) -> None:
     """UserError for inputs and outputs of whole programs that test nothing."""
     given, wanted = record["test_input"], record["test_output"]
     if isinstance(given, str) and isinstance(wanted, str) and _is_json_list(given) and _is_json_list(wanted):
@@ -64,7 +66,7 @@ def _is_json_list(text: str) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def usage_of(tests: tuple[str, ...], prefix: str = "", entry_point: str = "") -> Usage:
+def _usage(tests: tuple[str, ...], prefix: str, entry_point: str) -> Usage:
     """What these tests use, a problem among it; one of NO_PYTHON where they cannot be read."""
     with warnings.catch_warnings(action="ignore"):
         trees = [ast.parse(test) for test in tests]
