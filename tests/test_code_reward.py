@@ -56,6 +56,7 @@ def stdio(*pairs: tuple[str, str], **fields) -> Task:
         ("Use ```python x = 1``` only.", "x = 1"),
         ("```python\ndef f():\n    return 1```\nThat is all.", "def f():\n    return 1"),
         ("```python\nx = 1\n``` That is all.\n", "x = 1"),
+        ("```\nUse ```python x = 1``` only.\nThat is all.", "x = 1"),
         ("````python\nx = '''\n```\n'''\n````", "x = '''\n```\n'''"),
         ("```python\nx = 1\n````", "x = 1"),
         ("~~~python\nx = 1\n~~~", "x = 1"),
