@@ -84,17 +84,13 @@ WORDS = re.compile(r"[a-zA-Z][a-zA-Z\s,;'.-]*")
 BASE = re.compile(r"(?<=[\dA-F])_\{(\d+)\}")
 MODULUS = re.compile(r"mod\}?\s*\{?\s*(\d+)")
 PRIME = re.compile(r"(?<=[a-zA-Z)])(?:'+|\^\s?\{?(?:\s?\\prime(?![a-zA-Z]))+)(?![a-zA-Z])")
+# For all, some, none and not: in both answers as many.
 QUANTIFIERS = [
-    (name, re.compile(pattern))
-    for name, pattern in [
-        ("all", r"\\forall|\bfor\s(?:all|every|each|any)\b"),
-        ("some", r"\\exists|\bfor\ssome\b|\bthere\s(?:exists?|is|are)\b"),
-        ("none", r"\\nexists"),
-        ("not", r"\\(?:neg|lnot|not)(?![a-zA-Z])"),
-    ]
+    re.compile(r"\\forall|\bfor\s(?:all|every|each|any)\b"),
+    re.compile(r"\\exists|\bfor\ssome\b|\bthere\s(?:exists?|is|are)\b"),
+    re.compile(r"\\nexists"),
+    re.compile(r"\\(?:neg|lnot|not)(?![a-zA-Z])"),
 ]
-
-
 SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -288,9 +284,7 @@ def contradict(a: str, b: str) -> bool:
         in_a, in_b = pattern.findall(a), pattern.findall(b)
         if in_a and in_b and in_a != in_b:
             return True
-    if any(len(pattern.findall(a)) != len(pattern.findall(b)) for _, pattern in QUANTIFIERS):
-        return True
-    if len(PRIME.findall(a)) != len(PRIME.findall(b)):
+    if any(len(pattern.findall(a)) != len(pattern.findall(b)) for pattern in (*QUANTIFIERS, PRIME)):
         return True
     names_a, names_b = _named(a), _named(b)
     return any(names_a[kind].isdisjoint(names_b[kind]) for kind in names_a.keys() & names_b.keys())
