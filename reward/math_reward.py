@@ -83,7 +83,8 @@ def answers_equal(predicted: str, reference: str) -> bool:
     predicted, reference = _trim(predicted), _trim(reference)
     if predicted == reference:
         return True
-    if not predicted or _depth(predicted) > MAX_DEPTH:
+    depths = itertools.accumulate((sign in "([{") - (sign in ")]}") for sign in predicted)
+    if not predicted or max(depths) > MAX_DEPTH:
         return False
     number, reference_number = notation.digits(predicted), notation.digits(reference)
     if number and reference_number:
@@ -173,8 +174,3 @@ def _closes_last(inner: str) -> bool:
         if depth < 0 or brace in ("$", "\\)", "\\]"):
             return False
     return depth == 0
-
-
-def _depth(text: str) -> int:
-    """How deeply brackets nest, closed or not."""
-    return max(itertools.accumulate(((sign in "([{") - (sign in ")]}") for sign in text), initial=0))

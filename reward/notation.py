@@ -35,7 +35,12 @@ RUNS = {mark: re.compile(f"([{signs}]+)") for mark, signs in SCRIPTS.items()}
 ON_THE_LINE = str.maketrans("".join(SCRIPTS.values()), 2 * "0123456789+-n")
 ROOTS = re.compile(r"([√∛∜])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\w))")
 DEGREES_OF_ROOTS = {"√": "", "∛": "[3]", "∜": "[4]"}
-VULGAR = {chr(code): unicodedata.normalize("NFKC", chr(code)) for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))}
+VULGAR = str.maketrans(  # ½ and the like
+    {
+        chr(code): r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", chr(code)).split("⁄"))
+        for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))
+    }
+)
 
 TEXT = r"\\text\s*\{([^{}]*)\}"
 INTEGER = r"\s*(?:\{\s*(\d+)\s*\}|(\d))"
@@ -186,11 +191,8 @@ def raise_scripts(text: str) -> str:
 def plain(text: str) -> str:
     """The answer in plain LaTeX: no unicode signs, no sizes, spacing, currency or units, one form for each number."""
     if not text.isascii():
-        for sign, fraction in VULGAR.items():
-            above, _, below = fraction.partition("⁄")
-            if below:
-                text = text.replace(sign, f"\\frac{{{above}}}{{{below}}}")
-        text = ROOTS.sub(lambda m: f"\\sqrt{DEGREES_OF_ROOTS[m[1]]}{{{m[2] or m[3] or m[4]}}}", raise_scripts(text))
+        text = raise_scripts(text.translate(VULGAR))
+        text = ROOTS.sub(lambda m: f"\\sqrt{DEGREES_OF_ROOTS[m[1]]}{{{m[2] or m[3] or m[4]}}}", text)
         text = unicodedata.normalize("NFKC", text).translate(UNICODE)
     for _, pattern, by in RULES:
         text = pattern.sub(by, text).strip()
