@@ -36,8 +36,8 @@ def general_score(response: str, task: Task, reward: ScoringConfig) -> Score:
     if not answer:
         return Score(0.0, False, "no_answer")
     if reward.match == "fuzzy":
-        pair = [_plain(text[:MAX_EXACT])[:MAX_COMPARED] for text in (answer, reference)]
-        similarity = difflib.SequenceMatcher(None, *pair, autojunk=False).ratio()
+        one, other = (_plain(text[:MAX_EXACT])[:MAX_COMPARED] for text in (answer, reference))
+        similarity = 1.0 if one == other else difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
         correct = similarity >= reward.fuzzy_threshold
     else:
         is_long = max(len(answer), len(reference)) > MAX_EXACT
