@@ -9,7 +9,7 @@ from common.schema import Sampling
 from common.trajectory import Request
 from models.family import stop_ids_of_network
 from sample.engine import Engine
-from sample.slots import refused
+from sample.slots import check_drawn
 
 
 def block_diffusion_generate(
@@ -36,18 +36,22 @@ def block_diffusion_generate(
     the model's own. The same `seed` gives the same responses; without one, torch's generator gives a new one at each
     call. A block has at most as many denoising steps as tokens.
     """
-    settings = Sampling(
-        block_size=block_length,
-        denoising_steps_per_block=min(block_length, denoising_steps),
-        steps=denoising_steps * -(-gen_length // block_length),
-        max_token=gen_length,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        remasking_strategy=remasking_strategy,
-        dynamic_threshold=confidence_threshold,
+    return diffusion_generate(
+        model,
+        prompt,
+        mask_id,
+        gen_length,
+        block_length,
+        denoising_steps * -(-gen_length // block_length),
+        temperature,
+        top_k,
+        top_p,
+        remasking_strategy,
+        confidence_threshold=confidence_threshold,
+        stopping_criteria_idx=stopping_criteria_idx,
+        stop_ids=stop_ids,
+        seed=seed,
     )
-    return generate_ids(model, prompt, mask_id, settings, stop_ids, seed, stopping_criteria_idx)
 
 
 def diffusion_generate(
@@ -73,7 +77,7 @@ def diffusion_generate(
 
     Steps are divided over the blocks. `use_cache`, `further_horizon` and `target` concern full attention only.
     """
-    blocks = -(-gen_length // block_length)
+    blocks = max(1, -(-gen_length // block_length))
     settings = Sampling(
         block_size=block_length,
         denoising_steps_per_block=min(block_length, max(1, steps // blocks)),
@@ -110,8 +114,7 @@ def generate_ids(
     requests = [Request(str(n), row[keep].tolist(), seed=seed) for n, (row, keep) in enumerate(zip(ids, real))]
     responses: list[list[int]] = [[] for _ in requests]
     for trajectory in Engine(model, mask_id, stops).generate(requests, settings):
-        if trajectory.finish_reason == "refused":
-            raise refused(trajectory)
+        check_drawn(trajectory)
         responses[int(trajectory.task_id)] = trajectory.response_ids[: trajectory.length]
     padding = model.config.pad_token_id if model.config.pad_token_id is not None else (*stops, 0)[0]
     width = max(map(len, responses))
