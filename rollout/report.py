@@ -47,9 +47,8 @@ class RunPage:
     def note(self, step: int, groups: Sequence[Sequence[ScoredTrajectory]]) -> None:
         """Keep the best and the worst responses of a step."""
         ranked = sorted((response for group in groups for response in group), key=lambda one: one.score.reward)
-        best, worst = ranked[::-1][:SHOWN], ranked[:SHOWN]
-        self.responses = [("best", step, response) for response in best]
-        self.responses += [("worst", step, response) for response in worst]
+        self.responses = [("best", step, response) for response in ranked[::-1][:SHOWN]]
+        self.responses += [("worst", step, response) for response in ranked[:SHOWN]]
 
     def refresh(self, done: bool = False) -> bool:
         """Rewrite the page if enough time has passed, or the run is done; returns whether it was rewritten.

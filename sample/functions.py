@@ -36,22 +36,18 @@ def block_diffusion_generate(
     the model's own. The same `seed` gives the same responses; without one, torch's generator gives a new one at each
     call. A block has at most as many denoising steps as tokens.
     """
-    return diffusion_generate(
-        model,
-        prompt,
-        mask_id,
-        gen_length,
-        block_length,
-        denoising_steps * -(-gen_length // block_length),
-        temperature,
-        top_k,
-        top_p,
-        remasking_strategy,
-        confidence_threshold=confidence_threshold,
-        stopping_criteria_idx=stopping_criteria_idx,
-        stop_ids=stop_ids,
-        seed=seed,
+    settings = Sampling(
+        block_size=block_length,
+        denoising_steps_per_block=min(block_length, denoising_steps),
+        steps=denoising_steps * -(-gen_length // block_length),
+        max_token=gen_length,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        remasking_strategy=remasking_strategy,
+        dynamic_threshold=confidence_threshold,
     )
+    return generate_ids(model, prompt, mask_id, settings, stop_ids, seed, stopping_criteria_idx)
 
 
 def diffusion_generate(
@@ -77,7 +73,7 @@ def diffusion_generate(
 
     Steps are divided over the blocks. `use_cache`, `further_horizon` and `target` concern full attention only.
     """
-    blocks = max(1, -(-gen_length // block_length))
+    blocks = -(-gen_length // block_length)
     settings = Sampling(
         block_size=block_length,
         denoising_steps_per_block=min(block_length, max(1, steps // blocks)),
