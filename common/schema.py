@@ -453,6 +453,7 @@ class PromptsConfig:
     math: str | None = key(None, "of a maths task")
     code_function: str | None = key(None, "of a code task whose function is called")
     code_stdio: str | None = key(None, "of a code task whose program reads input and prints output")
+    option: str | None = key(None, "of a multiple choice")
     general: str | None = key(None, "of any other task")
 
 
@@ -467,6 +468,11 @@ class RLModelConfig(ModelConfig):
 class EvalDatasetConfig:
     eval_dataset: str = key("", "tasks to evaluate on: a name, a path (json, jsonl, parquet) or a hub id")
     data_type: Kind = key("math", "how answers are checked: math, code or general")
+    prompt_style: Literal["template", "published"] = key(
+        "template",
+        "what stands around a task's turn: the tokenizer's chat template, or the very text of the family's published "
+        "evaluation",
+    )
     prompts: PromptsConfig = section(PromptsConfig)
 
 

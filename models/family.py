@@ -29,11 +29,13 @@ from models.tokenizer import has_tokenizer, load_tokenizer, no_code_for, save_to
 # Instructions around a task; `{question}` is replaced by it.
 MATH_STEPS = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 MATH_FINAL = "You need to put your final answer in \\boxed{}. This is the problem:\n{question}"
-CODE = {
+SHARED = {
     "code_function": "{question}\nPlace your code within a single Python code block ```python ```. "
     "Do not include more than one code block. ",
     "code_stdio": "This is the problem:\n{question}\nYou should put your code in ```python ```. "
     "Use input() to read input and print() to produce output in your script. ",
+    "option": "This is the problem:\n{question}\nYou need to think step by step and put the final option "
+    "(A, B, C, or D only—no other character) in \\boxed{}. ",
 }
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
 
@@ -49,7 +51,8 @@ class Family:
     mask_token: str
     config_class: type
     model_class: type
-    instructions: dict[str, str]  # data_type: text around {question}
+    instructions: dict[str, str]  # kind: text around {question}; kind_think: where the answer begins with a thought
+    published_turn: str = ""  # the whole prompt around the user's {turn} in its published evaluation; empty: none
     sampling: dict[str, Any] = field(default_factory=dict)  # keys of `Sampling` where a config says nothing
 
 

@@ -12,7 +12,7 @@ from common.schema import EvalDatasetConfig, TaskSampling
 from common.stop import Stopped, beat, stop_requested
 from common.trajectory import Request, Response, Score, ScoredTrajectory, Task
 from models import LoadedModel
-from models.prompts import encode_prompt, instruction, stop_ids_of
+from models.prompts import stop_ids_of, task_text
 from reward.score import RewardScorer
 from sample.engine import Engine
 
@@ -23,12 +23,13 @@ UNSCORED = Score(0.0, False, "infrastructure")
 def encode_tasks(
     loaded: LoadedModel, tasks: Sequence[Task], dataset: EvalDatasetConfig, thinking: bool
 ) -> list[Prompt]:
-    """Every task with its prompt ids, within the instruction of its kind; `thinking` begins the answer by <think>."""
-    prompts = []
-    for task in tasks:
-        template = instruction(loaded.family, kind_of(task, dataset.data_type), dataset.prompts, thinking)
-        prompts.append((task, encode_prompt(loaded, task.question, template, thinking)))
-    return prompts
+    """Every task with its prompt ids, worded as its kind asks for; `thinking` begins the answer by <think>."""
+    tokenizer, family = loaded.tokenizer, loaded.family
+    texts = [
+        task_text(tokenizer, family, task.question, kind_of(task, dataset.data_type), dataset, thinking)
+        for task in tasks
+    ]
+    return [(task, tokenizer.encode(text, add_special_tokens=False)) for task, text in zip(tasks, texts)]
 
 
 def kind_of(task: Task, data_type: str) -> str:

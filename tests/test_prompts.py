@@ -1,0 +1,145 @@
+"""The text that a model is given: as published, word for word, and in the tokenizer's chat template."""
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from common.config import load_config
+from common.errors import UserError
+from common.schema import EvalDatasetConfig, PromptsConfig
+from models import FAMILIES
+from models.prompts import task_text
+
+WORDS = {
+    "sdar": ("<|im_start|>", "<|im_end|>", "<|MASK|>"),
+    "dream": ("<|im_start|>", "<|im_end|>", "<|mask|>"),
+    "llada": ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"),
+}
+WORDS |= {"trado": WORDS["sdar"], "mmada": WORDS["llada"]}
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{{ '<assistant>\n' }}"
+PUBLISHED = EvalDatasetConfig(prompt_style="published")
+QUESTION = "What is {1+1}?\nSay it."
+
+SDAR = {
+    ("math", False): "<|im_start|>user\nWhat is {1+1}?\nSay it.\nPlease reason step by step, and put your final answer "
+    "within \\boxed{}.<|im_end|>\n<|im_start|>assistant",
+    ("math", True): "<|im_start|>user\nYou need to put your final answer in \\boxed{}. This is the problem:\n"
+    "What is {1+1}?\nSay it.<|im_end|>\n<|im_start|>assistant<think>",
+    ("code_function", False): "<|im_start|>user\nWhat is {1+1}?\nSay it.\nPlace your code within a single Python code "
+    "block ```python ```. Do not include more than one code block. <|im_end|>\n<|im_start|>assistant",
+    ("code_function", True): "<|im_start|>user\nWhat is {1+1}?\nSay it.\nPlace your code within a single Python code "
+    "block ```python ```. Do not include more than one code block. <|im_end|>\n<|im_start|>assistant",
+    ("code_stdio", False): "<|im_start|>user\nThis is the problem:\nWhat is {1+1}?\nSay it.\nYou should put your code "
+    "in ```python ```. Use input() to read input and print() to produce output in your script. <|im_end|>\n"
+    "<|im_start|>assistant",
+    ("code_stdio", True): "<|im_start|>user\nThis is the problem:\nWhat is {1+1}?\nSay it.\nYou should put your code "
+    "in ```python ```. Use input() to read input and print() to produce output in your script. <|im_end|>\n"
+    "<|im_start|>assistant<think>",
+    ("option", False): "<|im_start|>user\nThis is the problem:\nWhat is {1+1}?\nSay it.\nYou need to think step by "
+    "step and put the final option (A, B, C, or D only—no other character) in \\boxed{}. <|im_end|>\n"
+    "<|im_start|>assistant",
+    ("option", True): "<|im_start|>user\nThis is the problem:\nWhat is {1+1}?\nSay it.\nYou need to think step by "
+    "step and put the final option (A, B, C, or D only—no other character) in \\boxed{}. <|im_end|>\n"
+    "<|im_start|>assistant<think>",
+}
+DREAM = {
+    ("math", False): "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nYou need to put "
+    "your final answer in \\boxed{}. This is the problem:\nWhat is {1+1}?\nSay it.<|im_end|>\n<|im_start|>assistant",
+    ("code_function", False): "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    "What is {1+1}?\nSay it.\nPlace your code within a single Python code block ```python ```. Do not include more "
+    "than one code block. <|im_end|>\n<|im_start|>assistant",
+    ("code_stdio", False): "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nThis is the "
+    "problem:\nWhat is {1+1}?\nSay it.\nYou should put your code in ```python ```. Use input() to read input and "
+    "print() to produce output in your script. <|im_end|>\n<|im_start|>assistant",
+    ("option", False): "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nThis is the "
+    "problem:\nWhat is {1+1}?\nSay it.\nYou need to think step by step and put the final option (A, B, C, or D only—no "
+    "other character) in \\boxed{}. <|im_end|>\n<|im_start|>assistant",
+}
+LLADA = {
+    ("math", False): "<|startoftext|><|start_header_id|>user<|end_header_id|>You need to put your final answer in "
+    "\\boxed{}. This is the problem:\nWhat is {1+1}?\nSay it.<|eot_id|><|startoftext|><|start_header_id|>assistant"
+    "<|end_header_id|>",
+    ("code_function", False): "<|startoftext|><|start_header_id|>user<|end_header_id|>What is {1+1}?\nSay it.\nPlace "
+    "your code within a single Python code block ```python ```. Do not include more than one code block. <|eot_id|>"
+    "<|startoftext|><|start_header_id|>assistant<|end_header_id|>",
+    ("code_stdio", False): "<|startoftext|><|start_header_id|>user<|end_header_id|>This is the problem:\n"
+    "What is {1+1}?\nSay it.\n You should put your code in ```python ```. Use input() to read input and print() to "
+    "produce output in your script. <|eot_id|><|startoftext|><|start_header_id|>assistant<|end_header_id|>",
+    ("option", False): "<|startoftext|><|start_header_id|>user<|end_header_id|>This is the problem:\nWhat is {1+1}?\n"
+    "Say it.\nYou need to think step by step and put the final option (A, B, C, or D only—no other character) in "
+    "\\boxed{}. <|eot_id|><|startoftext|><|start_header_id|>assistant<|end_header_id|>",
+}
+TEXTS = {"sdar": SDAR, "trado": SDAR, "dream": DREAM, "llada": LLADA, "mmada": LLADA}
+CASES = [(family, *case, text) for family, texts in TEXTS.items() for case, text in texts.items()]
+
+
+def tokenizer_of(family: str, words: tuple[str, ...] | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes that has the family's special words."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    bytewise.add_special_tokens([AddedToken(word, normalized=False) for word in words or WORDS[family]])
+    return PreTrainedTokenizerFast(tokenizer_object=bytewise, chat_template=TEMPLATE)
+
+
+def text_of(family: str, kind: str, dataset: EvalDatasetConfig = PUBLISHED, thinking: bool = False) -> str:
+    return task_text(tokenizer_of(family), FAMILIES[family], QUESTION, kind, dataset, thinking)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "thinking", "text"), CASES, ids=[f"{one[0]}-{one[1]}-{one[2]}" for one in CASES]
+)
+def test_a_published_prompt_word_for_word(family: str, kind: str, thinking: bool, text: str) -> None:
+    assert text_of(family, kind, PUBLISHED, thinking) == text
+    tokenizer = tokenizer_of(family)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    words = [tokenizer.convert_tokens_to_ids(word) for word in WORDS[family]]
+    assert ids[0] == words[0], "the special words are tokens of their own"
+
+
+def test_the_template_style_is_the_tokenizers_own() -> None:
+    dataset = EvalDatasetConfig()
+    assert dataset.prompt_style == "template"
+    question = f"{QUESTION}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+    assert text_of("sdar", "math", dataset) == f"<user>{question}\n<assistant>\n"
+    assert text_of("sdar", "math", dataset, thinking=True).endswith("<assistant>\n<think>")
+    assert text_of("sdar", "code_function", dataset, thinking=True).endswith("<assistant>\n")
+
+
+def test_own_words_stand_in_the_published_turn() -> None:
+    dataset = EvalDatasetConfig(prompt_style="published", prompts=PromptsConfig(general="Q {question}"))
+    assert text_of("sdar", "general", dataset) == (f"<|im_start|>user\nQ {QUESTION}<|im_end|>\n<|im_start|>assistant")
+
+
+def told(*arguments: object, **named: object) -> str:
+    with pytest.raises(UserError) as caught:
+        text_of(*arguments, **named)
+    assert "\n" not in str(caught.value) and "template" in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_was_not_published_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "dream was published for general; give dataset.prompts.general" in told("dream", "general")
+    assert "no prompts of llada were published with start_with_think" in told("llada", "math", thinking=True)
+    monkeypatch.setitem(WORDS, "sdar", ("<|im_start|>",))
+    assert "has no token <|im_end|>, as sdar's prompts have" in told("sdar", "math")
+    monkeypatch.setitem(FAMILIES, "sdar", FAMILIES["sdar"].__class__(**vars(FAMILIES["sdar"]) | {"published_turn": ""}))
+    assert "dataset.prompt_style=published: no prompts were published for sdar" in told("sdar", "math")
+
+
+@pytest.mark.parametrize(
+    ("job", "config", "style"),
+    [
+        ("eval", "trado_longcot_multinode_eval", "published"),
+        ("eval", "dream_multinode_eval", "published"),
+        ("rl", "multinode_rl_mmada", "published"),
+        ("rl", "rl_sdar_process_reward_rlhf_with_value", "published"),
+        ("rl", "rl_tiny", "template"),
+        ("eval", "eval_tiny", "template"),
+        ("sft", "sft_tiny", "template"),
+    ],
+)
+def test_shipped_configs_of_published_models_say_published(job: str, config: str, style: str) -> None:
+    assert load_config(job, [f"config=configs/{config}.yaml"]).dataset.prompt_style == style
