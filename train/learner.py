@@ -79,21 +79,16 @@ def make_learner(
     updates: int,
     training: TrainingBase,
     mixed_precision: str = "no",
-    learning_rate: float | None = None,
 ) -> Learner:
-    """AdamW over what of the network is trained and a schedule of `updates` updates, prepared by accelerate.
-
-    `learning_rate` takes the place of the optimizer's own.
-    """
+    """AdamW over what of the network is trained and a schedule of `updates` updates, prepared by accelerate."""
     accelerator = make_accelerator(mixed_precision)
     adamw = torch.optim.AdamW(
         [parameter for parameter in network.parameters() if parameter.requires_grad],
-        lr=optimizer.learning_rate if learning_rate is None else learning_rate,
+        lr=optimizer.learning_rate,
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.epsilon,
         weight_decay=optimizer.weight_decay,
     )
-    limits = {"max_grad_norm": training.max_grad_norm, "max_bad_steps": training.max_bad_steps}
     deepspeed = None
     if accelerator.state.deepspeed_plugin is None:
         # not wrapped, also where ranks are many: `optimizer_step` adds their gradients up
@@ -103,7 +98,8 @@ def make_learner(
         adamw = deepspeed.basic_optimizer
     # not prepared: accelerate would advance it once per process and per accumulated micro-batch
     scheduler = torch.optim.lr_scheduler.LambdaLR(adamw, lambda done: rate_factor(schedule, done, updates))
-    return Learner(network, adamw, scheduler, accelerator, **limits, deepspeed=deepspeed)
+    limits = (training.max_grad_norm, training.max_bad_steps)
+    return Learner(network, adamw, scheduler, accelerator, *limits, deepspeed=deepspeed)
 
 
 def make_accelerator(mixed_precision: str = "no") -> Accelerator:
@@ -205,8 +201,9 @@ def update(
     taken = math.isfinite(norm)
     if taken:
         learner.scheduler.step()
-    learner.bad_in_a_row = 0 if taken else learner.bad_in_a_row + 1
-    if not taken:
+        learner.bad_in_a_row = 0
+    else:
+        learner.bad_in_a_row += 1
         console.print(f"update skipped: the loss is {float(total)}, the gradient's norm {norm}")
     if learner.bad_in_a_row >= learner.max_bad_steps:
         raise UserError(
@@ -248,11 +245,6 @@ def batch_outputs(learner: Learner, batches: Sequence[PackedBatch], forward: Cal
 def batch_logp(learner: Learner, batches: Sequence[PackedBatch], temperature: float) -> Tensor:
     """logp of the predicted tokens of all batches under the policy's present weights, as `batch_outputs`."""
     return batch_outputs(learner, batches, lambda batch: learner.forward(batch, temperature)[0])
-
-
-def batch_values(critic: Learner, batches: Sequence[PackedBatch]) -> Tensor:
-    """The value model's present values at the predicted tokens of all batches, as `batch_outputs`."""
-    return batch_outputs(critic, batches, critic.forward)
 
 
 # ---- weights that ranks share out

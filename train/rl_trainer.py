@@ -23,7 +23,7 @@ from rollout.results import Evaluation
 from rollout.samples import write_samples
 from sample.engine import Engine
 from train.learner import Learner, whole_weights
-from train.networks import engine_model, frozen_reference, load_trained, policy_learner, value_learner
+from train.loading import engine_model, frozen_reference, load_trained, policy_learner, value_learner
 from train.objectives import kept_samples
 from train.rl_report import report_step, rollout_figures, step_times, write_results
 from train.rl_step import learn

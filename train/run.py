@@ -36,7 +36,7 @@ from train.learner_state import (
     write_adapter,
     write_network,
 )
-from train.networks import mixed_precision
+from train.loading import mixed_precision
 
 
 @dataclass

@@ -21,7 +21,7 @@ from models.defaults import take_defaults
 from models.tiny import build_tiny
 from sample.engine import Engine
 from train.learner_state import write_network
-from train.networks import load_trained, policy_learner, whole_model
+from train.loading import load_trained, policy_learner, whole_model
 from train.run import (
     Progress,
     Run,
