@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -25,9 +24,6 @@ from models.lora import adapted_layer, is_adapter, merged, plain_name
 from train.network import Head
 from train.packing import PackedBatch, Row, pack
 
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
 MOST_PADDING = 0.2  # of a micro-batch where a dense mask forbids long rows; benchmarks/finetuning.py compares
 
 
@@ -42,7 +38,7 @@ class Learner:
     max_grad_norm: float
     max_bad_steps: int = 1
     bad_in_a_row: int = 0
-    deepspeed: "DeepSpeedEngine | None" = None  # around the network, where DeepSpeed shards what belongs to it
+    deepspeed: torch.nn.Module | None = None  # its engine around the network, where DeepSpeed shards what belongs to it
 
     @property
     def sharded(self) -> bool:
@@ -122,7 +118,7 @@ def make_accelerator(mixed_precision: str = "no") -> Accelerator:
 
 def with_deepspeed(
     accelerator: Accelerator, network: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
-) -> "DeepSpeedEngine":
+) -> torch.nn.Module:
     """The network and its optimizer in DeepSpeed's hands. It clips, and skips a step whose gradient is not finite."""
     from deepspeed.utils import set_z3_leaf_modules
 

@@ -6,7 +6,7 @@ devices changes the loss.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,8 +53,8 @@ class Tokens:
         return self._each(lambda column: column.to(device))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Tokens(**{name: column if column is None else function(column) for name, column in columns.items()})
+        columns = {name: function(column) for name, column in vars(self).items() if column is not None}
+        return replace(self, **columns)
 
 
 def tokens_of(rows: Sequence[Row], samples: Sequence[ScoredTrajectory]) -> Tokens:

@@ -9,7 +9,7 @@ its own, in the same three integers clean tokens of one block.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -53,8 +53,8 @@ class PackedBatch:
     predicted: np.ndarray  # (predicted,) index into the update's predicted tokens, in the order of its rows
 
     def to(self, device: torch.device) -> "PackedBatch":
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PackedBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 def make_rows(

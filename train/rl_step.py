@@ -57,8 +57,13 @@ def learn(
     rows = sample_rows(samples, training, layout, seed)
     if not rows:  # random masking may leave nothing to predict
         return policy_figures(Counter())
-    warn_of_long_rows(rows, training.tokens_per_micro_batch)
-    batches = micro_batches(rows, training.tokens_per_micro_batch)
+    budget = training.tokens_per_micro_batch
+    if long := [len(row) for row in rows if len(row) > budget]:
+        console.print(
+            f"{len(long)} of {len(rows)} packed trajectories exceed training.tokens_per_micro_batch={budget} (longest "
+            f"{max(long)}): each is a micro-batch of its own; raise it where memory allows, or lower rollout.max_token"
+        )
+    batches = micro_batches(rows, budget)
     temperature = samples[0].trajectory.temperature
     tokens = tokens_of(rows, samples)
     replays = training.method == "TraceRL" and training.shrink == 1  # the views are the very ones the engine drew from
@@ -106,16 +111,6 @@ def sample_rows(
         views = method(trajectory, layout, training, np.random.default_rng([*seed, number]))
         rows += make_rows(number, trajectory.prompt_ids, trajectory.response_ids, views, layout.logit_offset)
     return rows
-
-
-def warn_of_long_rows(rows: Sequence[Row], budget: int) -> None:
-    """Say where a trajectory alone exceeds a micro-batch's tokens; it is learned from all the same."""
-    long = [len(row) for row in rows if len(row) > budget]
-    if long:
-        console.print(
-            f"{len(long)} of {len(rows)} packed trajectories exceed training.tokens_per_micro_batch={budget} (longest "
-            f"{max(long)}): each is a micro-batch of its own; raise it where memory allows, or lower rollout.max_token"
-        )
 
 
 def take_starting_logp(
@@ -214,63 +209,58 @@ def update_policy(
     """
     totals, mismatch = Counter(), {}
 
-    def measure(trainer_logp: Tensor, tokens: Tokens) -> None:
-        mismatch.update(mismatch_of(trainer_logp, tokens.engine_logp, exact))
+    def measure(seen: Tensor, tokens: Tokens) -> None:
+        mismatch.update(mismatch_of(ranks.add_up(seen), tokens.engine_logp, exact))
 
     for batches, tokens in shares:
         if not ranks.any_rank(bool(tokens.advantage.any())):
             totals["skipped"] += 1
             continue
-        present = None  # the policy's logp before this update, for ratios of whole sequences
+        slope, of_sequences = None, {}
         if training.ratio_level == "sequence":
             known = training.old_logp in ("auto", "recompute") and not totals["updates"]
-            present = tokens.trainer_logp if known else None
+            present = tokens.trainer_logp if known else None  # the policy's logp before this update
             if present is None:
                 present = batch_logp(learner, batches, temperature)
-        first = measure_mismatch and not mismatch
-        totals.update(
-            policy_update(learner, batches, tokens, present, training, temperature, measure if first else None)
-        )
+            slope, of_sequences = sequence_slope(present, tokens, training)
+        seen = torch.zeros(len(tokens))
+        loss = partial(batch_policy_loss, learner, tokens, training, temperature, slope, seen)
+        before_step = partial(measure, seen, tokens) if measure_mismatch and not mismatch else None
+        done = counted_update(learner, batches, loss, before_step)
+        totals.update(done)
+        if done["updates"]:
+            totals.update(of_sequences)  # all ranks know these of all responses
     if totals["skipped"]:
         console.print(
             f"{totals['skipped']} of {len(shares)} updates skipped: every advantage is 0, as of equal rewards"
         )
     if measure_mismatch and not mismatch and shares:  # all were skipped
         batches, tokens = shares[0]
-        measure(batch_logp(learner, batches, temperature), tokens)
+        mismatch = mismatch_of(batch_logp(learner, batches, temperature), tokens.engine_logp, exact)
     return policy_figures(totals) | mismatch
 
 
-def policy_update(
+def batch_policy_loss(
     learner: Learner,
-    batches: Sequence[PackedBatch],
     tokens: Tokens,
-    present: Tensor | None,
     training: RLTrainingConfig,
     temperature: float,
-    before_step: Callable[[Tensor, Tokens], None] | None,
-) -> Counter:
-    """One update with a ratio for every token or, from the policy's `present` logp, one for every response; its sums.
+    slope: Tensor | None,
+    seen: Tensor,
+    batch: PackedBatch,
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of one micro-batch of an update on these tokens, and its sums.
 
-    `before_step` is called with the logp of the update's forward, (predicted,), of all ranks.
+    It has a ratio for every token or, given their `slope`, (predicted,), for every response. The logp of its tokens is
+    written into `seen`, (predicted,).
     """
-    seen = torch.zeros(len(tokens))
-    slope, of_sequences = (None, {}) if present is None else sequence_slope(present, tokens, training)
-
-    def loss(batch: PackedBatch) -> tuple[Tensor, dict[str, float]]:
-        logp, entropy = learner.forward(batch, temperature)
-        seen[batch.predicted] = logp.detach().float().cpu()
-        figures = {"tokens": len(logp), "entropy": float(entropy.sum())}
-        if slope is not None:
-            return (slope[batch.predicted].to(logp.device) * logp).sum(), figures
-        result, sums = clipped_loss(logp, tokens[batch.predicted].to(logp.device), training)
-        return result, figures | sums
-
-    before = (lambda: before_step(ranks.add_up(seen), tokens)) if before_step else None
-    total = counted_update(learner, batches, loss, before)
-    if total["updates"]:
-        total.update(of_sequences)  # all ranks know these of all responses
-    return total
+    logp, entropy = learner.forward(batch, temperature)
+    seen[batch.predicted] = logp.detach().float().cpu()
+    figures = {"tokens": len(logp), "entropy": float(entropy.sum())}
+    if slope is not None:
+        return (slope[batch.predicted].to(logp.device) * logp).sum(), figures
+    loss, sums = clipped_loss(logp, tokens[batch.predicted].to(logp.device), training)
+    return loss, figures | sums
 
 
 def sequence_slope(present: Tensor, tokens: Tokens, training: RLTrainingConfig) -> tuple[Tensor, dict[str, float]]:
