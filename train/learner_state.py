@@ -72,11 +72,9 @@ def load_learner(learner: Learner, folder: Path, weights: dict[str, Tensor]) -> 
     if counts["optimizer_steps"]:
         make_states(learner, counts["optimizer_steps"])
     for name, parameter in learner.network.saved.named_parameters():
-        saved = {key: f"{name}:{key}" for key in ("weight", *MOMENTS) if f"{name}:{key}" in file_of}
-        tensors = {"weight": weights.get(name)} | {key: file_of[full].get_tensor(full) for key, full in saved.items()}
-        set_weight(learner, parameter, tensors.pop("weight"))
-        for key, tensor in tensors.items():
-            set_moment(learner, parameter, key, tensor)
+        keys = {key: f"{name}:{key}" for key in ("weight", *MOMENTS) if f"{name}:{key}" in file_of}
+        saved = {key: file_of[full].get_tensor(full) for key, full in keys.items()}
+        set_state(learner, parameter, saved.pop("weight", weights.get(name)), saved)
     learner.scheduler.load_state_dict(counts["scheduler"] | {"lr_lambdas": [None]})
     for group, rate in zip(learner.optimizer.param_groups, learner.scheduler.get_last_lr()):
         group["lr"] = rate
@@ -118,34 +116,32 @@ def make_states(learner: Learner, steps: int) -> None:
 
 
 @torch.no_grad()
-def set_weight(learner: Learner, parameter: torch.nn.Parameter, value: Tensor | None) -> None:
-    """Give the parameter a whole tensor's values, and DeepSpeed its float32 copy of them. All ranks must call it."""
-    if value is None:  # frozen, beside an adapter: as it was loaded
-        return
-    with whole(parameter, changed=True):
-        parameter.data.copy_(value)
-    if learner.deepspeed is None or not parameter.requires_grad:
-        return
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+def set_state(
+    learner: Learner, parameter: torch.nn.Parameter, weight: Tensor | None, moments: dict[str, Tensor]
+) -> None:
+    """Give the parameter whole tensors' values, its moments and DeepSpeed's float32 copy too. All ranks must call it.
 
-    if learner.sharded:
-        safe_set_local_fp32_param(parameter, own_part(parameter, value.float()))
-    else:
-        safe_set_full_fp32_param(parameter, value.float())
-
-
-@torch.no_grad()
-def set_moment(learner: Learner, parameter: torch.nn.Parameter, key: str, value: Tensor) -> None:
-    """Set one of the parameter's moments to a whole tensor, or to this rank's part of it."""
+    `weight` None: frozen, beside an adapter, it stays as it was loaded.
+    """
+    if weight is not None:
+        with whole(parameter, changed=True):
+            parameter.data.copy_(weight)
     if learner.deepspeed is None:
-        learner.optimizer.state[parameter][key].copy_(value)
+        for key, moment in moments.items():
+            learner.optimizer.state[parameter][key].copy_(moment)
         return
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+    from deepspeed import utils
 
-    if learner.sharded:
-        safe_set_local_optimizer_state(parameter, own_part(parameter, value), key)
-    else:
-        safe_set_full_optimizer_state(parameter, value, key)
+    if weight is not None and parameter.requires_grad:
+        if learner.sharded:
+            utils.safe_set_local_fp32_param(parameter, own_part(parameter, weight.float()))
+        else:
+            utils.safe_set_full_fp32_param(parameter, weight.float())
+    for key, moment in moments.items():
+        if learner.sharded:
+            utils.safe_set_local_optimizer_state(parameter, own_part(parameter, moment), key)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, moment, key)
 
 
 def own_part(parameter: torch.nn.Parameter, value: Tensor) -> Tensor:

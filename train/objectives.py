@@ -190,24 +190,6 @@ def trace_advantages(
     return advantages, rewards + gamma * next_return[after]
 
 
-def importance_weights(tokens: Tokens, replayed: Tokens, cap: float, by_sequence: bool) -> Tensor:
-    """min(π_trainer / π_engine, cap) of every token, (predicted,) (truncated importance sampling).
-
-    Both log-probabilities are of `replayed`, the same trajectories' exact replays. `by_sequence`: of a response's mean
-    difference, as its ratio is. Tokens that no replay predicts weigh 1.
-    """
-    trajectory = replayed.trajectory.numpy()
-    log_ratio = (replayed.trainer_logp - replayed.engine_logp).double().numpy()
-    if by_sequence:
-        total, size = np.bincount(trajectory, log_ratio), np.bincount(trajectory)
-        log_ratio = (total / np.maximum(size, 1))[trajectory]
-    width = 1 + int(torch.cat([tokens.response_index, replayed.response_index]).max())
-    wanted, known = ((one.trajectory * width + one.response_index).numpy() for one in (tokens, replayed))
-    weight = np.ones(1 + max(wanted.max(), known.max()))  # by trajectory and index in the response
-    weight[known] = np.minimum(np.exp(log_ratio), cap)
-    return torch.from_numpy(weight[wanted]).float()
-
-
 def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
     """1 − Var(R − V) / Var(R): 1 where values predict the returns, 0 where a constant would do as well.
 
@@ -259,7 +241,7 @@ def value_loss(value: Tensor, tokens: Tokens, eps: float) -> tuple[Tensor, dict[
     return loss, {"tokens": len(value), "loss": float(loss.detach()), "clipped": int((held > plain).sum())}
 
 
-# ---- means over terms
+# ---- weights of terms
 
 
 def loss_weights(tokens: Tokens, loss_norm: str, max_gen_length: int, noisings: int = 1) -> np.ndarray:
@@ -299,3 +281,21 @@ def sequence_shares(tokens: Tokens, by_noising: bool) -> tuple[Tensor, Tensor]:
     (owner, _), index, size = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
     share = 1 / (size[index.ravel()] * np.bincount(owner)[response])
     return torch.from_numpy(response), torch.tensor(share, dtype=torch.float32)
+
+
+def importance_weights(tokens: Tokens, replayed: Tokens, cap: float, by_sequence: bool) -> Tensor:
+    """min(π_trainer / π_engine, cap) of every token, (predicted,) (truncated importance sampling).
+
+    Both log-probabilities are of `replayed`, the same trajectories' exact replays. `by_sequence`: of a response's mean
+    difference, as its ratio is. Tokens that no replay predicts weigh 1.
+    """
+    trajectory = replayed.trajectory.numpy()
+    log_ratio = (replayed.trainer_logp - replayed.engine_logp).double().numpy()
+    if by_sequence:
+        total, size = np.bincount(trajectory, log_ratio), np.bincount(trajectory)
+        log_ratio = (total / np.maximum(size, 1))[trajectory]
+    width = 1 + int(torch.cat([tokens.response_index, replayed.response_index]).max())
+    wanted, known = ((one.trajectory * width + one.response_index).numpy() for one in (tokens, replayed))
+    weight = np.ones(1 + max(wanted.max(), known.max()))  # by trajectory and index in the response
+    weight[known] = np.minimum(np.exp(log_ratio), cap)
+    return torch.from_numpy(weight[wanted]).float()
