@@ -165,7 +165,7 @@ def from_humaneval(row: Record) -> Record:
         "id": row["task_id"],
         "test_method": "function",
         "test_list": [f"{row['test']}\ncheck({name})"],
-        "prefix": prompt[:place],
+        "setup": prompt[:place],
         "entry_point": name,
         "test_time_limit": 5,
     }
@@ -178,13 +178,13 @@ def from_mbpp(row: Record) -> Record:
         raise ValueError("its `text` or its `test_list` is empty")
     defined = [node.name for node in ast.parse(row["code"]).body if isinstance(node, ast.FunctionDef)]
     called = [name for name in defined if f"{name}(" in tests[0]]
-    prefix = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""]).strip()
+    setup = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""]).strip()
     record = {
         "question": f"{question}\nYour code should satisfy this test:\n{tests[0]}",
         "id": str(row["task_id"]),
         "test_method": "function",
         "test_list": tests,
-        "prefix": prefix,
+        "setup": setup,
         "test_time_limit": 5,
     }
     return record | ({"entry_point": called[-1]} if called else {})

@@ -43,11 +43,12 @@ def task_text(
     kind: str,
     dataset: EvalDatasetConfig,
     thinking: bool,
+    prefix: str = "",
 ) -> str:
     """The whole prompt of a task of that kind, in the style of `dataset.prompt_style`, up to where the answer begins.
 
-    `thinking` begins the answer by <think>, but for a function, whose code stands at once. UserError where the style
-    has no text for such a task, or holds tokens that the tokenizer lacks.
+    `thinking` begins the answer by <think>, but for a function, whose code stands at once; `prefix`, on a line of its
+    own, begins it too. UserError where the style has no text for such a task, or holds tokens that the tokenizer lacks.
     """
     thinking = thinking and kind != "code_function"
     turn = instruction(family, kind, dataset.prompts, thinking).replace("{question}", question)
@@ -55,7 +56,8 @@ def task_text(
         text = published_turn(tokenizer, family, kind, dataset.prompts, thinking).replace("{turn}", turn)
     else:
         text = turns_text(tokenizer, [{"role": "user", "content": turn}])
-    return text + ("<think>" if thinking else "")
+    text += "<think>" if thinking else ""
+    return text + "\n" * (not text.endswith("\n")) + prefix if prefix else text
 
 
 def published_turn(

@@ -26,7 +26,7 @@ def encode_tasks(
     """Every task with its prompt ids, worded as its kind asks for; `thinking` begins the answer by <think>."""
     tokenizer, family = loaded.tokenizer, loaded.family
     texts = [
-        task_text(tokenizer, family, task.question, kind_of(task, dataset.data_type), dataset, thinking)
+        task_text(tokenizer, family, task.question, kind_of(task, dataset.data_type), dataset, thinking, task.prefix)
         for task in tasks
     ]
     return [(task, tokenizer.encode(text, add_special_tokens=False)) for task, text in zip(tasks, texts)]

@@ -23,6 +23,7 @@ def write_samples(
     lines = []
     for response in (response for group in groups for response in group):
         task = {"question": response.task.question, "ground_truth_answer": response.task.ground_truth_answer}
+        task |= {"prefix": response.task.prefix} if response.task.prefix else {}
         line = dict(extra or {}) | task | vars(response.score) | vars(response.trajectory)
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     append_lines(path, "".join(lines))

@@ -83,8 +83,32 @@ def test_math_records():
 
 def test_mbpp_records():
     (record,) = convert_records([MBPP])
-    assert record["entry_point"] == "sum" and record["prefix"] == "import math" and len(record["test_list"]) == 2
+    assert record["entry_point"] == "sum" and record["setup"] == "import math" and len(record["test_list"]) == 2
     assert "assert sum(10, 15) == 6" in record["question"] and "== 93" not in record["question"]
+
+
+def test_a_prefix_need_not_be_python_by_itself(tmp_path):
+    """It begins the assistant's turn. What stood in that field of older files goes before the tests, as today's."""
+    prefixes = ["```python\ndef f(x):\n", "def f(x):", "```python\n", "import math\n"]
+    tasks = loaded_from(tmp_path, [CODE | {"prefix": prefix} for prefix in prefixes])
+    assert [task.prefix for task in tasks] == ["```python\ndef f(x):", "def f(x):", "```python", "import math"]
+    assert [task.record["prefix"] for task in tasks] == prefixes and "setup" not in tasks[3].record
+    assert [task.prefix for task in loaded_from(tmp_path, [CODE])] == [""]
+
+
+def test_older_files_kept_the_setup_in_the_prefix(tmp_path):
+    humaneval = {"task_id": "HumanEval/0", "prompt": "import math\n\n\ndef f(x):\n", "entry_point": "f"}
+    records = convert_records([MBPP, humaneval | {"test": "def check(g):\n    assert g(1) == 1"}])
+    assert [record["setup"] for record in records] == ["import math", "import math\n\n\n"]
+    older = [{"prefix" if key == "setup" else key: value for key, value in record.items()} for record in records]
+    for now, before in zip(loaded_from(tmp_path, records), loaded_from(tmp_path, older)):
+        assert before == now and before.prefix == "" and before.record["setup"].strip() == "import math"
+
+
+def loaded_from(folder, records):
+    path = folder / "tasks.json"
+    path.write_text(json.dumps(records))
+    return load_tasks(str(path))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +154,12 @@ BAD = {
     "test_list without the program": (CODE | {"test_list": ["assert 1 + 1 == 2"]}, "uses nothing of the program's"),
     "test_output empty": (STDIO | {"test_output": ["", " \n"]}, "`test_output` is empty everywhere"),
     "lists as texts": (STDIO | {"test_input": '["1"]', "test_output": '["2"]'}, "are lists written as one text"),
-    "prefix not Python": (CODE | {"prefix": "import"}, "`prefix` is not valid Python"),
+    "setup not Python": (CODE | {"setup": "import"}, "`setup` is not valid Python"),
+    "prefix no text": (CODE | {"prefix": ["import"]}, "`prefix` that is no text"),
+    "prefix of an answer": (
+        {"question": "q", "ground_truth_answer": "1", "prefix": "It is"},
+        "has a `prefix`, which begins the program of a code task; leave it out",
+    ),
     "entry_point": (CODE | {"entry_point": 3}, "`entry_point` that is no text"),
     "test_output": (STDIO | {"test_output": ["1"]}, "2 `test_input` but 1 `test_output`"),
     "test_time_limit": (CODE | {"test_time_limit": "1s"}, "`test_time_limit` '1s'"),

@@ -1,5 +1,7 @@
 """The text that a model is given: as published, word for word, and in the tokenizer's chat template."""
 
+from dataclasses import replace
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -7,8 +9,10 @@ from transformers import PreTrainedTokenizerFast
 from common.config import load_config
 from common.errors import UserError
 from common.schema import EvalDatasetConfig, PromptsConfig
-from models import FAMILIES
+from common.trajectory import Task
+from models import FAMILIES, LoadedModel
 from models.prompts import task_text
+from rollout.collect import encode_tasks
 
 WORDS = {
     "sdar": ("<|im_start|>", "<|im_end|>", "<|MASK|>"),
@@ -111,6 +115,21 @@ def test_the_template_style_is_the_tokenizers_own() -> None:
 def test_own_words_stand_in_the_published_turn() -> None:
     dataset = EvalDatasetConfig(prompt_style="published", prompts=PromptsConfig(general="Q {question}"))
     assert text_of("sdar", "general", dataset) == (f"<|im_start|>user\nQ {QUESTION}<|im_end|>\n<|im_start|>assistant")
+
+
+@pytest.mark.parametrize(("prefix", "begun"), [("def f(x):\n", "def f(x):"), ("```python\nimport re\n\n", None)])
+def test_a_prefix_begins_the_answer(prefix: str, begun: str | None) -> None:
+    """A newline and the prefix follow the published text, of which one last newline is stripped."""
+    task = Task("7", QUESTION, None, {"test_method": "function", "prefix": prefix})
+    begun = begun or "```python\nimport re\n"
+    for family, texts in TEXTS.items():
+        tokenizer = tokenizer_of(family)
+        loaded = LoadedModel(None, tokenizer, FAMILIES[family], 0, ())
+        dataset = replace(PUBLISHED, data_type="code")
+        ((_, ids),) = encode_tasks(loaded, [task], dataset, thinking=family in ("sdar", "trado"))
+        assert tokenizer.decode(ids) == f"{texts['code_function', False]}\n{begun}"
+        ((_, ids),) = encode_tasks(loaded, [task], EvalDatasetConfig(data_type="code"), thinking=True)
+        assert tokenizer.decode(ids).endswith(f"\n<assistant>\n{begun}")
 
 
 def told(*arguments: object, **named: object) -> str:
