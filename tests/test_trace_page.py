@@ -87,7 +87,7 @@ def test_driven_by_keys(browser: Any, tmp_path: Path) -> None:
     page.keyboard.press("Escape")
     page.locator("#keys").wait_for(state="hidden")
     page.keyboard.press("Space")
-    page.wait_for_function("document.querySelector('#now').textContent == '4'")
+    page.locator("#now", has_text="4").wait_for()
     page.locator("#play[aria-label=Play]").wait_for()
     assert not faults
 
