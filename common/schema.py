@@ -221,7 +221,6 @@ class JudgeConfig:
 class ScoringConfig:
     """How an answer is checked against the task's own."""
 
-    truncated_is_wrong: bool = key(True, "a response cut at the length limit earns nothing")
     workers: int = key(1, "processes that score beside the rollout; 0 scores in the rollout's own", low=0)
     time_limit: float = key(5.0, "code: seconds of processor time where a task has no test_time_limit", low=0.01)
     memory_mb: int = key(1024, "code: memory of a program", low=64)
@@ -242,6 +241,18 @@ class RewardConfig(ScoringConfig):
         None, "my_module:my_reward, called with (response, task), returns a number or one for each token"
     )
     judge: JudgeConfig = section(JudgeConfig)
+
+
+@dataclass
+class RLRewardConfig(RewardConfig):
+    truncated_is_wrong: bool = key(
+        True, "a response cut at the length limit earns nothing; evaluations score it like any other"
+    )
+    truncated_margin: int | None = key(
+        None,
+        "a response within so many tokens of the limit counts as cut too, though it ended; null: it does not",
+        low=0,
+    )
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -519,7 +530,7 @@ class RLConfig(JobConfig):
     model: RLModelConfig = section(RLModelConfig)
     dataset: DatasetConfig = section(DatasetConfig)
     rollout: RolloutConfig = section(RolloutConfig)
-    reward: RewardConfig = section(RewardConfig)
+    reward: RLRewardConfig = section(RLRewardConfig)
     training: RLTrainingConfig = section(RLTrainingConfig)
     optimizer: RLOptimizerConfig = section(RLOptimizerConfig)
     lr_scheduler: SchedulerConfig = section(SchedulerConfig)
@@ -652,7 +663,6 @@ class ServeConfig(OneModel):
 class RewardJobConfig(JobConfig, RewardConfig):
     """python -m reward data=TASKS responses=FILE out=FILE : a file of responses scored; `reward.` may be left out."""
 
-    truncated_is_wrong: ClassVar[bool] = False  # no key here: whether a response was cut is not known
     data: str = key("", "tasks in the project's format: a name, a path (json, jsonl, parquet) or a hub id")
     responses: str = key("", 'JSON lines {"task": index, "response": text}, index counting the tasks from 0')
     out: str = key("", "the same lines with `correct`, `reward` and `verdict` added")

@@ -10,8 +10,8 @@ from dataclasses import fields
 from typing import Any, Self
 
 from common.errors import UserError, load_function
-from common.schema import RewardConfig, ScoringConfig
-from common.trajectory import Response, Score, Task
+from common.schema import RewardConfig, RLRewardConfig, ScoringConfig
+from common.trajectory import Response, Score, Task, Trajectory
 from reward.code_reward import code_score
 from reward.general_reward import general_score
 from reward.judge import judged_score
@@ -47,13 +47,21 @@ class RewardScorer:
         return bool(self.reward.function or self.reward.judge.base_url)
 
     def __call__(self, text: str, task: Task, truncated: bool) -> Score:
-        if truncated and self.reward.truncated_is_wrong:
+        if truncated:
             return Score(0.0, False, "truncated")
         scored = self._score(text, task, self.reward)
         if self.kind == "judge" or not self.reward.judge.base_url:
             return scored
         judged = judged_score(text, task, self.reward.judge)
         return Score(judged.reward, scored.correct, scored.verdict, judged.token_rewards)
+
+    def is_truncated(self, trajectory: Trajectory, limit: int) -> bool:
+        """Whether a response earns nothing because it was cut at the limit of tokens, or is near it; in RL alone."""
+        reward = self.reward
+        if not isinstance(reward, RLRewardConfig) or not reward.truncated_is_wrong:
+            return False
+        near = reward.truncated_margin is not None and trajectory.length >= limit - reward.truncated_margin
+        return near or trajectory.finish_reason == "length"
 
     def submit(self, text: str, task: Task, truncated: bool) -> Future[Score]:
         """Have a response scored by one of `reward.workers` processes, which are kept; at once where that is 0."""
@@ -79,7 +87,7 @@ class RewardScorer:
 
 
 def make_scorer(reward: RewardConfig, data_type: str | None = None) -> RewardScorer:
-    """A scorer of (response text, task, truncated) as the config asks for it.
+    """A scorer of (response text, task, truncated: it earns nothing for its length) as the config asks for it.
 
     `reward.function` is the user's own; otherwise `reward.kind`, or else the type of the data, chooses from KINDS. A
     judge beside another kind gives the rewards, and the kind decides what is correct.

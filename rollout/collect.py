@@ -100,7 +100,8 @@ def collect(
                 if scorer.needs_tokens:
                     ids = trajectory.response_ids[: trajectory.length]
                     text = Response.of(text, loaded.tokenizer.batch_decode([[token] for token in ids]))
-                scoring.append((response, scorer.submit(text, response.task, trajectory.finish_reason == "length")))
+                truncated = scorer.is_truncated(trajectory, settings.max_token)
+                scoring.append((response, scorer.submit(text, response.task, truncated)))
                 while scoring and scoring[0][1].done():
                     take_score()
     with progress("scoring", len(scoring)) as advance, watch("reward"):

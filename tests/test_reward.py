@@ -12,8 +12,8 @@ import pytest
 from benchmarks.coin_flip import coin_flip
 from common.boxed import extract_boxed
 from common.errors import UserError
-from common.schema import RewardConfig
-from common.trajectory import Score, Task
+from common.schema import RewardConfig, RLRewardConfig
+from common.trajectory import Score, Task, Trajectory
 from reward import math_reward
 from reward.math_reward import MATH_VERIFY, MathVerify, answers_equal, math_score
 from reward.score import make_scorer
@@ -374,8 +374,26 @@ def test_make_scorer_math():
     scorer = make_scorer(RewardConfig(), "math")
     assert scorer(r"\boxed{15}", TASK, False) == Score(1.0, True, "passed")
     assert scorer(r"\boxed{15}", TASK, True) == Score(0.0, False, "truncated")
-    lenient = make_scorer(RewardConfig(truncated_is_wrong=False), "math")
-    assert lenient(r"\boxed{15}", TASK, True) == Score(1.0, True, "passed")
+
+
+@pytest.mark.parametrize(
+    ("reward", "lengths"),
+    [
+        (RewardConfig(), []),  # evaluations and `python -m reward`
+        (RLRewardConfig(truncated_is_wrong=False, truncated_margin=5), []),
+        (RLRewardConfig(), ["20 cut"]),
+        (RLRewardConfig(truncated_margin=0), ["20 cut", "20"]),
+        (RLRewardConfig(truncated_margin=5), ["20 cut", "20", "16", "15"]),  # the original's rule: length ≥ limit − 5
+    ],
+)
+def test_what_counts_as_truncated_of_twenty_tokens(reward, lengths):
+    scorer = make_scorer(reward, "math")
+    drawn = {"20 cut": (20, "length"), "20": (20, "stop"), "16": (16, "stop"), "15": (15, "stop"), "14": (14, "stop")}
+    trajectories = {
+        name: Trajectory("1", 0, [], [], [], [], [], 1.0, reason, length, 1, 1, 1.0)
+        for name, (length, reason) in drawn.items()
+    }
+    assert [name for name, one in trajectories.items() if scorer.is_truncated(one, 20)] == lengths
 
 
 def test_unknown_kinds_are_told():
