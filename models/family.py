@@ -174,14 +174,19 @@ def save_model(
             (folder / file.name).write_bytes(file.read_bytes())
 
 
-def local_folder(path: str | Path) -> Path:
-    """Return the folder that `path` names, downloaded first if it is a hub name; UserError if there is neither."""
+def local_folder(path: str | Path, weights: bool = True) -> Path:
+    """Return the folder that `path` names, downloaded first if it is a hub name; UserError if there is neither.
+
+    Without `weights` only config and tokenizer are downloaded.
+    """
     if Path(path).is_dir():
         return Path(path)
     way_out = "give a folder with config.json, or a hub name such as JetLM/SDAR-1.7B-Chat"
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):
         raise UserError(f"{KEY}: no folder {str(path)!r}; {way_out}")
     try:
+        if not weights:
+            return Path(snapshot_download(str(path), allow_patterns=["config.json", *TOKENIZER_FILES]))
         folder = Path(snapshot_download(str(path), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
         if not any(folder.glob("*.safetensors")):  # an older repository: torch's own format, read without its pickles
             folder = Path(snapshot_download(str(path), allow_patterns=["pytorch_model*.bin"]))

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 
+from transformers import PreTrainedTokenizerBase
+
 from common.errors import UserError
 from common.ranks import Queue, any_of_tensor_group, gather, is_first_of_tensor_group, rank
 from common.runtime import Stopwatch, console, progress, timed
 from common.schema import EvalDatasetConfig, TaskSampling
 from common.stop import Stopped, beat, stop_requested
 from common.trajectory import Request, Response, Score, ScoredTrajectory, Task
-from models import LoadedModel
+from models import Family, LoadedModel
 from models.prompts import stop_ids_of, task_text
 from reward.score import RewardScorer
 from sample.engine import Engine
@@ -24,12 +26,22 @@ def encode_tasks(
     loaded: LoadedModel, tasks: Sequence[Task], dataset: EvalDatasetConfig, thinking: bool
 ) -> list[Prompt]:
     """Every task with its prompt ids, worded as its kind asks for; `thinking` begins the answer by <think>."""
-    tokenizer, family = loaded.tokenizer, loaded.family
-    texts = [
+    texts = prompt_texts(loaded.tokenizer, loaded.family, tasks, dataset, thinking)
+    return [(task, loaded.tokenizer.encode(text, add_special_tokens=False)) for task, text in zip(tasks, texts)]
+
+
+def prompt_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    family: Family,
+    tasks: Sequence[Task],
+    dataset: EvalDatasetConfig,
+    thinking: bool,
+) -> list[str]:
+    """The whole prompt of every task, as `encode_tasks` encodes it."""
+    return [
         task_text(tokenizer, family, task.question, kind_of(task, dataset.data_type), dataset, thinking, task.prefix)
         for task in tasks
     ]
-    return [(task, tokenizer.encode(text, add_special_tokens=False)) for task, text in zip(tasks, texts)]
 
 
 def kind_of(task: Task, data_type: str) -> str:

@@ -1,6 +1,8 @@
 """The text that a model is given: as published, word for word, and in the tokenizer's chat template."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -12,6 +14,7 @@ from common.schema import EvalDatasetConfig, PromptsConfig
 from common.trajectory import Task
 from models import FAMILIES, LoadedModel
 from models.prompts import task_text
+from rollout import show_prompts
 from rollout.collect import encode_tasks
 
 WORDS = {
@@ -162,3 +165,42 @@ def test_what_was_not_published_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_shipped_configs_of_published_models_say_published(job: str, config: str, style: str) -> None:
     assert load_config(job, [f"config=configs/{config}.yaml"]).dataset.prompt_style == style
+
+
+# ---- python -m rollout.show_prompts
+
+TINY = {
+    "eval": ["config=configs/eval_tiny.yaml", "dataset.eval_dataset={tasks}", "model={model}"],
+    "rl": ["config=configs/rl_tiny.yaml", "dataset.train_dataset={tasks}", "model.pretrained_model={model}"],
+    "sft": ["config=configs/sft_tiny.yaml", "dataset.eval_dataset={tasks}", "model.pretrained_model={model}"],
+}
+
+
+@pytest.mark.parametrize("job", TINY)
+def test_show_prompts(job: str, tiny_sdar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks, code = tmp_path / "tasks.jsonl", {"test_method": "function", "test_list": ["assert f(1) == 1"]}
+    lines = [{"question": f"{n}+1", "id": f"t{n}", "prefix": "1:\n"} | code for n in range(3)]
+    tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keys = [key.format(tasks=tasks, model=tiny_sdar) for key in TINY[job]] + ["dataset.data_type=code"]
+    show_prompts.main([*keys, "dataset.prompts.code_function=<{question}>"])
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert shown == [
+        {"task_id": f"t{n}", "prompt": f"<|im_start|><{n}+1><|assistant|>\n1:", "tokens": 10} for n in range(2)
+    ]
+    show_prompts.main([*keys, "dataset.prompt_style=published", "n=1"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["prompt"] == SDAR["code_function", False].replace(QUESTION, "0+1") + "\n1:"
+
+
+def test_mistakes_of_show_prompts(tiny_sdar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["model=x"], "config= is missing: name a config of eval.py, rl.py or finetuning"),
+        (["config=configs/eval_tiny.yaml", "n=0"], "n=0: expected how many tasks to show"),
+        (["config=configs/eval_tiny.yaml", f"model={tmp_path}"], f"{tmp_path} has no tokenizer"),
+        (["config=configs/eval_tiny.yaml", "seeds=1"], "unknown key seeds=1"),
+        (["config=configs/sft_trado.yaml", f"model.pretrained_model={tiny_sdar}"], "dataset.eval_dataset is empty"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            show_prompts.main(arguments)
+        told = capsys.readouterr()
+        assert ended.value.code == 2 and message in told.err and told.err.count("\n") == 1 and not told.out
