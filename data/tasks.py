@@ -22,6 +22,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 ARITHMETIC = re.compile(r"arithmetic_(?P<operands>\d+)(?:_(?P<largest>\d+))?_(?P<split>train|dev|test)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
+LETTERS = "ABCDEFGHIJ"  # of the options of a multiple choice
 # What a code task needs, by its `test_method`.
 TEST_FIELDS = {"function": ("test_list",), "stdio": ("test_input", "test_output")}
 
@@ -35,7 +36,8 @@ def load_tasks(name_or_path: str, key: str = "dataset.train_dataset") -> list[Ta
             raise UserError(f"{where} {fault}")
         question, answer = _text(record, "question", where), None
         if record.get("test_method") is None:
-            answer = _text(record, "ground_truth_answer", where)
+            question, answer = with_options(record, question, where)
+            answer = answer or _text(record, "ground_truth_answer", where)
             if record.get("prefix"):
                 raise UserError(f"{where} has a `prefix`, which begins the program of a code task; leave it out")
         else:
@@ -167,6 +169,27 @@ def check_tests(record: Record, where: str) -> None:
     limit = record.get("test_time_limit")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit <= 3600):
         raise UserError(f"{where} has the `test_time_limit` {limit!r:.40}; give seconds, above 0 and up to 3600")
+
+
+def with_options(record: Record, question: str, where: str) -> tuple[str, str | None]:
+    """Question and answer of a multiple choice in the form of MMLU and MMLU-Pro, with a line for each option.
+
+    Such a record has `options` or `choices`, and as `answer` the right one's letter or its index from 0. Any other has
+    its question, and no answer here.
+    """
+    options, answer = record.get("options") or record.get("choices"), record.get("answer")
+    if "ground_truth_answer" in record or not isinstance(options, list) or answer is None:
+        return question, None
+    letters = LETTERS[: len(options)]
+    if type(answer) is int and 0 <= answer < len(letters):
+        answer = letters[answer]
+    if len(letters) < len(options) or not isinstance(answer, str) or answer not in tuple(letters):
+        raise UserError(
+            f"{where} has the `answer` {answer!r:.40} to {len(options)} options; give the letter of one, of at most "
+            f"{len(LETTERS)}"
+        )
+    lines = [f"{letter}. {as_text(option)}" for letter, option in zip(letters, options)]
+    return "\n".join([question.strip(), *lines]), answer
 
 
 def with_setup(record: Record) -> Record:

@@ -16,12 +16,14 @@ from reward.code_reward import code_score
 from reward.general_reward import general_score
 from reward.judge import judged_score
 from reward.math_reward import math_score
+from reward.option_reward import LETTER, option_score
 from reward.workers import Workers
 
 KINDS: dict[str, Callable[[str, Task, RewardConfig], Score]] = {
     "math": lambda text, task, reward: math_score(text, task.ground_truth_answer or ""),
     "code": code_score,
     "general": general_score,
+    "option": lambda text, task, reward: option_score(text, task),
     "judge": lambda text, task, reward: judged_score(text, task, reward.judge),
 }
 
@@ -116,8 +118,13 @@ def check_tasks(scorer: RewardScorer, tasks: Sequence[Task], key: str) -> None:
         lacks = None
         if scorer.kind == "code" and not task.record.get("test_method"):
             lacks, instead = "test_method", "math or general, where answers are texts"
-        elif scorer.kind in ("math", "general") and task.ground_truth_answer is None:
+        elif scorer.kind in ("math", "general", "option") and task.ground_truth_answer is None:
             lacks, instead = "ground_truth_answer", "code, where programs are tested"
+        elif scorer.kind == "option" and not LETTER.fullmatch(task.ground_truth_answer):
+            raise UserError(
+                f"{key}: task '{task.id}' has the answer '{task.ground_truth_answer:.40}', but an option is judged by "
+                "its letter, A to J; give that, or judge by math or general"
+            )
         if lacks:
             setting = "reward.kind" if scorer.reward.kind else "dataset.data_type"
             raise UserError(

@@ -105,6 +105,26 @@ def test_older_files_kept_the_setup_in_the_prefix(tmp_path):
         assert before == now and before.prefix == "" and before.record["setup"].strip() == "import math"
 
 
+def test_multiple_choices_as_mmlu_and_mmlu_pro_have_them(tmp_path):
+    records = [
+        {"question": "2+2?\n", "options": ["3", 4, "5"], "answer": "B", "answer_index": 1, "category": "math"},
+        {"question": "2+2?", "choices": ["4", "5"], "answer": 0},
+        {"question": "Which?\nA. this\nB. that", "ground_truth_answer": "A"},
+    ]
+    tasks = loaded_from(tmp_path, records)
+    assert [(task.question, task.ground_truth_answer) for task in tasks] == [
+        ("2+2?\nA. 3\nB. 4\nC. 5", "B"),
+        ("2+2?\nA. 4\nB. 5", "A"),
+        ("Which?\nA. this\nB. that", "A"),
+    ]
+    assert tasks[0].record["category"] == "math"
+    for answer in (2, "C", "AB", "", True, ["A"]):
+        with pytest.raises(UserError, match=r"record 1 of .* has the `answer` .* to 2 options; give the letter of one"):
+            loaded_from(tmp_path, [records[1] | {"answer": answer}])
+    with pytest.raises(UserError, match="to 11 options; give the letter of one, of at most 10"):
+        loaded_from(tmp_path, [{"question": "q", "options": list(range(11)), "answer": "A"}])
+
+
 def loaded_from(folder, records):
     path = folder / "tasks.json"
     path.write_text(json.dumps(records))
