@@ -238,6 +238,9 @@ class RewardConfig(ScoringConfig):
     kind: Literal[Kind, "judge"] | None = key(
         None, "math, code, general or judge: what decides whether a response is correct; null: dataset.data_type"
     )
+    code_reward: Literal["all", "share"] = key(
+        "all", "code: 1 where a program passes all tests, else 0 (all); or the share of the tests it passes (share)"
+    )
     function: Function | None = key(
         None, "my_module:my_reward, called with (response, task), returns a number or one for each token"
     )
@@ -284,16 +287,31 @@ class RLTrainingConfig(TrainingBase):
     kl_reference: Literal["old", "initial"] = key(
         "old", "the KL is to the policy at the start of the step (old) or the first model (initial)"
     )
-    loss_norm: Literal["token", "length", "step"] = key(
-        "token", "token, length or step (those that shrink merged are one): over what token losses are averaged"
+    loss_norm: Literal["token", "view", "length", "step", "sum"] = key(
+        "token",
+        "over what losses are averaged: token (all predicted tokens), view (in each view, then over views), length "
+        "(rollout.max_token, then over responses), step (in each step of a trace, summed, then over responses; those "
+        "that shrink merged are one), sum (over responses only)",
+    )
+    kl_norm: Literal["view_sum"] | None = key(
+        None, "view_sum: the KL is summed in each view and averaged over views; null: weighed as the loss is"
     )
     keep_accuracy: list[float] | None = key(
         [0.2, 0.8], "groups of other accuracy are dropped; null keeps all", low=0, high=1
     )
+    drop_equal: bool = key(False, "drop groups of equal rewards")
     dynamic_sampling: bool = key(
         False,
         "drop groups of equal rewards and draw tasks until num_task_per_step groups are kept, at most "
         "rollout.max_resample times more (DAPO)",
+    )
+    value_reward: Literal["raw", "zscore"] = key(
+        "raw", "value model: an outcome's reward as it is (raw), or its z-score in the group (zscore)"
+    )
+    process_placement: Literal["all", "chunk_end"] = key(
+        "all",
+        "value model: where a judge's rewards of chunks lie: on all their tokens as they are, or (chunk_end) on the "
+        "last step of each chunk's last block as 1 or -1, z-scored in the group",
     )
     gam: float = key(1.0, "value model: discount of later steps' rewards and values (γ)", low=0, high=1)
     lam: float = key(1.0, "value model: weight of later steps in the advantage (λ of GAE)", low=0, high=1)
@@ -544,6 +562,21 @@ class RLConfig(JobConfig):
             yield (
                 f"model.value_base_model with training.method={training.method}: a value model learns over the steps "
                 "of a trace; set training.method=TraceRL, or model.value_base_model=null"
+            )
+        if training.kl_norm and training.ratio_level == "sequence":
+            yield (
+                f"training.kl_norm={training.kl_norm} with training.ratio_level=sequence: a sequence's KL is one term "
+                "and is in no view; set training.kl_norm=null"
+            )
+        if has_value and training.value_reward == "zscore" and rollout.num_response_per_task < 2:
+            yield (
+                f"training.value_reward=zscore with rollout.num_response_per_task={rollout.num_response_per_task}: "
+                "a task's rewards are compared with each other, so it takes at least 2"
+            )
+        if training.process_placement == "chunk_end" and not self.reward.judge.reward_chunk_length:
+            yield (
+                "training.process_placement=chunk_end: chunks are a judge's; set reward.judge.reward_chunk_length, or "
+                "training.process_placement=all"
             )
         if has_value and training.ratio_level == "sequence":
             yield (

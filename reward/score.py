@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Self
 
 from common.errors import UserError, load_function
@@ -53,7 +53,7 @@ class RewardScorer:
         if self.kind == "judge" or not self.reward.judge.base_url:
             return scored
         judged = judged_score(text, task, self.reward.judge)
-        return Score(judged.reward, scored.correct, scored.verdict, judged.token_rewards)
+        return replace(judged, correct=scored.correct, verdict=scored.verdict)
 
     def submit(self, text: str, task: Task, truncated: bool) -> Future[Score]:
         """Have a response scored by one of `reward.workers` processes, which are kept; at once where that is 0."""

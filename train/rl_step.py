@@ -83,7 +83,7 @@ def learn(
     # advantages: the group's, or the value model's, times importance weights
     if critic is not None:
         tokens.old_value = batch_outputs(critic, batches, critic.forward)
-        tokens.advantage, tokens.returns = value_targets(tokens, samples, training.gam, training.lam)
+        tokens.advantage, tokens.returns = value_targets(tokens, samples, training, layout.block_size)
     if training.tis_cap is not None:
         known = replays and tokens.trainer_logp is not None
         replayed = tokens if known else replay(learner, samples, training, layout)
@@ -156,6 +156,9 @@ def shares_of(
         own = tokens[np.isin(tokens.trajectory.numpy(), chosen)]
         weight = loss_weights(own, training.loss_norm, max_gen_length, noisings(training))
         own.weight = torch.tensor(weight, dtype=torch.float32)
+        if training.kl_norm is not None:
+            kl_weight = loss_weights(own, training.kl_norm, max_gen_length)
+            own.kl_weight = torch.tensor(kl_weight, dtype=torch.float32)
         shares.append((micro_batches(own_rows, training.tokens_per_micro_batch), own))
     return shares
 

@@ -227,7 +227,8 @@ def rl_step(run: RLRun) -> dict[str, float]:
                 train_value=number % config.experiment.train_value_every == 0,
             )
     else:
-        equal = " with rewards that differ" if config.training.dynamic_sampling else ""
+        unequal = config.training.drop_equal or config.training.dynamic_sampling
+        equal = " with rewards that differ" if unequal else ""
         console.print(
             f"step {number}: no group{equal} has an accuracy within training.keep_accuracy "
             f"{config.training.keep_accuracy}; no update"
@@ -264,7 +265,8 @@ def draw_groups(
         groups += collect(
             run.engine, run.loaded, prompts, config.rollout, run.scorer, watch, training.seed, number, label
         )
-        samples = kept_samples(groups, training.keep_accuracy, training.dynamic_sampling)
+        drop_equal = training.drop_equal or training.dynamic_sampling
+        samples = kept_samples(groups, training.keep_accuracy, drop_equal)
         kept = len({sample.trajectory.task_id for sample in samples})
         missing = wanted - kept if training.dynamic_sampling else wanted * (kept == 0)
         if missing == 0:

@@ -145,7 +145,8 @@ def random_views(
     """`mask_times_per_sample` noisings of the whole response, each with its own t ~ U(lower_p, upper_p).
 
     Every token is masked with probability t. `coupled` adds each noising's complement: the pair predicts every
-    predictable token exactly once.
+    predictable token exactly once. What lies behind the response's end (plus `post_num`) is masked in all of them:
+    left clean it would give the length away.
     """
     grid = block_grid(example.prompt_ids, example.response_ids, layout.block_size)
     drawn = _trace_on(grid, example.step_map) >= 0
@@ -158,7 +159,7 @@ def random_views(
     masked = np.concatenate(noisings)  # (noisings × blocks, width)
     noising, row = np.divmod(np.arange(len(masked)), len(grid.block))
     predict = masked & predictable[row]
-    masked |= (grid.in_response & ~drawn)[row]
+    masked |= (grid.in_response & ~predictable)[row]
     return _views(grid, row, masked, predict, layout.mask_id, step=noising[:, None])
 
 
