@@ -49,11 +49,10 @@ def code_score(response: str, task: Task, reward: RewardConfig = DEFAULTS) -> Sc
 
 def by_test(task: Task) -> list[Task]:
     """The task once for each of its tests, with that test alone; as it is where it has none."""
-    tests = [key for key in ("test_list", "test_input", "test_output") if task.record.get(key)]
-    of_each = zip(*(_texts(task.record[key]) for key in tests))
-    return [replace(task, record=task.record | {key: [one] for key, one in zip(tests, each)}) for each in of_each] or [
-        task
-    ]
+    record, keys = task.record, ("test_list", "test_input", "test_output")
+    columns = {key: _texts(record[key]) for key in keys if record.get(key)}
+    tests = [dict(zip(columns, ([text] for text in texts))) for texts in zip(*columns.values())]
+    return [replace(task, record=record | test) for test in tests] or [task]
 
 
 def run_tests(program: str, task: Task, reward: ScoringConfig = DEFAULTS, sandbox: Sandbox = SANDBOX) -> str:

@@ -9,6 +9,7 @@ import yaml
 from common.config import load_config, settings_of
 from common.errors import UserError
 from common.older_keys import FULL_ATTENTION
+from common.schema import RLConfig
 from models.family import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -375,6 +376,7 @@ def test_finetuning_configs_carry_the_published_numbers(load, monkeypatch):
     assert long.training.max_gen_length == long.evaluation.max_token == 30_000 and long.evaluation.start_with_think
 
 
+MOVING = (ROOT / "docs" / "moving.md").read_text(encoding="utf-8")
 PUBLISHED = ROOT.parent / "shared" / "original_settings.json"
 FILES = json.loads(PUBLISHED.read_text(encoding="utf-8"))["files"] if PUBLISHED.is_file() else {}
 JOB_OF = {"sft": "sft", "eval": "eval", "rl": "rl"}  # by the word in the file's name
@@ -411,3 +413,39 @@ def test_the_originals_own_files_load_and_ours_of_that_name_agree(name, tmp_path
         ):
             assert getattr(theirs.training, key) == getattr(ours.training, key), key
         assert theirs.rollout.num_task_per_step == ours.rollout.num_task_per_step
+
+
+def objective_row(name: str, config: RLConfig) -> str:
+    """The file's line of the table in docs/moving.md."""
+    training = config.training
+    rewards = "z-score of the share of tests" if config.reward.code_reward == "share" else "z-score"
+    if config.model.value_base_model:
+        by_chunk = training.process_placement == "chunk_end"
+        rewards = f"value model, {'chunk_end' if by_chunk else training.value_reward.replace('zscore', 'z-score')}"
+    cells = [
+        f"`{name.removesuffix('.yaml')}`",
+        training.method + (f", shrink {training.shrink}" if training.shrink > 1 else ""),
+        training.ratio_level,
+        training.loss_norm,
+        training.kl_norm or "as the loss",
+        rewards,
+        "unequal" if training.drop_equal else training.keep_accuracy,
+        training.updates_per_step,
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "rl_" in name] or [None])
+def test_the_objective_of_each_file_is_the_documented_one(name, tmp_path, monkeypatch):
+    if name is None:
+        pytest.skip("original_settings.json is not in shared/ beside the repository")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    (tmp_path / name).write_text(yaml.safe_dump(FILES[name]), encoding="utf-8")
+    theirs = load_config("rl", [f"config={tmp_path / name}"])
+    assert objective_row(name, theirs) in MOVING.splitlines()
+    ours = load_config("rl", [f"config={ROOT}/configs/{name}"])
+    ours.training.updates_per_step = (
+        theirs.training.updates_per_step
+    )  # of ours on the devices that it was published for
+    assert objective_row(name, ours) == objective_row(name, theirs)
+    assert ours.reward.truncated_is_wrong == theirs.reward.truncated_is_wrong
