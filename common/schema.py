@@ -114,7 +114,15 @@ class Sampling:
     dynamic_threshold: float = key(
         0.9, "low_confidence_dynamic: unmask every candidate at or above this probability", low=0, high=1
     )
-    eb_threshold: float = key(0.1, "entropy_bounded: largest sum of entropies (nats) unmasked together", low=0)
+    filter_order: Literal["top_k_first", "top_p_first"] = key(
+        "top_k_first", "which of top_k and top_p cuts first: top_k_first, or top_p_first (Dream's)"
+    )
+    eb_threshold: float = key(
+        0.35, "entropy_bounded: largest sum of entropies (nats) unmasked together (0.35: JetEngine's)", low=0
+    )
+    entropy_from: Literal["raw", "sampled"] = key(
+        "raw", "entropy before (raw) or after (sampled; Dream's) temperature, top-k and top-p"
+    )
     confidence_from: Literal["raw", "sampled"] = key(
         "raw", "confidence before (raw) or after (sampled) temperature, top-k and top-p"
     )
