@@ -34,6 +34,7 @@ RENAMED_KEYS: dict[str, str] = {
     "evaluation.batch_size": "evaluation.max_active",
     "training.block_size": "rollout.block_size",
     "training.mixed_precision": "model.dtype",
+    "training.ratio_level": "training.term",
     "optimizer.params.policy_learning_rate": "optimizer.params.learning_rate",
     "model.process_reward_model": "reward.judge.model",
     "rollout.reward_model.reward_chunk_length": "reward.judge.reward_chunk_length",

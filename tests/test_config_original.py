@@ -332,8 +332,8 @@ def test_groups_to_keep_follow_what_is_learned(load, capsys):
 
 
 def test_norms_and_placements_that_fit_nothing_are_refused(load):
-    with pytest.raises(UserError, match=r"training.kl_norm=view_sum with training.ratio_level=sequence: .*=null"):
-        load("rl", "training.kl_norm=view_sum", "training.ratio_level=sequence")
+    with pytest.raises(UserError, match=r"training.kl_norm=view_sum with training.term=sequence: .*=null"):
+        load("rl", "training.kl_norm=view_sum", "training.term=sequence")
     with pytest.raises(UserError, match=r"training.process_placement=chunk_end: .*reward.judge.reward_chunk_length"):
         load("rl", "training.process_placement=chunk_end")
     one = ("training.value_reward=zscore", "rollout.num_response_per_task=1", "model.value_base_model=some/model")
@@ -345,7 +345,7 @@ def test_a_value_model_needs_traces_and_token_ratios(load):
     value = "model.value_base_model=some/model"
     with pytest.raises(UserError, match=r"value_base_model with training.method=coupled: .*training.method=TraceRL"):
         load("rl", value, "training.method=coupled")
-    with pytest.raises(UserError, match=r"value_base_model with training.ratio_level=sequence: .*ratio_level=token"):
+    with pytest.raises(UserError, match=r"value_base_model with training.term=sequence: .*training.term=token"):
         load("rl", value, "training.ratio_level=sequence")
     with pytest.raises(UserError, match=r"training.tis_cap=2.0 with training.old_logp=engine: .*old_logp=auto"):
         load("rl", "training.tis_cap=2", "training.old_logp=engine")
@@ -425,7 +425,7 @@ def objective_row(name: str, config: RLConfig) -> str:
     cells = [
         f"`{name.removesuffix('.yaml')}`",
         training.method + (f", shrink {training.shrink}" if training.shrink > 1 else ""),
-        training.ratio_level,
+        training.term,
         training.loss_norm,
         training.kl_norm or "as the loss",
         rewards,

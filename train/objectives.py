@@ -26,8 +26,8 @@ CLAMP = 10.0  # of log-ratios, before they are exponentiated
 class Tokens:
     """What is known of predicted tokens: columns (predicted,), in the order of the step's rows.
 
-    `learn` fills them one after another; an update and a micro-batch select their tokens by index. Where a sequence has
-    but one ratio, the loss takes an entry for each sequence instead.
+    `learn` fills them one after another; an update and a micro-batch select their tokens by index. Where a ratio is of
+    several predictions, the loss takes an entry for each such term instead.
     """
 
     trajectory: Tensor  # which of the step's responses it belongs to
@@ -41,6 +41,7 @@ class Tokens:
     advantage: Tensor | None = None
     old_value: Tensor | None = None  # the value model's before the step
     returns: Tensor | None = None
+    coefficient: Tensor | None = None  # in its term, where its views say so
     weight: Tensor | None = None  # in its update's loss: the whole denominator is in it
     kl_weight: Tensor | None = None  # of its KL; None: as of its loss
 
@@ -66,6 +67,9 @@ def tokens_of(rows: Sequence[Row], samples: Sequence[ScoredTrajectory]) -> Token
     for row in rows:  # whole responses are a row each, views of blocks are numbered in theirs
         view.append(first + row.view[row.predict_at])
         first += 1 + int(row.view.max())
+    coefficient = None
+    if all(row.weight is not None for row in rows):
+        coefficient = torch.tensor(np.concatenate([row.weight for row in rows]), dtype=torch.float32)
     engine_logp = [np.asarray(samples[row.trajectory].trajectory.logp)[row.response_index] for row in rows]
     return Tokens(
         trajectory=torch.from_numpy(trajectory),
@@ -73,6 +77,7 @@ def tokens_of(rows: Sequence[Row], samples: Sequence[ScoredTrajectory]) -> Token
         view=torch.from_numpy(np.concatenate(view)),
         trace_step=torch.from_numpy(np.concatenate([row.trace_step for row in rows])),
         engine_logp=torch.tensor(np.concatenate(engine_logp), dtype=torch.float32),
+        coefficient=coefficient,
         advantage=torch.tensor([sample.advantage for sample in samples], dtype=torch.float32)[trajectory],
     )
 
@@ -80,9 +85,11 @@ def tokens_of(rows: Sequence[Row], samples: Sequence[ScoredTrajectory]) -> Token
 # ---- advantages of a group
 
 
-def group_advantages(rewards: Sequence[float]) -> np.ndarray:
-    """The z-score of each reward in its group, population deviation; 0 where all are equal (GRPO).
+def group_advantages(rewards: Sequence[float], kind: str = "zscore") -> np.ndarray:
+    """Each reward against its group's, 0 where all are equal.
 
+    zscore: in population deviations from the mean (GRPO). mean: the difference to the mean. loo: to the mean of the
+    others (leave one out).
     Rewards that differ by rounding only, as means over different numbers of equal terms do, are equal. UserError where
     rewards or their deviation are not finite, or the deviation underflows to 0.
     """
@@ -97,7 +104,12 @@ def group_advantages(rewards: Sequence[float]) -> np.ndarray:
             f"rewards from {low:g} to {high:g} for one task cannot be compared: their deviation is {deviation:g}; "
             "scale what reward.function (or the judge) returns to moderate numbers"
         )
-    return (values - values.mean()) / deviation
+    difference = values - values.mean()
+    return {
+        "zscore": difference / deviation,
+        "mean": difference,
+        "loo": difference * len(values) / (len(values) - 1),
+    }[kind]
 
 
 def keep_group(correct: Sequence[bool], bounds: Sequence[float] | None) -> bool:
@@ -109,19 +121,22 @@ def keep_group(correct: Sequence[bool], bounds: Sequence[float] | None) -> bool:
 
 
 def kept_samples(
-    groups: Sequence[Sequence[ScoredTrajectory]], bounds: Sequence[float] | None, drop_equal: bool = False
+    groups: Sequence[Sequence[ScoredTrajectory]],
+    bounds: Sequence[float] | None,
+    drop_equal: bool = False,
+    kind: str = "zscore",
 ) -> list[ScoredTrajectory]:
     """Every response of the groups whose accuracy lies within `bounds`, with its advantage in the group.
 
     Responses that could not be scored are left out: nothing is known of them. `drop_equal` leaves out groups whose
-    rewards are all equal too.
+    rewards are all equal too. `kind` of advantage, as in `group_advantages`.
     """
     samples = []
     for whole in groups:
         group = [scored for scored in whole if scored.score.verdict != "infrastructure"]
         if not group or not keep_group([scored.score.correct for scored in group], bounds):
             continue
-        advantages = group_advantages([scored.score.reward for scored in group])
+        advantages = group_advantages([scored.score.reward for scored in group], kind)
         if drop_equal and not advantages.any():
             continue
         samples += [replace(scored, advantage=advantage) for scored, advantage in zip(group, advantages.tolist())]
@@ -330,7 +345,30 @@ def loss_weights(tokens: Tokens, loss_norm: str, max_gen_length: int, noisings: 
 
 def noisings(training: RLTrainingConfig) -> int:
     """How many noised copies of a response its losses are averaged over; a coupled pair is one."""
-    return training.mask_times_per_sample if training.method in ("random_masking", "coupled") else 1
+    return training.mask_times_per_sample if training.method in ("random_masking", "coupled", "whole") else 1
+
+
+def terms_of(tokens: Tokens, training: RLTrainingConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Which position or sequence each prediction is in, counted from 0; its coefficient and its share there.
+
+    All (predicted,). Coefficients are the views' own; where they have none, of a sequence those of its ELBO per token,
+    of a position those of the mean. By the shares, which sum to 1, a term takes the mean of what its predictions share.
+    """
+    response_index = tokens.response_index.numpy() if training.term == "position" else np.zeros(len(tokens), dtype=int)
+    pairs = np.stack([tokens.trajectory.numpy(), response_index])
+    _, term, size = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
+    term = term.ravel()
+    if training.term == "sequence" and tokens.coefficient is None:
+        term, share = sequence_shares(tokens, by_noising=training.method != "TraceRL")
+        return term, share, share
+    share = torch.tensor(1 / size[term], dtype=torch.float32)
+    return torch.from_numpy(term), share if tokens.coefficient is None else tokens.coefficient, share
+
+
+def response_lengths(tokens: Tokens) -> np.ndarray:
+    """How many positions of each response, in order, are predicted in some view."""
+    pairs = np.unique(np.stack([tokens.trajectory.numpy(), tokens.response_index.numpy()]), axis=1)
+    return np.unique(pairs[0], return_counts=True)[1]
 
 
 def sequence_shares(tokens: Tokens, by_noising: bool) -> tuple[Tensor, Tensor]:
