@@ -108,15 +108,19 @@ def draw_one(logits: np.ndarray, u: float, mask_id: int, settings: Sampling) -> 
     allowed = logits.copy()
     allowed[mask_id] = -np.inf
     probability = softmax(allowed / np.float32(1.0 if greedy else settings.temperature))
-    kept = keep(probability, settings.top_k, settings.top_p)
+    if settings.filter_order == "top_k_first":
+        kept = keep(probability, settings.top_k, settings.top_p)
+    else:
+        kept = keep(probability, 0, settings.top_p) & keep(probability, settings.top_k, 1.0)
     token = int(probability.argmax()) if greedy else inverse_cdf(probability, kept, u)
     total = sum(probability[i] for i in sorted(kept))
     sampled = probability[token] / total
+    of = raw.tolist() if settings.entropy_from == "raw" else [probability[i] / total for i in sorted(kept)]
     return Candidate(
         token=token,
         confidence=float(raw[token] if settings.confidence_from == "raw" else sampled),
         logp=float(np.log(probability[token])),
-        entropy=float(-sum(p * math.log(p) for p in raw.tolist() if p > 0)),
+        entropy=float(-sum(p * math.log(p) for p in of if p > 0)),
         kept_mass=float(total),
     )
 

@@ -109,9 +109,18 @@ def test_numbers_depend_neither_on_the_batch_nor_on_the_prompt() -> None:
     st.integers(0, 13),
     st.sampled_from([0.05, 0.3, 0.6, 0.95, 1.0]),
     st.sampled_from(["raw", "sampled"]),
+    st.sampled_from(["raw", "sampled"]),
+    st.sampled_from(["top_k_first", "top_p_first"]),
 )
 def test_a_draw_is_the_plain_one(
-    values: list[float], u: float, temperature: float, top_k: int, top_p: float, confidence_from: str
+    values: list[float],
+    u: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    confidence_from: str,
+    entropy_from: str,
+    order: str,
 ) -> None:
     sampling = Sampling(
         remasking_strategy="entropy_bounded",
@@ -119,14 +128,16 @@ def test_a_draw_is_the_plain_one(
         top_k=top_k,
         top_p=top_p,
         confidence_from=confidence_from,
+        entropy_from=entropy_from,
+        filter_order=order,
     )
     logits = torch.tensor(values)
     # a sum that lands within rounding of a border may be told either way
     logp = token_logp(logits, MASK, temperature or 1)
-    weight = filter_top(logp.exp(), top_k, 1.0)
+    weight = filter_top(logp.exp(), top_k if order == "top_k_first" else 0, 1.0)
     ranked = (weight / weight.sum()).sort(descending=True, stable=True).values.cumsum(0)
     assume(top_p == 1 or (ranked - top_p).abs().min() > 1e-5)
-    kept = filter_top(logp.exp(), top_k, top_p)
+    kept = filter_top(logp.exp(), top_k, top_p, order)
     assume((kept.cumsum(0) / kept.sum() - u).abs().min() > 1e-5)
 
     expected = reference.draw_one(logits.numpy(), u, MASK, sampling)
@@ -231,6 +242,24 @@ def test_sampled_confidence_is_that_of_the_filtered_softmax() -> None:
     assert drawn(logits, 0.0, confidence_from="sampled").probability.item() == pytest.approx(0.5, abs=1e-6)
     assert drawn(logits, 0.0, confidence_from="sampled", top_k=2).probability.item() == pytest.approx(0.6, abs=1e-6)
     assert drawn(logits, 0.0, confidence_from="sampled", top_k=1).probability.item() == 1
+
+
+def test_entropy_is_of_the_raw_or_the_filtered_softmax() -> None:
+    logits, even = logits_of(0.3, 0.3, 0.05, 0.35), torch.tensor(2.0).log().item()  # 0.35: the mask token's
+    raw = -sum(p * math.log(p) for p in (0.3, 0.3, 0.05, 0.35))
+    assert drawn(logits, 0.0, top_k=2).entropy.item() == pytest.approx(raw, abs=1e-6)
+    assert drawn(logits, 0.0, top_k=2, entropy_from="sampled").entropy.item() == pytest.approx(even, abs=1e-6)
+    assert drawn(logits, 0.0, top_k=1, entropy_from="sampled").entropy.item() == pytest.approx(0, abs=1e-6)
+    by_confidence = Sampling(remasking_strategy="sequential", entropy_from="sampled", top_k=2)
+    assert draw(logits, torch.zeros(1, 1), MASK, by_confidence).entropy.item() == 0, "nothing reads it"
+
+
+def test_the_filter_that_cuts_first_says_what_the_other_is_a_share_of() -> None:
+    """Of 0.4, 0.3, 0.2, 0.1 three are 0.9: 0.7 / 0.9 reaches 0.75, of the whole the third is needed."""
+    probability = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    assert filter_top(probability, 3, 0.75).tolist() == pytest.approx([0.4, 0.3, 0, 0])
+    assert filter_top(probability, 3, 0.75, "top_p_first").tolist() == pytest.approx([0.4, 0.3, 0.2, 0])
+    assert filter_top(probability, 2, 0.75, "top_p_first").tolist() == pytest.approx([0.4, 0.3, 0, 0])
 
 
 def test_logp_is_before_the_filters_and_of_the_temperature() -> None:
