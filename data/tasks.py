@@ -158,7 +158,7 @@ def check_tests(record: Record, where: str) -> None:
             raise UserError(f"{where} has a `{field}` that is no text")
     check_python(record.get("prefix") or "", f"{where}: `prefix`")
     if method == "function":
-        checked_usage(record["test_list"], record.get("prefix") or "", record.get("entry_point") or "", where)
+        checked_usage(record, where)
     else:
         check_input_output(record, where)
     limit = record.get("test_time_limit")

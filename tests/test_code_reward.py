@@ -12,10 +12,9 @@ from common.errors import UserError
 from common.schema import RewardConfig
 from common.trajectory import Score, Task
 from data.download_data import convert_records
-from reward.code_reward import CodeLimits, code_score, outputs_equal, run_tests
+from reward.code_reward import code_score, outputs_equal, run_tests
 from reward.extract_code import extract_code
 from reward.sandbox import SANDBOX
-from reward.score import score_code
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -57,6 +56,7 @@ def stdio(*pairs: tuple[str, str], **fields) -> Task:
         ("Use ```python x = 1``` only.", "x = 1"),
         ("```python\ndef f():\n    return 1```\nThat is all.", "def f():\n    return 1"),
         ("```python\nx = 1\n``` That is all.\n", "x = 1"),
+        ("```\nUse ```python x = 1``` only.\nThat is all.", "x = 1"),
         ("````python\nx = '''\n```\n'''\n````", "x = '''\n```\n'''"),
         ("```python\nx = 1\n````", "x = 1"),
         ("~~~python\nx = 1\n~~~", "x = 1"),
@@ -383,7 +383,7 @@ SOMETHING_TESTED = [
 
 @pytest.mark.parametrize("test", SOMETHING_TESTED)
 def test_tests_that_test_something_are_taken(test):
-    assert checked_usage([test], "", "", "here").problem == ""
+    assert checked_usage({"test_list": [test]}, "here").problem == ""
 
 
 OUTPUTS = [  # (printed, wanted, equal)
@@ -429,8 +429,8 @@ def test_outputs_are_compared_line_by_line(printed, wanted, equal):
 def test_the_tolerance_is_the_configs():
     task = stdio(("", "0.25\n2"))
     assert code_score("```python\nprint(0.2501)\nprint(2.0)\n```", task).verdict == "failed"
-    assert score_code("```python\nprint(0.2501)\nprint(2)\n```", task, RewardConfig(float_tolerance=1e-3)).correct
-    assert not score_code("```python\nprint(0.2500001)\nprint(2)\n```", task, RewardConfig(float_tolerance=0)).correct
+    assert code_score("```python\nprint(0.2501)\nprint(2)\n```", task, RewardConfig(float_tolerance=1e-3)).correct
+    assert not code_score("```python\nprint(0.2500001)\nprint(2)\n```", task, RewardConfig(float_tolerance=0)).correct
 
 
 def test_programs_see_no_arguments_of_the_sandbox():
@@ -476,7 +476,7 @@ def test_verdicts_of_functions():
         "def f(): return [0] * 10**10": "memory",
         "def f(): print('x' * 10**7)": "output_limit",
     }
-    found = {program: run_tests(program, task, CodeLimits(output=1 << 20)) for program in programs}
+    found = {program: run_tests(program, task, RewardConfig(output_mb=1)) for program in programs}
     assert found == programs
 
 

@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from benchmarks.sandbox_attacks import ATTACKS, SOLUTIONS, TASKS
-from reward.code_reward import CodeLimits, run_tests
+from common.schema import RewardConfig
+from reward.code_reward import run_tests
 from reward.sandbox import SANDBOX, Cell, Limits, Outcome, Sandbox
 
-LIMITS = CodeLimits(memory=512 << 20, output=4 << 20)
+LIMITS = RewardConfig(memory_mb=512, output_mb=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
