@@ -137,6 +137,12 @@ class Sampling:
     pad_target_penalty: float = key(
         1.0, "full attention: factor by which a stop token's score is worsened when positions are ranked", low=0.01
     )
+    confidence_eos_eot_inf: bool = key(
+        False, "full attention: candidates that end a response are unmasked last, however sure (LLaDA's evaluation)"
+    )
+    logits_eos_inf: bool = key(
+        False, "the end of sequence is never drawn; a response ends by its other stop tokens (LLaDA's evaluation)"
+    )
     use_cache: bool = key(False, "full attention: keep the keys before a block from its first forward; not exact")
     further_horizon: int | None = key(
         None, "full attention, cached: positions recomputed behind the block, those beyond unseen; null: all", low=0
