@@ -1,7 +1,6 @@
 """Accuracy and speed of a diffusion language model: python eval.py config=configs/eval_tiny.yaml [key=value …]"""
 
 import sys
-from pathlib import Path
 
 from common.config import parse_or_help
 from common.errors import one_line_errors
@@ -12,7 +11,7 @@ def main() -> None:
     config = parse_or_help("eval", sys.argv[1:], __doc__)
     from launch.evaluation import evaluate_here  # torch and transformers, which --help does without
 
-    sys.exit(evaluate_here(config, Path(__file__), sys.argv[1:]))
+    sys.exit(evaluate_here(config, sys.argv[1:]))
 
 
 if __name__ == "__main__":

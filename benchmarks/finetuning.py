@@ -26,7 +26,7 @@ from train.learner import MOST_PADDING, Learner, make_learner, update
 from train.network import Policy
 from train.packing import PackedBatch, Row, pack
 from train.sft_data import Conversation
-from train.sft_step import rows_of
+from train.sft_trainer import rows_of
 from train.views import Example
 
 BUDGET = 16384  # tokens of a micro-batch

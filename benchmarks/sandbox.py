@@ -11,13 +11,14 @@ from pathlib import Path
 
 from benchmarks.sandbox_attacks import ATTACKS, GROUPS, NOT_HELD, SOLUTIONS, TASKS
 from common.errors import UserError
+from common.schema import RewardConfig
 from common.trajectory import Task
-from reward.code_reward import CodeLimits, run_tests
+from reward.code_reward import run_tests
 from reward.sandbox import Cell, Limits, Sandbox
 from reward.sandbox_kinds import KINDS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "sandbox.md"
-LIMITS = CodeLimits(memory=512 << 20, output=4 << 20)
+LIMITS = RewardConfig(memory_mb=512, output_mb=4)
 
 
 def attacks() -> None:

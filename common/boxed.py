@@ -33,10 +33,9 @@ def extract_boxed(text: str) -> str | None:
     boxes = _boxes(text)
     while boxes:
         command, start, end = boxes.pop()
-        if content := text[start:end].strip():
+        content = text[start:end].strip()
+        if content or not boxes:
             return ", ".join(_list_up_to(text, boxes, command, content))
-        if not boxes:
-            return ""
     return None
 
 

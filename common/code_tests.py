@@ -7,10 +7,12 @@ import json
 import symtable
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common.errors import UserError
+from common.records import Record
 
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 CONSTANT = (ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Set, ast.JoinedStr, ast.Lambda)
@@ -28,13 +30,14 @@ class Usage:
     problem: str  # why the tests test nothing, empty where they do
 
 
-def checked_usage(tests: str | Sequence[str], prefix: str, entry_point: str, where: str) -> Usage:
-    """What these tests use; UserError where they are no Python or test nothing."""
-    entries = (tests,) if isinstance(tests, str) else tuple(tests)
+def checked_usage(record: Record, where: str) -> Usage:
+    """What the tests of a task's functions use; UserError where they are no Python or test nothing."""
+    tests = record["test_list"]
     if isinstance(tests, str) and _is_json_list(tests):
         raise UserError(f"{where}: `test_list` is a list written as one text; give the list itself")
+    entries = (tests,) if isinstance(tests, str) else tuple(tests)
     try:
-        usage = usage_of(entries, prefix, entry_point)
+        usage = _usage(entries, record.get("prefix") or "", record.get("entry_point") or "")
     except NO_PYTHON as error:
         told = " ".join(str(error).split())
         raise UserError(f"{where}: `test_list` or `prefix` is not valid Python: {told:.160}") from None
@@ -43,7 +46,7 @@ def checked_usage(tests: str | Sequence[str], prefix: str, entry_point: str, whe
     return usage
 
 
-def check_input_output(record: dict[str, object], where: str) -> None:
+def check_input_output(record: Record, where: str) -> None:
     """UserError for inputs and outputs of whole programs that test nothing."""
     given, wanted = record["test_input"], record["test_output"]
     if isinstance(given, str) and isinstance(wanted, str) and _is_json_list(given) and _is_json_list(wanted):
@@ -64,7 +67,7 @@ def _is_json_list(text: str) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def usage_of(tests: tuple[str, ...], prefix: str = "", entry_point: str = "") -> Usage:
+def _usage(tests: tuple[str, ...], prefix: str, entry_point: str) -> Usage:
     """What these tests use, a problem among it; one of NO_PYTHON where they cannot be read."""
     with warnings.catch_warnings(action="ignore"):
         trees = [ast.parse(test) for test in tests]
@@ -73,7 +76,11 @@ def usage_of(tests: tuple[str, ...], prefix: str = "", entry_point: str = "") ->
     defined = {name for scope in scopes for name in _global_names(scope, defined=True)}
     used = dict.fromkeys(name for scope in scopes[:-1] for name in _global_names(scope, defined=False))
     free = [name for name in used if name not in defined and not hasattr(builtins, name)]
-    modules = tuple(name for name in free if name != entry_point and _is_module(name, trees))
+    # A module of the standard library is only looked into (`math.pi`), never called.
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    owners = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    bare = {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in owners}
+    modules = tuple(name for name in free if name in sys.stdlib_module_names - bare - {entry_point})
     program = [name for name in free if name not in modules]
     live = list(_live(trees, before))
     shadowing = [entry_point] if entry_point else []
@@ -113,17 +120,17 @@ def _can_fail(node: ast.AST) -> bool:
 
 def _live(trees: list[ast.Module], before: ast.Module) -> Iterator[ast.AST]:
     """The nodes that are run: the statements of the tests, and the bodies of the functions and classes they name."""
-    bodies: dict[str, list[ast.AST]] = {}
+    bodies: defaultdict[str, list[ast.AST]] = defaultdict(list)
     for tree in [*trees, before]:
         for node in ast.walk(tree):
             if isinstance(node, FUNCTION):
-                bodies.setdefault(node.name, []).extend(node.body)
+                bodies[node.name] += node.body
             elif isinstance(node, ast.ClassDef):
                 methods = [one for child in node.body if isinstance(child, FUNCTION) for one in child.body]
-                bodies.setdefault(node.name, []).extend(methods)
+                bodies[node.name] += methods
                 bases = [getattr(base, "attr", None) or getattr(base, "id", "") for base in node.bases]
                 if "TestCase" in bases:
-                    bodies.setdefault("main", []).extend(methods)  # unittest.main() finds it
+                    bodies["main"] += methods  # unittest.main() finds it
     todo: list[ast.AST] = list(trees)
     while todo:
         node = todo.pop()
@@ -143,12 +150,3 @@ def _global_names(scope: symtable.SymbolTable, defined: bool) -> Iterator[str]:
             yield symbol.get_name()
     for inner in scope.get_children():
         yield from _global_names(inner, defined)
-
-
-def _is_module(name: str, trees: list[ast.Module]) -> bool:
-    """Whether a free name is a module's of the standard library: it is only looked into (`math.pi`), never called."""
-    if name not in sys.stdlib_module_names:
-        return False
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    owners = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
-    return all(id(node) in owners for node in nodes if isinstance(node, ast.Name) and node.id == name)

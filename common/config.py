@@ -11,27 +11,31 @@ import re
 import sys
 from dataclasses import asdict, replace
 from functools import reduce
-from operator import getitem
-from types import NoneType
-from typing import Any, get_args, get_origin
+from operator import attrgetter, getitem
+from pathlib import Path
+from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.config_files import (
+    accelerate_config,
     configs_of,
     find_config,
     infer_job,
     merge_layers,
-    processes_of,
     read_layers,
+    reference_of,
     split_arguments,
 )
 from common.errors import UserError, one_line, one_line_errors, show
 from common.older_keys import UPDATE_SIZE_KEYS, derive_update_size
-from common.schema import JOBS, Job, Key, Sampling, TaskSampling, keys_of
+from common.schema import JOBS, SETTINGS, Job, Key, Sampling, keys_of
 
+Settings = TypeVar("Settings", bound=Sampling)
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+MADE_FROM = {int: (int, str), float: (int, float, str), str: (str, int, float, bool)}  # numbers may be quoted
 TRUTH = dict.fromkeys(("true", "yes", "y", "on", "1"), True) | dict.fromkeys(("false", "no", "n", "off", "0"), False)
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -63,7 +67,7 @@ def load_config(name: str, argv: list[str]) -> Any:
     path, overrides = split_arguments(job, argv)
     family = overrides.get("model.model_base") or overrides.get("model_base")
     layers = read_layers(path, family) if path else []
-    inferred = infer_job({key: value for _, layer in layers for key, value in layer.items()})
+    inferred = infer_job(layers)
     if inferred not in (None, name):
         raise UserError(f"config={path} is a config for {JOBS[inferred].script}, not for {job.script}")
 
@@ -73,14 +77,13 @@ def load_config(name: str, argv: list[str]) -> Any:
     cfg = typed(job, values)
     cfg.written = written_keys(values)
     for key in job.required:
-        if not value_at(cfg, key):
+        if not attrgetter(key)(cfg):
             in_file = f"in {path} or " if path else ""
             raise UserError(f"{key} is empty: set it {in_file}as {key}=… on the command line")
     for section in vars(cfg).values():
         if isinstance(section, Sampling):
-            settings = take_apart(section)
-            if f"{section.prefix}block_size" in cfg.written:  # else it comes with the model, and is checked then
-                check_steps(settings)
+            # a block size that is not set comes with the model, and is checked then
+            settings_of(section, check_steps=f"{section.prefix}block_size" in cfg.written)
     if values.keys() & set(UPDATE_SIZE_KEYS):
         notes.append(derive_update_size(name, cfg, values, devices_of(cfg)))
     if name == "rl" and cfg.model.value_base_model and "training.keep_accuracy" not in values:
@@ -94,12 +97,20 @@ def load_config(name: str, argv: list[str]) -> Any:
     return cfg
 
 
+def load_any(path: Path, arguments: list[str]) -> tuple[str, Any]:
+    """The job that a file and the further arguments are for, as their keys tell, and its config."""
+    layers = read_layers(path)
+    typed_in = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    job = infer_job(layers) or infer_job([*layers, ("the command line", typed_in)]) or "rl"
+    return job, load_config(job, [f"config={path}", *arguments])
+
+
 def written_keys(values: dict[str, Any]) -> frozenset[str]:
     """The keys that are set; one that only refers to another, as ${rollout.block_size}, counts where that is set."""
 
     def is_set(key: str) -> bool:
-        reference = re.fullmatch(r"\$\{([\w.]+)\}", str(values.get(key)))
-        return key in values and (reference is None or is_set(reference[1]))
+        reference = reference_of(values.get(key))
+        return key in values and (reference is None or is_set(reference))
 
     return frozenset(filter(is_set, values))
 
@@ -109,7 +120,7 @@ def devices_of(cfg: Any) -> int:
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     name = getattr(cfg.experiment, "deepspeed_file", None)
-    return processes_of(name) if name else 1
+    return yaml.safe_load(accelerate_config(name).read_text())["num_processes"] if name else 1
 
 
 def dump_config(cfg: Any) -> str:
@@ -120,37 +131,27 @@ def dump_config(cfg: Any) -> str:
 # Settings of an evaluation --------------------------------------------------------------------------------------------
 
 
-def settings_of(evaluation: TaskSampling) -> list[TaskSampling]:
-    """One object per sampling setting: entry i of every list; a single value holds for all of them.
+def settings_of(sampling: Settings, check_steps: bool = True) -> list[Settings]:
+    """One such object for each sampling setting: entry i of every list; a single value holds for all.
 
-    Expects a section of a loaded config; raises UserError where lists have different lengths, or a block more steps
-    than tokens.
+    Raises UserError where lists have different lengths, or where a block has more steps than tokens, unless
+    `check_steps` is False.
     """
-    settings = take_apart(evaluation)
-    check_steps(settings)
-    return settings
-
-
-def take_apart(evaluation: Sampling) -> list[Sampling]:
-    """As `settings_of`, of a section whose block size may not be known yet."""
-    lists = {key: value for key in evaluation.lists if isinstance(value := getattr(evaluation, key), list)}
+    lists = {key: value for key in SETTINGS if isinstance(value := getattr(sampling, key), list)}
     lengths = {key: len(value) for key, value in lists.items()}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        each = ", ".join(f"{evaluation.prefix}{key} has {length}" for key, length in lengths.items())
+        each = ", ".join(f"{sampling.prefix}{key} has {length}" for key, length in lengths.items())
         raise UserError(f"lists of settings must have the same number of entries: {each}")
     count = next(iter(lengths.values()), 1)
-    return [replace(evaluation, **{key: value[i] for key, value in lists.items()}) for i in range(count)]
-
-
-def check_steps(settings: list[Sampling]) -> None:
-    """UserError where a block has more steps than tokens."""
-    for setting in settings:
+    settings = [replace(sampling, **{key: value[i] for key, value in lists.items()}) for i in range(count)]
+    for setting in settings if check_steps else ():
         steps, size, prefix = setting.denoising_steps_per_block, setting.block_size, setting.prefix
         if steps > size:
             raise UserError(
                 f"{prefix}denoising_steps_per_block={steps} is more than {prefix}block_size={size}: "
                 "each step unmasks at least one token"
             )
+    return settings
 
 
 # Types and single values ----------------------------------------------------------------------------------------------
@@ -176,40 +177,37 @@ def typed(job: Job, values: dict[str, Any]) -> Any:
         if key in values:
             path, _, leaf = key.rpartition(".")
             value = reduce(getitem, key.split("."), resolved)
-            setattr(value_at(cfg, path), leaf, checked(job, key, value, limits, show(values[key])))
+            holder = attrgetter(path)(cfg) if path else cfg
+            setattr(holder, leaf, checked(job, key, value, limits, show(values[key])))
     return cfg
 
 
 def checked(job: Job, key: str, value: Any, limits: Key, written: str) -> Any:
     """The value in its key's type; UserError where it has none or is beyond the key's limits."""
-    several = isinstance(value, list) and limits.setting
+    if value is None and limits.optional:
+        return None
+    several = isinstance(value, list)
     try:
-        value = [convert(entry, limits.type) for entry in value] if several else convert(value, limits.type)
+        if several != limits.is_list and not (several and limits.setting):
+            raise TypeError
+        entries = [convert(entry, limits.kind) for entry in (value if several else [value])]
     except (TypeError, ValueError, KeyError):
         meaning = f" ({show(value)})" if "${" in written else ""
         raise wrong_type(key, written + meaning, limits) from None
-    for entry in value if isinstance(value, list) else [value]:
-        if entry is not None and (fault := fault_of(entry, limits)):
+    for entry in entries:
+        if fault := fault_of(entry, limits):
             raise UserError(f"{key}={show(entry)}: {fault}")
-    if several and not limits.lists:
+    if several and limits.setting and not limits.lists:
         what = "training" if job.name == "rl" else job.script
-        raise UserError(f"{key}={value}: {what} samples under one setting; lists belong to evaluation")
-    return value
+        raise UserError(f"{key}={entries}: {what} samples under one setting; lists belong to evaluation")
+    return entries if several else entries[0]
 
 
-def convert(value: Any, hint: Any) -> Any:
-    """The value in the type of a key; TypeError, ValueError or KeyError where it has none. Numbers may be quoted."""
-    kind, *others = get_args(hint) if NoneType in get_args(hint) else (hint,)
-    if others and value is None:
-        return None
-    if get_origin(kind) is list:
-        if not isinstance(value, list):
-            raise TypeError
-        return [convert(entry, get_args(kind)[0]) for entry in value]
+def convert(value: Any, kind: type) -> Any:
+    """The value as an int, float, bool or str; TypeError, ValueError or KeyError where it is none."""
     if kind is bool:
         return TRUTH[str(value).lower()]
-    allowed = {int: (int, str), float: (int, float, str), str: (str, int, float, bool)}[kind]
-    if type(value) not in allowed:
+    if type(value) not in MADE_FROM[kind]:
         raise TypeError
     return kind(value)
 
@@ -217,38 +215,25 @@ def convert(value: Any, hint: Any) -> Any:
 def fault_of(value: Any, limits: Key) -> str:
     """What is wrong with a value of the right type, or an entry of a list; empty if nothing."""
     if isinstance(value, str):
-        if (limits.function and FUNCTION.fullmatch(value)) or not (limits.choices or limits.function):
-            return ""
-        if value in limits.choices:
-            return ""
         ways = [*limits.choices, *(["my_module:my_function"] if limits.function else [])]
+        if not ways or value in limits.choices or (limits.function and FUNCTION.fullmatch(value)):
+            return ""
         near = [choice for choice in limits.choices if value and value in choice]
         near = near or difflib.get_close_matches(value, limits.choices, 1)
         return f"expected {', '.join(ways)}" + (f"; did you mean {near[0]}?" if near else "")
     low, high = limits.low, limits.high
-    if low is not None and not value >= low:  # written so that nan fails
-        return f"must be at least {low}" if high is None else f"must be between {low} and {high}"
-    if high is not None and not value <= high:
-        return f"must be between {low} and {high}"
-    return ""
+    if (low is None or value >= low) and (high is None or value <= high):  # written so that nan is a fault
+        return ""
+    return f"must be at least {low}" if high is None else f"must be between {low} and {high}"
 
 
 def wrong_type(key: str, written: str, limits: Key) -> UserError:
     """The error for a value that its key's type does not take."""
-    or_null = NoneType in get_args(limits.type)
-    kind = get_args(limits.type)[0] if or_null else limits.type
-    if get_origin(kind) is list:
-        expected = f"a list of {'numbers' if get_args(kind)[0] is float else 'words'}"
+    if limits.is_list:
+        expected = f"a list of {'numbers' if limits.kind is float else 'words'}"
     else:
-        expected = TYPE_WORDS[kind] + (", or a list of such" if limits.lists else "")
-    return UserError(f"{key}={written}: expected {expected}{' or null' if or_null else ''}")
-
-
-def value_at(cfg: Any, key: str) -> Any:
-    """The value under a dotted key; the config itself under an empty one."""
-    for name in filter(None, key.split(".")):
-        cfg = getattr(cfg, name)
-    return cfg
+        expected = TYPE_WORDS[limits.kind] + (", or a list of such" if limits.lists else "")
+    return UserError(f"{key}={written}: expected {expected}{' or null' if limits.optional else ''}")
 
 
 # --help, the table of keys, and this module as a command --------------------------------------------------------------
@@ -267,22 +252,17 @@ def usage(name: str, description: str) -> str:
     job = JOBS[name]
     configs = configs_of(job)
     command = job.script if job.script.startswith("python ") else f"python {sys.argv[0]}"
-    width = max((len(path) for path in configs), default=0)
-    return "\n".join(
-        [
-            f"usage: {command} {job.arguments} [key=value …]",
-            "",
-            description.strip(),
-            "",
-            f"Any key can be set after the config, as in {job.example}; lists are key=[0,1], nothing is key=null.",
-            "A wrong key or value ends the program at once and names the right one.",
-            "",
-            *(["configs that fit:"] if configs else []),
-            *(f"  {path.ljust(width)}  {comment}".rstrip() for path, comment in configs.items()),
-            *([""] if configs else []),
-            "All keys with their defaults: configs/README.md",
-        ]
-    )
+    width = max(map(len, configs), default=0)
+    listed = "".join(f"  {path.ljust(width)}  {comment}".rstrip() + "\n" for path, comment in configs.items())
+    fitting = f"configs that fit:\n{listed}\n" if configs else ""
+    return f"""usage: {command} {job.arguments or "config=FILE.yaml"} [key=value …]
+
+{description.strip()}
+
+Any key can be set after the config, as in {job.example}; lists are key=[0,1], nothing is key=null.
+A wrong key or value ends the program at once and names the right one.
+
+{fitting}All keys with their defaults: configs/README.md"""
 
 
 def key_tables() -> str:
@@ -314,11 +294,8 @@ def main(argv: list[str]) -> None:
             "       python -m common.config --keys                        every key, as configs/README.md"
         )
         return
-    path = find_config(argv[0].removeprefix("config="))
-    written = {key: value for _, layer in read_layers(path) for key, value in layer.items()}
-    overrides = dict(argument.split("=", 1) for argument in argv[1:] if "=" in argument)
-    job = infer_job(written) or infer_job(written | overrides) or "rl"
-    print(dump_config(load_config(job, [f"config={path}", *argv[1:]])), end="")
+    _, config = load_any(find_config(argv[0].removeprefix("config=")), argv[1:])
+    print(dump_config(config), end="")
 
 
 if __name__ == "__main__":

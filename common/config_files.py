@@ -5,8 +5,9 @@ Every layer is a flat mapping of dotted keys to values; common.config gives the 
 
 import difflib
 import fnmatch
+import re
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -37,16 +38,15 @@ def split_arguments(job: Job, argv: list[str]) -> tuple[Path | None, dict[str, A
         else:
             key = key.removeprefix(f"{job.section}.") if job.section else key
             overrides[key] = parse_value(job, key, text)
-    if path is None and job.needs_config:
+    if path is None and not job.arguments:
         raise UserError(f"config= is missing; for {job.script} choose one of: {names_of(configs_of(job))}")
     return path, flatten(overrides)
 
 
 def parse_value(job: Job, key: str, text: str) -> Any:
     """The value of `key=text`, read as YAML; for a key of type text, taken as typed unless quoted or null."""
-    known = keys_of(job.config)
-    hint = known[key].type if key in known and not known[key].setting else Any
-    wants_text = get_origin(hint) is not list and str in (hint, *get_args(hint))
+    known = keys_of(job.config).get(key)
+    wants_text = known is not None and known.kind is str and not (known.is_list or known.setting)
     if not text or (wants_text and text != "null" and text[0] not in "'\""):
         return text
     try:
@@ -76,11 +76,6 @@ def accelerate_config(name: str) -> Path:
     names = sorted(path.stem for path in ACCELERATE_CONFIGS.glob("*.yaml"))
     near = difflib.get_close_matches(name, names, 1, cutoff=0)
     raise UserError(f"experiment.deepspeed_file={name}: no such file in accelerate_configs/; did you mean {near[0]}?")
-
-
-def processes_of(name: str) -> int:
-    """How many processes the file that experiment.deepspeed_file names starts, over all its nodes."""
-    return yaml.safe_load(accelerate_config(name).read_text())["num_processes"]
 
 
 def read_layers(path: Path, family: str | None = None, chain: tuple[Path, ...] = ()) -> list[Layer]:
@@ -140,16 +135,15 @@ def flatten(content: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def infer_job(values: dict[str, Any]) -> str | None:
-    """Which job a file's keys belong to; None where they do not tell."""
+def infer_job(layers: list[Layer]) -> str | None:
+    """Which job the keys of a file's layers belong to; None where they do not tell."""
+    values = {key: value for _, layer in layers for key, value in layer.items()}
     if isinstance(values.get("model"), str) or "model_base" in values:
         return "eval"
     sections = {key.split(".")[0] for key in values}
     if "rollout" in sections:
         return "rl" if sections & {"training", "optimizer"} or "model.pretrained_model" in values else None
-    if values.keys() & {"training.method", "dataset.optimization_data"}:
-        return "sft"
-    return None
+    return "sft" if values.keys() & {"training.method", "dataset.optimization_data"} else None
 
 
 def configs_of(job: Job) -> dict[str, str]:
@@ -157,10 +151,10 @@ def configs_of(job: Job) -> dict[str, str]:
     found = {}
     for path in sorted((ROOT / "configs").glob("*.yaml"), key=lambda path: ("multinode" in path.stem, path)):
         try:
-            written = {key: value for _, layer in read_layers(path) for key, value in layer.items()}
+            layers = read_layers(path)
         except UserError:  # a broken file must not keep others from being listed
             continue
-        if infer_job(written) == job.name:
+        if infer_job(layers) == job.name:
             comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
             found[shown_path(path)] = comments[0].lstrip("# ") if comments else ""
     return found
@@ -202,22 +196,20 @@ def translate(
 ) -> dict[str, Any]:
     """The layer in the job's own keys; fills `idle` (key → why) and `renamed` (old=value → new=value)."""
     known = keys_of(job.config)
-    sections = {key[:dot] for key in known for dot in range(len(key)) if key[dot] == "."}
-    values = {key: value for key, value in layer.items() if key in known}
+    values: dict[str, Any] = {}
     for key, value in layer.items():
-        new = RENAMED_KEYS.get(key)
+        new, reference = RENAMED_KEYS.get(key), reference_of(value)
+        inside = [one for one in known if one.startswith(f"{key}.")]  # of a section
         obsolete = next((p for p in OBSOLETE_KEYS if fnmatch.fnmatch(key, p) or p == f"{key}.*"), None)
-        if key in known or (key in sections and value is None):  # a section with all its keys commented out
-            continue
-        if key in UPDATE_SIZE_KEYS and job.name in UPDATE_SIZE:
+        if key in known or (key in UPDATE_SIZE_KEYS and job.name in UPDATE_SIZE):
             values[key] = value
+        elif inside and value is None:  # a section with all its keys commented out
+            continue
+        elif new in known and (RENAMED_KEYS.get(reference, reference) == new or layer.get(new) == value):
+            idle[key] = f"{new} counts"
+        elif new in known and new in layer:
+            idle[f"{key}={show(value)}"] = f"{new}={show(layer[new])} counts"
         elif new in known:
-            if meant(value) == f"${{{new}}}" or layer.get(new) == value:
-                idle[key] = f"{new} counts"
-                continue
-            if new in layer:
-                idle[f"{key}={show(value)}"] = f"{new}={show(layer[new])} counts"
-                continue
             words = RENAMED_VALUES.get(key)
             if words and value not in words:
                 raise UserError(f"{key}={show(value)}: not supported; set {new} to one of {', '.join(words.values())}")
@@ -225,45 +217,34 @@ def translate(
             renamed[f"{key}={show(value)}"] = f"{new}={show(values[new])}"
         elif obsolete:
             idle[obsolete] = OBSOLETE_KEYS[obsolete]
-        elif key in sections:
-            inside = names_of([one for one in known if one.startswith(f"{key}.")])
-            raise UserError(f"{key}={show(value)} in {source}: {key} is a section; its keys are {inside}")
+        elif inside:
+            raise UserError(f"{key}={show(value)} in {source}: {key} is a section; its keys are {names_of(inside)}")
         else:
             raise UserError(refusal(job, key, value, source))
     return values
 
 
+def reference_of(value: Any) -> str | None:
+    """The key whose value is taken, as in ${rollout.block_size}; None where a value is more than a reference."""
+    found = re.fullmatch(r"\$\{([\w.]+)\}", str(value))
+    return found[1] if found else None
+
+
 def refusal(job: Job, key: str, value: Any, source: str) -> str:
-    """What to tell of a key that the job does not read: a key of other jobs, or of none."""
-    known = list(keys_of(job.config))
-    others = [other.script for other in JOBS.values() if key in keys_of(other.config)]
-    leaf = key.rpartition(".")[2]
-    if not others or any(one.rpartition(".")[2] == leaf for one in known):
-        return f"unknown key {key}={show(value)} in {source}; {nearest(key, known)}"
-    readers = ", ".join(others)
-    return f"{key}={show(value)} in {source}: {job.script} does not read it, only {readers}; leave it out"
-
-
-def meant(value: Any) -> Any:
-    """A value with the older keys that it refers to, as ${key}, in today's words."""
-    if isinstance(value, str):
-        for old, new in RENAMED_KEYS.items():
-            value = value.replace(f"${{{old}}}", f"${{{new}}}")
-    return value
-
-
-def nearest(key: str, known: list[str]) -> str:
-    """A word on which key was meant: the same last part in another section, else the most alike."""
-
-    def likeness(one: str) -> float:
-        return difflib.SequenceMatcher(None, key, one).ratio()
-
-    same_leaf = [one for one in known if one.split(".")[-1] == key.split(".")[-1]]
-    near = [max(same_leaf, key=likeness)] if same_leaf else difflib.get_close_matches(key, known, 1, 0.6)
-    if not near:  # the section may be missing altogether
-        by_leaf = {one.split(".")[-1]: one for one in reversed(known)}
-        near = [by_leaf[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], by_leaf, 1, 0.6)]
-    return f"did you mean {near[0]}?" if near else "all keys are in configs/README.md"
+    """What to tell of a key that the job does not read: that others do, or which key was meant."""
+    known, leaf = list(keys_of(job.config)), key.rpartition(".")[2]
+    by_leaf = {one.rpartition(".")[2]: one for one in reversed(known)}
+    readers = ", ".join(other.script for other in JOBS.values() if key in keys_of(other.config))
+    if readers and leaf not in by_leaf:
+        return f"{key}={show(value)} in {source}: {job.script} does not read it, only {readers}; leave it out"
+    if leaf in by_leaf:  # in another section
+        same_leaf = [one for one in known if one.rpartition(".")[2] == leaf]
+        near = [max(same_leaf, key=lambda one: difflib.SequenceMatcher(None, key, one).ratio())]
+    else:  # misspelt, or its section is missing altogether
+        near = difflib.get_close_matches(key, known, 1, 0.6)
+        near = near or [by_leaf[one] for one in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
+    hint = f"did you mean {near[0]}?" if near else "all keys are in configs/README.md"
+    return f"unknown key {key}={show(value)} in {source}; {hint}"
 
 
 def shown_path(path: Path) -> str:

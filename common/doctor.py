@@ -3,25 +3,24 @@
 The memory is an estimate by the formulas in `needs`, for one device; nothing is loaded or run.
 """
 
-import json
 import math
 import os
 import platform
 import re
 import shutil
-import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import load_config
-from common.config_files import find_config, infer_job, read_layers
+from safetensors import safe_open
+
+from common.config import load_any
+from common.config_files import find_config
 from common.errors import UserError, one_line_errors
 from common.records import read_object
 from common.runtime import project_version, version_of
-from common.schema import Sampling
 
 REQUIRED = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "omegaconf", "rich")
 OPTIONAL = {
@@ -39,7 +38,6 @@ OPTIONAL = {
     "lm_eval": "lm-evaluation-harness",
     "playwright": "the tests of pages",
 }
-PROGRAMS = {"nvidia-smi": "NVIDIA's driver"}
 GIB = 2**30
 
 
@@ -54,52 +52,48 @@ class Size:
     vocabulary: int
 
 
-def main_report() -> list[dict[str, Any]]:
+def main_report() -> list[dict[str, str]]:
     """Versions, devices, memory, disk, and what is missing; one row each."""
-    rows = [{"what": "project", "found": project_version(), "note": ""}]
-    python = platform.python_version()
-    rows.append({"what": "python", "found": python, "note": "" if sys.version_info >= (3, 11) else "3.11 is needed"})
+    old = "" if sys.version_info >= (3, 11) else "3.11 is needed"
+    rows = [("project", project_version(), ""), ("python", platform.python_version(), old)]
     for package in REQUIRED:
         found = version_of(package)
-        rows.append({"what": package, "found": found or "missing", "note": "" if found else "make setup"})
+        rows.append((package, found or "missing", "" if found else "make setup"))
     rows += devices()
     free = shutil.disk_usage(".").free / GIB
-    rows.append({"what": "disk", "found": f"{free:.0f} GiB free here", "note": "" if free > 20 else "little"})
-    for package, use in OPTIONAL.items():
-        found = version_of(package)
-        rows.append({"what": package, "found": found or "–", "note": "" if found else f"optional: {use}"})
-    for program, use in PROGRAMS.items():
-        found = shutil.which(program)
-        rows.append({"what": program, "found": found or "–", "note": "" if found else f"optional: {use}"})
-    return [*rows, sandbox_row()]
+    rows.append(("disk", f"{free:.0f} GiB free here", "" if free > 20 else "little"))
+    optional = {package: (version_of(package), use) for package, use in OPTIONAL.items()}
+    optional["nvidia-smi"] = (shutil.which("nvidia-smi"), "NVIDIA's driver")
+    rows += [(name, found or "–", "" if found else f"optional: {use}") for name, (found, use) in optional.items()]
+    rows.append(("sandbox", *sandbox()))
+    return [dict(zip(("what", "found", "note"), row)) for row in rows]
 
 
-def sandbox_row() -> dict[str, Any]:
+def sandbox() -> tuple[str, str]:
     """The kind of sandbox that code rewards get here, and what it holds; one is started and ended."""
     from reward.sandbox import SANDBOX
 
     try:
-        kind, told = SANDBOX.report()
+        return SANDBOX.report()
     except UserError as error:
-        kind, told = "none", str(error)
-    SANDBOX.close()
-    return {"what": "sandbox", "found": kind, "note": told}
+        return "none", str(error)
+    finally:
+        SANDBOX.close()
 
 
-def devices() -> list[dict[str, Any]]:
+def devices() -> list[tuple[str, str, str]]:
     """A row for each accelerator, and one for the processor."""
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    rows = [{"what": "processor", "found": f"{os.cpu_count()} cores, {memory:.0f} GiB", "note": ""}]
+    rows = [("processor", f"{os.cpu_count()} cores, {memory:.0f} GiB", "")]
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        capability = torch.cuda.get_device_capability(index)
-        note = "" if capability >= (8, 0) else "no bfloat16: set dtype to float32"
+        note = "" if torch.cuda.get_device_capability(index) >= (8, 0) else "no bfloat16: set dtype to float32"
         shown = f"{torch.cuda.get_device_name(index)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
-        rows.append({"what": f"cuda:{index}", "found": shown, "note": note})
+        rows.append((f"cuda:{index}", shown, note))
     if not torch.cuda.device_count():
-        rows.append({"what": "cuda", "found": "none", "note": "everything runs on the processor, in float32"})
+        rows.append(("cuda", "none", "everything runs on the processor, in float32"))
     return rows
 
 
@@ -135,11 +129,9 @@ def _local(model: str) -> Path:
 def _parameters(folder: Path) -> int:
     """How many numbers the checkpoint's tensors hold, from the headers of its files."""
     count = 0
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        count += sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     if not count:
         raise UserError(f"model: {folder} holds no .safetensors files")
     return count
@@ -156,11 +148,8 @@ def needs(job: str, config: Any, size: Size, ranks: int, low_precision: bool) ->
     """
     word = 2 if low_precision else 4
     found: dict[str, float] = {}
-    sampling = next((part for part in (getattr(config, "rollout", None), config) if isinstance(part, Sampling)), None)
-    if sampling is not None:
-        limit = getattr(config, "max_prompt_len", None) or getattr(
-            getattr(config, "training", None), "max_prompt_len", 0
-        )
+    if job in ("rl", "eval"):
+        sampling, limit = config.rollout, (config.training if job == "rl" else config).max_prompt_len
         rows = sampling.max_active
         block = max(sampling.block_size) if isinstance(sampling.block_size, list) else sampling.block_size
         shared = job == "rl" and not low_precision  # the learner's own weights are sampled from
@@ -168,9 +157,9 @@ def needs(job: str, config: Any, size: Size, ranks: int, low_precision: bool) ->
         found["keys and values"] = 2.0 * word * size.layers * size.kv_width * rows * (limit + sampling.max_token)
         found["logits, sampling"] = 3.0 * 4 * rows * block * size.vocabulary
     if job in ("rl", "sft"):
-        training, models = config.training, 1 + bool(getattr(config.model, "value_base_model", ""))
+        training, models = config.training, 2 if job == "rl" and config.model.value_base_model else 1
         found["weights, gradients, Adam"] = 16.0 * size.parameters * models / ranks
-        if getattr(training, "kl_reference", "") == "initial":
+        if job == "rl" and training.kl_reference == "initial":
             found["the first model"] = 4.0 * size.parameters / ranks
         per_token = (2 if training.gradient_checkpointing_enable else 34) * size.hidden * size.layers * word
         found["activations"] = float(per_token * training.tokens_per_micro_batch)
@@ -178,15 +167,15 @@ def needs(job: str, config: Any, size: Size, ranks: int, low_precision: bool) ->
     return found
 
 
-def advice(job: str, config: Any, found: dict[str, float], room: float) -> list[str]:
+def advice(config: Any, found: dict[str, float], room: float) -> list[str]:
     """What to change where the sum exceeds the room, the parts that are largest first."""
     if sum(found.values()) <= room:
         return []
-    training = getattr(config, "training", None)
+    recomputed = "activations" in found and config.training.gradient_checkpointing_enable
     ways = {
-        "activations": "training.gradient_checkpointing_enable=True"
-        if training is not None and not training.gradient_checkpointing_enable
-        else "a smaller training.tokens_per_micro_batch; the update does not depend on it",
+        "activations": "a smaller training.tokens_per_micro_batch; the update does not depend on it"
+        if recomputed
+        else "training.gradient_checkpointing_enable=True",
         "weights, gradients, Adam": "more devices: accelerate_configs/*_deepspeed_zero3.yaml divides this part by them",
         "keys and values": "a smaller max_active or max_token; responses do not depend on max_active",
         "logits, sampling": "a smaller max_active",
@@ -212,20 +201,17 @@ def memory_report(argv: Sequence[str]) -> None:
     from common.metrics import print_table
 
     path = find_config(next(one for one in argv if one.startswith("config=")).partition("=")[2])
-    written = {key: value for _, layer in read_layers(path) for key, value in layer.items()}
-    job = infer_job(written) or "rl"
-    config = load_config(job, list(argv))
-    model = config.model if isinstance(config.model, str) else config.model.pretrained_model
+    job, config = load_any(path, [one for one in argv if not one.startswith("config=")])
+    model, dtype = (
+        (config.model, config.dtype) if job == "eval" else (config.model.pretrained_model, config.model.dtype)
+    )
     room, low_precision, ranks = device_room()
-    dtype = config.dtype if isinstance(config.model, str) else config.model.dtype
     low_precision = dtype == "bfloat16" or (dtype == "auto" and low_precision)
     found = needs(job, config, read_size(model), ranks, low_precision)
-    rows = [{"memory of one device": name, "GiB": round(value / GIB, 2)} for name, value in found.items()]
-    total = sum(found.values())
-    rows.append({"memory of one device": "sum, an estimate", "GiB": round(total / GIB, 2)})
-    rows.append({"memory of one device": "there is", "GiB": round(room / GIB, 2)})
+    parts = found | {"sum, an estimate": sum(found.values()), "there is": room}
+    rows = [{"memory of one device": name, "GiB": round(size / GIB, 2)} for name, size in parts.items()]
     print_table(rows, title=f"\n{path.name}: {model}")
-    lines = advice(job, config, found, 0.95 * room)
+    lines = advice(config, found, 0.95 * room)
     print("it should fit" if not lines else "it will not fit; what helps:\n  " + "\n  ".join(lines))
 
 

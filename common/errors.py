@@ -25,7 +25,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> None:
         try:
-            main(*args, **kwargs)
+            return main(*args, **kwargs)
         except UserError as error:
             message = str(error)
         except OSError as error:
@@ -36,8 +36,6 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
                 raise
             message = "the device's memory is full; python -m common.doctor config=… says what needs it and what helps"
-        else:
-            return
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 

@@ -1,15 +1,18 @@
 """The run's numbers: metrics.jsonl, trackers beside it, curves drawn from it, and small tables in the terminal."""
 
 import difflib
+import importlib
 import json
 import math
 import os
 import re
+import statistics
 import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from common.checkpoint import append_lines, unless_full, write_whole
@@ -51,7 +54,7 @@ class MetricsLog:
 
 
 def open_metrics(
-    folder: str | Path,
+    folder: Path,
     trackers: list[str] | tuple[str, ...] = (),
     project: str = "",
     config: Row | None = None,
@@ -60,51 +63,60 @@ def open_metrics(
     """Open `folder`/metrics.jsonl and the trackers; `resume_step` drops what was logged after that step.
 
     `config` (nested dicts) goes to the trackers that show one; what looks like a credential is left out. What any
-    rank but the first logs is forgotten.
+    rank but the first logs is forgotten. Raises UserError where a tracker is unknown or not installed.
     """
-    folder = Path(folder)
-    check_trackers(trackers)
+    for name in trackers:
+        if name not in TRACKERS:
+            close = difflib.get_close_matches(str(name), TRACKERS, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"use {', '.join(TRACKERS)}, or [] for none"
+            raise UserError(f"experiment.trackers: '{name}' is unknown; {hint}")
     if not is_main():
         return MetricsLog(Path(os.devnull))
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.jsonl"
+    log = MetricsLog(folder / "metrics.jsonl")
     if resume_step is not None:
-        truncate_after(path, resume_step)
-    project = project or folder.resolve().name
-    shown = without_secrets(config or {})
-    return MetricsLog(path, [TRACKERS[name](folder, project, shown, resume_step) for name in trackers])
+        truncate_after(log.path, resume_step)
+    for name in trackers:
+        module, open_tracker = TRACKERS[name]
+        try:
+            opened = importlib.import_module(module)
+        except ImportError:
+            raise UserError(
+                f"experiment.trackers: '{name}' is not installed: pip install {name}; or leave it out"
+            ) from None
+        shown = without_secrets(config or {})
+        log.trackers.append(open_tracker(opened, folder, project or folder.resolve().name, shown, resume_step))
+    return log
 
 
 # --- the file
 
 
-def clean_row(row: Row, digits: int = 7) -> Row:
+def clean_row(row: Row) -> Row:
     """A row as it is written: step first, the other keys sorted, floats rounded, scalars of torch or NumPy plain.
 
-    NaN and infinities become null, which every JSON reader takes.
+    NaN and infinities become null, which every JSON reader takes. Raises ValueError where `step` is no whole number.
     """
     if type(row.get("step")) is not int:
         raise ValueError(f"a row of metrics needs a whole number `step`, not {row.get('step')!r}")
-    ordered = {"step": row["step"], **{key: row[key] for key in sorted(row) if key != "step"}}
-    return {key: _clean(value, digits) for key, value in ordered.items()}
+    return {key: _clean(row[key]) for key in ("step", *sorted(row.keys() - {"step"}))}
 
 
-def _clean(value: Any, digits: int) -> Any:
+def _clean(value: Any) -> Any:
     if getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, float):
-        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+        return float(f"{value:.7g}") if math.isfinite(value) else None
     return value
 
 
-def append_row(path: str | Path, row: Row) -> None:
+def append_row(path: Path, row: Row) -> None:
     """Append a row as one line."""
-    append_lines(Path(path), json.dumps(row) + "\n")
+    append_lines(path, json.dumps(row) + "\n")
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     """Every whole row of the file, none where there is no file; torn lines are left out."""
-    path = Path(path)
     if not path.is_file():
         return []
     rows = []
@@ -118,24 +130,13 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def truncate_after(path: str | Path, step: int) -> None:
+def truncate_after(path: Path, step: int) -> None:
     """Drop the rows of later steps and torn lines: a run resumed from step `step` logs them again."""
-    path = Path(path)
-    if not path.is_file():
-        return
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
+    if path.is_file():
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
 
 
 # --- trackers
-
-
-def check_trackers(names: list[str] | tuple[str, ...]) -> None:
-    """Fail before the run where a tracker's name is unknown."""
-    for name in names:
-        if name not in TRACKERS:
-            close = difflib.get_close_matches(str(name), TRACKERS, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"use {', '.join(TRACKERS)}, or [] for none"
-            raise UserError(f"experiment.trackers: '{name}' is unknown; {hint}")
 
 
 def without_secrets(config: Row) -> Row:
@@ -147,18 +148,10 @@ def without_secrets(config: Row) -> Row:
     }
 
 
-def _missing(name: str, package: str) -> UserError:
-    return UserError(f"experiment.trackers: '{name}' is not installed: pip install {package}; or leave it out")
-
-
-def _open_tensorboard(folder: Path, project: str, config: Row, resume_step: int | None) -> Tracker:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise _missing("tensorboard", "tensorboard") from None
+def _open_tensorboard(writers: ModuleType, folder: Path, project: str, config: Row, resume_step: int | None) -> Tracker:
     # purge_step hides what an interrupted run wrote after its checkpoint.
     purge = None if resume_step is None else resume_step + 1
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+    writer = writers.SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def log(row: Row, step: int) -> None:
         for key, value in row.items():
@@ -168,43 +161,35 @@ def _open_tensorboard(folder: Path, project: str, config: Row, resume_step: int 
     return Tracker(log, writer.close)
 
 
-def _open_wandb(folder: Path, project: str, config: Row, resume_step: int | None) -> Tracker:
-    try:
-        import wandb
-    except ImportError:
-        raise _missing("wandb", "wandb") from None
+def _open_wandb(wandb: ModuleType, folder: Path, project: str, config: Row, resume_step: int | None) -> Tracker:
     mode = os.environ.get("WANDB_MODE")
     if mode is None and not wandb.api.api_key:
         mode = "offline"  # asking for a login would stop a job that nobody watches
         print("wandb: no login found, so the run is kept offline; `wandb sync` uploads it later", file=sys.stderr)
-    name, run_id = _run_identity(folder, "wandb", resume_step)
+    run_id = _run_id(folder / "wandb-run-id", resume_step)
+    name = folder.resolve().name
     run = wandb.init(project=project, name=name, dir=str(folder), id=run_id, resume="allow", mode=mode, config=config)
     return Tracker(lambda row, step: run.log(row, step=step), run.finish)
 
 
-def _open_trackio(folder: Path, project: str, config: Row, resume_step: int | None) -> Tracker:
-    try:
-        import trackio
-    except ImportError:
-        raise _missing("trackio", "trackio") from None
-    name, run_id = _run_identity(folder, "trackio", resume_step)
-    run = trackio.init(project=project, name=f"{name}-{run_id}", resume="allow", config=config)
+def _open_trackio(trackio: ModuleType, folder: Path, project: str, config: Row, resume_step: int | None) -> Tracker:
+    name = f"{folder.resolve().name}-{_run_id(folder / 'trackio-run-id', resume_step)}"
+    run = trackio.init(project=project, name=name, resume="allow", config=config)
     return Tracker(lambda row, step: run.log(row, step=step), run.finish)
 
 
-TRACKERS: dict[str, Callable[[Path, str, Row, int | None], Tracker]] = {
-    "tensorboard": _open_tensorboard,
-    "wandb": _open_wandb,
-    "trackio": _open_trackio,
+TRACKERS: dict[str, tuple[str, Callable[..., Tracker]]] = {  # the module of each, and what opens it
+    "tensorboard": ("torch.utils.tensorboard", _open_tensorboard),
+    "wandb": ("wandb", _open_wandb),
+    "trackio": ("trackio", _open_trackio),
 }
 
 
-def _run_identity(folder: Path, tracker: str, resume_step: int | None) -> tuple[str, str]:
-    """The run's name and id. The id is kept in the folder, so that a resumed run goes on in the same curves."""
-    file = folder / f"{tracker}-run-id"
+def _run_id(file: Path, resume_step: int | None) -> str:
+    """The id that a run's folder keeps, so that a resumed run goes on in the same curves."""
     if resume_step is None or not file.is_file():
         file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-    return folder.resolve().name, file.read_text(encoding="utf-8").strip()
+    return file.read_text(encoding="utf-8").strip()
 
 
 # --- curves
@@ -238,23 +223,23 @@ PANELS = [
 STAGES = ["rollout", "reward", "train", "sync", "other"]
 
 
-def draw_curves(metrics: str | Path, png: str | Path) -> int:
+def draw_curves(metrics: Path, png: Path) -> int:
     """Draw metrics.jsonl; keys that are absent are skipped. Returns how many plots were drawn (0: no file)."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         # Said, not raised: a finished run is not failed for want of a picture.
         print("curves.png was not drawn: pip install matplotlib", file=sys.stderr)
         return 0
     curves = curves_of(read_rows(metrics))
-    panels = [(panel, chosen) for panel in PANELS if (chosen := chosen_curves(panel, curves))]
+    keys = sorted(curves, key=lambda key: (key.startswith("eval/"), key))
+    panels = [(panel, {key: curves[key] for key in keys if re.fullmatch(panel.keys, key)}) for panel in PANELS]
+    panels = [(panel, chosen) for panel, chosen in panels if chosen]
     if not panels:
         return 0
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5.2 * columns, 3.4 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, (panel, chosen) in zip(axes, panels):
         (_stack if panel.stacked else _lines)(axis, chosen)
@@ -267,7 +252,7 @@ def draw_curves(metrics: str | Path, png: str | Path) -> int:
             axis.set_yscale("log")
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    beside = Path(png).with_suffix(".tmp.png")  # whoever looks while it is drawn sees the old one whole
+    beside = png.with_suffix(".tmp.png")  # whoever looks while it is drawn sees the old one whole
     figure.savefig(beside, dpi=110)
     os.replace(beside, png)
     return len(panels)
@@ -288,11 +273,6 @@ def curves_of(rows: list[Row]) -> dict[str, Curve]:
     return curves
 
 
-def chosen_curves(panel: Panel, curves: dict[str, Curve]) -> dict[str, Curve]:
-    keys = sorted(curves, key=lambda key: (key.startswith("eval/"), key))
-    return {key: curves[key] for key in keys if re.fullmatch(panel.keys, key)}
-
-
 def _lines(axis: Any, curves: dict[str, Curve]) -> None:
     """Training as lines, with a running mean where they are long; evaluations as dots joined."""
     for number, (key, (steps, values)) in enumerate(curves.items()):
@@ -304,15 +284,11 @@ def _lines(axis: Any, curves: dict[str, Curve]) -> None:
             axis.plot(steps, values, ".-", color=color, linewidth=1.4, label=key)
         else:
             axis.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
-            axis.plot(steps, _running_mean(values, len(values) // 20 + 2), color=color, linewidth=1.8, label=key)
+            window = len(values) // 20 + 2
+            means = [statistics.fmean(values[max(0, end - window) : end + 1]) for end in range(len(values))]
+            axis.plot(steps, means, color=color, linewidth=1.8, label=key)
     if len(curves) > 1:
         axis.legend(fontsize=7)
-
-
-def _running_mean(values: list[float], window: int) -> list[float]:
-    """The mean of each value and up to `window` before it."""
-    starts = [max(0, index - window) for index in range(len(values))]
-    return [sum(values[start : index + 1]) / (index + 1 - start) for index, start in enumerate(starts)]
 
 
 def _stack(axis: Any, curves: dict[str, Curve]) -> None:

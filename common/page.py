@@ -34,11 +34,6 @@ def embed_json(data: Any) -> str:
     return text.encode("utf-8", "replace").decode()  # a lone surrogate has no UTF-8
 
 
-def read_data(page: str) -> Any:
-    """The data of a page."""
-    return json.loads(DATA.search(page)[0].removeprefix(DATA.search(page)[1]).removesuffix("</script>"))
-
-
 def allow_script(page: str) -> str:
     """The page with the hash of its script in its content security policy."""
     (script,) = SCRIPT.findall(page)

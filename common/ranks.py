@@ -6,7 +6,7 @@ What ranks agree on travels over gloo, apart from the gradients, so that records
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Generic, TypeVar
 
@@ -39,17 +39,6 @@ def world() -> int:
 def is_main() -> bool:
     """Whether this rank writes files and speaks."""
     return rank() == 0
-
-
-def main_only(function: Callable[..., None]) -> Callable[..., None]:
-    """Wrap what writes a file, so that one rank does it."""
-
-    @functools.wraps(function)
-    def wrapped(*args: object, **kwargs: object) -> None:
-        if is_main():
-            function(*args, **kwargs)
-
-    return wrapped
 
 
 def gather(value: T) -> list[T]:

@@ -5,6 +5,7 @@ torch is imported where it is used, so that what only prints starts at once.
 
 import functools
 import importlib.metadata
+import itertools
 import math
 import os
 import platform
@@ -109,45 +110,34 @@ def seed_everything(seed: int) -> None:
 def prepare_run_folder(runs_dir: str, project: str, from_scratch: bool) -> Path:
     """The run's folder, made; one that exists is moved aside (from scratch) or kept for resuming, never overwritten.
 
-    One rank does it, the others wait.
+    One rank does it, the others wait. Raises UserError where the folder cannot be written.
     """
     from common import ranks
 
     folder = Path(runs_dir) / project
     if ranks.is_main():
         if folder.exists() and any(folder.iterdir()) and from_scratch:
-            move_aside(folder)
+            names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
+            folder.rename(aside)
+            console.print(
+                f"{folder} exists and experiment.start_from_scratch is True: moved it to {aside} "
+                "(experiment.start_from_scratch=False resumes instead)"
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            check_writable(folder)
+            probe = folder / ".writable"
+            with probe.open("wb") as stream:
+                stream.write(b"\0" * (1 << 16))
+                stream.flush()
+                os.fsync(stream.fileno())  # a full disk is noticed here
+            probe.unlink()
         except OSError as error:
             raise UserError(
                 f"experiment.runs_dir: {folder} cannot be written ({error.strerror}); name another"
             ) from error
     ranks.wait_for_all()
     return folder
-
-
-def move_aside(folder: Path) -> None:
-    """Rename a folder to the first free name beside it, and say so."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    console.print(
-        f"{folder} exists and experiment.start_from_scratch is True: moved it to {aside} "
-        "(experiment.start_from_scratch=False resumes instead)"
-    )
-
-
-def check_writable(folder: Path) -> None:
-    """OSError where a file cannot be written in the folder, as on a full or read-only disk."""
-    file = folder / ".writable"
-    with file.open("wb") as stream:
-        stream.write(b"\0" * (1 << 16))
-        stream.flush()
-        os.fsync(stream.fileno())
-    file.unlink()
 
 
 @contextmanager
@@ -202,24 +192,17 @@ def version_of(package: str) -> str | None:
 def project_version() -> str:
     """The project's version, with the commit where it is a git checkout and `+changes` where files differ from it."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    changed = "+changes" if commit and _git("status", "--porcelain", "--untracked-files=no") else ""
-    return f"{version} {commit}{changed}".strip()
+    if not (ROOT / ".git").exists():
+        return version
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return f"{version} {commit}".strip()
 
 
 def versions() -> dict[str, str]:
     """Of Python, this project and the packages whose versions can change a result."""
-    found = {package: version_of(package) for package in NUMERIC}
-    return {"python": platform.python_version(), "dllm-rl": project_version()} | {
-        package: version for package, version in found.items() if version
-    }
-
-
-def _git(*arguments: str) -> str:
-    if not (ROOT / ".git").exists():
-        return ""
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    found = {package: version for package in NUMERIC if (version := version_of(package))}
+    return {"python": platform.python_version(), "dllm-rl": project_version(), **found}

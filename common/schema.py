@@ -10,11 +10,14 @@ that several jobs share stands here once; a job has no key that its code does no
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import Any, ClassVar, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, NewType, Union, get_args, get_origin, get_type_hints
 
-STRATEGIES = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded")
-DTYPES = ("auto", "float32", "bfloat16")
-KINDS = ("math", "code", "general")  # of tasks; reward/score.py has a function for each
+Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Kind = Literal["math", "code", "general"]  # of tasks; reward/score.py has a function for each
+Function = NewType("Function", str)  # module:function, of the user's own
+STRATEGIES, KINDS = get_args(Strategy), get_args(Kind)
 # Sampling keys that may be lists in an evaluation: entry i of each makes setting i.
 SETTINGS = ("block_size", "temperature", "top_k", "top_p", "remasking_strategy", "dynamic_threshold")
 LONG_TASKS = "tasks with longer prompts are not drawn and count as wrong"
@@ -24,27 +27,22 @@ LONG_TASKS = "tasks with longer prompts are not drawn and count as wrong"
 class Key:
     """What a value under a config key may be; for a list, what its entries may be."""
 
-    type: Any  # as annotated: int, float, bool, str, a list of one of them, or one of these and None
-    default: Any
-    help: str
+    kind: type  # int, float, bool or str
+    is_list: bool
+    optional: bool  # null is allowed too
     choices: tuple[str, ...]  # the words allowed; none: any text
-    low: float | None
-    high: float | None
     function: bool  # module:function is allowed too
     setting: bool  # one of SETTINGS
     lists: bool  # a list of such is allowed too, an entry for each setting of an evaluation
+    default: Any
+    help: str
+    low: float | None
+    high: float | None
 
 
-def key(
-    default: Any,
-    help: str,
-    choices: tuple[str, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
-    function: bool = False,
-) -> Any:
+def key(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
     """A schema field with its explanation and limits, as in `Key`; lists are copied per instance."""
-    limits = {"help": help, "choices": choices, "low": low, "high": high, "function": function}
+    limits = {"help": help, "low": low, "high": high}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=limits)
     return field(default=default, metadata=limits)
@@ -65,9 +63,21 @@ def keys_of(cls: type, prefix: str = "") -> dict[str, Key]:
         if is_dataclass(hint):
             found |= keys_of(hint, f"{name}.")
             continue
-        default = entry.default if entry.default is not MISSING else entry.default_factory()
-        setting = hasattr(cls, "lists") and entry.name in SETTINGS
-        found[name] = Key(hint, default, **entry.metadata, setting=setting, lists=setting and entry.name in cls.lists)
+        kind, *others = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        is_list = get_origin(kind) is list
+        kind = get_args(kind)[0] if is_list else kind
+        setting = issubclass(cls, Sampling) and entry.name in SETTINGS
+        found[name] = Key(
+            kind=kind if kind in (int, float, bool) else str,
+            is_list=is_list,
+            optional=NoneType in others,
+            choices=get_args(kind),
+            function=Function in (kind, *others),
+            setting=setting,
+            lists=setting and cls.takes_lists,
+            default=entry.default if entry.default is not MISSING else entry.default_factory(),
+            **entry.metadata,
+        )
     return found
 
 
@@ -78,10 +88,10 @@ def keys_of(cls: type, prefix: str = "") -> dict[str, Key]:
 class Sampling:
     """How responses are drawn: all that the engine reads.
 
-    Those of `lists` may be lists; `common.config.settings_of` makes one of these of each setting.
+    `common.config.settings_of` makes one of these of each setting where SETTINGS are lists.
     """
 
-    lists: ClassVar[tuple[str, ...]] = ()
+    takes_lists: ClassVar[bool] = False  # for its SETTINGS
     prefix: ClassVar[str] = ""  # of these keys in a config
 
     block_size: int = key(
@@ -96,25 +106,21 @@ class Sampling:
     top_p: float = key(
         1.0, "draw among the likeliest tokens that reach this probability, the crossing one kept", low=0, high=1
     )
-    remasking_strategy: str = key(
+    remasking_strategy: Strategy | Function = key(
         "low_confidence_dynamic",
         "which positions are unmasked: low_confidence_static, low_confidence_dynamic, sequential, entropy_bounded, "
         "or my_module:my_function",
-        choices=STRATEGIES,
-        function=True,
     )
     dynamic_threshold: float = key(
         0.9, "low_confidence_dynamic: unmask every candidate at or above this probability", low=0, high=1
     )
     eb_threshold: float = key(0.1, "entropy_bounded: largest sum of entropies (nats) unmasked together", low=0)
-    confidence_from: str = key(
-        "raw", "confidence before (raw) or after (sampled) temperature, top-k and top-p", choices=("raw", "sampled")
+    confidence_from: Literal["raw", "sampled"] = key(
+        "raw", "confidence before (raw) or after (sampled) temperature, top-k and top-p"
     )
     steps: int = key(1024, "full attention: denoising steps of a whole response, divided over its blocks", low=1)
-    target: str = key(
-        "confidence",
-        "full attention: positions are ranked by confidence, margin_confidence, neg_entropy or random",
-        choices=("confidence", "margin_confidence", "neg_entropy", "random"),
+    target: Literal["confidence", "margin_confidence", "neg_entropy", "random"] = key(
+        "confidence", "full attention: positions are ranked by confidence, margin_confidence, neg_entropy or random"
     )
     alg_temp: float = key(0.0, "full attention: temperature of the choice of positions; 0 takes the best", low=0)
     pad_target_penalty: float = key(
@@ -165,7 +171,7 @@ class RolloutConfig(RankSampling):
 class SFTEvaluationConfig(TaskSampling):
     """Evaluation by a job that trains."""
 
-    lists: ClassVar[tuple[str, ...]] = SETTINGS
+    takes_lists: ClassVar[bool] = True
     prefix: ClassVar[str] = "evaluation."
     num_task: int = key(0, "use the first n tasks; 0 for all", low=0)
     max_prompt_len: int = key(4096, LONG_TASKS, low=1)
@@ -174,14 +180,14 @@ class SFTEvaluationConfig(TaskSampling):
 @dataclass
 class EvaluationConfig(SFTEvaluationConfig):
     eval_dataset: str = key("", "name, path or hub id; empty: dataset.eval_dataset")
-    data_type: str | None = key(
-        None, "math, code or general: what decides here; null: reward.kind, or dataset.data_type", choices=KINDS
+    data_type: Kind | None = key(
+        None, "math, code or general: what decides here; null: reward.kind, or dataset.data_type"
     )
 
 
 @dataclass
 class EvalRolloutConfig(RankSampling):
-    lists: ClassVar[tuple[str, ...]] = SETTINGS
+    takes_lists: ClassVar[bool] = True
     prefix: ClassVar[str] = "rollout."
     num_task: int = key(0, "use the first n tasks; 0 for all", low=0)
 
@@ -223,19 +229,17 @@ class ScoringConfig:
     float_tolerance: float = key(
         1e-6, "code: how far a printed number may be from the wanted one, absolutely or relative to it", low=0
     )
-    match: str = key("exact", "general: exact, or fuzzy (the reward is the similarity)", choices=("exact", "fuzzy"))
+    match: Literal["exact", "fuzzy"] = key("exact", "general: exact, or fuzzy (the reward is the similarity)")
     fuzzy_threshold: float = key(0.8, "general, fuzzy: similarity from which a response is correct", low=0, high=1)
 
 
 @dataclass
 class RewardConfig(ScoringConfig):
-    kind: str | None = key(
-        None,
-        "math, code, general or judge: what decides whether a response is correct; null: dataset.data_type",
-        choices=(*KINDS, "judge"),
+    kind: Literal[Kind, "judge"] | None = key(
+        None, "math, code, general or judge: what decides whether a response is correct; null: dataset.data_type"
     )
-    function: str | None = key(
-        None, "my_module:my_reward, called with (response, task), returns a number or one for each token", function=True
+    function: Function | None = key(
+        None, "my_module:my_reward, called with (response, task), returns a number or one for each token"
     )
     judge: JudgeConfig = section(JudgeConfig)
 
@@ -261,17 +265,13 @@ class TrainingBase:
 
 @dataclass
 class RLTrainingConfig(TrainingBase):
-    method: str = key(
+    method: Literal["TraceRL", "random_masking", "coupled"] | Function = key(
         "TraceRL",
         "how views are made: TraceRL (replay the trace), random_masking, coupled (random and its complement), or "
         "my_module:my_views",
-        choices=("TraceRL", "random_masking", "coupled"),
-        function=True,
     )
-    ratio_level: str = key(
-        "token",
-        "what ratio is clipped: of every token, or one of the whole sequence, from its ELBO per token (ESPO)",
-        choices=("token", "sequence"),
+    ratio_level: Literal["token", "sequence"] = key(
+        "token", "what ratio is clipped: of every token, or one of the whole sequence, from its ELBO per token (ESPO)"
     )
     shrink: int = key(
         1, "TraceRL: this many neighbouring steps (of a block, under block attention) are merged into one view", low=1
@@ -281,15 +281,11 @@ class RLTrainingConfig(TrainingBase):
     eps_high: float | None = key(None, "clip range of the ratio upwards, as in DAPO; null: eps", low=0)
     beta: float = key(0.01, "weight of the KL penalty", low=0)
     use_kl_estimator_k3: bool = key(True, "k3 estimator of the KL; False: k1, or k2 where ratio_level is sequence")
-    kl_reference: str = key(
-        "old",
-        "the KL is to the policy at the start of the step (old) or the first model (initial)",
-        choices=("old", "initial"),
+    kl_reference: Literal["old", "initial"] = key(
+        "old", "the KL is to the policy at the start of the step (old) or the first model (initial)"
     )
-    loss_norm: str = key(
-        "token",
-        "token, length or step (those that shrink merged are one): over what token losses are averaged",
-        choices=("token", "length", "step"),
+    loss_norm: Literal["token", "length", "step"] = key(
+        "token", "token, length or step (those that shrink merged are one): over what token losses are averaged"
     )
     keep_accuracy: list[float] | None = key(
         [0.2, 0.8], "groups of other accuracy are dropped; null keeps all", low=0, high=1
@@ -304,10 +300,8 @@ class RLTrainingConfig(TrainingBase):
     mismatch_sample: int = key(
         16, "trajectories replayed to measure mismatch_kl where the method's views are no replay", low=1
     )
-    old_logp: str = key(
-        "auto",
-        "auto, engine, recompute or detach: whose log-probabilities the ratio starts from",
-        choices=("auto", "engine", "recompute", "detach"),
+    old_logp: Literal["auto", "engine", "recompute", "detach"] = key(
+        "auto", "auto, engine, recompute or detach: whose log-probabilities the ratio starts from"
     )
     tis_cap: float | None = key(
         None, "largest importance weight π_trainer/π_engine of a token, for low precision; null: no weights", low=0.01
@@ -316,19 +310,16 @@ class RLTrainingConfig(TrainingBase):
 
 @dataclass
 class SFTTrainingConfig(TrainingBase):
-    method: str = key(
+    method: Literal["semi-ar", "trace", "random_masking", "ar"] = key(
         "semi-ar",
         "how views are made: semi-ar (block by block), trace (replays the samples' step_map), random_masking (the "
         "whole response; full attention), ar (next token; families with shifted logits)",
-        choices=("semi-ar", "trace", "random_masking", "ar"),
     )
     shrink: int = key(
         1, "trace: this many neighbouring steps (of a block, under block attention) are merged into one view", low=1
     )
-    loss_weight: str = key(
-        "none",
-        "none: mean over predicted tokens; elbo: each weighted by 1/t, t its masking probability",
-        choices=("none", "elbo"),
+    loss_weight: Literal["none", "elbo"] = key(
+        "none", "none: mean over predicted tokens; elbo: each weighted by 1/t, t its masking probability"
     )
     block_size: int = key(4, "tokens denoised together; not set: the checkpoint's own", low=1)
     batch_size: int = key(32, "samples in one update, over all devices", low=1)
@@ -366,7 +357,7 @@ class RLOptimizerParams(OptimizerParams):
 
 @dataclass
 class OptimizerConfig:
-    name: str = key("adamw", "adamw", choices=("adamw",))
+    name: Literal["adamw"] = key("adamw", "adamw")
     params: OptimizerParams = section(OptimizerParams)
 
 
@@ -383,7 +374,7 @@ class SchedulerParams:
 
 @dataclass
 class SchedulerConfig:
-    scheduler: str = key("constant", "constant, linear or cosine", choices=("constant", "linear", "cosine"))
+    scheduler: Literal["constant", "linear", "cosine"] = key("constant", "constant, linear or cosine")
     params: SchedulerParams = section(SchedulerParams)
 
 
@@ -415,10 +406,8 @@ class TrainingExperiment(ExperimentBase):
     """Of what may run for days."""
 
     keep_last: int = key(2, "checkpoints kept", low=1)
-    trackers: list[str] = key(
-        ["tensorboard"],
-        "where curves go besides metrics.jsonl: tensorboard, wandb, trackio",
-        choices=("tensorboard", "wandb", "trackio"),
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = key(
+        ["tensorboard"], "where curves go besides metrics.jsonl: tensorboard, wandb, trackio"
     )
     hang_timeout: float = key(1800.0, "a rank that did not move for so many seconds is reported; 0: never", low=0)
 
@@ -453,9 +442,7 @@ class ModelConfig:
     pretrained_model: str = key("", "folder or hub id of the model; `tiny`: a new small network (SFT only)")
     model_base: str = key("sdar", "the family: sdar, trado, dream, llada, mmada, or my_module:MY_FAMILY")
     optimized_name: str = key("optimized", "folder of the trained model under ckpt/")
-    dtype: str = key(
-        "auto", "of the weights: auto (bfloat16 on a GPU, float32 elsewhere), float32, bfloat16", choices=DTYPES
-    )
+    dtype: Dtype = key("auto", "of the weights: auto (bfloat16 on a GPU, float32 elsewhere), float32, bfloat16")
     lora: LoraSettings = section(LoraSettings)
 
 
@@ -479,7 +466,7 @@ class RLModelConfig(ModelConfig):
 @dataclass
 class EvalDatasetConfig:
     eval_dataset: str = key("", "tasks to evaluate on: a name, a path (json, jsonl, parquet) or a hub id")
-    data_type: str = key("math", "how answers are checked: math, code or general", choices=KINDS)
+    data_type: Kind = key("math", "how answers are checked: math, code or general")
     prompts: PromptsConfig = section(PromptsConfig)
 
 
@@ -496,8 +483,8 @@ class SFTDatasetConfig(EvalDatasetConfig):
     response_key: str = key("response", "the field of a record that holds the response")
     apply_chat_template: bool = key(True, "False: prompts stand in the chat template already")
     correct_only: bool = key(False, "use only records whose `correct` is true, as eval.py writes it")
-    bad_samples: str = key(
-        "refuse", "samples that cannot be learned: refuse (stop) or skip (and count)", choices=("refuse", "skip")
+    bad_samples: Literal["refuse", "skip"] = key(
+        "refuse", "samples that cannot be learned: refuse (stop) or skip (and count)"
     )
     validation_share: float = key(
         0.0, "share of the prompts whose samples are kept out and give the validation loss", low=0, high=0.9
@@ -583,7 +570,7 @@ class EvalConfig(JobConfig):
     model: str = key("", "folder or hub id of the model")
     model_base: str = key("sdar", "the family: sdar, trado, dream, llada, mmada, or my_module:MY_FAMILY")
     made_by: str | None = key(None, "an SFT config that makes the model where that folder is missing")
-    dtype: str = key("auto", "of the weights: auto, float32, bfloat16", choices=DTYPES)
+    dtype: Dtype = key("auto", "of the weights: auto, float32, bfloat16")
     seed: int = key(10086, "of the draws", low=0)
     max_prompt_len: int = key(4096, LONG_TASKS, low=1)
     dataset: EvalDatasetConfig = section(EvalDatasetConfig)
@@ -623,7 +610,7 @@ def masking_faults(training: TrainingBase) -> Iterator[str]:
 class OneModel(JobConfig, Sampling):
     model: str = key("", "folder or hub id of the model")
     model_base: str = key("", "the family; empty: the first that reads this kind of checkpoint")
-    dtype: str = key("auto", "of the weights: auto, float32, bfloat16", choices=DTYPES)
+    dtype: Dtype = key("auto", "of the weights: auto, float32, bfloat16")
 
 
 @dataclass
@@ -663,10 +650,8 @@ class RewardJobConfig(JobConfig, RewardConfig):
     data: str = key("", "tasks in the project's format: a name, a path (json, jsonl, parquet) or a hub id")
     responses: str = key("", 'JSON lines {"task": index, "response": text}, index counting the tasks from 0')
     out: str = key("", "the same lines with `correct`, `reward` and `verdict` added")
-    kind: str | None = key(
-        None,
-        "math, code, general or judge; null: code for a task with a test_method, math for another",
-        choices=(*KINDS, "judge"),
+    kind: Literal[Kind, "judge"] | None = key(
+        None, "math, code, general or judge; null: code for a task with a test_method, math for another"
     )
     workers: int | None = key(None, "processes that score side by side; null: one for each processor", low=0)
 
@@ -680,8 +665,7 @@ class Job:
     config: type[JobConfig]
     required: tuple[str, ...]  # keys that may not be empty
     example: str  # of a key set on the command line
-    arguments: str = "config=FILE.yaml"  # what its command needs
-    needs_config: bool = True
+    arguments: str = ""  # what its command needs; empty: a config
     section: str = ""  # of its keys, which may stand before them: reward.kind is kind
 
 
@@ -697,33 +681,16 @@ JOBS = {
             ("model.pretrained_model", "dataset.optimization_data"),
             "training.seed=1",
         ),
-        Job(
-            "generate",
-            "generate.py",
-            GenerateConfig,
-            ("model",),
-            "temperature=0",
-            arguments='model=PATH [prompt="…"]',
-            needs_config=False,
-        ),
-        Job(
-            "trace",
-            "sample/get_trace_viewer.py",
-            TraceConfig,
-            ("model",),
-            "out=trace.html",
-            arguments='model=PATH prompt="…"',
-            needs_config=False,
-        ),
-        Job("serve", "serve.py", ServeConfig, ("model",), "port=8001", arguments="model=PATH", needs_config=False),
+        Job("generate", "generate.py", GenerateConfig, ("model",), "temperature=0", 'model=PATH [prompt="…"]'),
+        Job("trace", "sample/get_trace_viewer.py", TraceConfig, ("model",), "out=trace.html", 'model=PATH prompt="…"'),
+        Job("serve", "serve.py", ServeConfig, ("model",), "port=8001", "model=PATH"),
         Job(
             "reward",
             "python -m reward",
             RewardJobConfig,
             ("data", "responses", "out"),
             "kind=code",
-            arguments="data=TASKS responses=FILE out=FILE",
-            needs_config=False,
+            "data=TASKS responses=FILE out=FILE",
             section="reward",
         ),
     )

@@ -1,10 +1,8 @@
 """The records that travel from a prompt to a weight update: Task, Request, Trajectory, Score, ScoredTrajectory."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass
@@ -56,9 +54,6 @@ class Trajectory:
     temperature: float
     text: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
-
 
 @dataclass(frozen=True)
 class Score:
@@ -91,7 +86,7 @@ class Response(str):
     tokens: list[str] | None = None
 
     @classmethod
-    def of(cls, text: str, tokens: list[str]) -> Response:
+    def of(cls, text: str, tokens: list[str]) -> Self:
         """The text with its tokens."""
         response = cls(text)
         response.tokens = tokens

@@ -27,9 +27,8 @@ def arithmetic_tasks(operands: int, split: str, largest: int = 9, seed: int = 0)
             "use 2 operands or more, the largest at least 1, and fewer than 2^63 tuples"
         )
     low, high = SPLITS[split]
-    hashed = ((_hash(numbers), numbers) for numbers in _tuples(operands, largest, seed))
-    chosen = sorted((value, numbers) for value, numbers in hashed if low <= value / 2**64 < high)
-    return [_record(numbers) for _, numbers in chosen]
+    hashed = sorted((_hash(numbers), numbers) for numbers in _tuples(operands, largest, seed))
+    return [_record(numbers) for value, numbers in hashed if low <= value / 2**64 < high]
 
 
 def _tuples(operands: int, largest: int, seed: int) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ import ast
 import difflib
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +52,7 @@ SOURCES: dict[str, Source] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help=", ".join(SOURCES))
-    parser.add_argument(
-        "--from", dest="file", type=Path, help="a publisher's file: jsonl, json or parquet, also as .gz"
-    )
+    parser.add_argument("--from", dest="file", type=Path, help="a publisher's jsonl, json or parquet, also as .gz")
     parser.add_argument("--out", type=Path, help="file to write; default data/NAME.jsonl")
     parser.add_argument("--list", action="store_true", help="list the sets")
     args = parser.parse_args()
@@ -97,32 +95,25 @@ def download(name: str, out: Path | None) -> None:
 def convert_records(rows: Sequence[Record], name: str = "the file") -> list[Record]:
     """Records of a publisher's in the project's format; those that are in it already stay as they are."""
     converted = []
-    for index, row in enumerate(map(present, rows)):
-        for fields, convert in CONVERTERS.items():
-            if fields <= row.keys():
-                try:
-                    check_types(row, fields)
-                    converted.append(convert(row))
-                    if fault := fault_of(converted[-1]):
-                        raise ValueError(f"it {fault}")
-                except (ValueError, TypeError, SyntaxError, RecursionError) as error:
-                    raise UserError(f"{name}: record {index + 1} cannot be converted: {error}") from None
-                break
-        else:
+    for number, row in enumerate(map(present, rows), 1):
+        fields = next((fields for fields in CONVERTERS if fields <= row.keys()), None)
+        if fields is None:
             found = ", ".join(map(str, row)) or "none"
             raise UserError(
-                f"{name}: record {index + 1} has the fields {found:.200}; known are the formats of "
+                f"{name}: record {number} has the fields {found:.200}; known are the formats of "
                 "GSM8K, MATH, AIME, HumanEval, MBPP and this project (data/README.md)"
             )
+        try:
+            for field in sorted(fields):
+                if not isinstance(row[field], TYPES.get(field, str)):
+                    raise ValueError(f"its `{field}` is a {type(row[field]).__name__}")
+            record = CONVERTERS[fields](row)
+            if fault := fault_of(record):
+                raise ValueError(f"it {fault}")
+        except (ValueError, TypeError, SyntaxError, RecursionError) as error:
+            raise UserError(f"{name}: record {number} cannot be converted: {error}") from None
+        converted.append(record)
     return converted
-
-
-def check_types(row: Record, fields: Iterable[str]) -> None:
-    """ValueError for the first of a format's fields that is of another type than publishers give it."""
-    for field in sorted(fields):
-        kinds = {"test_list": list}.get(field, (str, int, float) if field in NUMERIC else str)
-        if not isinstance(row[field], kinds):
-            raise ValueError(f"its `{field}` is a {type(row[field]).__name__}")
 
 
 def write(records: list[Record], out: Path) -> None:
@@ -156,7 +147,7 @@ def from_math(row: Record) -> Record:
         if not answer:
             raise ValueError("its `solution` has no \\boxed{…}")
     record = {"question": row["problem"], "ground_truth_answer": str(answer)}
-    record |= {key: row[key] for key in ("unique_id", "subject", "level", "type") if row.get(key) is not None}
+    record |= {key: row[key] for key in ("unique_id", "subject", "level", "type") if key in row}
     return record | ({"solution": row["solution"]} if row.get("solution") else {})
 
 
@@ -199,8 +190,10 @@ def from_mbpp(row: Record) -> Record:
     return record | ({"entry_point": called[-1]} if called else {})
 
 
-NUMERIC = {"answer", "Answer", "ID", "task_id", "ground_truth_answer"}  # fields that may be numbers too
-
+# The types of fields that are not text, or may be numbers too.
+TYPES = {"test_list": list} | dict.fromkeys(
+    ("answer", "Answer", "ID", "task_id", "ground_truth_answer"), (str, int, float)
+)
 # The fields that tell a format, the first that fits counts.
 CONVERTERS: dict[frozenset[str], Callable[[Record], Record]] = {
     frozenset({"question", "ground_truth_answer"}): dict,

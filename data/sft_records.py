@@ -51,13 +51,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, {"role", "content"} and some of TURN_FIELDS each; what the assistant says is to be learned.
-
-    context_only: places of those turns of the assistant that are not. system comes before the messages.
-    """
+    """A conversation, {"role", "content"} and some of TURN_FIELDS each; system comes before the messages."""
 
     messages: list[Record]
-    context_only: tuple[int, ...] = ()
+    learned: tuple[int, ...]  # places of those turns of the assistant that are to be learned
     system: str | None = None
     tools: list[Record] | None = None
 
@@ -88,11 +85,13 @@ def load_samples(
     """
     samples: list[tuple[str, Sample | Rejected]] = []
     for place, record in located_records(name_or_path, key):
-        sample: Sample | Rejected
         try:
             if isinstance(record, UserError):
                 sample = Rejected("broken line", str(record).removeprefix(f"{key}: "))
-            elif correct_only and not _is_correct(record):
+            elif correct_only and not isinstance(record.get("correct"), bool):
+                asked = "has no `correct` that is true or false, which dataset.correct_only asks for"
+                sample = Rejected("no verdict", f"{place} {asked}")
+            elif correct_only and not record["correct"]:
                 sample = Rejected("not correct", f"{place} is not correct", bad=False)
             else:
                 sample = parse_sample(record, prompt_key, response_key)
@@ -104,7 +103,7 @@ def load_samples(
     return samples
 
 
-def parse_sample(record: Record, prompt_key: str = "prompt", response_key: str = "response") -> Sample:
+def parse_sample(record: Record, prompt_key: str, response_key: str) -> Sample:
     """A record, without empty fields, as the sample that its fields make it: ids before texts, texts before messages.
 
     BadSample if it is none, or if it holds more than would be learned of it.
@@ -114,9 +113,8 @@ def parse_sample(record: Record, prompt_key: str = "prompt", response_key: str =
     unread = [*UNREAD, "input"] if prompt_key == "instruction" else UNREAD  # Alpaca's prompt is in two fields
     for field in unread:
         if record.get(field) and field not in (prompt_key, response_key):
-            raise BadSample(
-                "unread field", f"has `{field}`, which is not learned; put it into the prompt or leave it out"
-            )
+            problem = f"has `{field}`, which is not learned; put it into the prompt or leave it out"
+            raise BadSample("unread field", problem)
     system, tools = _optional(record, "system", ""), _tools(record.get("tools"))
     chat = next((field for field in ("messages", "conversations") if field in record), None)
     if chat and response_key not in record:
@@ -136,21 +134,20 @@ def _ids(record: Record) -> Ids:
     if steps is not None and len(steps) != len(response):
         raise BadSample("step map", f"has a `step_map` of {len(steps)} entries for {len(response)} `response_ids`")
     if length is not None and (type(length) is not int or not 1 <= length <= len(response)):
-        raise BadSample(
-            "ids", f"has the `length` {length!r:.40}; a whole number from 1 to {len(response)} was expected"
-        )
+        wanted = f"a whole number from 1 to {len(response)} was expected"
+        raise BadSample("ids", f"has the `length` {length!r:.40}; {wanted}")
     return Ids(prompt, response, steps, length)
 
 
 def _chat(messages: list[Any], system: str | None, tools: list[Record] | None) -> Chat:
     turns, learned = [], []
-    for place, message in enumerate(messages):
+    for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
-            raise _bad_message(place + 1, "that is no object")
+            raise _bad_message(number, "that is no object")
         message = _filled(message)
-        turns.append(_turn(message, place + 1))
-        if _is_learned(message, turns[-1]["role"], place + 1):
-            learned.append(place)
+        turns.append(_turn(message, number))
+        if _is_learned(message, turns[-1]["role"], number):
+            learned.append(number - 1)
     roles = [turn["role"] for turn in turns]
     if not learned:
         raise BadSample("no assistant turn", "has no turn of the assistant, so nothing to learn")
@@ -158,8 +155,7 @@ def _chat(messages: list[Any], system: str | None, tools: list[Record] | None) -
         raise BadSample("messages", "begins with the assistant; a turn of the user must come first")
     if system and roles[0] == "system":
         raise BadSample("messages", "has a `system` field and a turn of the system; leave one out")
-    context_only = [place for place, role in enumerate(roles) if role == "assistant" and place not in learned]
-    return Chat(turns, tuple(context_only), system, tools)
+    return Chat(turns, tuple(learned), system, tools)
 
 
 def _bad_message(number: int, fault: str) -> BadSample:
@@ -191,9 +187,9 @@ def _turn(message: Record, number: int) -> Record:
 
 def _content(content: Any, number: int) -> str | None:
     """What is said, also as a list of parts that are text; None where there is nothing."""
+    if content is None or isinstance(content, str):
+        return content
     if not isinstance(content, list):
-        if content is None or isinstance(content, str):
-            return content
         raise _bad_message(number, "whose `content` is no text")
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
@@ -265,15 +261,13 @@ def _optional(record: Record, field: str, where: str) -> str | None:
 def _text(record: Record, field: str, what: str) -> str:
     """A column as text; numbers are taken as written."""
     value = as_text(record.get(field))
-    if isinstance(value, str) and value.strip():
-        return value
-    if isinstance(value, str):
+    if not isinstance(value, str):
+        fields = ", ".join(record) or "none"
+        way_out = f"rename it, or name yours in dataset.{what}_key"
+        raise BadSample(f"no {what}", f"has no `{field}` that is text (its fields: {fields:.200}); {way_out}")
+    if not value.strip():
         raise BadSample(f"empty {what}", f"has an empty `{field}`")
-    fields = ", ".join(record) or "none"
-    raise BadSample(
-        f"no {what}",
-        f"has no `{field}` that is text (its fields: {fields:.200}); rename it, or name yours in dataset.{what}_key",
-    )
+    return value
 
 
 def _step_map(record: Record) -> list[int] | None:
@@ -285,9 +279,3 @@ def _step_map(record: Record) -> list[int] | None:
 
 def _whole_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and abs(value) < 2**31 for value in values)
-
-
-def _is_correct(record: Record) -> bool:
-    if not isinstance(record.get("correct"), bool):
-        raise BadSample("no verdict", "has no `correct` that is true or false, which dataset.correct_only asks for")
-    return record["correct"]

@@ -15,7 +15,7 @@ from common.code_tests import check_input_output, checked_usage
 from common.errors import UserError
 from common.records import Record, fault_of, parse, present, read_bytes, read_lines, read_text
 from common.trajectory import Task
-from data.arithmetic import arithmetic_tasks
+from data.arithmetic import SPLITS, arithmetic_tasks
 
 DATA_DIR = Path(__file__).resolve().parent
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -33,14 +33,19 @@ def load_tasks(name_or_path: str, key: str = "dataset.train_dataset") -> list[Ta
         where = f"{key}: record {index + 1} of '{name_or_path}'"
         if fault := fault_of(record):
             raise UserError(f"{where} {fault}")
-        question = _text(record, "question", where)
+        question, answer = _text(record, "question", where), None
         if record.get("test_method") is None:
             answer = _text(record, "ground_truth_answer", where)
         else:
-            answer = None
             check_tests(record, where)
-        tasks.append(Task(_task_id(record, index), question, answer, record))
-    _check_unique_ids(tasks, name_or_path, key)
+        tasks.append(Task(str(record.get("id", record.get("task_id", index))), question, answer, record))
+    first: dict[str, int] = {}
+    for number, task in enumerate(tasks, 1):
+        if first.setdefault(task.id, number) != number:
+            raise UserError(
+                f"{key}: records {first[task.id]} and {number} of '{name_or_path}' have the same id '{task.id}'; "
+                "give every record its own `id`, or none at all"
+            )
     return tasks
 
 
@@ -62,8 +67,7 @@ def located_records(name_or_path: str, key: str) -> list[tuple[str, Record | Use
     name = str(name_or_path).strip()
     if not name:
         raise UserError(f"{key} is empty: give a name such as arithmetic_4_train, a path or a hub id")
-    found = ARITHMETIC.fullmatch(name)
-    if found:
+    if found := ARITHMETIC.fullmatch(name):
         try:
             records = _numbered(arithmetic_tasks(int(found["operands"]), found["split"], int(found["largest"] or 9)))
         except UserError as error:
@@ -76,12 +80,14 @@ def located_records(name_or_path: str, key: str) -> list[tuple[str, Record | Use
         raise UserError(f"{key}: '{name}' was not found{_nearest(name)}; {_ways(name)}")
     if not records:
         raise UserError(f"{key}: '{name}' has no records; choose a set that is not empty")
-    located = []
-    for word, number, record in records:
-        place = f"{word} {number} of '{name}'"
-        if not isinstance(record, (dict, UserError)):
+    located: list[tuple[str, Record | UserError]] = []
+    for words, record in records:
+        place = f"{words} of '{name}'"
+        if isinstance(record, dict):
+            record = present(record)
+        elif not isinstance(record, UserError):
             record = UserError(f"{key}: {place} is a {type(record).__name__}, not an object")
-        located.append((place, present(record) if isinstance(record, dict) else record))
+        located.append((place, record))
     return located
 
 
@@ -152,7 +158,7 @@ def check_tests(record: Record, where: str) -> None:
             raise UserError(f"{where} has a `{field}` that is no text")
     check_python(record.get("prefix") or "", f"{where}: `prefix`")
     if method == "function":
-        checked_usage(record["test_list"], record.get("prefix") or "", record.get("entry_point") or "", where)
+        checked_usage(record, where)
     else:
         check_input_output(record, where)
     limit = record.get("test_time_limit")
@@ -169,38 +175,17 @@ def check_python(source: str, where: str) -> None:
         raise UserError(f"{where} is not valid Python: {_one_line(error)}") from None
 
 
-def _task_id(record: Record, index: int) -> str:
-    for field in ("id", "task_id"):
-        if record.get(field) is not None:
-            return str(record[field])
-    return str(index)
-
-
-def _check_unique_ids(tasks: list[Task], name: str, key: str) -> None:
-    first: dict[str, int] = {}
-    for index, task in enumerate(tasks):
-        if task.id in first:
-            raise UserError(
-                f"{key}: records {first[task.id] + 1} and {index + 1} of '{name}' have the same id '{task.id}'; "
-                "give every record its own `id`, or none at all"
-            )
-        first[task.id] = index
-
-
 def _find_file(name: str, key: str) -> Path | None:
     """The file that a name or path means; None where it may still be a hub id."""
     path = Path(name).expanduser()
     if path.is_dir():
         raise UserError(f"{key}: '{name}' is a folder; give one of its files ({', '.join(SUFFIXES)})")
-    if path.is_file():
-        return path
-    if _ending(path) in SUFFIXES:
-        inside = DATA_DIR / path
-        if inside.is_file():
-            return inside
+    named = _ending(path) in SUFFIXES
+    inside = [path] if named else [f"{name}{suffix}{packed}" for packed in ("", ".gz") for suffix in SUFFIXES]
+    found = next((file for file in (path, *(DATA_DIR / file for file in inside)) if file.is_file()), None)
+    if named and found is None:
         raise UserError(f"{key}: file '{name}' does not exist{_nearest(name)}; {_ways(name)}")
-    candidates = [DATA_DIR / f"{name}{suffix}{packed}" for packed in ("", ".gz") for suffix in SUFFIXES]
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    return found
 
 
 def _ending(path: Path) -> str:
@@ -208,20 +193,21 @@ def _ending(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
-Numbered = list[tuple[str, int, Any]]  # "line" or "record", its number from 1, and what stands there
+def _numbered(records: list[Any]) -> list[tuple[str, Any]]:
+    """Records with words for their places, which count from 1."""
+    return [(f"record {number}", record) for number, record in enumerate(records, 1)]
 
 
-def _numbered(records: list[Any]) -> Numbered:
-    return [("record", number, record) for number, record in enumerate(records, start=1)]
-
-
-def _read_file(path: Path, key: str) -> Numbered:
+def _read_file(path: Path, key: str) -> list[tuple[str, Any]]:
+    """What a file holds: lines or records with words for their places."""
     ending = _ending(path)
-    if ending not in SUFFIXES:
-        raise UserError(f"{key}: '{path}' has the ending '{ending}'; use {', '.join(SUFFIXES)}, or one of them and .gz")
     if ending == ".jsonl":
-        return [("line", number, content) for number, content in read_lines(path, key)]
-    return _numbered(_read_table(path, key) if ending == ".parquet" else _read_list(path, key))
+        return [(f"line {number}", content) for number, content in read_lines(path, key)]
+    if ending == ".json":
+        return _numbered(_read_list(path, key))
+    if ending == ".parquet":
+        return _numbered(_read_table(path, key))
+    raise UserError(f"{key}: '{path}' has the ending '{ending}'; use {', '.join(SUFFIXES)}, or one of them and .gz")
 
 
 def _read_list(path: Path, key: str) -> list[Any]:
@@ -231,9 +217,9 @@ def _read_list(path: Path, key: str) -> list[Any]:
     if not isinstance(records, list):
         raise UserError(f"{key}: '{path}' holds one {type(records).__name__}; a .json file is a list of records")
     if doubtful:
-        faults = [fault_of(record) for record in records]
-        places = [f"{key}: record {number} of '{path}'" for number in range(1, len(records) + 1)]
-        records = [UserError(f"{p} {fault}") if fault else r for p, fault, r in zip(places, faults, records)]
+        for index, record in enumerate(records):
+            if fault := fault_of(record):
+                records[index] = UserError(f"{key}: record {index + 1} of '{path}' {fault}")
     return records
 
 
@@ -246,17 +232,15 @@ def _read_table(path: Path, key: str) -> list[Record]:
         table = pyarrow.parquet.read_table(io.BytesIO(content))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{key}: '{path}' cannot be read: {_one_line(error)}") from None
-    names = table.column_names
-    where = f"{key}: '{path}': the column"
-    columns = [_read_column(column, f"{where} `{name}`") for name, column in zip(names, table.columns)]
-    return [dict(zip(names, row)) for row in zip(*columns)]
-
-
-def _read_column(column: Any, where: str) -> list[Any]:
-    try:
-        return column.to_pylist()
-    except (ValueError, ArithmeticError, LookupError) as error:  # text that is no UTF-8, dates beyond Python's
-        raise UserError(f"{where} cannot be read ({_one_line(error)}); mend it or leave it out") from None
+    columns = []
+    for name, column in zip(table.column_names, table.columns):
+        try:
+            columns.append(column.to_pylist())
+        except (ValueError, ArithmeticError, LookupError) as error:  # text that is no UTF-8, dates beyond Python's
+            raise UserError(
+                f"{key}: '{path}': the column `{name}` cannot be read ({_one_line(error)}); mend it or leave it out"
+            ) from None
+    return [dict(zip(table.column_names, row)) for row in zip(*columns)]
 
 
 def load_from_hub(hub_id: str, *config: str | None) -> Any:
@@ -289,10 +273,9 @@ def _from_hub(name: str, key: str) -> list[Record]:
 def _nearest(name: str) -> str:
     """`; did you mean 'x'?` from the sets at hand, empty where none is near."""
     parent = Path(name).expanduser().parent
-    names = [f"arithmetic_4_{split}" for split in ("train", "dev", "test")]
+    names = [f"arithmetic_4_{split}" for split in SPLITS]
     names += [path.name.partition(_ending(path))[0] for path in DATA_DIR.iterdir() if _ending(path) in SUFFIXES]
-    if parent.is_dir():
-        names += [str(parent / path.name) for path in parent.iterdir() if _ending(path) in SUFFIXES]
+    names += [str(path) for path in parent.iterdir() if _ending(path) in SUFFIXES] if parent.is_dir() else []
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
 

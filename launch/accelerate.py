@@ -4,14 +4,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from common.config_files import accelerate_config
 from common.errors import UserError
+from common.runtime import ROOT
+from common.schema import EvalConfig, RLConfig
 from common.stop import STOP_FILE, exit_code, signals_noted, stop_requested
+from launch.start_model import make_missing_model
 
 
 def launched() -> bool:
@@ -34,26 +37,19 @@ def check_devices(name: str, file: Path, gpus: int) -> None:
         )
 
 
-def launch_ranks(name: str, script: Path, arguments: Sequence[str], prepare: Callable[[], object]) -> int:
+def launch_ranks(config: RLConfig | EvalConfig, script: str, arguments: Sequence[str]) -> int:
     """Run the script under the accelerate config of experiment.deepspeed_file; returns the exit code.
 
-    `prepare` is done once before, if the file fits this machine.
+    A missing model is made before, once. SIGTERM and Ctrl-C let the ranks save first.
     """
     import torch  # --help does without
 
+    name = config.experiment.deepspeed_file
     file = accelerate_config(name)
     check_devices(name, file, torch.cuda.device_count())
-    prepare()
-    return launch(file, script, arguments)
-
-
-def launch(file: Path, script: Path, arguments: Sequence[str], options: Sequence[str] = ()) -> int:
-    """Run `accelerate launch` once and wait; returns the exit code. SIGTERM and Ctrl-C let the ranks save first.
-
-    `options` are of accelerate launch, such as --machine_rank.
-    """
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", str(file), *options, str(script), *arguments]
+    make_missing_model(config)
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
+    command += [str(ROOT / script), *arguments]
     with tempfile.TemporaryDirectory() as folder, signals_noted():
         stop_file = Path(folder) / "stop"
         # a session of its own: Ctrl-C reaches this process alone
@@ -61,8 +57,7 @@ def launch(file: Path, script: Path, arguments: Sequence[str], options: Sequence
         while True:
             try:
                 code = job.wait(timeout=0.5)
-                break
+                return exit_code() if stop_requested() and code == 0 else code
             except subprocess.TimeoutExpired:
-                if stop_requested() and not stop_file.exists():
+                if stop_requested():
                     stop_file.touch()
-        return exit_code() if stop_requested() and code == 0 else code

@@ -5,7 +5,6 @@ Over nodes every device has an engine of its own. Requests are handed out as eng
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
@@ -15,7 +14,7 @@ from common.schema import EvalConfig, Sampling
 from common.stop import Stopped, resume_command
 from common.trajectory import Request, Trajectory
 from launch.accelerate import launch_ranks, launched
-from launch.ray_cluster import live_nodes
+from launch.ray_cluster import device_options, live_nodes
 from launch.start_model import make_missing_model
 from models import LoadedModel, find_family, load_model, load_tokenizer
 from models.family import check_model_type, local_folder, own_block_size
@@ -26,14 +25,11 @@ from sample.engine import Engine
 LOOK_EVERY = 2.0  # seconds after which nodes that have come are looked for
 
 
-def evaluate_here(config: EvalConfig, script: Path, arguments: Sequence[str]) -> int:
-    """Run eval.py's job on this node; returns the exit code.
-
-    `script` with these `arguments` is what `accelerate launch` runs in every rank, where the config asks for ranks.
-    """
+def evaluate_here(config: EvalConfig, arguments: Sequence[str]) -> int:
+    """Run eval.py's job, started with these arguments, on this node; returns the exit code."""
     if not launched():
         if config.experiment.deepspeed_file:
-            return launch_ranks(config.experiment.deepspeed_file, script, arguments, lambda: make_missing_model(config))
+            return launch_ranks(config, "eval.py", arguments)
         make_missing_model(config)
     try:
         evaluate.main(config)
@@ -77,27 +73,14 @@ class RemoteEngines:
     def use_new_nodes(self) -> None:
         """Start a worker on every device of nodes that have none."""
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        nodes = live_nodes()
-        self.used &= {node["NodeID"] for node in nodes}
-        for node in nodes:
-            if node["NodeID"] in self.used:
-                continue
-            self.used.add(node["NodeID"])
-            gpus = int(node["Resources"].get("GPU", 0))
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            for _ in range(gpus or 1):
-                needs = {"num_gpus": 1} if gpus else {"num_cpus": 1}
-                kind = ray.remote(EngineWorker).options(scheduling_strategy=there, **needs)
+        nodes, used = live_nodes(), self.used
+        self.used = {node["NodeID"] for node in nodes}
+        for node in [node for node in nodes if node["NodeID"] not in used]:
+            for options in device_options(node):
+                kind = ray.remote(EngineWorker).options(**options)
                 worker = kind.remote(self.config.model, self.config.model_base, self.config.dtype)
                 self.workers[worker] = node["NodeManagerAddress"]
-
-    def ids(self) -> tuple[int, tuple[int, ...]]:
-        """The model's mask token and stop tokens, by the first worker."""
-        import ray
-
-        return ray.get(next(iter(self.workers)).ids.remote())
 
     def generate(
         self,
@@ -115,8 +98,9 @@ class RemoteEngines:
         while waiting or running:
             busy = {worker for worker, _ in running.values()}
             for worker in [worker for worker in self.workers if worker not in busy]:
-                if waiting:
-                    chunk = self.take(waiting, settings.max_active)
+                # half of an even share, so that the last ones end at about the same time
+                share = min(-(-len(waiting) // (2 * len(self.workers))), 4 * settings.max_active)
+                if chunk := [waiting.popleft() for _ in range(share)]:
                     running[worker.generate.remote(chunk, settings, stops)] = worker, chunk
             ready, _ = ray.wait(list(running), timeout=LOOK_EVERY) if running else ([], [])
             for result in ready:
@@ -137,20 +121,17 @@ class RemoteEngines:
             if not ready:
                 self.use_new_nodes()
 
-    def take(self, waiting: deque[Request], most_active: int) -> list[Request]:
-        """The next requests for one worker: half of an even share, so that the last ones end at about the same time."""
-        share = -(-len(waiting) // (2 * len(self.workers)))
-        return [waiting.popleft() for _ in range(min(share, 4 * most_active))]
-
 
 def load_everywhere(config: EvalConfig) -> tuple[LoadedModel, RemoteEngines]:
     """The engines of all nodes, and what this process needs of the model beside them: no weights."""
+    import ray
+
     folder, family = local_folder(config.model), find_family(config.model_base)
     check_model_type(folder, family)
     check_files(folder)
     tokenizer = load_tokenizer(folder)  # before any worker: a mistake is told here
     engines = RemoteEngines(config)
-    mask_id, stop_ids = engines.ids()
+    mask_id, stop_ids = ray.get(next(iter(engines.workers)).ids.remote())
     return LoadedModel(None, tokenizer, family, mask_id, stop_ids, own_block_size(folder, family)), engines
 
 

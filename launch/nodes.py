@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from common.errors import UserError
 
 PORT = 6379  # of the first node, where the launcher names none
+# The variables of MLP, SLURM, torchrun and of those that set what torchrun is given: which node this is, how many there
+# are, where the first or all of them are, and its port.
+LAUNCHERS = (
+    ("MLP_ROLE_INDEX", ("MLP_WORKER_NUM",), "MLP_WORKER_0_HOST", "MLP_WORKER_0_PORT"),
+    ("SLURM_NODEID", ("SLURM_JOB_NUM_NODES", "SLURM_NNODES"), "SLURM_JOB_NODELIST", ""),
+    ("GROUP_RANK", ("GROUP_WORLD_SIZE",), "MASTER_ADDR", "MASTER_PORT"),
+    ("NODE_RANK", ("NNODES", "NUM_NODES"), "MASTER_ADDR", "MASTER_PORT"),
+)
 
 
 @dataclass(frozen=True)
@@ -24,38 +32,27 @@ class Place:
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
-    """The node's place by the variables of MLP, SLURM, torchrun, or MASTER_ADDR and NODE_RANK; alone where none is set.
+    """The node's place by the variables of the first of LAUNCHERS that has set any; alone where none has.
 
     UserError where a launcher set some of its variables and not the others.
     """
-    if "MLP_ROLE_INDEX" in environ:
-        nodes = number(environ, "MLP_WORKER_NUM")
-        wanted = [f"MLP_WORKER_{index}_HOST" for index in range(nodes)]
-        hosts = tuple(environ[name] for name in wanted if name in environ)
-        return place(environ, "MLP_ROLE_INDEX", nodes, hosts, wanted[0], "MLP_WORKER_0_PORT")
-    if "SLURM_NODEID" in environ:
-        nodes = number(environ, "SLURM_JOB_NUM_NODES", "SLURM_NNODES")
-        hosts = tuple(expand_hosts(environ.get("SLURM_JOB_NODELIST", "")))
-        return place(environ, "SLURM_NODEID", nodes, hosts, "SLURM_JOB_NODELIST", None)
-    for role, sizes in (("GROUP_RANK", ("GROUP_WORLD_SIZE",)), ("NODE_RANK", ("NNODES", "NUM_NODES"))):
-        if role in environ:
-            hosts = tuple(filter(None, [environ.get("MASTER_ADDR")]))
-            return place(environ, role, number(environ, *sizes), hosts, "MASTER_ADDR", "MASTER_PORT")
+    for role, sizes, host, port in LAUNCHERS:
+        if role not in environ:
+            continue
+        index, nodes = number(environ, role), number(environ, *sizes)
+        if index >= nodes:
+            raise UserError(
+                f"{role}={index}, but the job has {nodes} nodes, counted from 0: mend the launcher's variables"
+            )
+        if not environ.get(host):
+            raise UserError(f"{role} is set, but not {host}, the address of node 0: set it on every node")
+        hosts = expand_hosts(environ[host]) if role == "SLURM_NODEID" else [environ[host]]
+        if role == "MLP_ROLE_INDEX":
+            names = [f"MLP_WORKER_{other}_HOST" for other in range(1, nodes)]
+            hosts += [environ[name] for name in names if name in environ]
+        # torchrun's own store listens on MASTER_PORT, so Ray takes the next one
+        return Place(index, nodes, tuple(hosts), number(environ, port) + 1 if port in environ else PORT)
     return Place(0, 1, ("127.0.0.1",), 0)
-
-
-def place(
-    environ: Mapping[str, str], role: str, nodes: int, hosts: tuple[str, ...], host_key: str, port_key: str | None
-) -> Place:
-    """A Place of checked values; the keys are the variables they came from."""
-    index = number(environ, role)
-    if index >= nodes:
-        raise UserError(f"{role}={index}, but the job has {nodes} nodes, counted from 0: mend the launcher's variables")
-    if not hosts:
-        raise UserError(f"{role} is set, but not {host_key}, the address of node 0: set it on every node")
-    # torchrun's own store listens on MASTER_PORT, so Ray takes the next one
-    port = number(environ, port_key) + 1 if port_key and port_key in environ else PORT
-    return Place(index, nodes, hosts, port)
 
 
 def number(environ: Mapping[str, str], *names: str) -> int:

@@ -9,22 +9,24 @@ import secrets
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.errors import UserError
-from common.runtime import console
+from common.runtime import ROOT, console
 from common.schema import EvalExperimentConfig
-from launch.nodes import Place
+from launch.nodes import Place, find_place
 
 AGENTS = ("dashboard-agent-grpc", "metrics-export", "dashboard-agent-listen", "runtime-env-agent")
+FAREWELL = 10.0  # seconds in which the other nodes may leave before the first one does
 STARTS = 3  # of Ray: on a busy machine its raylet may find its agents late and give up
 JOB = "dllm-rl-job"  # the actor that knows how the job stands
 
@@ -43,6 +45,7 @@ class Job:
         return self.code
 
     def finish(self, code: int) -> None:
+        """Let the other nodes know that the job is over."""
         self.code = code
 
     def left(self) -> int:
@@ -50,11 +53,12 @@ class Job:
         return len(self.roles_gone)
 
 
-def drive_or_follow(place: Place, experiment: EvalExperimentConfig, drive: Any, script: Path) -> int:
-    """Run `drive()` on the first node of a cluster of all of them, and nothing but Ray on the others.
+def drive_or_follow(experiment: EvalExperimentConfig, drive: Callable[[int], int]) -> int:
+    """Run `drive(number of nodes)` on the first node of a cluster of all of them, and nothing but Ray on the others.
 
     Returns the job's exit code, on every node. With experiment.ssh the first node starts the others.
     """
+    place = find_place(os.environ)
     if place.role > 0:
         return follow(place, experiment)
     token = secrets.token_hex(32)
@@ -63,28 +67,22 @@ def drive_or_follow(place: Place, experiment: EvalExperimentConfig, drive: Any, 
         import ray
 
         if experiment.ssh:
-            stack.enter_context(started_by_ssh(place, experiment, token, script))
+            stack.enter_context(started_by_ssh(place, experiment, token))
         job = ray.remote(Job).options(name=JOB, num_cpus=0, resources={"node:__internal_head__": 0.001}).remote()
         ray.get(job.left.remote())
         try:
             wait_for_nodes(place.nodes, experiment.join_timeout, place)
-            code = drive()
+            code = drive(place.nodes)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2
         finally:
-            farewell(job, code, len(live_nodes()) - 1)
+            others = len(live_nodes()) - 1
+            ray.get(job.finish.remote(code))
+            limit = time.monotonic() + FAREWELL
+            while ray.get(job.left.remote()) < others and time.monotonic() < limit:
+                time.sleep(0.2)
     return code
-
-
-def farewell(job: Any, code: int, others: int, patience: float = 10.0) -> None:
-    """Tell the other nodes that the job is over, and give them a moment to leave."""
-    import ray
-
-    ray.get(job.finish.remote(code))
-    limit = time.monotonic() + patience
-    while ray.get(job.left.remote()) < others and time.monotonic() < limit:
-        time.sleep(0.2)
 
 
 def live_nodes() -> list[dict]:
@@ -93,6 +91,16 @@ def live_nodes() -> list[dict]:
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     return sorted(nodes, key=lambda node: ("node:__internal_head__" not in node["Resources"], node["NodeID"]))
+
+
+def device_options(node: dict) -> list[dict[str, Any]]:
+    """Of each device of a node what gives it to a Ray actor alone; of a node without any, what gives it a processor."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    gpus = int(node["Resources"].get("GPU", 0))
+    options = {"num_gpus": 1} if gpus else {"num_cpus": 1}
+    options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return [options] * (gpus or 1)
 
 
 def wait_for_nodes(wanted: int, patience: float, place: Place | None = None) -> int:
@@ -114,7 +122,8 @@ def wait_for_nodes(wanted: int, patience: float, place: Place | None = None) -> 
 @contextlib.contextmanager
 def head_node(place: Place, experiment: EvalExperimentConfig, token: str) -> Iterator[None]:
     """Ray's head on this node, and this process connected to it; its token where the other nodes find it."""
-    with tempfile.TemporaryDirectory() as folder, private_token(token, Path(folder) / "token"):
+    with tempfile.TemporaryDirectory() as folder:
+        use_token(token, Path(folder) / "token")
         import ray  # it reads how to show its token as it is imported
 
         if place.nodes == 1:
@@ -146,12 +155,13 @@ def head_node(place: Place, experiment: EvalExperimentConfig, token: str) -> Ite
 def follow(place: Place, experiment: EvalExperimentConfig, token: str | None = None) -> int:
     """Join the first node's cluster, stay until the job is over, and return its exit code."""
     limit = time.monotonic() + experiment.join_timeout
-    address = f"{place.head}:{place.port}"
+    address, shared = f"{place.head}:{place.port}", token_file(experiment)
     while True:
         # the first node writes the token before it listens, so that one of an older job is not taken
-        if reachable(place.head, place.port) and (found := token or read_token(experiment)):
-            with tempfile.TemporaryDirectory() as folder, private_token(found, Path(folder) / "token"):
-                arguments = [f"--address={address}", f"--node-ip-address={own_address(place)}"]
+        if (own := own_address(place)) and (token or shared.exists()):
+            with tempfile.TemporaryDirectory() as folder:
+                use_token(token or shared.read_text(), Path(folder) / "token")
+                arguments = [f"--address={address}", f"--node-ip-address={own}"]
                 with ray_process(arguments, place.port, Path(folder)) as process:
                     if connect(address, process, limit - time.monotonic()):
                         code = stay(place, process)
@@ -161,7 +171,7 @@ def follow(place: Place, experiment: EvalExperimentConfig, token: str | None = N
         if time.monotonic() > limit:
             raise UserError(
                 f"experiment.join_timeout={experiment.join_timeout:g}: no cluster at {address} in that time; is node 0 "
-                f"running, and {token_file(experiment)} on storage that all nodes share?"
+                f"running, and {shared} on storage that all nodes share?"
             )
         time.sleep(0.5)
 
@@ -235,12 +245,12 @@ def connect(address: str, process: subprocess.Popen, patience: float) -> bool:
 
 
 @contextlib.contextmanager
-def started_by_ssh(place: Place, experiment: EvalExperimentConfig, token: str, script: Path) -> Iterator[None]:
+def started_by_ssh(place: Place, experiment: EvalExperimentConfig, token: str) -> Iterator[None]:
     """The other nodes joined by ssh, for jobs whose other nodes wait idly; the token goes through standard input."""
     module = [sys.executable, "-m", "launch.join", str(place.nodes), str(place.port), str(experiment.join_timeout)]
     processes = []
     for role, host in enumerate(place.hosts[1:], 1):
-        remote = ["cd", str(script.parent)], ["exec", *module, str(role), place.head, host]
+        remote = ["cd", str(ROOT)], ["exec", *module, str(role), place.head, host]
         command = [*experiment.ssh, host, " && ".join(shlex.join(part) for part in remote)]  # ssh takes one line
         process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
         process.stdin.write(token + "\n")
@@ -261,11 +271,6 @@ def token_file(experiment: EvalExperimentConfig) -> Path:
     return Path(experiment.runs_dir) / f".{experiment.project}.ray-token"
 
 
-def read_token(experiment: EvalExperimentConfig) -> str | None:
-    file = token_file(experiment)
-    return file.read_text() if file.exists() else None
-
-
 def write_private(file: Path, text: str) -> None:
     """Write a file that only its owner can read, in one rename."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -276,37 +281,17 @@ def write_private(file: Path, text: str) -> None:
     beside.rename(file)
 
 
-@contextlib.contextmanager
-def private_token(token: str, file: Path) -> Iterator[None]:
-    """Within it Ray, here and in child processes, demands and shows the token."""
+def use_token(token: str, file: Path) -> None:
+    """From here on Ray, in this process and in those that it starts, demands and shows the token."""
     write_private(file, token)
-    before = dict(os.environ)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
+
+
+def own_address(place: Place) -> str | None:
+    """The address by which the first node sees this one; None where it does not listen."""
     try:
-        yield
-    finally:
-        for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
-            os.environ.pop(key)
-            if key in before:
-                os.environ[key] = before[key]
-
-
-def reachable(host: str, port: int) -> bool:
-    """Whether something listens there."""
-    import socket
-
-    try:
-        socket.create_connection((host, port), timeout=2).close()
+        with socket.create_connection((place.head, place.port), timeout=2) as connection:
+            own = connection.getsockname()[0]
     except OSError:
-        return False
-    return True
-
-
-def own_address(place: Place) -> str:
-    """The address by which the first node sees this one."""
-    import socket
-
-    if len(place.hosts) > place.role:
-        return socket.gethostbyname(place.hosts[place.role])
-    with socket.create_connection((place.head, place.port), timeout=10) as connection:
-        return connection.getsockname()[0]
+        return None
+    return socket.gethostbyname(place.hosts[place.role]) if len(place.hosts) > place.role else own

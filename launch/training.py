@@ -3,12 +3,12 @@
 Over nodes Ray starts the ranks, and after a loss new ones that go on from the last checkpoint.
 """
 
-import contextlib
 import os
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from common.runtime import Stopwatch, console
 from common.schema import RLConfig
 from common.stop import STOP_FILE, exit_code, signals_noted, stop_requested
 from launch.accelerate import launch_ranks, launched
-from launch.ray_cluster import live_nodes, wait_for_nodes
+from launch.ray_cluster import device_options, live_nodes, wait_for_nodes
 from launch.start_model import make_missing_model
 
 SETTLE = 5.0  # seconds until Ray knows that a lost node is gone
@@ -31,13 +31,10 @@ DEEPSPEED_KEYS = {
 }
 
 
-def train_here(config: RLConfig, script: Path, arguments: Sequence[str]) -> int:
-    """Run rl.py's job on this node; returns the exit code.
-
-    `script` with these `arguments` is what `accelerate launch` runs in every rank, where the config asks for ranks.
-    """
+def train_here(config: RLConfig, arguments: Sequence[str]) -> int:
+    """Run rl.py's job, started with these arguments, on this node; returns the exit code."""
     if config.experiment.deepspeed_file and not launched():
-        return launch_ranks(config.experiment.deepspeed_file, script, arguments, lambda: make_missing_model(config))
+        return launch_ranks(config, "rl.py", arguments)
     from train.rl_trainer import read_inputs, reinforce
     from train.run import exit_code_of
 
@@ -57,8 +54,6 @@ class Rank:
 
     def address(self) -> tuple[str, int]:
         """Where the first rank can be found: this node's address and a free port."""
-        import socket
-
         import ray
 
         with socket.socket() as listener:
@@ -67,24 +62,19 @@ class Rank:
 
     def run(self, arguments: list[str], host: str, port: int) -> int:
         """Train to the end; returns the exit code."""
+        import psutil
         import ray
 
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
-        # by the host's name gloo may find 127.0.0.1
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(ray.util.get_node_ip_address()))
+        # the interface that has this node's address: by the host's name gloo may find 127.0.0.1
+        address, interfaces = ray.util.get_node_ip_address(), psutil.net_if_addrs().items()
+        interface = next(name for name, entries in interfaces if address in [entry.address for entry in entries])
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         sys.argv = ["multinode_rl.py", *arguments]  # for the line that says how to go on
         from common.config import load_config
         from train.rl_trainer import main
 
         return main(load_config("rl", arguments))
-
-
-def interface_of(address: str) -> str:
-    """The network interface that has the address."""
-    import psutil
-
-    found = psutil.net_if_addrs().items()
-    return next(name for name, own in found if address in [entry.address for entry in own])
 
 
 def train_over_nodes(config: RLConfig, arguments: Sequence[str], nodes: int) -> int:
@@ -102,9 +92,9 @@ def train_over_nodes(config: RLConfig, arguments: Sequence[str], nodes: int) -> 
             if here < nodes:
                 console.print(f"{here} of {nodes} nodes are there: the run goes on with them")
             lost = attempt(config, arguments)
-            time.sleep(0 if lost is None else SETTLE)
             if lost is None:
                 return exit_code()
+            time.sleep(SETTLE)
             step = max(newest_step(folder), 0)
             left = experiment.max_failures - failures
             console.print(f"lost {lost} (experiment.max_failures allows {left} more); going on after step {step}")
@@ -118,12 +108,16 @@ def attempt(config: RLConfig, arguments: list[str]) -> str | None:
     """Run with the nodes that are there; None where it came to its end, else what was lost."""
     import ray
 
-    with stop_file(Path(config.experiment.runs_dir)) as stop:
+    folder = Path(config.experiment.runs_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    # a file, not made yet, that all nodes see
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".stop-") as name:
+        stop = Path(name).resolve() / "stop"
         ranks = start_ranks(config.experiment.deepspeed_file, stop)
-        actors = [actor for actor, _ in ranks]
+        running, where = {}, ranks[0][1]
         try:
-            host, port = ray.get(actors[0].address.remote())
-            running = {actor.run.remote(arguments, host, port): where for actor, where in ranks}
+            host, port = ray.get(ranks[0][0].address.remote())
+            running = {actor.run.remote(arguments, host, port): address for actor, address in ranks}
             while running:
                 ready, _ = ray.wait(list(running), timeout=0.5)
                 for result in ready:
@@ -131,40 +125,33 @@ def attempt(config: RLConfig, arguments: list[str]) -> str | None:
                     ray.get(result)
                 if stop_requested():
                     stop.touch()
-        except ray.exceptions.RayTaskError as error:
-            if "UserError" in type(error).__name__ or isinstance(error.cause, ValueError):
-                raise error.cause from None
-            return culprit(running, where, error)
         except ray.exceptions.RayError as error:
-            return culprit(running, where, error)
+            cause = getattr(error, "cause", None)  # of what a rank raised itself
+            if "UserError" in type(error).__name__ or isinstance(cause, ValueError):
+                raise cause from None
+            # the nodes that are gone, else the rank that failed first
+            alive = {node["NodeManagerAddress"] for node in live_nodes()}
+            gone = sorted({where, *running.values()} - alive)
+            last_line = str(error).strip().splitlines()[-1]
+            return f"node {', '.join(gone)}" if gone else f"a rank on {where} ({last_line})"
         finally:
-            for actor in actors:
+            for actor, _ in ranks:
                 ray.kill(actor)
     return None
-
-
-def culprit(running: dict[Any, str], where: str, error: Exception) -> str:
-    """What to call the loss: the nodes that are gone, else the rank that failed first."""
-    alive = {node["NodeManagerAddress"] for node in live_nodes()}
-    gone = sorted({address for address in [where, *running.values()] if address not in alive})
-    return f"node {', '.join(gone)}" if gone else f"a rank on {where} ({str(error).strip().splitlines()[-1]})"
 
 
 def start_ranks(deepspeed_file: str | None, stop: Path) -> list[tuple[Any, str]]:
     """A Rank on every device of every node, with the address of its node, rank 0 on the first node."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [node for node in live_nodes() for _ in range(int(node["Resources"].get("GPU", 0)) or 1)]
-    shared = deepspeed_environment(deepspeed_file) | {"WORLD_SIZE": str(len(nodes)), STOP_FILE: str(stop)}
+    devices = [(node["NodeManagerAddress"], options) for node in live_nodes() for options in device_options(node)]
+    shared = deepspeed_environment(deepspeed_file) | {"WORLD_SIZE": str(len(devices)), STOP_FILE: str(stop)}
     ranks = []
-    for number, node in enumerate(nodes):
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        needs = {"num_gpus": 1} if node["Resources"].get("GPU") else {"num_cpus": 1}
+    for number, (address, options) in enumerate(devices):
         # a device of its own is all that a rank sees, so its local rank is 0
         variables = shared | {"RANK": str(number), "LOCAL_RANK": "0"}
-        kind = ray.remote(Rank).options(scheduling_strategy=there, runtime_env={"env_vars": variables}, **needs)
-        ranks.append((kind.remote(), node["NodeManagerAddress"]))
+        kind = ray.remote(Rank).options(runtime_env={"env_vars": variables}, **options)
+        ranks.append((kind.remote(), address))
     return ranks
 
 
@@ -172,16 +159,6 @@ def deepspeed_environment(name: str | None) -> dict[str, str]:
     """What `accelerate launch` would put into the ranks' environment for that file; nothing for none."""
     if not name:
         return {}
-    settings = yaml.safe_load(accelerate_config(name).read_text()).get("deepspeed_config")
-    if not settings:
-        return {}
+    settings = yaml.safe_load(accelerate_config(name).read_text()).get("deepspeed_config") or {}
     found = {variable: str(settings[key]) for key, variable in DEEPSPEED_KEYS.items() if key in settings}
-    return {"ACCELERATE_USE_DEEPSPEED": "true"} | found
-
-
-@contextlib.contextmanager
-def stop_file(folder: Path) -> Iterator[Path]:
-    """The name of a file, not made yet, that all nodes see; gone in the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".stop-") as name:
-        yield Path(name).resolve() / "stop"
+    return {"ACCELERATE_USE_DEEPSPEED": "true"} | found if settings else {}

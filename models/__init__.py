@@ -5,16 +5,7 @@ import sys
 from transformers.utils import logging
 
 from models.dream import DREAM
-from models.family import (
-    FAMILIES,
-    Family,
-    LoadedModel,
-    find_family,
-    load_model,
-    load_network,
-    register,
-    save_model,
-)
+from models.family import FAMILIES, Family, LoadedModel, find_family, load_model, load_network, register, save_model
 from models.llada import LLADA, MMADA
 from models.sdar import SDAR, TRADO
 from models.tokenizer import load_tokenizer, save_tokenizer

@@ -3,9 +3,17 @@
 from typing import Any
 
 from common.config import settings_of
-from common.runtime import console
-from common.schema import RolloutConfig, Sampling
-from models.family import LoadedModel
+from common.runtime import console, device_and_dtype
+from common.schema import OneModel, RolloutConfig, Sampling
+from models.family import LoadedModel, family_of, load_model
+
+
+def load_one(config: OneModel) -> LoadedModel:
+    """The model that a config names, of the family that reads it unless one is named; the config's defaults are set."""
+    device, dtype = device_and_dtype(config.dtype)
+    loaded = load_model(config.model, config.model_base or family_of(config.model), dtype, device)
+    take_defaults(config, loaded)
+    return loaded
 
 
 def take_defaults(config: Any, loaded: LoadedModel) -> None:
@@ -16,19 +24,19 @@ def take_defaults(config: Any, loaded: LoadedModel) -> None:
     """
     if config.written is None:
         return
-    sections = {name: section for name, section in vars(config).items() if isinstance(section, Sampling)}
-    sections |= {"": config} if isinstance(config, Sampling) else {}
-    sections |= {"training": config.training} if hasattr(getattr(config, "training", None), "block_size") else {}
+    sections = {f"{name}.": section for name, section in vars(config).items() if isinstance(section, Sampling)}
+    if isinstance(config, Sampling):
+        sections[""] = config
+    if hasattr(getattr(config, "training", None), "block_size"):
+        sections["training."] = config.training
     taken, differing = [], []
-    for name, section in sections.items():
-        prefix = f"{name}." if name else ""
+    for prefix, section in sections.items():
         written = {key.removeprefix(prefix) for key in config.written if key.startswith(prefix)}
         for key, value in open_keys(section, written, loaded).items():
             if getattr(section, key) != value:
                 taken.append(f"{prefix}{key}={value}")
                 setattr(section, key, value)
-        own = loaded.block_size
-        if own is not None and section.block_size != own:
+        if loaded.block_size not in (None, section.block_size):
             differing.append(f"{prefix}block_size={section.block_size}")
         if isinstance(section, Sampling):
             settings_of(section)

@@ -5,8 +5,7 @@ from outside.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,15 +23,8 @@ from transformers.core_model_loading import WeightRenaming
 
 from common.errors import UserError, load_object
 from common.runtime import settle_threads
-from models.files import MALFORMED, check_files, read_config
-from models.tokenizer import (
-    TOKENIZER_FILES,
-    has_tokenizer,
-    load_tokenizer,
-    no_code_for,
-    save_tokenizer,
-    special_token_id,
-)
+from models.files import KEY, MALFORMED, TOKENIZER_FILES, check_files, read_config
+from models.tokenizer import has_tokenizer, load_tokenizer, no_code_for, save_tokenizer
 
 # Instructions around a task; `{question}` is replaced by it.
 MATH_STEPS = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -105,51 +97,54 @@ def load_model(
     path: str | Path, family_name: str, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu"
 ) -> LoadedModel:
     """Load network and tokenizer from a checkpoint's folder or hub name; UserError where they are unfit."""
-    folder = local_folder(path)
+    folder, family = local_folder(path), find_family(family_name)
     model = load_network(folder, family_name, dtype, device)
     if torch.device(device).type == "cpu":
         settle_threads(model.num_parameters())
     tokenizer = load_tokenizer(folder)
-    family = find_family(family_name)
     mask_id = find_mask_id(model, tokenizer, family)
-    check_token_ids(folder, model, tokenizer)
-    stop_ids = find_stop_ids(model, tokenizer)
-    return LoadedModel(model, tokenizer, family, mask_id, stop_ids, own_block_size(folder, family))
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+    if largest >= model.config.vocab_size:
+        raise UserError(
+            f"{KEY}: {folder}: the tokenizer's token {token!r} has id {largest}, the network only "
+            f"{model.config.vocab_size} ids; enlarge it (resize_token_embeddings), or take the token out"
+        )
+    return LoadedModel(
+        model, tokenizer, family, mask_id, find_stop_ids(model, tokenizer), own_block_size(folder, family)
+    )
 
 
 def load_network(
     path: str | Path, family_name: str, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
     """Load the network alone, in eval mode; UserError if folder, family or a tensor is not what it should be."""
-    family = find_family(family_name)
-    folder = local_folder(path)
+    family, folder = find_family(family_name), local_folder(path)
     check_model_type(folder, family)
     check_files(folder)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its report on loading is a table of what is told below in one line
     try:
-        with _quiet():
-            model, report = family.model_class.from_pretrained(
-                str(folder),
-                dtype=dtype,
-                attn_implementation="sdpa",
-                ignore_mismatched_sizes=True,  # they are reported below, by the name they have in the file
-                output_loading_info=True,
-            )
+        model, report = family.model_class.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # they are reported below, by the name they have in the file
+            output_loading_info=True,
+        )
     except (UserError, torch.OutOfMemoryError):
         raise
     except StrictDataclassError as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"model.pretrained_model: {folder}/config.json does not fit {family.name} ({reason})"
-        ) from error
+        raise UserError(f"{KEY}: {folder}/config.json does not fit {family.name} ({reason})") from error
     except (OSError, SafetensorError, UnpicklingError, EOFError) as error:
         # torch's own words on pickles advise to run them
         reason = "no file of plain tensors" if isinstance(error, UnpicklingError) else one_line(error)
-        raise UserError(f"model.pretrained_model: {folder} holds no weights that can be read ({reason})") from error
+        raise UserError(f"{KEY}: {folder} holds no weights that can be read ({reason})") from error
     except (RuntimeError, *MALFORMED) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(
-            f"model.pretrained_model: {folder}/config.json or its weights do not fit {family.name} ({reason})"
-        ) from error
+        raise UserError(f"{KEY}: {folder}/config.json or its weights do not fit {family.name} ({reason})") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     check_tensors(folder, family, report)
     model = model.to(device)
     check_finite(folder, family, model)
@@ -182,7 +177,7 @@ def local_folder(path: str | Path) -> Path:
         return Path(path)
     way_out = "give a folder with config.json, or a hub name such as JetLM/SDAR-1.7B-Chat"
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):
-        raise UserError(f"model.pretrained_model: no folder {str(path)!r}; {way_out}")
+        raise UserError(f"{KEY}: no folder {str(path)!r}; {way_out}")
     try:
         folder = Path(snapshot_download(str(path), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
         if not any(folder.glob("*.safetensors")):  # an older repository: torch's own format, read without its pickles
@@ -190,8 +185,7 @@ def local_folder(path: str | Path) -> Path:
         return folder
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.pretrained_model: {str(path)!r} is no folder and could not be downloaded "
-            f"({type(error).__name__}); {way_out}"
+            f"{KEY}: {str(path)!r} is no folder and could not be downloaded ({type(error).__name__}); {way_out}"
         ) from error
 
 
@@ -205,25 +199,18 @@ def family_of_network(model: PreTrainedModel) -> Family:
 
 def family_of(path: str | Path) -> str:
     """The first family that reads the checkpoint's model type; UserError where none does."""
-    model_type = read_model_type(local_folder(path))
+    model_type = read_config(local_folder(path)).get("model_type")
     for family in FAMILIES.values():
         if family.model_type == model_type:
             return family.name
     raise UserError(f"model: {path} has model_type {model_type!r}; no family of {', '.join(FAMILIES)} reads that type")
 
 
-def read_model_type(folder: Path) -> str | None:
-    """The `model_type` of a checkpoint's config.json; UserError where there is none to read."""
-    return read_config(folder).get("model_type")
-
-
 def own_block_size(folder: Path, family: Family) -> int | None:
     """The block size that a checkpoint's config.json names, where its family attends by blocks; UserError if unfit."""
     size = read_config(folder).get("block_size") if family.attention == "block" else None
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise UserError(
-            f"model.pretrained_model: {folder}/config.json: block_size: {size!r} is no whole number above 0; mend it"
-        )
+        raise UserError(f"{KEY}: {folder}/config.json: block_size: {size!r} is no whole number above 0; mend it")
     return size
 
 
@@ -239,7 +226,7 @@ def longest_sequence(config: Any) -> int:
 
 def check_model_type(folder: Path, family: Family) -> None:
     """Raise UserError unless config.json names the family's model type."""
-    model_type = read_model_type(folder)
+    model_type = read_config(folder).get("model_type")
     if model_type == family.model_type:
         return
     fits = [row.name for row in FAMILIES.values() if row.model_type == model_type]
@@ -249,19 +236,18 @@ def check_model_type(folder: Path, family: Family) -> None:
 
 def check_tensors(folder: Path, family: Family, report: dict[str, Any]) -> None:
     """Raise UserError naming the first tensor that is missing, misshapen or unknown; report: from_pretrained's."""
-    if report["missing_keys"]:
-        names = _original_names(family, report["missing_keys"])
-        raise UserError(f"model.pretrained_model: {folder} lacks {_counted(names)}; is the checkpoint whole?")
+    if missing := report["missing_keys"]:
+        raise UserError(f"{KEY}: {folder} lacks {_counted(family, missing)}; is the checkpoint whole?")
     if report["mismatched_keys"]:
         name, found, wanted = sorted(report["mismatched_keys"])[0]
         raise UserError(
-            f"model.pretrained_model: {folder}: tensor {_original_names(family, [name])[0]} has shape {tuple(found)}, "
-            f"config.json asks for {tuple(wanted)}"
+            f"{KEY}: {folder}: tensor {family.model_class.original_name(name)} has shape "
+            f"{tuple(found)}, config.json asks for {tuple(wanted)}"
         )
     unknown = [name for name in report["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
     if unknown:
-        names = _original_names(family, unknown)
-        raise UserError(f"model.pretrained_model: {folder} has {_counted(names)}, which {family.name} has no place for")
+        tensors = _counted(family, unknown)
+        raise UserError(f"{KEY}: {folder} has {tensors}, which {family.name} has no place for")
 
 
 @torch.no_grad()
@@ -270,31 +256,18 @@ def check_finite(folder: Path, family: Family, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         tensor = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's ZeRO-3 keeps a rank's part there
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
-            name = _original_names(family, [name])[0]
             raise UserError(
-                f"model.pretrained_model: {folder}: tensor {name} holds NaN or infinite values; "
+                f"{KEY}: {folder}: tensor {family.model_class.original_name(name)} holds NaN or infinite values; "
                 "the training that wrote it failed, or the file is damaged"
             )
-
-
-def check_token_ids(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError for a token whose id the network does not have."""
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
-    if largest >= model.config.vocab_size:
-        raise UserError(
-            f"model.pretrained_model: {folder}: the tokenizer's token {token!r} has id {largest}, the network only "
-            f"{model.config.vocab_size} ids; enlarge it (resize_token_embeddings), or take the token out"
-        )
 
 
 def find_mask_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: Family) -> int:
     """Return the id of the mask token by tokenizer, then config; UserError if neither has one that the network has."""
     mask_id = tokenizer.mask_token_id
     if mask_id is None:
-        mask_id = tokenizer.get_vocab().get(family.mask_token)
-    if mask_id is None:
-        mask_id = getattr(model.config, "mask_token_id", None)
-    where = f"model.pretrained_model: {model.config.name_or_path}"
+        mask_id = tokenizer.get_vocab().get(family.mask_token, getattr(model.config, "mask_token_id", None))
+    where = f"{KEY}: {model.config.name_or_path}"
     if mask_id is None:
         raise UserError(
             f"{where}: the tokenizer has no mask token; set mask_token in tokenizer_config.json "
@@ -307,7 +280,8 @@ def find_mask_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fam
 
 def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     """Return the ids that end a response, ascending: every end of sequence named, and the chat turn's end."""
-    ids: set[int | None] = {special_token_id(tokenizer, token) for token in END_OF_TURN} if tokenizer else set()
+    added = tokenizer.added_tokens_decoder if tokenizer else {}
+    ids: set[int | None] = {id for id, token in added.items() if token.special and str(token) in END_OF_TURN}
     for holder in (model.generation_config, model.config, tokenizer):
         value = getattr(holder, "eos_token_id", None)
         ids.update(value if isinstance(value, (list, tuple)) else [value])
@@ -338,21 +312,7 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0].split(". ")[0]
 
 
-def _original_names(family: Family, names: Any) -> list[str]:
-    rename = getattr(family.model_class, "original_name", str)
-    return sorted(rename(name) for name in names)
-
-
-def _counted(names: list[str]) -> str:
+def _counted(family: Family, names: Iterable[str]) -> str:
+    """The first of some tensors by the publisher's name, and how many more there are."""
+    names = sorted(map(family.model_class.original_name, names))
     return f"tensor {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' load report, a table of what our errors say in one line."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)

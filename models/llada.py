@@ -1,5 +1,6 @@
 """LLaDA and MMaDA: transformers' Llama under full attention, with the checkpoints' own config keys and tensor names."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -25,7 +26,6 @@ LLAMA_SHAPE: dict[str, tuple[Any, ...]] = {
     "rope": (True,),
     "scale_logits": (False, None),
 }
-STATIC_GREEDY = {"temperature": 0.0, "remasking_strategy": "low_confidence_static"}
 
 
 class LLaDAConfig(OriginalConfig, LlamaConfig):
@@ -104,16 +104,14 @@ LLADA = Family(
     config_class=LLaDAConfig,
     model_class=LLaDAModelLM,
     instructions={"math": MATH_FINAL, **CODE},
-    sampling={"max_token": 256, "block_size": 8, **STATIC_GREEDY},  # as published for GSM8K
+    # as published for GSM8K
+    sampling={"max_token": 256, "block_size": 8, "temperature": 0.0, "remasking_strategy": "low_confidence_static"},
 )
-MMADA = Family(
+MMADA = replace(
+    LLADA,
     name="mmada",
     model_type="mmada",
-    attention="full",
-    logit_offset=0,
-    mask_token="<|mdm_mask|>",
     config_class=MMaDAConfig,
     model_class=MMadaModelLM,
-    instructions={"math": MATH_FINAL, **CODE},
-    sampling={"max_token": 256, "block_size": 64, **STATIC_GREEDY},  # as published for GSM8K
+    sampling=LLADA.sampling | {"block_size": 64},  # as published for GSM8K
 )

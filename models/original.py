@@ -1,17 +1,16 @@
 """What every family's classes share: the publisher's config keys kept, full attention by default, no `generate`."""
 
 import copy
-import logging
-from functools import cache
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from common.errors import UserError
 
 EVERYWHERE = ("sdpa", "eager")  # implementations of attention that every device has
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
 class OriginalConfig:
@@ -35,9 +34,14 @@ class OriginalConfig:
         original = copy.deepcopy(config_dict)
         config_dict = dict(config_dict)
         for key in ("attn_implementation", "_attn_implementation"):
-            asked = config_dict.pop(key, None)
-            if asked not in (None, *EVERYWHERE):
-                warn_of_attention(asked)
+            if (asked := config_dict.pop(key, None)) not in (None, *EVERYWHERE):
+                # once for each kind in a process
+                logger.warning_once(
+                    "config.json: attn_implementation: %r is no choice for every device: torch's sdpa is used, unless "
+                    "from_pretrained is called with attn_implementation=%r",
+                    asked,
+                    asked,
+                )
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         loaded = super(OriginalConfig, config).to_dict()
@@ -73,17 +77,6 @@ class OriginalConfig:
             theirs["rope_theta"] = rope.pop("rope_theta", None)
             theirs["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
         return theirs
-
-
-@cache
-def warn_of_attention(asked: str) -> None:
-    """Log, once for each implementation in a process, that what config.json asks for is not used."""
-    logger.warning(
-        "config.json: attn_implementation: %r is no choice for every device: torch's sdpa is used, unless "
-        "from_pretrained is called with attn_implementation=%r",
-        asked,
-        asked,
-    )
 
 
 class DiffusionNetwork:
@@ -140,12 +133,11 @@ class FullAttention(DiffusionNetwork):
         attention_mask: none (every token is seen), (batch, keys) with true at the tokens to be seen, or
         (batch, 1, queries, keys) boolean, used as it is.
         """
+        tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"]
         if attention_mask is None and past_key_values is None:
-            tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"]
             attention_mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         if attention_mask is not None and attention_mask.dim() == 2:
-            queries = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
-            attention_mask = attention_mask.bool()[:, None, None, :].expand(-1, 1, queries, -1)
+            attention_mask = attention_mask.bool()[:, None, None, :].expand(-1, 1, tokens.shape[1], -1)
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
         )

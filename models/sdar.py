@@ -1,5 +1,7 @@
 """SDAR and TraDo: transformers' Qwen3 under block attention."""
 
+from dataclasses import replace
+
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from models.family import CODE, MATH_FINAL, MATH_STEPS, Family
@@ -28,14 +30,5 @@ SDAR = Family(
     model_class=SDARForCausalLM,
     instructions={"math": MATH_STEPS, **CODE},
 )
-TRADO = Family(
-    name="trado",
-    model_type="sdar",
-    attention="block",
-    logit_offset=0,
-    mask_token="<|MASK|>",
-    config_class=SDARConfig,
-    model_class=SDARForCausalLM,
-    # the thinking models were evaluated with the other wording
-    instructions={"math": MATH_STEPS, "math_think": MATH_FINAL, **CODE},
-)
+# the thinking models were evaluated with the other wording
+TRADO = replace(SDAR, name="trado", instructions=SDAR.instructions | {"math_think": MATH_FINAL})

@@ -26,12 +26,6 @@ CHAT_TEMPLATE = (
 )
 
 
-# What LLaDA's and MMaDA's checkpoints say beside the sizes, and nothing reads.
-LLADA_KEYS = {"embedding_dropout": 0.0, "layer_norm_with_affine": True, "mlp_ratio": MLP_RATIO}
-LLADA_KEYS |= {"residual_dropout": 0.0, "rope_full_precision": True}
-MMADA_KEYS = {"codebook_size": 0, "num_new_special_tokens": 0, "num_vq_tokens": 0}
-
-
 def build_tiny(family_name: str, path: str | Path, seed: int, width: int = WIDTH) -> None:
     """Write a checkpoint folder of that family at `path`; the same seed writes the same bytes. width: of the network.
 
@@ -96,9 +90,13 @@ def published_config(family: Family, ids: dict[str, int], width: int) -> dict[st
     }
     if issubclass(family.config_class, LLaDAConfig):
         own = {key: allowed[0] for key, allowed in LLAMA_SHAPE.items() if key != "clip_qkv"}
-        own |= LLADA_KEYS | {"vocab_size": len(ids)}
+        own |= {"mlp_ratio": MLP_RATIO, "vocab_size": len(ids)}
+        # nothing reads the rest, which the publishers' checkpoints have too
+        own |= {"embedding_dropout": 0.0, "residual_dropout": 0.0}
+        own |= {"layer_norm_with_affine": True, "rope_full_precision": True}
         if family.model_type == "mmada":
-            own |= MMADA_KEYS | {"llm_vocab_size": len(ids), "new_vocab_size": len(ids)}
+            own |= {"llm_vocab_size": len(ids), "new_vocab_size": len(ids)}
+            own |= {"codebook_size": 0, "num_new_special_tokens": 0, "num_vq_tokens": 0}
     else:
         own = {"hidden_act": "silu", "max_window_layers": LAYERS, "rope_scaling": None}
         own |= {"sliding_window": None, "use_sliding_window": False}

@@ -14,17 +14,7 @@ from transformers import (
 )
 
 from common.errors import UserError
-from models.files import MALFORMED, check_texts
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+from models.files import KEY, MALFORMED, TOKENIZER_FILES, check_texts
 
 _OURS: set[str] = set()  # model types whose tokenizers AutoTokenizer leaves to load_tokenizer
 _auto_from_pretrained = AutoTokenizer.from_pretrained
@@ -32,9 +22,8 @@ _auto_from_pretrained = AutoTokenizer.from_pretrained
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint's folder holds a fast tokenizer, or the files of which one is made."""
-    return (folder / "tokenizer.json").is_file() or all(
-        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
-    )
+    parts = [folder / "vocab.json", folder / "merges.txt"]
+    return (folder / "tokenizer.json").is_file() or all(part.is_file() for part in parts)
 
 
 def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -44,50 +33,37 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
     """
     folder = Path(folder)
     if not has_tokenizer(folder):
-        raise UserError(
-            f"model.pretrained_model: {folder} has no tokenizer; copy the base model's tokenizer.json there"
-        )
+        raise UserError(f"{KEY}: {folder} has no tokenizer; copy the base model's tokenizer.json there")
     check_texts(folder)
     whole = folder / "tokenizer.json"
-    # Dream publishes Qwen2's files with a class of its own, which is Qwen2's
-    kind = PreTrainedTokenizerFast if whole.is_file() else Qwen2Tokenizer
+    kind = Qwen2Tokenizer  # Dream publishes Qwen2's files with a class of its own, which is Qwen2's
     if whole.is_file():
+        kind = PreTrainedTokenizerFast
         try:
             Tokenizer.from_str(whole.read_text(encoding="utf-8"))
         except Exception as error:  # tokenizers has no class of its own for it
             raise UserError(
-                f"model.pretrained_model: {whole} is no tokenizer ({error}); copy the base model's tokenizer.json there"
+                f"{KEY}: {whole} is no tokenizer ({error}); copy the base model's tokenizer.json there"
             ) from error
     try:
         return kind.from_pretrained(str(folder), **kwargs)
     except MALFORMED as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"model.pretrained_model: the tokenizer's files in {folder} do not fit each other ({reason}); "
-            "copy the base model's there"
+            f"{KEY}: the tokenizer's files in {folder} do not fit each other ({reason}); copy the base model's there"
         ) from error
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write the tokenizer: the files it came from, byte for byte, unless it was changed since."""
-    source = Path(tokenizer.name_or_path or "")
-    if not tokenizer.name_or_path or not source.is_dir():
+    source, folder = Path(tokenizer.name_or_path or ""), Path(folder)
+    fresh = load_tokenizer(source) if tokenizer.name_or_path and source.is_dir() else None
+    if fresh is None or (fresh.get_vocab(), fresh.chat_template) != (tokenizer.get_vocab(), tokenizer.chat_template):
         tokenizer.save_pretrained(str(folder))
-        return
-    fresh = load_tokenizer(source)
-    if fresh.get_vocab() != tokenizer.get_vocab() or fresh.chat_template != tokenizer.chat_template:
-        tokenizer.save_pretrained(str(folder))
-        return
-    # transformers 5 would write a tokenizer class that transformers 4 does not know
-    for file in (source / name for name in TOKENIZER_FILES):
-        if file.is_file() and source.resolve() != Path(folder).resolve():
-            (Path(folder) / file.name).write_bytes(file.read_bytes())
-
-
-def special_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
-    """Return the id of `token` if it is a special token of this tokenizer's own, else None."""
-    special = {str(added): index for index, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return special.get(token)
+    elif source.resolve() != folder.resolve():
+        # copied, for transformers 5 would write a tokenizer class that transformers 4 does not know
+        for file in (source / name for name in TOKENIZER_FILES if (source / name).is_file()):
+            (folder / file.name).write_bytes(file.read_bytes())
 
 
 def no_code_for(model_type: str) -> None:

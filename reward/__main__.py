@@ -72,24 +72,18 @@ def read_responses(path: Path, num_tasks: int) -> list[dict[str, Any]]:
 
 def score_all(tasks: list[Task], lines: list[dict[str, Any]], reward: RewardJobConfig) -> list[Score]:
     """Scores in the order of the lines."""
-    types = [reward.kind or data_type_of(tasks[line["task"]]) for line in lines]
+    asked = [tasks[line["task"]] for line in lines]
+    kinds = [reward.kind or ("code" if task.record.get("test_method") else "math") for task in asked]
     processes = max(1, os.cpu_count() or 1 if reward.workers is None else reward.workers)
-    scorers = {data_type: make_scorer(replace(reward, workers=processes), data_type) for data_type in set(types)}
-    for data_type, scorer in scorers.items():  # a mistake in the config or the tasks is told before any work
-        check_tasks(scorer, [tasks[line["task"]] for line, kind in zip(lines, types) if kind == data_type], "data")
+    scorers = {kind: make_scorer(replace(reward, workers=processes), kind) for kind in set(kinds)}
+    for kind, scorer in scorers.items():  # a mistake in the config or the tasks is told before any work
+        check_tasks(scorer, [task for task, its_kind in zip(asked, kinds) if its_kind == kind], "data")
     with contextlib.ExitStack() as stack:
         for scorer in scorers.values():
             stack.enter_context(scorer)
-        waiting = [
-            scorers[kind].submit(line["response"], tasks[line["task"]], False) for line, kind in zip(lines, types)
-        ]
+        waiting = [scorers[kind].submit(line["response"], task, False) for line, task, kind in zip(lines, asked, kinds)]
         shown = track(waiting, "scoring", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
         return [score.result() for score in shown]
-
-
-def data_type_of(task: Task) -> str:
-    """code for a task with tests, math for others."""
-    return "code" if task.record.get("test_method") else "math"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.boxed import final_part
@@ -38,43 +38,39 @@ def extract_code(response: str, defines: Sequence[str] = (), reads_input: bool =
     """The program of a response; None where it has none.
 
     Of several blocks it is the last that defines all of the names in `defines`, else any of them; with `reads_input`
-    the last that reads standard input; else the last. Blocks that say Python go before those that say nothing.
+    the last that reads standard input; else the last. Blocks that say Python go before those that say nothing. Without
+    blocks it is what stands before a closing fence that no other opened.
     """
     response = final_part(response)
+    own, imported = ([_definition(name, imports) for name in defines] for imports in (False, True))
     blocks = [block for block in fenced_blocks(response) if not block.other]
     blocks = [block for block in blocks if block.closed or any(map(str.strip, block.lines))]
     if not blocks:
-        return _before_a_lone_fence(response, defines)
+        before, fence, after = response.partition("```")
+        if not fence or after.strip():
+            return None
+        found = all(re.search(pattern, before, re.MULTILINE) for pattern in imported or [CODE_LINE])
+        return textwrap.dedent(before).rstrip() if found else None
     ranked = sorted(blocks, key=lambda block: block.python)  # stable: the last is the best
-    texts = [block.text for block in ranked]
-    own, imported = ([_definition(name, ways) for name in defines] for ways in (False, True))
-    for patterns, enough in (
-        (own, all),
-        (imported, all),
-        (own, any),
-        (imported, any),
-        ([READS_INPUT] * reads_input, all),
-    ):
-        for text in reversed(texts):
-            if patterns and enough(re.search(pattern, text, re.MULTILINE) for pattern in patterns):
+    texts = [block.text for block in reversed(ranked)]
+    reads = [READS_INPUT] if reads_input else []
+    for patterns, enough in ((own, all), (imported, all), (own, any), (imported, any), (reads, all)):
+        for text in texts if patterns else []:
+            if enough(re.search(pattern, text, re.MULTILINE) for pattern in patterns):
                 return text
-    return texts[-1]
+    return texts[0]
 
 
-def fenced_blocks(response: str) -> Iterator[Block]:
+def fenced_blocks(response: str) -> list[Block]:
     """The blocks of a response, in order; the last may have no end."""
-    block: Block | None = None
+    blocks: list[Block] = []
+    block: Block | None = None  # that began last
     for line in response.replace("\r\n", "\n").split("\n"):
-        if block is None:
-            block, done = _opened(line), None
-            if block and block.closed:
-                done, block = block, None
-        else:
-            done, block = _continued(block, line)
-        if done:
-            yield done
-    if block:
-        yield block
+        if block is None or block.closed or not _take(block, line):
+            block = _opened(line)
+            if block:
+                blocks.append(block)
+    return blocks
 
 
 def _opened(line: str) -> Block | None:
@@ -96,17 +92,15 @@ def _opened(line: str) -> Block | None:
     return Block(fence, indent, bool(python), bool(info) and not python, [])
 
 
-def _continued(block: Block, line: str) -> tuple[Block | None, Block | None]:
-    """(a block that this line ends, the block that is open after it)."""
+def _take(block: Block, line: str) -> bool:
+    """Add a line to an open block, or end the block by it; False where the line begins another block instead."""
     stripped = line.strip()
     mark = block.fence[0]
     run = len(stripped) - len(stripped.lstrip(mark))
     if run >= len(block.fence):
         info = stripped[run:].strip()
-        if info and (PYTHON.match(info) or WORD.fullmatch(info)):
-            return block, _opened(line)  # the end of this one was forgotten
-        block.closed = True
-        return block, None
+        block.closed = not (PYTHON.match(info) or WORD.fullmatch(info))  # else its end was forgotten
+        return block.closed
     if (
         stripped.endswith(block.fence)
         and not stripped.endswith(mark + block.fence)
@@ -114,14 +108,14 @@ def _continued(block: Block, line: str) -> tuple[Block | None, Block | None]:
     ):
         block.lines.append(line.rstrip()[: -len(block.fence)].rstrip())
         block.closed = True
-        return block, None
-    if not block.python and (opened := _opened(line)) and opened.python:
-        return block, opened  # a stray fence before it
-    block.lines.append(line)
-    return None, block
+    elif not block.python and (opened := _opened(line)) and opened.python:
+        return False  # what opened this block was a stray fence
+    else:
+        block.lines.append(line)
+    return True
 
 
-def _definition(name: str, imports: bool = True) -> str:
+def _definition(name: str, imports: bool) -> str:
     """A pattern of a line that defines a name: a function or class, an assignment, or (`imports`) an import."""
     name = re.escape(name)
     ways = (
@@ -130,13 +124,3 @@ def _definition(name: str, imports: bool = True) -> str:
         *([rf".*\bimport\b.*\b{name}\b"] if imports else []),
     )
     return rf"^[ \t]*(?:{'|'.join(ways)})"
-
-
-def _before_a_lone_fence(response: str, defines: Sequence[str]) -> str | None:
-    """The program before a closing fence that no other opened."""
-    before, fence, after = response.partition("```")
-    if not fence or after.strip():
-        return None
-    patterns = [_definition(name) for name in defines] or [CODE_LINE]
-    found = all(re.search(pattern, before, re.MULTILINE) for pattern in patterns)
-    return textwrap.dedent(before).rstrip() if found else None

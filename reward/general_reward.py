@@ -5,7 +5,8 @@ import re
 import unicodedata
 
 from common.boxed import extract_boxed, final_part
-from common.trajectory import Score
+from common.schema import ScoringConfig
+from common.trajectory import Score, Task
 from reward.notation import raise_scripts
 
 MAX_COMPARED = 2000  # characters; the comparison's time grows with their square
@@ -25,16 +26,23 @@ AROUND_SIGN = re.compile(r"\s?([^\w\s])\s?")
 ONE_ITEM = re.compile(r"\(([\w.+-]+)\)|([a-z])\)")
 
 
-def general_score(response: str, reference: str, match: str = "exact", threshold: float = 0.8) -> Score:
-    """`exact`: 1 where the answer equals the reference, case and sentence marks aside. `fuzzy`: their similarity, 0–1.
+def general_score(response: str, task: Task, reward: ScoringConfig) -> Score:
+    """With match `exact` 1 where the answer equals the reference, case and sentence marks aside; else 0.
 
-    Signs that mean something count: `x > 3` is not `x < 3`, `C#` is not `C`.
+    With match `fuzzy` their similarity, from 0 to 1: the longest matching blocks of characters. Signs that mean
+    something count: `x > 3` is not `x < 3`, `C#` is not `C`.
     """
-    answer = extract_answer(response)
+    answer, reference = extract_answer(response), task.ground_truth_answer or ""
     if not answer:
         return Score(0.0, False, "no_answer")
-    similarity = text_similarity(answer, reference) if match == "fuzzy" else float(_same(answer, reference))
-    correct = similarity >= (threshold if match == "fuzzy" else 1.0)
+    if reward.match == "fuzzy":
+        one, other = (_plain(text[:MAX_EXACT])[:MAX_COMPARED] for text in (answer, reference))
+        similarity = 1.0 if one == other else difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
+        correct = similarity >= reward.fuzzy_threshold
+    else:
+        is_long = max(len(answer), len(reference)) > MAX_EXACT
+        correct = answer.strip() == reference.strip() if is_long else _plain(answer) == _plain(reference)
+        similarity = float(correct)
     return Score(similarity, correct, "passed" if correct else "failed")
 
 
@@ -44,20 +52,7 @@ def extract_answer(response: str) -> str:
     if boxed is not None:
         return boxed
     response = final_part(response)
-    found = FINAL.findall(response)
-    return (found[-1] if found else response).strip()
-
-
-def text_similarity(answer: str, reference: str) -> float:
-    """1 for equal, 0 for nothing in common: the longest matching blocks of characters, case and marks aside."""
-    answer, reference = (_plain(text[:MAX_EXACT])[:MAX_COMPARED] for text in (answer, reference))
-    return 1.0 if answer == reference else difflib.SequenceMatcher(None, answer, reference, autojunk=False).ratio()
-
-
-def _same(answer: str, reference: str) -> bool:
-    if max(len(answer), len(reference)) > MAX_EXACT:
-        return answer.strip() == reference.strip()
-    return _plain(answer) == _plain(reference)
+    return [response, *FINAL.findall(response)][-1].strip()
 
 
 def _plain(text: str) -> str:

@@ -3,13 +3,14 @@
 import os
 import re
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from common.boxed import extract_boxed, final_part
 from common.errors import UserError
 from common.schema import JudgeConfig
-from common.trajectory import Response, Score, Task
+from common.trajectory import Score, Task
 from reward import notation
 
 if TYPE_CHECKING:
@@ -51,35 +52,29 @@ def judged_score(response: str, task: Task, judge: JudgeConfig) -> Score:
 
     Verdict infrastructure where no vote held a number: nothing is known of the response then.
     """
-    if judge.reward_chunk_length is None:
-        prompts, lengths = [_prompt(judge, task, response, "")], [0]
-    else:
-        prompts, lengths = _chunk_prompts(judge, task, response)
-    if not prompts:
-        return Score(0.0, False, "no_answer")
-    asked = [prompt for prompt in prompts for _ in range(judge.k_sample)]
-    with _client(judge) as client, ThreadPoolExecutor(judge.parallel) as pool:
-        votes = [_number(answer) for answer in pool.map(lambda prompt: ask(client, judge, prompt), asked)]
-    scores = [_mean(votes[place : place + judge.k_sample]) for place in range(0, len(votes), judge.k_sample)]
-    known = [score for score in scores if score is not None]
-    if not known:
-        return Score(0.0, False, "infrastructure")
-    # A chunk without a vote takes the mean of the others, which moves nothing.
-    filled = [sum(known) / len(known) if score is None else score for score in scores]
-    tokens = [score for score, length in zip(filled, lengths) for _ in range(length)] or None
-    reward = sum(tokens) / len(tokens) if tokens else filled[0]
-    correct = reward >= CORRECT_FROM
-    return Score(reward, correct, "passed" if correct else "failed", tokens)
-
-
-def _client(judge: JudgeConfig) -> "openai.OpenAI":
     try:
         import openai
     except ImportError:
         raise UserError("reward.judge needs: pip install openai") from None
+    parts = _parts(response, judge.reward_chunk_length)
+    if not parts:
+        return Score(0.0, False, "no_answer")
+    prompts = [_prompt(judge, task, *texts) for *texts, _ in parts for _ in range(judge.k_sample)]
     # A client wants a key: `ask` sends none where there is none. It is `ask` that tries again, as the config says.
     key = os.environ.get(judge.api_key_env) or "none"
-    return openai.OpenAI(base_url=judge.base_url, api_key=key, timeout=judge.timeout, max_retries=0)
+    client = openai.OpenAI(base_url=judge.base_url, api_key=key, timeout=judge.timeout, max_retries=0)
+    with client, ThreadPoolExecutor(judge.parallel) as pool:
+        votes = [_number(answer) for answer in pool.map(lambda prompt: ask(client, judge, prompt), prompts)]
+    scores = [_mean(votes[place : place + judge.k_sample]) for place in range(0, len(votes), judge.k_sample)]
+    mean = _mean(scores)
+    if mean is None:
+        return Score(0.0, False, "infrastructure")
+    # A chunk without a vote takes the mean of the others, which moves nothing.
+    filled = [mean if score is None else score for score in scores]
+    tokens = [score for score, (*_, length) in zip(filled, parts) for _ in range(length)]
+    reward = _mean(tokens) if tokens else mean
+    correct = reward >= CORRECT_FROM
+    return Score(reward, correct, "passed" if correct else "failed", tokens or None)
 
 
 def ask(client: "openai.OpenAI", judge: JudgeConfig, prompt: str) -> str:
@@ -114,24 +109,26 @@ def ask(client: "openai.OpenAI", judge: JudgeConfig, prompt: str) -> str:
     )
 
 
-def _chunk_prompts(judge: JudgeConfig, task: Task, response: str) -> tuple[list[str], list[int]]:
-    """A prompt for each chunk and the tokens in it; without tokens (a file of responses) words stand for them."""
-    tokens = response.tokens if isinstance(response, Response) else None
-    tokens = tokens if tokens is not None else re.findall(r"\s*\S+", response)
-    size = judge.reward_chunk_length or len(tokens)
-    chunks = [tokens[start : start + size] for start in range(0, len(tokens), size)]
-    prompts = []
-    for number, chunk in enumerate(chunks, start=1):
-        so_far = "".join(tokens[: number * size])
-        prompts.append(_prompt(judge, task, so_far, "".join(chunk)))
-    return prompts, [len(chunk) for chunk in chunks]
+def _parts(response: str, size: int | None) -> list[tuple[str, str, int]]:
+    """For each chunk of `size` tokens: the response up to its end, the chunk, and the number of its tokens.
+
+    Where `size` is None the whole response is one part, in which no tokens are counted.
+    """
+    if size is None:
+        return [(response, "", 0)]
+    tokens = getattr(response, "tokens", None)
+    if tokens is None:  # a file of responses: words stand for them
+        tokens = re.findall(r"\s*\S+", response)
+    chunks = {start + size: tokens[start : start + size] for start in range(0, len(tokens), size)}
+    return [("".join(tokens[:end]), "".join(chunk), len(chunk)) for end, chunk in chunks.items()]
 
 
 def _prompt(judge: JudgeConfig, task: Task, response: str, chunk: str) -> str:
     template = judge.prompt or (WHOLE if judge.reward_chunk_length is None else CHUNK)
-    reference = task.ground_truth_answer
-    shown = f"\nReference answer:\n{reference}\n" if reference and judge.prompt is None else reference or ""
-    values = {"question": task.question, "reference": shown, "response": response, "chunk": chunk}
+    reference = task.ground_truth_answer or ""
+    if reference and judge.prompt is None:
+        reference = f"\nReference answer:\n{reference}\n"
+    values = {"question": task.question, "reference": reference, "response": response, "chunk": chunk}
     return FIELD.sub(lambda field: values[field[1]], template)
 
 
@@ -143,11 +140,14 @@ def _number(answer: str) -> float | None:
     vote = OUT_OF.sub("/", vote)
     # `3 steps` is no vote, though it would be an answer.
     found = None if WORD.search(vote) else notation.number(notation.plain(vote))
-    value = None if found is None else found.value / (100 if found.is_percent else 1)
-    return float(value) if value is not None and 0 <= value <= 1 else None  # 8, of a judge that counts to 10, is none
+    if found is None:
+        return None
+    value = found.value / (100 if found.is_percent else 1)
+    return float(value) if 0 <= value <= 1 else None  # 8, of a judge that counts to 10, is none
 
 
-def _mean(votes: list[float | None]) -> float | None:
+def _mean(votes: Sequence[float | None]) -> float | None:
+    """The mean of those that are known; None where none is."""
     known = [vote for vote in votes if vote is not None]
     return sum(known) / len(known) if known else None
 

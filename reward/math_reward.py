@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 import re
 import sys
@@ -82,11 +83,12 @@ def answers_equal(predicted: str, reference: str) -> bool:
     predicted, reference = _trim(predicted), _trim(reference)
     if predicted == reference:
         return True
-    if not predicted or _depth(predicted) > MAX_DEPTH:
+    depths = itertools.accumulate((sign in "([{") - (sign in ")]}") for sign in predicted)
+    if not predicted or max(depths) > MAX_DEPTH:
         return False
-    numbers = notation.digits(predicted), notation.digits(reference)
-    if numbers[0] and numbers[1]:
-        return notation.numbers_equal(*numbers)
+    number, reference_number = notation.digits(predicted), notation.digits(reference)
+    if number and reference_number:
+        return notation.numbers_equal(number, reference_number)
     if notation.contradict(predicted, reference):
         return False
     return _plain_equal(notation.plain(predicted), notation.plain(reference))
@@ -96,16 +98,15 @@ def _plain_equal(predicted: str, reference: str) -> bool:
     """`answers_equal` of answers in plain notation."""
     if notation.contradict(predicted, reference):
         return False
-    chosen, right = notation.option(predicted), notation.option(reference)
-    if chosen or right:
-        return _options_equal(predicted, reference, chosen, right)
+    if notation.option(predicted) or notation.option(reference):
+        return _options_equal(predicted, reference)
     if DOTS in predicted or DOTS in reference:
-        return _parts_equal(predicted.split(DOTS), reference.split(DOTS))
+        return _parts_equal(predicted, reference, DOTS)
     if predicted.count(":") > 1 and reference.count(":") > 1:  # math-verify takes 1:2:3 for a product of fractions
-        return _parts_equal(predicted.split(":"), reference.split(":"))
-    names = notation.words(predicted), notation.words(reference)
-    if names[0] and names[1]:
-        return names[0] == names[1]
+        return _parts_equal(predicted, reference, ":")
+    names, reference_names = notation.words(predicted), notation.words(reference)
+    if names and reference_names:
+        return names == reference_names
     if notation.without_spaces(predicted) == notation.without_spaces(reference):
         return True
     number, reference_number = notation.number(predicted), notation.number(reference)
@@ -130,28 +131,28 @@ def _both_signs(text: str) -> str:
     return f"{before}+{after}, {before}-{after}"
 
 
-def _options_equal(
-    predicted: str, reference: str, chosen: tuple[str, str] | None, right: tuple[str, str] | None
-) -> bool:
+def _options_equal(predicted: str, reference: str) -> bool:
     """Options of a multiple choice: by their letters, by their texts, and by both where both are given."""
-    letter, text = chosen or _letter_or_text(predicted)
-    right_letter, right_text = right or _letter_or_text(reference)
-    letters = letter == right_letter if letter and right_letter else None
-    texts = answers_equal(text, right_text) if text and right_text else None
-    return letters is not False and texts is not False and (letters or texts or False)
+    letter, text = _letter_and_text(predicted)
+    right_letter, right_text = _letter_and_text(reference)
+    compared = [letter == right_letter] if letter and right_letter else []
+    if text and right_text:
+        compared.append(answers_equal(text, right_text))
+    return bool(compared) and all(compared)
 
 
-def _letter_or_text(answer: str) -> tuple[str, str]:
+def _letter_and_text(answer: str) -> tuple[str, str]:
+    """The letter and the text of an option; one of the two is empty where only the other is given."""
     bare = notation.without_text(answer)
-    return (bare, "") if re.fullmatch("[A-J]", bare) else ("", answer)
+    return notation.option(answer) or ((bare, "") if re.fullmatch("[A-J]", bare) else ("", answer))
 
 
-def _parts_equal(predicted: list[str], reference: list[str]) -> bool:
-    """What stands before, between and after the dots of a list or sum."""
-    if len(predicted) != len(reference):
+def _parts_equal(predicted: str, reference: str, separator: str) -> bool:
+    """What stands before, between and after the dots of a list or sum, or the colons of a ratio."""
+    sides = [[part.strip(" ,;+") for part in text.split(separator)] for text in (predicted, reference)]
+    if len(sides[0]) != len(sides[1]):
         return False
-    parts = [(a.strip(" ,;+"), b.strip(" ,;+")) for a, b in zip(predicted, reference)]
-    return all(a == b or (a and b and answers_equal(a, b)) for a, b in parts)
+    return all(a == b or (a and b and answers_equal(a, b)) for a, b in zip(*sides))
 
 
 def _trim(text: str) -> str:
@@ -173,12 +174,3 @@ def _closes_last(inner: str) -> bool:
         if depth < 0 or brace in ("$", "\\)", "\\]"):
             return False
     return depth == 0
-
-
-def _depth(text: str) -> int:
-    """How deeply brackets nest, closed or not."""
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    return deepest

@@ -14,7 +14,6 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -62,7 +61,7 @@ def unfinished(tree: Any) -> bool:
 
     Fractions, powers, roots, factorials and powers of ten as in `3 · 10^8` are values as they stand.
     """
-    return any(_unfinished_itself(part) for part in _parts(tree))
+    return any(map(_unfinished_itself, sympy.preorder_traversal(tree)))
 
 
 def _unfinished_itself(part: Any) -> bool:
@@ -97,29 +96,16 @@ def small_digits(*trees: Any) -> int:
 
     math-verify's tolerances are places after the point: with so many more of them they are relative to the value.
     """
-    sizes = [abs(value.evalf(5)) for tree in trees for value in _values(tree)]
-    # A float is mantissa · 2^exponent, and may be too small for Python's own.
-    powers = [size._mpf_[2] + size._mpf_[3] for size in sizes if size.is_Float and size]
+    powers = []
+    for tree in trees:
+        parts = sympy.preorder_traversal(tree)
+        for part in parts:
+            if getattr(part, "is_number", False):
+                parts.skip()  # of a number the whole counts, not what it is made of
+                size = abs(part.evalf(5))
+                if size.is_Float and size:  # mantissa · 2^exponent, which may be too small for Python's own
+                    powers.append(size._mpf_[2] + size._mpf_[3])
     return max(0, math.ceil(-min(powers, default=0) * math.log10(2)) - 2)
-
-
-def _values(tree: Any) -> Iterator[Any]:
-    """The largest parts of an expression that are numbers."""
-    if getattr(tree, "is_number", False):
-        yield tree
-    else:
-        for part in _arguments(tree):
-            yield from _values(part)
-
-
-def _parts(tree: Any) -> Iterator[Any]:
-    yield tree
-    for part in _arguments(tree):
-        yield from _parts(part)
-
-
-def _arguments(tree: Any) -> Any:
-    return tree if isinstance(tree, sympy.MatrixBase) else tree.args
 
 
 def serve(cpu_seconds: float, descriptor: int) -> None:

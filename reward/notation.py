@@ -35,7 +35,12 @@ RUNS = {mark: re.compile(f"([{signs}]+)") for mark, signs in SCRIPTS.items()}
 ON_THE_LINE = str.maketrans("".join(SCRIPTS.values()), 2 * "0123456789+-n")
 ROOTS = re.compile(r"([√∛∜])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\w))")
 DEGREES_OF_ROOTS = {"√": "", "∛": "[3]", "∜": "[4]"}
-VULGAR = {chr(code): unicodedata.normalize("NFKC", chr(code)) for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))}
+VULGAR = str.maketrans(  # ½ and the like
+    {
+        chr(code): r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", chr(code)).split("⁄"))
+        for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))
+    }
+)
 
 TEXT = r"\\text\s*\{([^{}]*)\}"
 INTEGER = r"\s*(?:\{\s*(\d+)\s*\}|(\d))"
@@ -84,17 +89,13 @@ WORDS = re.compile(r"[a-zA-Z][a-zA-Z\s,;'.-]*")
 BASE = re.compile(r"(?<=[\dA-F])_\{(\d+)\}")
 MODULUS = re.compile(r"mod\}?\s*\{?\s*(\d+)")
 PRIME = re.compile(r"(?<=[a-zA-Z)])(?:'+|\^\s?\{?(?:\s?\\prime(?![a-zA-Z]))+)(?![a-zA-Z])")
+# For all, some, none and not: in both answers as many.
 QUANTIFIERS = [
-    (name, re.compile(pattern))
-    for name, pattern in [
-        ("all", r"\\forall|\bfor\s(?:all|every|each|any)\b"),
-        ("some", r"\\exists|\bfor\ssome\b|\bthere\s(?:exists?|is|are)\b"),
-        ("none", r"\\nexists"),
-        ("not", r"\\(?:neg|lnot|not)(?![a-zA-Z])"),
-    ]
+    re.compile(r"\\forall|\bfor\s(?:all|every|each|any)\b"),
+    re.compile(r"\\exists|\bfor\ssome\b|\bthere\s(?:exists?|is|are)\b"),
+    re.compile(r"\\nexists"),
+    re.compile(r"\\(?:neg|lnot|not)(?![a-zA-Z])"),
 ]
-
-
 SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -190,11 +191,8 @@ def raise_scripts(text: str) -> str:
 def plain(text: str) -> str:
     """The answer in plain LaTeX: no unicode signs, no sizes, spacing, currency or units, one form for each number."""
     if not text.isascii():
-        for sign, fraction in VULGAR.items():
-            above, _, below = fraction.partition("⁄")
-            if below:
-                text = text.replace(sign, f"\\frac{{{above}}}{{{below}}}")
-        text = ROOTS.sub(lambda m: f"\\sqrt{DEGREES_OF_ROOTS[m[1]]}{{{m[2] or m[3] or m[4]}}}", raise_scripts(text))
+        text = raise_scripts(text.translate(VULGAR))
+        text = ROOTS.sub(lambda m: f"\\sqrt{DEGREES_OF_ROOTS[m[1]]}{{{m[2] or m[3] or m[4]}}}", text)
         text = unicodedata.normalize("NFKC", text).translate(UNICODE)
     for _, pattern, by in RULES:
         text = pattern.sub(by, text).strip()
@@ -288,9 +286,7 @@ def contradict(a: str, b: str) -> bool:
         in_a, in_b = pattern.findall(a), pattern.findall(b)
         if in_a and in_b and in_a != in_b:
             return True
-    if any(len(pattern.findall(a)) != len(pattern.findall(b)) for _, pattern in QUANTIFIERS):
-        return True
-    if len(PRIME.findall(a)) != len(PRIME.findall(b)):
+    if any(len(pattern.findall(a)) != len(pattern.findall(b)) for pattern in (*QUANTIFIERS, PRIME)):
         return True
     names_a, names_b = _named(a), _named(b)
     return any(names_a[kind].isdisjoint(names_b[kind]) for kind in names_a.keys() & names_b.keys())

@@ -6,11 +6,12 @@
 """
 
 import atexit
+import contextlib
 import fcntl
+import functools
 import json
 import os
 import selectors
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,15 +19,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, one_line_errors
-from reward.sandbox_kinds import KINDS, LIMITED, PROBE, PROBED, start_commands
+from reward.sandbox_kinds import KINDS, PROBE, PROBED, start_commands
 
 ERROR_BYTES = 4000  # kept of what a program writes to stderr
 START_SECONDS = 60.0
+PROCESSES = 64  # of one cell, at most
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/tmp",
@@ -48,11 +50,11 @@ class Limits:
     wall: float | None = None  # seconds, those not counted in which a busy machine kept it from running
     memory: int = 1 << 30
     output: int = 16 << 20
-    processes: int = 64
 
     def order(self) -> dict[str, float]:
+        """What the keeper of a cell is told; how much is written is watched here."""
         wall = self.wall if self.wall is not None else 2 * self.seconds + 1
-        return {"seconds": self.seconds, "wall": wall, "memory": self.memory, "processes": self.processes}
+        return {"seconds": self.seconds, "wall": wall, "memory": self.memory, "processes": PROCESSES}
 
 
 @dataclass
@@ -71,9 +73,9 @@ class Outcome:
 
     reason: str = ""
     code: int = 0  # exit code, negative for a signal
-    stdout: bytes = b""
-    stderr: bytes = b""  # the end of it
-    result: bytes = b""  # what was written to the result descriptor
+    stdout: bytearray = field(default_factory=bytearray)
+    stderr: bytearray = field(default_factory=bytearray)  # the end of it
+    result: bytearray = field(default_factory=bytearray)  # what was written to the result descriptor
     cpu: float = 0.0
     wall: float = 0.0
     error: str = ""  # of the infrastructure
@@ -99,7 +101,7 @@ class Sandbox:
         self.kinds = kinds
         self.server: Server | None = None
         self._has_run = False
-        self._reported: set[str] = set()  # kinds that the user has been warned of
+        self._reported = {"namespaces"}  # kinds of which the user has been warned, or need not be
         self._lock = threading.Lock()
         # More cells at once would only wait for a processor.
         self._slots = threading.BoundedSemaphore(max(2, os.cpu_count() or 1))
@@ -157,6 +159,9 @@ class Sandbox:
             if not self._has_run:
                 atexit.register(self.close)
             self._has_run = True
+            if self.server.kind not in self._reported:
+                self._reported.add(self.server.kind)
+                print(f"reward: {_describe(self.server)}", file=sys.stderr, flush=True)
         return self.server
 
     def _start_server(self) -> Server:
@@ -166,19 +171,15 @@ class Sandbox:
             )
         reasons: list[str] = []
         for kind in self.kinds:
-            for command in start_commands(kind):
-                server, why = _try_server(command, kind)
-                if server and kind == "namespaces":
-                    return server
-                if server:
-                    server.why = "; ".join(dict.fromkeys(reasons))
-                    if kind not in self._reported:
-                        self._reported.add(kind)
-                        print(f"reward: {_describe(server)}", file=sys.stderr, flush=True)
-                    return server
-                reasons.append(f"{command[0]} cannot start here ({why})" if kind == "namespaces" else f"{kind}: {why}")
-            if kind == "namespaces" and not reasons:
+            commands = start_commands(kind)
+            if not commands:
                 reasons.append("bubblewrap is not installed (apt-get install bubblewrap)")
+            for command in commands:
+                server = _try_server(command, kind)
+                if isinstance(server, Server):
+                    server.why = "" if kind == "namespaces" else "; ".join(dict.fromkeys(reasons))
+                    return server
+                reasons.append(server)
         raise UserError(f"reward.kind=code: no sandbox can start here: {'; '.join(reasons)}")
 
 
@@ -186,13 +187,13 @@ SANDBOX = Sandbox()  # this process's
 
 
 def _run_cells(server: Server, cells: tuple[Cell, ...]) -> list[Outcome]:
-    channel = [end.detach() for end in socket.socketpair()] if len(cells) == 2 else [None] * len(cells)
-    runs = [_Run(server, cell, end) for cell, end in zip(cells, channel)]
+    channel = [end.detach() for end in socket.socketpair()] if len(cells) == 2 else [os.open(os.devnull, os.O_RDWR)]
+    runs = [_Run(server, cell, end) for cell, end in zip(cells, channel, strict=True)]
     with selectors.DefaultSelector() as selector:
         for run in runs:
+            selector.register(run.control, selectors.EVENT_READ, run.read_control)
             for name, descriptor in run.pipes.items():
-                selector.register(descriptor, selectors.EVENT_READ, (run, name))
-            selector.register(run.control, selectors.EVENT_READ, (run, "control"))
+                selector.register(descriptor, selectors.EVENT_READ, functools.partial(run.read_pipe, name))
         deadline = time.monotonic() + max(cell.limits.order()["wall"] for cell in cells) + 120
         while selector.get_map():
             events = selector.select(max(0.0, deadline - time.monotonic()))
@@ -202,25 +203,25 @@ def _run_cells(server: Server, cells: tuple[Cell, ...]) -> list[Outcome]:
                     run.outcome.error = "the sandbox did not answer"
                 break
             for event, _ in events:
-                run, name = event.data
-                if not (run.read_control() if name == "control" else run.read_pipe(name)):
+                if not event.data():
                     selector.unregister(event.fileobj)
             # Where the program ended first, what it ended of is still to come.
-            if len(runs) > 1 and runs[-1].ended and runs[-1].taken["result"] not in (b"", b"ended"):
+            if len(runs) > 1 and runs[-1].ended and runs[-1].outcome.result not in (b"", b"ended"):
                 runs[0].stop()
     for run in runs:
-        run.close()
+        run.control.close()
+        for descriptor in run.pipes.values():
+            os.close(descriptor)
     return [run.outcome for run in runs]
 
 
 class _Run:
     """A cell that is running, seen from outside."""
 
-    def __init__(self, server: Server, cell: Cell, channel: int | None) -> None:
+    def __init__(self, server: Server, cell: Cell, channel: int) -> None:
         """Send the request for a cell to the server; its ends of all descriptors are closed here."""
         self.limits, self.outcome = cell.limits, Outcome()
-        self.taken = {"stdout": bytearray(), "result": bytearray()}
-        self.written = 0
+        self.written = 0  # bytes, to all pipes
         self.started = self.ended = False
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pipes: dict[str, int] = {}
@@ -229,7 +230,7 @@ class _Run:
         for name in ("stdout", "stderr", "result"):
             self.pipes[name], end = os.pipe()
             given.append(end)
-        given.insert(-1, channel if channel is not None else os.open(os.devnull, os.O_RDWR))
+        given.insert(-1, channel)
         try:
             socket.send_fds(server.requests, [b"run"], given)
         except OSError as error:
@@ -249,24 +250,23 @@ class _Run:
             return True
         self.ended = True
         outcome = self.outcome
+        limit = outcome.reason  # an output limit that stopped it stays the reason
         if data:
-            report = json.loads(data)
-            limit = outcome.reason  # an output limit that stopped it stays the reason
-            vars(outcome).update(report)
-            outcome.reason = limit or report["reason"]
+            vars(outcome).update(json.loads(data))
         else:
             # Once the program runs, the loss of its keeper may be its own doing: then it is no accident to be retried.
-            outcome.reason = outcome.reason or ("lost" if self.started else "infrastructure")
+            outcome.reason = "lost" if self.started else "infrastructure"
             outcome.error = outcome.error or "the keeper of the cell ended without a report"
+        outcome.reason = limit or outcome.reason
         return False
 
     def read_pipe(self, name: str) -> bool:
         """Take what the cell has written; False at the end."""
-        outcome, data = self.outcome, os.read(self.pipes[name], 1 << 16)
-        if name == "stderr":
-            outcome.stderr = (outcome.stderr + data)[-ERROR_BYTES:]
-        elif outcome.reason != "output_limit":
-            self.taken[name] += data
+        data, outcome = os.read(self.pipes[name], 1 << 16), self.outcome
+        if name == "stderr" or outcome.reason != "output_limit":
+            taken = getattr(outcome, name)
+            taken += data
+        del outcome.stderr[:-ERROR_BYTES]
         self.written += len(data)
         if self.written > self.limits.output and not self.ended and not outcome.reason:
             outcome.reason = "output_limit"
@@ -274,26 +274,16 @@ class _Run:
         return bool(data)
 
     def stop(self) -> None:
-        if not self.ended:
-            try:
-                self.control.shutdown(socket.SHUT_WR)
-            except OSError:
-                self.ended = True
-
-    def close(self) -> None:
-        """Let go of the descriptors; the outcome is complete."""
-        self.outcome.stdout, self.outcome.result = (bytes(taken) for taken in self.taken.values())
-        self.control.close()
-        for descriptor in self.pipes.values():
-            os.close(descriptor)
+        """Have the cell ended; its keeper still reports."""
+        with contextlib.suppress(OSError):  # it has ended
+            self.control.shutdown(socket.SHUT_WR)
 
 
 def _memory_file(content: bytes) -> int:
     """A read-only file of its own: unlike a pipe it needs nobody to feed it, and cannot be told apart from a file."""
     descriptor = os.memfd_create("input", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(content)
     os.lseek(descriptor, 0, os.SEEK_SET)
     seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
@@ -305,7 +295,7 @@ def _describe(server: Server) -> str:
     held = [promise for promise in PROBED if promise not in server.broken]
     line = f"programs run in {KINDS[server.kind]}"
     line += f"; {server.why}" if server.why else ""
-    line += f". Shut off: {', '.join(held) or 'nothing'}. Limited: {', '.join(LIMITED)}"
+    line += f". Shut off: {', '.join(held) or 'nothing'}. Limited: memory, time, output"  # by the keeper, in every kind
     if server.kind == "plain":
         line += ". They can write no file, not even one of their own"
     if server.broken:
@@ -313,56 +303,54 @@ def _describe(server: Server) -> str:
     return line
 
 
+def _try_server(command: list[str], kind: str) -> Server | str:
+    """Start a server and let one cell run in it; the reason where that fails."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        process = subprocess.Popen(
+            [*command, str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+    ours.settimeout(START_SECONDS)
+    try:
+        reply = ours.recv(64).decode()
+    except OSError as error:
+        reply = str(error)
+    ours.settimeout(None)
+    server = Server(process, ours, os.getpid(), kind)
+    if reply == "ready":
+        error = _probe(server)
+        if not error:
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            return server
+    else:
+        error = reply or process.stderr.read().decode(errors="replace").strip()
+    ours.close()
+    process.kill()
+    process.wait()
+    why = error.splitlines()[-1] if error else f"exit code {process.returncode}"
+    return f"{command[0]} cannot start here ({why})" if kind == "namespaces" else f"{kind}: {why}"
+
+
 def _probe(server: Server) -> str:
     """Let a first program try what none may, and note in the server what it could do; why it did not run, or empty."""
-    folder = Path(tempfile.mkdtemp(prefix="probe-"))
-    try:
-        folder.chmod(0o755)
-        file = folder / "file"
+    with tempfile.TemporaryDirectory(prefix="probe-") as folder:
+        os.chmod(folder, 0o755)
+        file = Path(folder, "file")
         file.touch()
         file.chmod(0o666)  # so that it is the sandbox that keeps it, not the file's mode
         source = PROBE.format(file=str(file), process=server.process.pid)
         (outcome,) = _run_cells(server, (Cell("program", {"source": source}, Limits(seconds=10)),))
-    finally:
-        shutil.rmtree(folder)
     *broken, last = outcome.stdout.decode(errors="replace").splitlines() or [""]
     if outcome.reason == "exited" and last == "42":
         server.broken = tuple(broken)
         return ""
     return outcome.error or outcome.stderr.decode(errors="replace") or f"a first program ended with {outcome.reason}"
-
-
-def _try_server(command: list[str], kind: str) -> tuple[Server | None, str]:
-    """Start a server and let one cell run in it; None and the reason where that fails."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    process = subprocess.Popen(
-        [*command, str(theirs.fileno())],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        pass_fds=[theirs.fileno()],
-        env=ENVIRONMENT,
-        start_new_session=True,
-    )
-    theirs.close()
-    ours.settimeout(START_SECONDS)
-    try:
-        reply = ours.recv(64)
-    except OSError as error:
-        reply = str(error).encode()
-    ours.settimeout(None)
-    if reply == b"ready":
-        server = Server(process, ours, os.getpid(), kind)
-        error = _probe(server)
-        if not error:
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            return server, ""
-    else:
-        error = process.stderr.read().decode(errors="replace").strip() if not reply else reply.decode()
-    ours.close()
-    process.kill()
-    process.wait()
-    return None, error.splitlines()[-1] if error else f"exit code {process.returncode}"
 
 
 @one_line_errors

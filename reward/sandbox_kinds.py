@@ -17,8 +17,9 @@ KINDS = {
     "landlock": "the fallback: Landlock and a filter on system calls",
     "plain": "the weakest fallback: a filter on system calls",
 }
+# What programs may read beside Python and its packages where they see the host's files.
 LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/lib")
-OTHERS = ("/etc/ld.so.cache", "/usr/share/zoneinfo", "/usr/share/locale")  # that programs may read
+OTHERS = ("/etc/ld.so.cache", "/usr/share/zoneinfo", "/usr/share/locale")
 # What is tried from inside before a sandbox is used; a line is printed for each that was possible.
 PROBE = """
 import os, socket
@@ -35,28 +36,21 @@ attempt("other processes", lambda: os.kill({process}, 0))
 print(6 * 7)
 """
 PROBED = ("reading files outside", "writing files outside", "network", "other processes")
-LIMITED = ("memory", "time", "output")  # watched by the keeper in every kind
 PYTHON_OPTIONS = ("-P", "-s", "-S", "-B", "-X", "utf8")
 
 
 def start_commands(kind: str) -> list[list[str]]:
     """The commands that start a server of a kind, the better first; none where bubblewrap is not installed."""
-    if kind != "namespaces":
-        paths = {"readable": _readable(), "packages": {name: str(folder) for name, folder in _packages().items()}}
-        return [[sys.executable, *PYTHON_OPTIONS, str(INSIDE / "server.py"), kind, json.dumps(paths)]]
-    if not shutil.which("bwrap"):
-        return []
-    # A container whose /proc is covered in part may make no new one, but may have the rest.
-    return [_bubblewrap(own_proc=True), _bubblewrap(own_proc=False)]
-
-
-def _readable() -> list[str]:
-    """What a program may read where it sees the host's files: Python, its packages, the system's libraries."""
-    python = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    if kind == "namespaces":
+        # A container whose /proc is covered in part may make no new one, but may have the rest.
+        return [_bubblewrap(own_proc) for own_proc in (True, False)] if shutil.which("bwrap") else []
+    readable = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *LIBRARIES, *OTHERS}
     prefix = os.path.realpath(sys.base_prefix)
     if prefix not in ("/", "/usr", "/usr/local"):
-        python.add(os.path.join(prefix, "lib"))
-    return sorted({*python, *LIBRARIES, *OTHERS, *map(str, _packages().values())})
+        readable.add(os.path.join(prefix, "lib"))
+    packages = {name: str(folder) for name, folder in _packages().items()}
+    paths = {"readable": sorted(readable.union(packages.values())), "packages": packages}
+    return [[sys.executable, *PYTHON_OPTIONS, str(INSIDE / "server.py"), kind, json.dumps(paths)]]
 
 
 def _bubblewrap(own_proc: bool) -> list[str]:
@@ -77,7 +71,6 @@ def _bubblewrap(own_proc: bool) -> list[str]:
         elif os.path.isdir(folder):
             command += ["--ro-bind", folder, folder]
     command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    python = os.path.realpath(sys.executable)
     prefix = os.path.realpath(sys.base_prefix)
     if not prefix.startswith("/usr"):
         for parent in reversed(Path(prefix).parents[:-1]):  # else only root could pass through them
@@ -88,17 +81,8 @@ def _bubblewrap(own_proc: bool) -> list[str]:
     command += ["--ro-bind", str(INSIDE), "/inside", "--perms", "0755", "--dir", "/packages"]
     for name, folder in _packages().items():
         command += ["--ro-bind", str(folder), f"/packages/{name}"]
-    return [
-        *command,
-        "--remount-ro",
-        "/",
-        "--chdir",
-        "/tmp",
-        python,
-        *PYTHON_OPTIONS,
-        "/inside/server.py",
-        "namespaces",
-    ]
+    command += ["--remount-ro", "/", "--chdir", "/tmp", os.path.realpath(sys.executable), *PYTHON_OPTIONS]
+    return [*command, "/inside/server.py", "namespaces"]
 
 
 @functools.cache

@@ -69,18 +69,16 @@ class Worker:
                     env=os.environ | ONE_THREAD,
                     start_new_session=True,  # an interrupt from the keyboard is the parent's business
                 )
-            ready = False
             try:
                 if self.first:
                     self.connection.send_bytes(self.first)
-                ready = self.connection.poll(self.start_seconds) and self.connection.recv_bytes() == READY
-            except OSError:  # it ended before it took the first message
-                pass
-            finally:
-                if not ready:
-                    self.close()
-            if not ready:
-                raise EOFError
+                if not self.connection.poll(self.start_seconds) or self.connection.recv_bytes() != READY:
+                    raise EOFError
+            except BaseException as error:
+                self.close()
+                if isinstance(error, OSError):  # it ended before it took the first message
+                    raise EOFError from None
+                raise
 
     def close(self, seconds: float = END_SECONDS) -> None:
         """End the process: by closing its socket, so that it ends its own processes, and by force after `seconds`."""
@@ -97,14 +95,14 @@ class Worker:
 
 
 class Workers:
-    """`count` processes that score; each is fed by a thread, and one that dies is replaced once for each response."""
+    """`reward.workers` processes that score, each fed by a thread; one that dies is replaced once for each response."""
 
-    def __init__(self, reward: RewardConfig, data_type: str | None, count: int) -> None:
+    def __init__(self, reward: RewardConfig, data_type: str | None) -> None:
         program = f"import sys; sys.path[:] = {sys.path!r}; from reward.workers import serve; serve()"
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        for _ in range(count):
+        for _ in range(reward.workers):
             self._idle.put(Worker([sys.executable, "-P", "-c", program], pickle.dumps((reward, data_type))))
-        self._threads = ThreadPoolExecutor(count)
+        self._threads = ThreadPoolExecutor(reward.workers)
 
     def submit(self, text: str, task: Task, truncated: bool) -> Future[Score]:
         """Have a response scored; the future raises what the scoring raised."""
@@ -131,18 +129,16 @@ class Workers:
             ) from None
         finally:
             self._idle.put(worker)
-        kind, value = pickle.loads(answer)
-        if kind == "user_error":
-            raise UserError(value)
-        if kind == "error":
-            raise RuntimeError(f"scoring a response to task '{task.id}' failed:\n{value}")
-        return value
+        scored = pickle.loads(answer)
+        if isinstance(scored, Exception):
+            raise scored
+        return scored
 
 
 def serve() -> None:
     """What a scoring process runs: it is sent (reward config, data type), then (text, task, truncated) each time.
 
-    It answers ("score", Score), or ("user_error" or "error", text). All messages are pickles.
+    It answers with a Score, or with the exception that the parent is to raise. All messages are pickles.
     """
     from reward.score import make_scorer  # which imports this module
 
@@ -155,9 +151,9 @@ def serve() -> None:
         while True:
             text, task, truncated = connection.recv()
             try:
-                answer = ("score", scorer(text, task, truncated))
+                scored = scorer(text, task, truncated)
             except UserError as error:
-                answer = ("user_error", str(error))
-            except Exception:  # a reward function of the user's may raise anything; the parent raises it again
-                answer = ("error", traceback.format_exc())
-            connection.send(answer)
+                scored = UserError(str(error))  # without what it may hold besides, which no pickle takes
+            except Exception:  # a reward function of the user's may raise anything
+                scored = RuntimeError(f"scoring a response to task '{task.id}' failed:\n{traceback.format_exc()}")
+            connection.send(scored)

@@ -7,6 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from serving.api import ApiError, Ask
+from serving.loop import Event
+
 
 @dataclass(frozen=True)
 class Token:
@@ -28,7 +31,7 @@ class Text:
     held_logp: list[float] = field(default_factory=list)
     kept: str = ""  # text that may begin a stop string
     stopped: bool = False
-    given: int = 0  # characters
+    given: int = 0  # characters, those of a repeated prompt before it too
     tokens: deque[Token] = field(default_factory=deque)  # those of the text that was not given
 
     def add(self, ids: list[int], last: bool, logp: Sequence[float] = ()) -> str:
@@ -87,45 +90,56 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def chat_logprobs(tokenizer: PreTrainedTokenizerBase, tokens: list[Token]) -> dict[str, Any]:
-    """Of each token its log-probability, as chat completions tell it."""
-    pieces = tokenizer.batch_decode([[token.id] for token in tokens])
-    return {
-        "content": [
+class Choice:
+    """One of the responses to a request, as far as it has come; it begins with the prompt where that is repeated."""
+
+    def __init__(self, ask: Ask, index: int, tokenizer: PreTrainedTokenizerBase):
+        prompt = ask.echo[index // ask.n] if ask.echo else ""
+        ids = ask.prompts[index // ask.n] if ask.echo else []
+        self.ask, self.index = ask, index
+        self.text = Text(tokenizer, ask.stop, given=len(prompt))
+        self.parts = [prompt]
+        self.tokens = place(tokenizer, ids, [None] * len(ids), 0, len(prompt), special=True)  # of the text in `parts`
+        self.drawn = 0  # tokens
+        self.finish: str | None = None
+
+    def take(self, event: Event) -> tuple[str, list[Token]]:
+        """Add an event; returns the new text with its tokens. ApiError where the event is that it failed."""
+        if event.error:
+            raise ApiError(event.error, status=event.status)
+        self.drawn += len(event.ids)
+        logp = event.logp if self.ask.logprobs else ()
+        text = self.text.add(event.ids, bool(event.finish), logp) if event.ids or event.finish else ""
+        tokens = self.text.due()
+        self.parts.append(text)
+        self.tokens += tokens
+        self.finish = "stop" if self.text.stopped else event.finish or None
+        return text, tokens
+
+    def row(self, text: str, tokens: list[Token] | None, piece: bool) -> dict[str, Any]:
+        """The choice as OpenAI has it: with the whole text and its tokens, or with a `piece` as it streams."""
+        content: dict[str, Any] = {"text": text}
+        if self.ask.chat and piece:
+            content = {"delta": {"content": text} if text else {}}
+        elif self.ask.chat:
+            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        logprobs = self.logprobs(tokens) if self.ask.logprobs and tokens is not None else None
+        return {"index": self.index, **content, "logprobs": logprobs, "finish_reason": self.finish}
+
+    def logprobs(self, tokens: list[Token]) -> dict[str, Any]:
+        """The log-probability of each token, as chat completions have it, or as completions do."""
+        pieces = self.text.tokenizer.batch_decode([[token.id] for token in tokens])
+        if not self.ask.chat:
+            logp, places = [token.logp for token in tokens], [token.begin for token in tokens]
+            return {"tokens": pieces, "token_logprobs": logp, "top_logprobs": None, "text_offset": places}
+        rows = [
             {"token": piece, "logprob": token.logp, "bytes": list(piece.encode()), "top_logprobs": []}
             for piece, token in zip(pieces, tokens)
-        ],
-        "refusal": None,
-    }
+        ]
+        return {"content": rows, "refusal": None}
 
 
-def text_logprobs(tokenizer: PreTrainedTokenizerBase, tokens: list[Token], behind: int) -> dict[str, Any]:
-    """Of each token its log-probability, as completions tell it; drawn tokens stand `behind` so many characters."""
-    return {
-        "tokens": tokenizer.batch_decode([[token.id] for token in tokens]),
-        "token_logprobs": [token.logp for token in tokens],
-        "top_logprobs": None,
-        "text_offset": [token.begin + (0 if token.logp is None else behind) for token in tokens],
-    }
-
-
-def chat_choice(index: int, text: str, finish: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-    """A whole answer of a chat."""
-    message = {"role": "assistant", "content": text, "refusal": None}
-    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
-
-
-def chat_delta(index: int, text: str, finish: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-    """A piece of an answer of a chat."""
-    delta = {"content": text} if text else {}
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-
-
-def text_choice(index: int, text: str, finish: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-    """A completion, or a piece of one."""
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-
-def usage_of(prompt: int, completion: int) -> dict[str, int]:
-    """Token counts."""
+def usage_of(choices: Sequence[Choice]) -> dict[str, int]:
+    """Token counts of a request, by all its choices."""
+    prompt, completion = sum(map(len, choices[0].ask.prompts)), sum(choice.drawn for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

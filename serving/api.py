@@ -4,8 +4,7 @@ import dataclasses
 import json
 import math
 import secrets
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from reprlib import repr as show
 from typing import Any
 
@@ -34,13 +33,12 @@ TEXT_NEUTRAL = NEUTRAL | {"suffix": ("",)}
 # Hints to OpenAI's own service, which change nothing here.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "moderation")
 IGNORED += ("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")
-CHAT_IGNORED = (*IGNORED, "parallel_tool_calls", "reasoning_effort", "verbosity", "prediction")
 OWN = ("model", "max_tokens", "n", "seed", "stop", "stream", "stream_options", "logprobs", *PER_REQUEST)
-CHAT_OWN = (*OWN, "messages", "max_completion_tokens", "denoising")  # the last streams every step of a block
-TEXT_OWN = (*OWN, "prompt", "echo", "best_of")
+CHAT_KNOWN = {"messages", "max_completion_tokens", "denoising", *OWN, *IGNORED}  # denoising: stream every step
+CHAT_KNOWN |= {"parallel_tool_calls", "reasoning_effort", "verbosity", "prediction"}  # hints too
+TEXT_KNOWN = {*OWN, *IGNORED, "prompt", "echo", "best_of"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 PASSED_ON = ("name", "tool_call_id", "reasoning_content")  # texts that a chat template may read
-# What a template's own faults come as, those of its expressions included; a UserError is a ValueError.
 MOST_CHOICES = 1024  # of one request
 TEXT_LENGTH = 16  # tokens of a completion that names no max_tokens, as OpenAI has it
 
@@ -51,60 +49,77 @@ class ApiError(Exception):
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
         message = message.encode("utf-8", "replace").decode()
         super().__init__(message)
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.status = status
-        self.body = {"error": {"message": message, "type": kind if status < 500 else "server_error"}}
-        self.body["error"] |= {"param": param, "code": code}
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 @dataclass(frozen=True)
 class Ask:
     """A checked request."""
 
+    chat: bool
     prompts: list[list[int]]
     settings: Sampling
-    limit: int
+    limit: int  # tokens of a response
     n: int  # responses to each prompt
     seed: int
     stop: tuple[str, ...]
     stream: bool
     usage: bool
     logprobs: bool
-    chat: bool = True
-    denoising: bool = False
-    echo: tuple[str, ...] = ()  # the prompts, where answers are to begin with them
-    id: str = field(default_factory=lambda: secrets.token_hex(12))
-    created: int = field(default_factory=lambda: int(time.time()))
+    denoising: bool
+    echo: tuple[str, ...]  # the prompts, where answers are to begin with them
 
 
-def read_chat(body: Any, config: ServeConfig, loaded: LoadedModel, name: str) -> Ask:
-    """The chat completion that a body asks for; ApiError names what is wrong with it."""
-    given = _given(body, {*CHAT_OWN, *CHAT_IGNORED}, CHAT_NEUTRAL, name)
-    prompt = _chat_prompt(given.get("messages"), config, loaded)
-    limit = _number(given, "max_completion_tokens", 1) or _number(given, "max_tokens", 1) or config.max_token
+def read_request(body: Any, chat: bool, config: ServeConfig, loaded: LoadedModel, name: str) -> Ask:
+    """The chat completion or completion that a body asks of the model `name`; ApiError says what is wrong with it."""
+    given = _given(body, chat, name)
+    if chat:
+        key, longest = "messages", config.max_token
+        own_prompts: list[Any] = [_chat_prompt(given.get(key), config, loaded)]
+        logprobs = _flag(given, "logprobs")
+    else:
+        key, longest, own_prompts = "prompt", TEXT_LENGTH, _texts_or_ids(given.get("prompt"))
+        alternatives = _number(given, "logprobs", 0)
+        logprobs = alternatives is not None
+        if logprobs and alternatives > 1:
+            raise ApiError("logprobs: this server tells those of the drawn tokens alone; give 1", "logprobs")
+    prompts = [loaded.tokenizer.encode(one) if isinstance(one, str) else one for one in own_prompts]
+    n = _number(given, "n", 1, 128) or 1
+    if len(prompts) * n > MOST_CHOICES:
+        raise ApiError(f"n: {n} for each of {len(prompts)} prompts; one request may ask for {MOST_CHOICES}", "n")
+    if given.get("best_of", n) != n:
+        raise ApiError("best_of is not supported by this server; leave it out", "best_of")
+    limit = _number(given, "max_completion_tokens", 1) or _number(given, "max_tokens", 1) or longest
+    limit = min(limit, config.max_token)
+    for ids in prompts:
+        limit = min(limit, check_prompt(ids, key, limit, config, loaded))
+    seed = _number(given, "seed", -(2**63))
+    options = given.get("stream_options", {})
+    if not isinstance(options, dict):
+        raise ApiError(f"stream_options: {show(options)} must be an object", "stream_options")
+    echo = own_prompts if _flag(given, "echo") else []
     return Ask(
-        **_common(given, [prompt], "messages", limit, config, loaded),
-        logprobs=_flag(given, "logprobs"),
+        chat=chat,
+        prompts=prompts,
+        settings=_settings(given, config, limit, loaded.family.attention == "full"),
+        limit=limit,
+        n=n,
+        seed=secrets.randbits(62) if seed is None else seed,
+        stop=_stop(given.get("stop")),
+        stream=_flag(given, "stream"),
+        usage=_flag(options, "include_usage"),
+        logprobs=logprobs,
         denoising=_flag(given, "denoising"),
+        echo=tuple(one if isinstance(one, str) else loaded.tokenizer.decode(one) for one in echo),
     )
 
 
-def read_text(body: Any, config: ServeConfig, loaded: LoadedModel, name: str) -> Ask:
-    """The completion that a body asks for; ApiError names what is wrong with it."""
-    given = _given(body, {*TEXT_OWN, *IGNORED}, TEXT_NEUTRAL, name)
-    prompts = _text_prompts(given.get("prompt"), loaded)
-    common = _common(given, prompts, "prompt", _number(given, "max_tokens", 1) or TEXT_LENGTH, config, loaded)
-    if given.get("best_of", common["n"]) != common["n"]:
-        raise ApiError("best_of is not supported by this server; leave it out", "best_of")
-    logprobs = _number(given, "logprobs", 0)
-    if logprobs and logprobs > 1:
-        raise ApiError("logprobs: this server tells those of the drawn tokens alone; give 1", "logprobs")
-    echo = _echo(given["prompt"], prompts, loaded) if _flag(given, "echo") else ()
-    return Ask(**common, logprobs=logprobs is not None, echo=echo, chat=False)
-
-
-def _given(body: Any, known: set[str], neutral: dict[str, tuple[Any, ...]], name: str) -> dict[str, Any]:
-    """What a body says, without nulls."""
+def _given(body: Any, chat: bool, name: str) -> dict[str, Any]:
+    """What a body says, without nulls and with known keys only."""
+    known, neutral = (CHAT_KNOWN, CHAT_NEUTRAL) if chat else (TEXT_KNOWN, TEXT_NEUTRAL)
     if not isinstance(body, dict):
         raise ApiError("the body must be a JSON object")
     given = {key: value for key, value in body.items() if value is not None}
@@ -122,32 +137,6 @@ def no_such_model(asked: Any, name: str) -> ApiError:
     """The error for a model that is not served."""
     told = f"The model {show(asked)} does not exist; this server has '{name}'"
     return ApiError(told, "model", 404, "model_not_found")
-
-
-def _common(
-    given: dict[str, Any], prompts: list[list[int]], key: str, limit: int, config: ServeConfig, loaded: LoadedModel
-) -> dict[str, Any]:
-    """The fields of Ask that both interfaces have."""
-    n = _number(given, "n", 1, 128) or 1
-    if len(prompts) * n > MOST_CHOICES:
-        raise ApiError(f"n: {n} for each of {len(prompts)} prompts; one request may ask for {MOST_CHOICES}", "n")
-    limit = min(limit, config.max_token)
-    for ids in prompts:
-        limit = min(limit, check_prompt(ids, key, limit, config, loaded))
-    seed = _number(given, "seed", -(2**63))
-    options = given.get("stream_options", {})
-    if not isinstance(options, dict):
-        raise ApiError(f"stream_options: {show(options)} must be an object", "stream_options")
-    return {
-        "prompts": prompts,
-        "settings": _settings(given, config, limit, loaded.family.attention == "full"),
-        "limit": limit,
-        "n": n,
-        "seed": secrets.randbits(62) if seed is None else seed,
-        "stop": _stop(given.get("stop")),
-        "stream": _flag(given, "stream"),
-        "usage": _flag(options, "include_usage"),
-    }
 
 
 def check_prompt(ids: list[int], key: str, limit: int, config: ServeConfig, loaded: LoadedModel) -> int:
@@ -172,12 +161,10 @@ def check_prompt(ids: list[int], key: str, limit: int, config: ServeConfig, load
 
 def _settings(given: dict[str, Any], config: ServeConfig, limit: int, full_attention: bool) -> Sampling:
     """The server's sampling settings with the request's own; under full attention the limit sizes the canvas."""
-    settings = Sampling(**{one.name: getattr(config, one.name) for one in dataclasses.fields(Sampling)})
-    known, changes = keys_of(Sampling), {}
-    for key in PER_REQUEST:
-        if key not in given:
-            continue
-        value, kind = given[key], type(getattr(settings, key))
+    own = Sampling(**{one.name: getattr(config, one.name) for one in dataclasses.fields(Sampling)})
+    known, changes = keys_of(Sampling), {"max_token": limit} if full_attention else {}
+    for key in [key for key in PER_REQUEST if key in given]:
+        value, kind = given[key], type(getattr(own, key))
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise ApiError(f"{key}: {show(value)} is not a {'number' if kind is not str else 'text'}", key)
         fault = fault_of(value, known[key])
@@ -186,9 +173,7 @@ def _settings(given: dict[str, Any], config: ServeConfig, limit: int, full_atten
         if fault or ":" in str(value):  # a client does not name functions to import
             raise ApiError(f"{key}: {show(value)}: {fault or 'name one of the strategies'}", key)
         changes[key] = kind(value)
-    if full_attention:
-        changes["max_token"] = limit
-    return dataclasses.replace(settings, **changes)
+    return dataclasses.replace(own, **changes)
 
 
 def _chat_prompt(messages: Any, config: ServeConfig, loaded: LoadedModel) -> list[int]:
@@ -234,45 +219,31 @@ def _turn(message: Any, where: str) -> dict[str, Any]:
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls with their arguments as objects: OpenAI has them as JSON, which templates would quote again."""
-    told = ApiError(f"{where} must be a list of calls, each a function with a name and arguments", where)
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise told
     read = []
-    for call in calls:
-        function = call.get("function")
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") if isinstance(call, dict) and isinstance(calls, list) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise told
+            raise ApiError(f"{where} must be a list of calls, each a function with a name and arguments", where)
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments) if arguments.strip() else {}
             except (ValueError, RecursionError) as error:
-                raise ApiError(
-                    f"{where}: the arguments of {function['name']} are not valid JSON: {error}", where
-                ) from None
+                told = f"{where}: the arguments of {function['name']} are not valid JSON: {error}"
+                raise ApiError(told, where) from None
         read.append({**call, "type": "function", "function": {**function, "arguments": arguments}})
     return read
 
 
-def _text_prompts(prompt: Any, loaded: LoadedModel) -> list[list[int]]:
-    """The ids of each prompt: a text, token ids, or a list of one of them."""
+def _texts_or_ids(prompt: Any) -> list[Any]:
+    """The prompts, all of them texts or all of them token ids: one such, or a list of them."""
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(map(_is_number, prompt))):
         prompt = [prompt]
-    if not isinstance(prompt, list) or not prompt:
-        raise ApiError("prompt must be a text, a list of token ids, or a list of either", "prompt")
-    if all(isinstance(one, str) for one in prompt):
-        return [loaded.tokenizer.encode(one) for one in prompt]
-    if not all(isinstance(one, list) and all(map(_is_number, one)) for one in prompt):
-        raise ApiError("prompt must be a text, a list of token ids, or a list of either", "prompt")
-    return prompt
-
-
-def _echo(prompt: Any, prompts: list[list[int]], loaded: LoadedModel) -> tuple[str, ...]:
-    """The prompts as texts: those that came as such are repeated to the letter."""
-    given = [prompt] if isinstance(prompt, str) else prompt
-    if all(isinstance(one, str) for one in given):
-        return tuple(given)
-    return tuple(loaded.tokenizer.decode(ids) for ids in prompts)
+    if isinstance(prompt, list) and prompt:
+        texts = all(isinstance(one, str) for one in prompt)
+        if texts or all(isinstance(one, list) and all(map(_is_number, one)) for one in prompt):
+            return prompt
+    raise ApiError("prompt must be a text, a list of token ids, or a list of either", "prompt")
 
 
 def _is_number(value: Any) -> bool:

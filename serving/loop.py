@@ -4,6 +4,7 @@ All requests that share a forward share their sampling settings. Those with othe
 one has waited `PATIENCE` seconds, nobody is let in before it.
 """
 
+import asyncio
 import logging
 import threading
 import time
@@ -11,11 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from common.schema import Sampling
+from common.schema import Sampling, ServeConfig
 from common.trajectory import Request
 from models import LoadedModel
+from models.prompts import stop_ids_of
 from sample.engine import Engine
-from sample.slots import Progress, Refusal
+from sample.slots import Progress
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class Stream:
     request: Request
     settings: Sampling
     limit: int  # tokens
-    emit: Callable[[Event], None]  # called in the event loop of the server
+    queue: asyncio.Queue  # where the server's event loop waits for (stream, event)
     watched: bool = False  # whether the client wants every step
     arrived: float = field(default_factory=time.monotonic)
     sent: int = 0
@@ -51,18 +53,10 @@ class Stream:
 class EngineLoop:
     """Takes streams from any thread; `deliver` hands a step's events to the server's event loop."""
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        settings: Sampling,
-        stop_ids: Iterable[int],
-        max_prompt_len: int,
-        deliver: Callable[[list[tuple[Stream, Event]]], None],
-    ):
+    def __init__(self, config: ServeConfig, loaded: LoadedModel, deliver: Callable[[list[tuple[Stream, Event]]], None]):
         self.engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids, isolate_faults=True)
-        self.room = settings  # its max_active and max_token bound what is reserved
-        self.stop_ids = set(stop_ids)
-        self.max_prompt_len = max_prompt_len
+        self.config = config  # its max_active and max_token bound what is reserved
+        self.stop_ids = stop_ids_of(loaded, config.stop_token_list)
         self.deliver = deliver
         self.waiting: deque[Stream] = deque()
         self.active: dict[int, Stream] = {}  # in the engine, by its ids
@@ -141,17 +135,17 @@ class EngineLoop:
         if other is not None and time.monotonic() - other.arrived > PATIENCE:
             return
         fitting = [stream for stream in self.waiting if stream.settings == self.settings]
-        fitting = fitting[: self.room.max_active - len(self.active)]
+        fitting = fitting[: self.config.max_active - len(self.active)]
         self.waiting = deque(stream for stream in self.waiting if stream not in fitting)
         self.active |= zip(self.engine.add(stream.request for stream in fitting), fitting)
 
     def open(self, settings: Sampling) -> None:
         """Set the engine up for these settings, with room for as many of the longest requests as it may hold."""
-        room = min(self.max_prompt_len, self.engine.longest_prompt(settings))
+        room = min(self.config.max_prompt_len, self.engine.longest_prompt(settings))
         if settings.cache_tokens is not None:  # what is left beside a response and its last block's tail
             room = min(room, settings.cache_tokens - settings.max_token - settings.block_size + 1)
         longest = Request("", [0] * max(1, room))
-        self.engine.set_up(settings, [longest] * self.room.max_active, self.stop_ids)
+        self.engine.set_up(settings, [longest] * self.config.max_active, self.stop_ids)
         self.settings = settings
 
     def step(self) -> None:
@@ -169,7 +163,13 @@ class EngineLoop:
             if finished.error is not None:
                 faults.setdefault(finished.error, []).append(stream)
             elif finished.refusal is not None:
-                self.news.append((stream, Event(error=too_long(stream, finished.refusal), status=400)))
+                prompt, most, refusal = len(stream.request.prompt_ids), self.settings.max_token, finished.refusal
+                told = (
+                    f"the prompt comes to {prompt} tokens and a response to up to {most} (max_token), in whole blocks "
+                    f"{refusal.needed}; this server has room for {self.settings.cache_tokens or refusal.room} "
+                    "(cache_tokens): send a shorter prompt"
+                )
+                self.news.append((stream, Event(error=told, status=400)))
             else:
                 end = min(trajectory.length, stream.limit)
                 finish = trajectory.finish_reason if trajectory.length <= stream.limit else "length"
@@ -190,13 +190,3 @@ class EngineLoop:
             stream.cancelled = True
         block = progress.block if stream.watched else None
         return stream, Event(progress.tokens[:left], progress.logp[:left], block, "length" if full else "")
-
-
-def too_long(stream: Stream, refusal: Refusal) -> str:
-    """Why the engine turned a request away: its cache could never hold it."""
-    prompt, settings = len(stream.request.prompt_ids), stream.settings
-    return (
-        f"the prompt comes to {prompt} tokens and a response to up to {settings.max_token} (max_token), in whole "
-        f"blocks {refusal.needed}; this server has room for {settings.cache_tokens or refusal.room} "
-        "(cache_tokens): send a shorter prompt"
-    )

@@ -1,5 +1,6 @@
-"""A headless Chromium for the tests of pages; they are skipped where none is installed."""
+"""What tests of pages need: the data in one, and a headless Chromium; they are skipped where none is installed."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,11 @@ import pytest
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
+
+
+def read_data(page: str) -> Any:
+    """The data of a page."""
+    return json.loads(page.partition('<script type="application/json" id="data">')[2].partition("</script>")[0])
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from train.learner_state import load_learner, save_learner
 from train.network import Critic, Policy
 from train.packing import make_rows
 from train.rl_step import learn
-from train.sft_step import sft_update
+from train.sft_trainer import sft_update
 from train.views import Example, Layout, random_block_views
 
 BLOCK, LENGTH, RESPONSES = 4, 8, 5

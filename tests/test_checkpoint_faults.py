@@ -2,6 +2,7 @@
 folder is made."""
 
 import json
+import logging
 import pickle
 import re
 import shutil
@@ -318,7 +319,7 @@ def test_what_of_a_hub_repository_is_fetched(
 def test_an_attention_of_other_devices_is_replaced(
     key: str, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    models.original.warn_of_attention.cache_clear()  # another test may have asked for the same kind
+    logging.Logger.warning_once.cache_clear()  # transformers': another test may have asked for the same kind
     build_tiny("sdar", tmp_path / "model", seed=3)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     edited("config.json", **{key: kind})(tmp_path / "model")

@@ -12,10 +12,9 @@ from common.errors import UserError
 from common.schema import RewardConfig
 from common.trajectory import Score, Task
 from data.download_data import convert_records
-from reward.code_reward import CodeLimits, code_score, outputs_equal, run_tests
+from reward.code_reward import code_score, outputs_equal, run_tests
 from reward.extract_code import extract_code
 from reward.sandbox import SANDBOX
-from reward.score import score_code
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -57,6 +56,7 @@ def stdio(*pairs: tuple[str, str], **fields) -> Task:
         ("Use ```python x = 1``` only.", "x = 1"),
         ("```python\ndef f():\n    return 1```\nThat is all.", "def f():\n    return 1"),
         ("```python\nx = 1\n``` That is all.\n", "x = 1"),
+        ("```\nUse ```python x = 1``` only.\nThat is all.", "x = 1"),
         ("````python\nx = '''\n```\n'''\n````", "x = '''\n```\n'''"),
         ("```python\nx = 1\n````", "x = 1"),
         ("~~~python\nx = 1\n~~~", "x = 1"),
@@ -223,6 +223,7 @@ FUNCTIONS = {  # what the tests may use: (test, right program, wrong program)
     "dates": ("from datetime import *\nassert f(date(2024, 2, 28), timedelta(days=2)) == date(2024, 3, 1)\n"
               "assert f(datetime(2024, 1, 1, 5, tzinfo=timezone.utc), timedelta(hours=1)).hour == 6",
               "def f(d, t): return d + t", "def f(d, t): return d"),
+    "identifiers": ("from uuid import UUID\nassert f() == UUID(int=5)", "import uuid\ndef f(): return uuid.UUID(int=5)", "import uuid\ndef f(): return str(uuid.UUID(int=5))"),
     "custom exceptions": ("try:\n    f(3)\n    assert False\nexcept Short as e:\n    assert e.missing == 3 and str(e) == '3 short' and e.args == (3,)\n"
                           "assert issubclass(Short, ValueError) and Short(4).missing == 4", SHORT, SHORT.replace("missing = n", "missing = 0")),
     "exceptions of the library": ("import json\ntry:\n    f('{')\n    assert False\nexcept json.JSONDecodeError: pass", "import json\ndef f(t): json.loads(t)", "def f(t): raise KeyError"),
@@ -301,7 +302,7 @@ def test_what_the_tests_pass_gives_the_program_no_hold_on_them():
     program = """import sys
 def f(g, n):
     remote = sys.modules['remote']
-    peer = remote.FAR(g).peer
+    peer = remote.FAR(g).ask.__self__
     asks = [('get', g, name) for name in ('__globals__', '__code__', '__closure__', '__self__', 'gi_frame')]
     asks += [('get', n, name) for name in ('__class__', '__dict__', '_secret')] + [('set', n, '__class__', g), ('set', n, 'm', g), ('do', 'dir', n), ('name', 'secret')]
     asks += [('do', 'format', g, ''), ('base', g), ('call', eval, ['1'], {}), ('do', 'isinstance', n, g), ('do', 'deepcopy', n)]
@@ -310,8 +311,8 @@ def f(g, n):
         try: found.append(peer.ask(*ask))
         except (TypeError, AttributeError): pass
     for name in ('__globals__', '__code__'):
-        try: found.append(peer._value(peer._raw({'ask': 'call', 'of': [{'yours': [0, None]}, [{'yours': [0, name]}], {'dict': []}]})))
-        except (TypeError, AttributeError): pass
+        reply = peer._raw({'ask': 'call', 'of': [{'yours': [0, None]}, [{'yours': [0, name]}], {'dict': []}]})
+        if 'the tests do not let a program' not in str(reply.get('error')): found.append(reply)
     return [g(1), n.v, found]"""
     test = "secret = 5\nclass N:\n    v = 2\n    _secret = 3\n    def m(self): pass\nassert f(lambda x: x, N()) == [1, 2, []]"
     raw = "import sys\npeer = sys.modules['peer']\n"
@@ -382,7 +383,7 @@ SOMETHING_TESTED = [
 
 @pytest.mark.parametrize("test", SOMETHING_TESTED)
 def test_tests_that_test_something_are_taken(test):
-    assert checked_usage([test], "", "", "here").problem == ""
+    assert checked_usage({"test_list": [test]}, "here").problem == ""
 
 
 OUTPUTS = [  # (printed, wanted, equal)
@@ -428,8 +429,8 @@ def test_outputs_are_compared_line_by_line(printed, wanted, equal):
 def test_the_tolerance_is_the_configs():
     task = stdio(("", "0.25\n2"))
     assert code_score("```python\nprint(0.2501)\nprint(2.0)\n```", task).verdict == "failed"
-    assert score_code("```python\nprint(0.2501)\nprint(2)\n```", task, RewardConfig(float_tolerance=1e-3)).correct
-    assert not score_code("```python\nprint(0.2500001)\nprint(2)\n```", task, RewardConfig(float_tolerance=0)).correct
+    assert code_score("```python\nprint(0.2501)\nprint(2)\n```", task, RewardConfig(float_tolerance=1e-3)).correct
+    assert not code_score("```python\nprint(0.2500001)\nprint(2)\n```", task, RewardConfig(float_tolerance=0)).correct
 
 
 def test_programs_see_no_arguments_of_the_sandbox():
@@ -475,7 +476,7 @@ def test_verdicts_of_functions():
         "def f(): return [0] * 10**10": "memory",
         "def f(): print('x' * 10**7)": "output_limit",
     }
-    found = {program: run_tests(program, task, CodeLimits(output=1 << 20)) for program in programs}
+    found = {program: run_tests(program, task, RewardConfig(output_mb=1)) for program in programs}
     assert found == programs
 
 

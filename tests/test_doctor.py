@@ -37,10 +37,10 @@ def test_needs_by_hand() -> None:
 def test_advice_names_the_largest_parts() -> None:
     config = load_config("rl", RL)
     found = needs("rl", config, EIGHT_B, ranks=1, low_precision=True)
-    lines = advice("rl", config, found, room=80 * GIB)
+    lines = advice(config, found, room=80 * GIB)
     assert lines[0] == "activations (153.0 GiB): training.gradient_checkpointing_enable=True"
     assert lines[1].startswith("weights, gradients, Adam (119.2 GiB): more devices")
-    assert advice("rl", config, found, room=1e15) == []
+    assert advice(config, found, room=1e15) == []
 
 
 def test_the_report(tiny_sdar: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import generate
 from common.errors import UserError
-from common.page import read_data
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from generate import block_diffusion_generate
@@ -24,6 +23,7 @@ from models.prompts import stop_ids_of
 from rollout.lm_harness import make_harness_model
 from sample import show
 from sample.engine import Engine
+from tests.browser import read_data
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = ["4+2+8+1", "3*(7-2)", "9"]

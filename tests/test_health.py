@@ -113,6 +113,7 @@ def test_a_nodes_place(environ: dict[str, str], wanted: Place) -> None:
         ({"NODE_RANK": "2", "NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2, but the job has 2 nodes"),
         ({"NODE_RANK": "1", "NNODES": "2"}, "NODE_RANK is set, but not MASTER_ADDR"),
         ({"MLP_ROLE_INDEX": "1", "MLP_WORKER_NUM": "2"}, "MLP_ROLE_INDEX is set, but not MLP_WORKER_0_HOST"),
+        ({"MLP_ROLE_INDEX": "1", "MLP_WORKER_NUM": "2", "MLP_WORKER_1_HOST": "b"}, "but not MLP_WORKER_0_HOST"),
     ],
 )
 def test_a_place_that_is_half_told(environ: dict[str, str], told: str) -> None:

@@ -18,7 +18,7 @@ import torch
 import serve
 from common.config import load_config, settings_of
 from common.errors import UserError, one_line_errors
-from common.metrics import check_trackers
+from common.metrics import open_metrics
 from common.runtime import prepare_run_folder
 from common.schema import JudgeConfig, RewardConfig, ServeConfig
 from data.tasks import load_tasks
@@ -117,7 +117,7 @@ MISTAKES: list[tuple[str, Callable[[Place], Any], str]] = [
         lambda p: load_config("rl", [RL, "training.mixed_precision=fp16"]),
         r"training.mixed_precision=fp16: not supported; set model.dtype to one of",
     ),
-    ("a tracker that is unknown", lambda p: check_trackers(["wandbb"]), r"experiment.trackers: 'wandbb' is unknown; did you mean 'wandb'\?"),
+    ("a tracker that is unknown", lambda p: open_metrics(p.folder, ["wandbb"]), r"experiment.trackers: 'wandbb' is unknown; did you mean 'wandb'\?"),
     (
         "broken YAML",
         lambda p: load_config("rl", [f"config={p.file('x.yaml', 'rollout: {max_token: 5')}"]),

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from common.page import allow_script, read_data
+from common.page import allow_script
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models import load_model
 from rollout import report
 from rollout.report import TEMPLATE, RunPage, main, run_data, thin
-from tests.browser import chromium, open_page
+from tests.browser import chromium, open_page, read_data
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 

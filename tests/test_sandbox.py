@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from benchmarks.sandbox_attacks import ATTACKS, SOLUTIONS, TASKS
-from reward.code_reward import CodeLimits, run_tests
+from common.schema import RewardConfig
+from reward.code_reward import run_tests
 from reward.sandbox import SANDBOX, Cell, Limits, Outcome, Sandbox
 
-LIMITS = CodeLimits(memory=512 << 20, output=4 << 20)
+LIMITS = RewardConfig(memory_mb=512, output_mb=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,6 +71,18 @@ def test_time_is_the_programs_own():
     assert asleep.reason == "exited" and asleep.cpu < 0.1 < asleep.wall
     late = SANDBOX.run(Cell("program", {"source": "import time; time.sleep(30)"}, Limits(seconds=1, wall=0.1)))[0]
     assert late.reason == "timeout" and late.wall < 10
+
+
+def test_what_children_use_counts_together():
+    forks = "import os, time\nfor _ in range(3):\n    if os.fork() == 0: WORK\ntime.sleep(100)"
+    big, busy = (
+        {"source": forks.replace("WORK", work)}
+        for work in ("x = b'x' * (200 << 20); time.sleep(100)", "sum(range(10**10))")
+    )
+    enough_for_one = Limits(seconds=10, memory=512 << 20)
+    assert SANDBOX.run(Cell("program", big, enough_for_one))[0].reason == "memory"
+    outcome = SANDBOX.run(Cell("program", busy, Limits(seconds=0.3, wall=30)))[0]
+    assert outcome.reason == "timeout" and outcome.cpu > 0.3
 
 
 class NoRoom(Sandbox):

@@ -11,11 +11,12 @@ import pytest
 
 from benchmarks.sandbox_attacks import ATTACKS, NOT_HELD, TASKS
 from common.errors import UserError
-from reward.code_reward import CodeLimits, run_tests
+from common.schema import RewardConfig
+from reward.code_reward import run_tests
 from reward.sandbox import Sandbox
 from reward.sandbox_kinds import KINDS
 
-LIMITS = CodeLimits(memory=512 << 20, output=4 << 20)
+LIMITS = RewardConfig(memory_mb=512, output_mb=4)
 
 
 @pytest.fixture(scope="module", params=KINDS)

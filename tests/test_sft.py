@@ -17,7 +17,7 @@ from common.schema import EvalConfig, SFTConfig
 from launch.start_model import make_missing_model
 from models import load_model
 from train import run as shared_run
-from train import sft_step, sft_trainer
+from train import sft_trainer
 from train.learner import Learner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,10 +154,10 @@ def test_validation_and_the_best_checkpoint(tmp_path: Path) -> None:
     records = [{"prompt": f"{a}+{b}", "response": f"{a + b}"} for a in range(1, 4) for b in range(1, 4)]
     changes = {"dataset__validation_share": 0.3, "dataset__eval_dataset": "", "training__eval_every": 2}
     config = sft_config(tmp_path, records, **changes, training__max_steps=6)
-    measured, weights = [], []
+    measured, weights, validation_loss = [], [], sft_trainer.validation_loss
 
     def scripted(learner: Learner, *rest: object) -> float:
-        measured.append([sft_step.validation_loss(learner, *rest) for _ in range(2)])
+        measured.append([validation_loss(learner, *rest) for _ in range(2)])
         weights.append(learner.network.backbone.lm_head.weight.detach().clone())
         return [2.0, 1.0, 3.0][len(weights) - 1]
 

@@ -23,7 +23,7 @@ from rollout.samples import write_samples
 from sample.engine import Engine
 from train import prepare_sft
 from train.sft_data import Samples, make_samples, read_samples, split, write_prepared
-from train.sft_step import rows_of
+from train.sft_trainer import rows_of
 from train.views import Example, Layout, trace_views
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,9 +111,9 @@ def test_forms_of_a_record(tmp_path: Path) -> None:
     samples = load_samples(str(path))
     assert [sample for _, sample in samples] == [
         Answer("a", "4"),
-        Chat(CHAT),
+        Chat(CHAT, (1, 3)),
         Ids([1], [2, 3], [1, 0]),
-        Chat([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]),
+        Chat([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], (1,)),
     ]
     assert [place for place, _ in samples][1] == f"line 3 of '{path}'"
     assert check_file(str(write(tmp_path / "y.jsonl", [{"messages": CHAT}]))).endswith(

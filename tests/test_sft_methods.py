@@ -13,12 +13,11 @@ from common.errors import UserError
 from common.schema import SFTTrainingConfig
 from models import LoadedModel, load_network
 from models.family import find_family
-from train import sft_step
+from train import sft_trainer
 from train.learner import Learner
 from train.network import Policy
 from train.packing import PackedBatch, Row, fill_lines, pack
 from train.sft_data import Conversation
-from train.sft_trainer import check_method
 from train.views import SFT_METHODS, Example, Layout, layout_of, next_token_views
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -117,13 +116,13 @@ def test_loss_and_gradient_equal_the_reference(
     wanted = plain_loss(loaded, training, conversations, np.random.default_rng(1))
     wanted.backward()
     gradients = {name: p.grad.clone() for name, p in loaded.model.named_parameters()}
-    rows = sft_step.rows_of(training, loaded, conversations, np.random.default_rng(1))
-    denominator = sft_step.loss_denominator(training, conversations, rows)
+    rows = sft_trainer.rows_of(training, loaded, conversations, np.random.default_rng(1))
+    weights = sft_trainer.loss_weights(training, conversations, rows)
     learner, found = learner_of(loaded)
     for name, packing in PACKINGS.items():
         loaded.model.zero_grad()
-        monkeypatch.setattr(sft_step, "micro_batches", lambda rows, budget, packing=packing: packing(rows))
-        figures = sft_step.sft_update(learner, rows, 0, denominator, sft_step.elbo_weights(training, rows))
+        monkeypatch.setattr(sft_trainer, "micro_batches", lambda rows, budget, packing=packing: packing(rows))
+        figures = sft_trainer.sft_update(learner, rows, 0, *weights)
         assert figures["loss"] == pytest.approx(float(wanted.detach()), abs=1e-5), name
         assert figures["predicted_tokens"] == sum(len(row.target) for row in rows) > 0
         largest = max(gradient.abs().max() for gradient in gradients.values())
@@ -141,8 +140,8 @@ def test_turns_of_a_conversation_share_their_clean_tokens(golden: dict[str, Load
         Example([*first, *second, 10, *rest], [16, 17, 18, 10, 10], 4),
     ]
     training = SFTTrainingConfig(method="semi-ar", block_size=BLOCK)
-    shared = sft_step.rows_of(training, loaded, [turns], np.random.default_rng(3))
-    apart = sft_step.rows_of(training, loaded, [[turn] for turn in turns], np.random.default_rng(3))
+    shared = sft_trainer.rows_of(training, loaded, [turns], np.random.default_rng(3))
+    apart = sft_trainer.rows_of(training, loaded, [[turn] for turn in turns], np.random.default_rng(3))
     assert len(shared) == 1 and len(apart) == 2 and len(shared[0]) < len(apart[0]) + len(apart[1])
     logp = [logp_of(loaded, rows) for rows in (shared, apart)]
     assert torch.equal(*(torch.tensor(np.concatenate([row.target for row in rows])) for rows in (shared, apart)))
@@ -185,20 +184,20 @@ def test_next_tokens_see_only_what_is_before(golden: dict[str, LoadedModel]) -> 
     example, training = Example([1, 2], [3, 4, 5, 6, 6, 6], 4), SFTTrainingConfig(method="ar", post_num=1)
     views = next_token_views(example, Layout(0, None), training, None)
     assert views.inputs.tolist() == [[3, 4, 5, 6, 6]] and views.causal and views.predict.all()
-    row = sft_step.rows_of(training, golden["dream"], [[example]], np.random.default_rng(0))[0]
+    row = sft_trainer.rows_of(training, golden["dream"], [[example]], np.random.default_rng(0))[0]
     assert row.predict_at.tolist() == [1, 2, 3, 4, 5] and row.block.tolist() == list(range(7))
 
 
 def test_methods_go_with_families(golden: dict[str, LoadedModel]) -> None:
     for family, methods in METHODS.items():
         for method in methods:
-            check_method(method, golden[family].family)
+            sft_trainer.check_method(method, golden[family].family)
     with pytest.raises(UserError, match=r"training\.method=ar: llada has full attention and logits that are not"):
-        check_method("ar", golden["llada"].family)
+        sft_trainer.check_method("ar", golden["llada"].family)
     with pytest.raises(
         UserError, match=r"training\.method=random_masking: sdar has block attention.* semi-ar or trace"
     ):
-        check_method("random_masking", golden["sdar"].family)
+        sft_trainer.check_method("random_masking", golden["sdar"].family)
 
 
 # ---- packing

@@ -1,4 +1,4 @@
-"""From samples of a data set to examples: in the chat template, as ids, filled up, none lost without a word."""
+"""From samples of a data set to examples: in the chat template, as ids, filled up; what is left out is counted."""
 
 import hashlib
 import json
@@ -28,8 +28,6 @@ Conversation = list[Example]
 
 LONG_PROMPT = "prompts over training.max_prompt_len"
 LONG_RESPONSE = "responses over training.max_gen_length"
-
-
 Located = Sequence[tuple[str, Sample | Rejected]]  # samples with words for their places in the data set
 
 
@@ -41,8 +39,25 @@ class Samples:
     left_out: Counter[str] = field(default_factory=Counter)  # by reason
     first_bad: str = ""
 
-    def leave_out(self, rejected: Rejected, dataset: SFTDatasetConfig) -> None:
-        """Count what is not learned from; UserError for a bad sample where dataset.bad_samples refuses such."""
+    def encoded(
+        self,
+        place: str,
+        sample: Sample | Rejected,
+        encode: Callable[[Sample], list[Example]],
+        dataset: SFTDatasetConfig,
+    ) -> list[Example]:
+        """What `encode` makes of the sample at that place of the data set; none, and counted, where it is not fit.
+
+        UserError for a bad sample where dataset.bad_samples refuses such.
+        """
+        try:
+            if not isinstance(sample, Rejected):
+                return encode(sample)
+            rejected = sample
+        except ChatTemplateError as error:
+            rejected = Rejected("chat template", f"{place} is not taken by the chat template: {error.reason}")
+        except BadSample as error:
+            rejected = Rejected(error.reason, f"{place} {error}")
         if rejected.bad and dataset.bad_samples == "refuse":
             raise UserError(
                 f"dataset.optimization_data: {rejected.message} (dataset.bad_samples=skip leaves such samples out)"
@@ -50,6 +65,7 @@ class Samples:
         self.left_out[rejected.reason] += 1
         if rejected.bad:
             self.first_bad = self.first_bad or rejected.message
+        return []
 
     def reasons(self, training: SFTTrainingConfig) -> str:
         """Why samples were left out, counted, in one line; empty where none was."""
@@ -79,38 +95,17 @@ def make_samples(config: SFTConfig, loaded: LoadedModel, located: Located) -> Sa
 
     samples = Samples()
     for place, sample in located:
-        examples = encode_or_reject(encode, sample, place)
-        if isinstance(examples, Rejected):
-            samples.leave_out(examples, dataset)
-            continue
         kept = []
-        for example in examples:
+        for example in samples.encoded(place, sample, encode, dataset):
             if reason := too_long(example, training):
                 samples.left_out[reason] += 1
             else:
                 kept.append(example)
         samples.conversations += conversations_of(kept, loaded.family)
     if not samples.conversations:
-        reasons = samples.reasons(training)
-        raise UserError(
-            f"dataset.optimization_data: no sample of {dataset.optimization_data} can be used"
-            + (f" ({reasons})" if reasons else "")
-        )
+        problem = f"no sample of {dataset.optimization_data} can be used ({samples.reasons(training)})"
+        raise UserError(f"dataset.optimization_data: {problem}")
     return samples
-
-
-def encode_or_reject(
-    encode: Callable[[Sample], list[Example]], sample: Sample | Rejected, place: str
-) -> list[Example] | Rejected:
-    """What `encode` makes of the sample at that place of the data set, or why it cannot be learned from."""
-    if isinstance(sample, Rejected):
-        return sample
-    try:
-        return encode(sample)
-    except ChatTemplateError as error:
-        return Rejected("chat template", f"{place} is not taken by the chat template: {error.reason}")
-    except BadSample as error:
-        return Rejected(error.reason, f"{place} {error}")
 
 
 def too_long(example: Example, training: SFTTrainingConfig) -> str | None:
@@ -141,13 +136,16 @@ def encode_sample(
         ends = [n for n, token in enumerate(sample.response_ids, 1) if token in (stop, tokenizer.eos_token_id)]
         length = sample.length or (ends[0] if ends else len(sample.response_ids))
         return [Example(sample.prompt_ids, sample.response_ids, length, sample.step_map)]
-    step_map = sample.step_map if isinstance(sample, Answer) else None
     if isinstance(sample, Chat):
-        pairs = chat_turns(sample, tokenizer, stop)
+        pairs, step_map = chat_turns(sample, tokenizer, stop), None
     elif dataset.apply_chat_template:
-        pairs = chat_turns(as_chat(sample, around), tokenizer, stop)
+        pairs, step_map = chat_turns(as_chat(sample, around), tokenizer, stop), sample.step_map
     else:
-        pairs = [templated_answer(sample, tokenizer, stop)]
+        pairs, step_map = [(sample.prompt, without_stop(sample.response, tokenizer, stop))], sample.step_map
+        for name in ("system", "tools", "reasoning_content"):
+            if getattr(sample, name):
+                problem = f"has `{name}`, which needs the chat template; dataset.apply_chat_template is False"
+                raise BadSample("chat template", problem)
     examples = []
     for prompt, response in pairs:
         if not response.strip():
@@ -158,22 +156,13 @@ def encode_sample(
     return examples
 
 
-def templated_answer(sample: Answer, tokenizer: PreTrainedTokenizerBase, stop: int) -> tuple[str, str]:
-    """Prompt and response of an answer whose prompt stands in the chat template already."""
-    for name in ("system", "tools", "reasoning_content"):
-        if getattr(sample, name):
-            problem = f"has `{name}`, which needs the chat template; dataset.apply_chat_template is False"
-            raise BadSample("chat template", problem)
-    return sample.prompt, without_stop(sample.response, tokenizer, stop)
-
-
 def as_chat(sample: Answer, around: str) -> Chat:
     """An answer as a conversation of one question, within its instruction."""
     answer = {"role": "assistant", "content": sample.response}
     if sample.reasoning_content:
         answer["reasoning_content"] = sample.reasoning_content
     question = {"role": "user", "content": around.replace("{question}", sample.prompt)}
-    return Chat([question, answer], system=sample.system, tools=sample.tools)
+    return Chat([question, answer], (1,), sample.system, sample.tools)
 
 
 def chat_turns(sample: Chat, tokenizer: PreTrainedTokenizerBase, stop: int) -> Iterator[tuple[str, str]]:
@@ -183,11 +172,11 @@ def chat_turns(sample: Chat, tokenizer: PreTrainedTokenizerBase, stop: int) -> I
         for turn in sample.messages
     ]
     system = [{"role": "system", "content": sample.system}] if sample.system else []
-    check_taken(tokenizer, system, messages, sample.tools)
-    for index, turn in enumerate(messages):
-        if turn["role"] != "assistant" or index in sample.context_only:
-            continue
-        before = [*system, *messages[:index]]
+    if ignored := ignored_by_template(tokenizer, system, messages, sample.tools):
+        problem = "which the model's chat template leaves out; leave it out or take another template"
+        raise BadSample("chat template", f"has {ignored}, {problem}")
+    for index in sample.learned:
+        turn, before = messages[index], [*system, *messages[:index]]
         prompt = turns_text(tokenizer, before, tools=sample.tools)
         if turn.keys() == {"role", "content"}:
             yield prompt, turn["content"]
@@ -207,31 +196,26 @@ def without_stop(text: str, tokenizer: PreTrainedTokenizerBase, stop: int) -> st
     return text
 
 
-def check_taken(
+def ignored_by_template(
     tokenizer: PreTrainedTokenizerBase, system: list[Record], messages: list[Record], tools: list[Record] | None
-) -> None:
-    """BadSample where the chat template leaves out what a sample holds: it says the same without."""
+) -> str | None:
+    """The first part of a sample that the chat template leaves out: what it writes is the same without."""
 
     def written(turns: list[Record], whole: bool = False) -> str:
         return turns_text(tokenizer, [*system, *turns], whole, tools)
 
-    left_out = []
     if tools and written(messages[:1]) == turns_text(tokenizer, [*system, messages[0]]):
-        left_out.append("`tools`")
+        return "`tools`"
     # A template may have the same words for where there are none, so leaving them out need not change anything.
     if system and system[0]["content"].strip() not in written(messages[:1]):
-        left_out.append("`system`")
+        return "`system`"
     for index, turn in enumerate(messages):
         for name in ("reasoning_content", "tool_calls"):
             without = {key: value for key, value in turn.items() if key != name}
             before = messages[:index]
             if name in turn and written([*before, turn], True) == written([*before, without], True):
-                left_out.append(f"`{name}` of the turn {index + 1}")
-    if left_out:
-        raise BadSample(
-            "chat template",
-            f"has {left_out[0]}, which the model's chat template leaves out; leave it out or take another template",
-        )
+                return f"`{name}` of the turn {index + 1}"
+    return None
 
 
 def whole_step_map(step_map: list[int] | None, length: int) -> list[int] | None:
@@ -239,11 +223,8 @@ def whole_step_map(step_map: list[int] | None, length: int) -> list[int] | None:
     if step_map is None:
         return None
     if len(step_map) not in (length - 1, length):
-        raise BadSample(
-            "step map",
-            f"has a `step_map` of {len(step_map)} entries; its response is {length - 1} tokens, or {length} with the "
-            "stop token",
-        )
+        counted = f"{length - 1} tokens, or {length} with the stop token"
+        raise BadSample("step map", f"has a `step_map` of {len(step_map)} entries; its response is {counted}")
     return step_map if len(step_map) == length else [*step_map, max(step_map, default=-1) + 1]
 
 
@@ -254,9 +235,8 @@ def fill(example: Example, loaded: LoadedModel, config: SFTConfig) -> Example:
     tokens fill the rest.
     """
     training, family = config.training, loaded.family
-    replayed = training.method == "trace"
     response, steps = example.response_ids[: example.length], None
-    if replayed:
+    if training.method == "trace":
         if example.step_map is None:
             raise BadSample("no step map", "has no `step_map`, which training.method=trace replays")
         response, steps = example.response_ids, example.step_map
@@ -280,18 +260,15 @@ def fill(example: Example, loaded: LoadedModel, config: SFTConfig) -> Example:
 def conversations_of(examples: Sequence[Example], family: Family) -> list[Conversation]:
     """Examples of one sample, together as far as one's prompt goes on from the last and attention lets them share."""
     conversations: list[Conversation] = []
+    seen: list[int] = []  # clean, by the views of the example before
     for example in examples:
-        if family.attention == "block" and conversations and goes_on(conversations[-1][-1], example):
+        prompt = example.prompt_ids
+        if family.attention == "block" and conversations and prompt[: len(seen)] == seen and len(prompt) > len(seen):
             conversations[-1].append(example)
         else:
             conversations.append([example])
+        seen = prompt + example.response_ids[: example.length - 1]
     return conversations
-
-
-def goes_on(before: Example, after: Example) -> bool:
-    """Whether a prompt begins with all that the views of an earlier example see clean."""
-    whole = before.prompt_ids + before.response_ids[: before.length - 1]
-    return after.prompt_ids[: len(whole)] == whole and len(after.prompt_ids) > len(whole)
 
 
 def split(
@@ -322,10 +299,10 @@ def split(
 # --- samples written to a file (train.prepare_sft)
 
 
-def write_prepared(config: SFTConfig, out: Path) -> Samples:
-    """Write the samples of the config's data set to `out`, encoded; returns what was left out and why.
+def write_prepared(config: SFTConfig, out: Path) -> None:
+    """Write the samples of the config's data set to `out`, encoded.
 
-    The lengths in tokens are printed, and how many are over the config's limits.
+    Printed are their lengths in tokens, how many are over the config's limits, and what was left out and why.
     """
     dataset = config.dataset
     tokenizer = load_tokenizer(local_folder(config.model.pretrained_model))
@@ -336,11 +313,7 @@ def write_prepared(config: SFTConfig, out: Path) -> Samples:
         return encode_sample(sample, tokenizer, dataset, around, stop)
 
     for place, sample in read_samples(dataset):
-        turns = encode_or_reject(encode, sample, place)
-        if isinstance(turns, Rejected):
-            samples.leave_out(turns, dataset)
-        else:
-            examples += turns
+        examples += samples.encoded(place, sample, encode, dataset)
     if not examples:
         raise UserError(f"dataset.optimization_data: {dataset.optimization_data} has no sample that can be learned")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -350,26 +323,22 @@ def write_prepared(config: SFTConfig, out: Path) -> Samples:
             line["prompt"] = tokenizer.decode(example.prompt_ids)
             line["response"] = tokenizer.decode(example.response_ids[: example.length])
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    limits = {"prompt": config.training.max_prompt_len, "response": config.training.max_gen_length}
-    print_table(length_rows(examples, limits), title=f"{out}: {len(examples)} samples")
+    training = config.training
+    table = [
+        length_row("prompt", [len(example.prompt_ids) for example in examples], training.max_prompt_len),
+        length_row("response", [example.length for example in examples], training.max_gen_length),
+    ]
+    print_table(table, title=f"{out}: {len(examples)} samples")
     console.print(
-        "limits: training.max_prompt_len "
-        f"{limits['prompt']}, training.max_gen_length {limits['response']}; longer samples are left out of finetuning"
+        f"limits: training.max_prompt_len {training.max_prompt_len}, training.max_gen_length "
+        f"{training.max_gen_length}; longer samples are left out of finetuning"
     )
     if samples.left_out:
-        console.print(f"left out: {samples.reasons(config.training)}")
-    return samples
+        console.print(f"left out: {samples.reasons(training)}")
 
 
-def length_rows(examples: list[Example], limits: dict[str, int]) -> list[dict[str, str | float]]:
-    """A table of the lengths of prompts and of responses in tokens, and how many are over the limits."""
-    lengths = {
-        "prompt": [len(example.prompt_ids) for example in examples],
-        "response": [example.length for example in examples],
-    }
-    rows = []
-    for name, values in lengths.items():
-        row = {"tokens of": name, "mean": float(np.mean(values))}
-        row |= {label: int(np.percentile(values, share)) for label, share in (("half", 50), ("90 %", 90), ("99 %", 99))}
-        rows.append(row | {"longest": max(values), "over the limit": sum(value > limits[name] for value in values)})
-    return rows
+def length_row(name: str, lengths: list[int], limit: int) -> dict[str, str | float]:
+    """A row of a table on lengths in tokens: mean, percentiles, and how many are over the limit."""
+    row = {"tokens of": name, "mean": float(np.mean(lengths))}
+    row |= {label: int(np.percentile(lengths, share)) for label, share in (("half", 50), ("90 %", 90), ("99 %", 99))}
+    return row | {"longest": max(lengths), "over the limit": sum(length > limit for length in lengths)}

@@ -2,11 +2,14 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from common import ranks
 from common.checkpoint import write_folder
@@ -16,12 +19,14 @@ from common.runtime import Stopwatch, console, progress
 from common.schema import SFTConfig, SFTTrainingConfig
 from common.stop import Stopped, stop_requested
 from data.tasks import load_tasks
-from models import Family, find_family
+from models import Family, LoadedModel, find_family
 from models.defaults import take_defaults
 from models.tiny import build_tiny
 from sample.engine import Engine
+from train.learner import Learner, batch_logp, micro_batches, update
 from train.learner_state import write_network
-from train.networks import load_trained, policy_learner, whole_model
+from train.loading import load_trained, policy_learner, whole_model
+from train.packing import PackedBatch, Row, make_rows
 from train.run import (
     Progress,
     Run,
@@ -37,8 +42,7 @@ from train.run import (
     until_stopped,
 )
 from train.sft_data import Conversation, Samples, make_samples, read_samples, split
-from train.sft_step import elbo_weights, loss_denominator, rows_of, sft_update, validation_loss
-from train.views import SFT_METHODS
+from train.views import SFT_METHODS, join_views, layout_of
 
 TINY = "tiny"  # as model.pretrained_model: a new small network of the family, made in the run's folder
 REPORT_SECONDS = 60.0  # between lines on a console that shows no progress bar
@@ -85,15 +89,8 @@ def finetune(config: SFTConfig) -> Path:
         figures = train(run)
     run.metrics.close()
     target = export(run)
-    results = {
-        "samples": {
-            "learned": len(run.learned),
-            "validation": len(run.validation),
-            "left_out": dict(run.samples.left_out),
-        },
-        "updates": run.progress.step,
-        "last": figures,
-    }
+    samples = {"learned": len(run.learned), "validation": len(run.validation), "left_out": run.samples.left_out}
+    results = {"samples": samples, "updates": run.progress.step, "last": figures}
     if ranks.is_main():
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
         (run.folder / "results.json").write_text(json.dumps(results, indent=2))
@@ -208,18 +205,62 @@ def train_step(run: SFTRun) -> dict[str, float]:
     conversations = [run.learned[index] for index in chosen]
     rows = rows_of(training, run.loaded, conversations, rng)
     state.rng = rng.bit_generator.state
-    figures = sft_update(
-        run.learner,
-        rows,
-        training.tokens_per_micro_batch,
-        loss_denominator(training, conversations, rows),
-        elbo_weights(training, rows),
-    )
+    weights = loss_weights(training, conversations, rows)
+    figures = sft_update(run.learner, rows, training.tokens_per_micro_batch, *weights)
     figures["lr"] = run.learner.scheduler.get_last_lr()[0]
     figures["epoch"] = (state.step + 1) * training.batch_size / len(run.learned)
     last_turns = [conversation[-1] for conversation in conversations]  # their prompts hold the turns before
     figures["tokens"] = sum(len(example.prompt_ids) + example.length for example in last_turns)
     return figures
+
+
+def rows_of(
+    training: SFTTrainingConfig, loaded: LoadedModel, conversations: Sequence[Conversation], rng: np.random.Generator
+) -> list[Row]:
+    """Packed rows of conversations under freshly drawn views."""
+    method, layout = SFT_METHODS[loaded.family.attention][training.method], layout_of(loaded, training.block_size)
+    rows = []
+    for number, conversation in enumerate(conversations):
+        views = join_views([method(example, layout, training, rng) for example in conversation])
+        last = conversation[-1]  # its prompt holds the examples before it
+        rows += make_rows(number, last.prompt_ids, last.response_ids, views, layout.logit_offset)
+    return rows
+
+
+def loss_weights(
+    training: SFTTrainingConfig, conversations: Sequence[Conversation], rows: Sequence[Row]
+) -> tuple[int, Tensor | None]:
+    """What the summed losses are divided by, and the weight of each, (predicted,), in the order of the rows.
+
+    Without weights (None) each counts 1 and the divisor is their number; under the ELBO that of all predictable tokens.
+    """
+    if training.loss_weight == "none":
+        return sum(len(row.target) for row in rows), None
+    examples = [example for conversation in conversations for example in conversation]
+    predictable = [min(one.length + training.post_num, len(one.response_ids)) for one in examples]
+    weight = torch.from_numpy(np.concatenate([row.weight for row in rows])).float()
+    return training.mask_times_per_sample * sum(predictable), weight
+
+
+def sft_update(
+    learner: Learner,
+    rows: Sequence[Row],
+    token_budget: int,
+    denominator: int | None = None,
+    weight: Tensor | None = None,
+) -> dict[str, float]:
+    """One update on the weighted sum of the predicted tokens' cross-entropies over `denominator`, or on their mean."""
+    count = sum(len(row.target) for row in rows)
+
+    def loss(batch: PackedBatch) -> Tensor:
+        logp, _ = learner.forward(batch)
+        if weight is not None:
+            logp = logp * weight[batch.predicted].to(logp.device)
+        return -logp.sum() / (denominator or count)
+
+    done = update(learner, micro_batches(rows, token_budget), loss)
+    figures = {"loss": done.loss, "grad_norm": done.grad_norm} if done.taken else {}
+    return figures | {"predicted_tokens": count, "bad_steps": int(not done.taken)}
 
 
 def report_line(run: SFTRun, figures: dict[str, float]) -> str:
@@ -238,14 +279,12 @@ def report_line(run: SFTRun, figures: dict[str, float]) -> str:
 def measure_if_due(run: SFTRun) -> dict[str, float]:
     """The measurements after this update, if it is one of those that have them and they are not made yet."""
     state, training = run.progress, run.config.training
-    due = state.step > state.measured and (state.step % state.interval == 0 or state.step == run.updates)
-    if not due:
+    if state.step <= state.measured or (state.step % state.interval and state.step != run.updates):
         return {}
     figures = measure(run)
     accuracy = figures.get("eval/accuracy", 0.0)
     state.measured, state.interval = state.step, next_interval(training, accuracy)
-    stop_at = training.stop_at_accuracy
-    state.good_enough = bool(run.held_out.tasks) and stop_at is not None and accuracy >= stop_at
+    state.good_enough = training.stop_at_accuracy is not None and accuracy >= training.stop_at_accuracy
     return figures
 
 
@@ -276,3 +315,13 @@ def measure(run: SFTRun) -> dict[str, float]:
         best = run.folder / "ckpt" / "best"
         write_folder(best, lambda writer: write_network(run.learner, run.loaded.tokenizer, writer))
     return figures
+
+
+def validation_loss(
+    learner: Learner, loaded: LoadedModel, conversations: Sequence[Conversation], training: SFTTrainingConfig
+) -> float:
+    """The loss on samples that are not learned, under the same noise every time."""
+    rows = rows_of(training, loaded, conversations, np.random.default_rng([training.seed, 1]))
+    logp = batch_logp(learner, micro_batches(rows, training.tokens_per_micro_batch), 1.0)  # (predicted,)
+    denominator, weight = loss_weights(training, conversations, rows)
+    return -float((logp if weight is None else logp * weight).sum()) / denominator

@@ -3,7 +3,6 @@
 Runs inside the sandbox and imports nothing of the project.
 """
 
-import importlib.abc
 import importlib.util
 import json
 import os
@@ -30,11 +29,11 @@ class Fallback:
     nobody: bool  # whether cells give up their user
 
 
-class Packages(importlib.abc.MetaPathFinder):
-    """Finds packages by name, so that the folder that holds them and all others need not be readable."""
+@dataclass(frozen=True)
+class Packages:
+    """Finds packages by name for `import`, so that the folder that holds them and all others need not be readable."""
 
-    def __init__(self, folders: dict[str, str]) -> None:
-        self.folders = folders
+    folders: dict[str, str]
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """The package's own __init__.py; None for all that was not named."""

@@ -13,24 +13,22 @@ from collections.abc import Iterable
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
-NEW_NAMESPACES = {"mount": 0x20000, "user": 0x10000000, "pid": 0x20000000}
+NEW_NAMESPACES = 0x20000 | 0x10000000 | 0x20000000  # mount, user, pid
 ANY_NAMESPACE = 0x7E020000
 MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP = 1, 4, 22, 24
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
-SIGKILL = 9
 FOLDER_BYTES = 64 * 2**20  # what a program may write
 FILES = 256
 
 
 def _calls(table: str) -> dict[str, dict[str, int]]:
-    """The numbers of system calls by machine: of each call its name, x86-64's number and aarch64's, - for none."""
-    numbers: dict[str, dict[str, int]] = {"x86_64": {}, "aarch64": {}}
-    for name, *row in map(str.split, table.split(",")):
-        for machine, number in zip(numbers, row):
-            if number != "-":
-                numbers[machine][name] = int(number)
-    return numbers
+    """Machine → name → number of system calls; of each the name, x86-64's number and aarch64's, - for none."""
+    rows = [row.split() for row in table.split(",")]
+    return {
+        machine: {row[0]: int(row[column]) for row in rows if row[column] != "-"}
+        for column, machine in enumerate(("x86_64", "aarch64"), 1)
+    }
 
 
 # System calls that no program under test needs. `socket` shuts off the loopback device too, which runs share, as
@@ -63,17 +61,14 @@ DENIED_READ_ONLY = _calls("""
 creat 85 -, mkdir 83 -, mkdirat 258 34, mknod 133 -, mknodat 259 33, rmdir 84 -, unlink 87 -, unlinkat 263 35,
 symlink 88 -, symlinkat 266 36, link 86 -, linkat 265 37, rename 82 -, renameat 264 38, renameat2 316 276
 """)
-# Calls that open a file, and which argument has the flags.
-OPEN = {"x86_64": {2: 1, 257: 2}, "aarch64": {56: 2}}
+# Allowed or refused by what one of their arguments is.
+JUDGED = _calls("clone 56 220, tgkill 234 131, fcntl 72 25, ioctl 16 29, open 2 -, openat 257 56")
 O_ACCESS, O_CREATE, O_TRUNCATE = 0o3, 0o100, 0o1000
-FCNTL, IOCTL = {"x86_64": 72, "aarch64": 25}, {"x86_64": 16, "aarch64": 29}
 # F_SETOWN, F_SETSIG, F_SETOWN_EX: any signal, by way of a descriptor; F_SETLEASE, F_NOTIFY: files of the user's.
 FCNTL_DENIED = (8, 10, 15, 1024, 1026)
 # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX: what Python itself asks of any descriptor.
 IOCTL_ALLOWED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 FIRST_UNKNOWN = 449  # later calls are the same on all machines and needed by nothing; some change files
-CLONE = {"x86_64": 56, "aarch64": 220}
-TGKILL = {"x86_64": 234, "aarch64": 131}
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE3, CLONE_THREAD, EPERM, ENOSYS = 435, 0x10000, 1, 38
 # The filter's language: (code, lines to skip if true, if false, constant).
@@ -83,11 +78,12 @@ KILL, ERROR = 0x80000000, 0x00050000
 REFUSE, ALLOW = (GIVE, 0, 0, ERROR | EPERM), (GIVE, 0, 0, 0x7FFF0000)
 
 
-def check(result: int, what: str) -> None:
-    """Raise OSError where a C call failed."""
-    if result != 0:
+def check(result: int, what: str) -> int:
+    """What a C call returned; OSError where it failed."""
+    if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
 
 
 def prctl(option: int, value: int = 0) -> None:
@@ -97,21 +93,18 @@ def prctl(option: int, value: int = 0) -> None:
 def enter_namespaces() -> None:
     """New user, mount and pid namespaces; the next fork is process 1 of the pid namespace."""
     user, group = os.getuid(), os.getgid()
-    check(LIBC.unshare(sum(NEW_NAMESPACES.values())), "unshare")
+    check(LIBC.unshare(NEW_NAMESPACES), "unshare")
     # The namespace of its own also gives every run its own count of processes for RLIMIT_NPROC.
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
 
 
-def mount_tmpfs(path: str, flags: int, options: str) -> None:
-    check(LIBC.mount(b"tmpfs", path.encode(), b"tmpfs", flags | MS_NOSUID | MS_NODEV, options.encode()), "mount")
-
-
 def mount_folders() -> None:
     """An empty folder to write in at /tmp, and nothing in /proc."""
-    mount_tmpfs("/tmp", 0, f"size={FOLDER_BYTES},nr_inodes=4096,mode=0700")
-    mount_tmpfs("/proc", MS_RDONLY, "size=4k")
+    flags, options = MS_NOSUID | MS_NODEV, f"size={FOLDER_BYTES},nr_inodes=4096,mode=0700"
+    check(LIBC.mount(b"tmpfs", b"/tmp", b"tmpfs", flags, options.encode()), "mount")
+    check(LIBC.mount(b"tmpfs", b"/proc", b"tmpfs", flags | MS_RDONLY, b"size=4k"), "mount")
 
 
 def set_limits(memory: int, processes: int | None, cpu: float) -> None:
@@ -154,19 +147,15 @@ def filter_system_calls(kind: str) -> None:
         if kind == "namespaces":
             return  # the other walls stand without it
         raise OSError(f"there is no filter of system calls for {machine}")
-    program = _bpf(machine, kind)
-    code = b"".join(struct.pack("HBBI", *line) for line in program)
-    buffer = ctypes.create_string_buffer(code, len(code))
-
-    class Program(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
-
-    filled = Program(len(program), ctypes.cast(buffer, ctypes.c_void_p))
-    check(LIBC.prctl(PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.byref(filled), 0, 0), "seccomp")
+    lines = _bpf(machine, kind)
+    filled = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
+    program = struct.pack("HP", len(lines), ctypes.addressof(filled))
+    check(LIBC.prctl(PR_SET_SECCOMP, ctypes.c_ulong(2), program, 0, 0), "seccomp")
 
 
 def _bpf(machine: str, kind: str) -> list[Line]:
     """The filter of one kind."""
+    judged = JUDGED[machine]
     lines = [
         (LOAD, 0, 0, 4),
         (EQUAL, 1, 0, AUDIT_ARCH[machine]),
@@ -178,24 +167,25 @@ def _bpf(machine: str, kind: str) -> list[Line]:
     lines += _answer(ERROR | ENOSYS, [CLONE3])  # its flags cannot be seen; the C library falls back to clone
     lines += _answer(ERROR | EPERM, DENIED[machine].values())
     if kind == "namespaces":
-        lines += _on_argument(CLONE[machine], 0, [(ANY_BIT, 0, 1, ANY_NAMESPACE), REFUSE])
+        lines += _on_argument(judged["clone"], 0, [(ANY_BIT, 0, 1, ANY_NAMESPACE), REFUSE])
         return [*lines, ALLOW]
     lines += [(AT_LEAST, 0, 1, FIRST_UNKNOWN), (GIVE, 0, 0, ERROR | ENOSYS)]
     lines += _answer(ERROR | EPERM, DENIED_FALLBACK[machine].values())
     lines += _answer(ERROR, IGNORED[machine].values())
-    lines += _on_argument(CLONE[machine], 0, [(ANY_BIT, 1, 0, CLONE_THREAD), REFUSE])  # threads only
-    lines += _on_argument(TGKILL[machine], 0, [(EQUAL, 1, 0, os.getpid()), REFUSE])  # signals to oneself only
+    lines += _on_argument(judged["clone"], 0, [(ANY_BIT, 1, 0, CLONE_THREAD), REFUSE])  # threads only
+    lines += _on_argument(judged["tgkill"], 0, [(EQUAL, 1, 0, os.getpid()), REFUSE])  # signals to oneself only
     commands = [line for command in FCNTL_DENIED for line in ((EQUAL, 0, 1, command), REFUSE)]
-    lines += _on_argument(FCNTL[machine], 1, commands)
+    lines += _on_argument(judged["fcntl"], 1, commands)
     commands = [line for command in IOCTL_ALLOWED for line in ((EQUAL, 0, 1, command), ALLOW)]
-    lines += _on_argument(IOCTL[machine], 1, [*commands, REFUSE])
+    lines += _on_argument(judged["ioctl"], 1, [*commands, REFUSE])
     if kind == "read-only":
         lines += _answer(ERROR | EPERM, DENIED_READ_ONLY[machine].values())
         opening = [(ANY_BIT, 0, 1, O_ACCESS | O_CREATE | O_TRUNCATE), REFUSE]
     else:  # before its version 3, Landlock lets a file be emptied that is opened to be read
         opening = [(ANY_BIT, 0, 3, O_TRUNCATE), (AND, 0, 0, O_ACCESS), (EQUAL, 0, 1, os.O_RDONLY), REFUSE]
-    for number, argument in OPEN[machine].items():
-        lines += _on_argument(number, argument, opening)
+    for name, flags in (("open", 1), ("openat", 2)):
+        if name in judged:
+            lines += _on_argument(judged[name], flags, opening)
     return [*lines, ALLOW]
 
 

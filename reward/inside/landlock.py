@@ -9,7 +9,7 @@ import os
 import struct
 from collections.abc import Iterable
 
-from jail import LIBC
+from jail import LIBC, check
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the same on all machines
 ASK_VERSION, PATH_BENEATH = 1, 1
@@ -52,28 +52,18 @@ def make_ruleset(abi: int, readable: Iterable[str], writable: Iterable[str]) -> 
     Paths that do not exist are left out.
     """
     fields = ruleset_fields(abi)
-    ruleset = _call(CREATE_RULESET, fields, ctypes.c_size_t(len(fields)), ctypes.c_uint32(0))
+    size, no_flags = ctypes.c_size_t(len(fields)), ctypes.c_uint32(0)
+    ruleset = check(LIBC.syscall(CREATE_RULESET, fields, size, no_flags), "Landlock")
     for rights, paths in ((READ, readable), (file_rights(abi), writable)):
-        for path in paths:
-            if not os.path.exists(path):
-                continue
-            allowed = rights if os.path.isdir(path) else rights & OF_FILES
+        for path in filter(os.path.exists, paths):
             beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            rule = struct.pack("=Qi", allowed, beneath)
-            _call(ADD_RULE, ctypes.c_int(ruleset), ctypes.c_int(PATH_BENEATH), rule, ctypes.c_uint32(0))
+            rule = struct.pack("=Qi", rights if os.path.isdir(path) else rights & OF_FILES, beneath)
+            check(LIBC.syscall(ADD_RULE, ctypes.c_int(ruleset), ctypes.c_int(PATH_BENEATH), rule, no_flags), "Landlock")
             os.close(beneath)
     return ruleset
 
 
 def restrict(ruleset: int) -> None:
     """Put this process under a ruleset for good, and close its descriptor; needs PR_SET_NO_NEW_PRIVS."""
-    _call(RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0))
+    check(LIBC.syscall(RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0)), "Landlock")
     os.close(ruleset)
-
-
-def _call(number: int, *arguments: object) -> int:
-    result = LIBC.syscall(number, *arguments)
-    if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"Landlock: {os.strerror(error)}")
-    return result

@@ -7,11 +7,10 @@ program asks of the tests is limited to what they passed to it. Objects stay whe
 Runs inside the sandbox and imports nothing of the project.
 """
 
-from __future__ import annotations
-
 import collections
-import functools
+import contextlib
 import importlib
+import operator
 import os
 import sys
 import threading
@@ -21,37 +20,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import values
-from remote import DEEDS, FAR, OF_TESTS, Ended, Far, is_remote, new_remote, remote_class, special_methods
+from remote import DEEDS, FAR, OF_TESTS, Ended, Far, FarClass, FarError, far_of, remote_class, special_methods
 
 MAX_OBJECTS = 100_000
 MAX_TEXT = 1000  # of an exception
 TESTS = "__main__"  # the name of the tests' own module
+LIBRARIES = {*sys.stdlib_module_names, "numpy"} - {TESTS}  # both ends have them
 EXIT_MEMORY = 77  # a program that ran out of memory; claiming it falsely only names a failure wrongly
 BAD_REPLY = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 REFUSED = "the tests do not let a program do this with what they pass to it"
-
-
-class FarClass(type):
-    """The class of an exception that was raised, or is defined, at the other end."""
-
-    def __call__(cls, *arguments: Any, **named: Any) -> Any:
-        origin = cls.__dict__.get("_origin")
-        return origin[0].call(cls, arguments, named) if origin else super().__call__(*arguments, **named)
-
-
-class FarError(Exception, metaclass=FarClass):
-    """An exception of the other end, beside the builtin type that it derives from."""
-
-    _error: tuple[Peer, int] | None = None
-    _text = ""
-
-    def __str__(self) -> str:
-        return self._text
-
-    def __getattr__(self, name: str) -> Any:
-        if self._error is None or name.startswith("__"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return self._error[0].ask("get", self, name)
 
 
 @dataclass
@@ -71,24 +48,28 @@ class Peer:
     # Asking
 
     def ask(self, what: str, *operands: Any) -> Any:
-        """Have something done at the other end; its value, or its exception."""
-        return self._value(self._ask(what, operands))
+        """Have something done at the other end; its value, or its exception.
 
-    def call(self, target: Any, arguments: tuple, named: dict[str, Any]) -> Any:
-        """Call a function there; what it did to the arguments is done to them here."""
-        reply = self._ask("call", (target, list(arguments), named))
-        if "arguments" in reply:
-            try:
-                after = self.decode(reply["arguments"])
-                [*after_arguments], after_named = after
-            except BAD_REPLY:
-                raise self._end() from None
-            for argument, one in zip([*arguments, *named.values()], [*after_arguments, *after_named.values()]):
-                change(argument, one)
-        return self._value(reply)
+        What a call (of a target, with a list and a dict of arguments) did to its arguments is done to them here.
+        """
+        reply = self._exchange({"ask": what, "of": [self.encode(one) for one in operands]})
+        changed: list[tuple[Any, Any]] = []
+        try:
+            if what == "call" and "arguments" in reply:
+                _, arguments, named = operands
+                after, after_named = self.decode(reply["arguments"])
+                changed = [*zip(arguments, after), *zip(named.values(), after_named.values())]
+            value = self.decode(reply["error"] if "error" in reply else reply.get("value"))
+        except BAD_REPLY:
+            raise self._end() from None
+        for argument, one in changed:
+            change(argument, one)
+        if "error" not in reply:
+            return value
+        raise value if issubclass(type(value), Exception) else self._end()
 
-    def _ask(self, what: str, operands: tuple[Any, ...]) -> dict[str, Any]:
-        message = {"ask": what, "of": [self.encode(one) for one in operands]}
+    def _exchange(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Send a question and answer the other end's until its reply comes."""
         with self.lock:
             self.asked += 1
             self._send(message)
@@ -119,15 +100,6 @@ class Peer:
         self.ended = True
         return Ended()
 
-    def _value(self, reply: dict[str, Any]) -> Any:
-        try:
-            value = self._error(reply["error"]) if "error" in reply else self.decode(reply.get("value"))
-        except BAD_REPLY:
-            raise self._end() from None
-        if "error" in reply:
-            raise value
-        return value
-
     # Answering
 
     def answer(self, message: dict[str, Any]) -> None:
@@ -140,55 +112,52 @@ class Peer:
                 if self.names is None:
                     self._permit(what, of)
                 operands = [self.decode(one) for one in of]
-                if what == "base":
-                    reply["value"] = values.encode_base(operands[0], self.refer)
-                elif what == "get":
-                    reply["value"] = self._attribute(*operands)
-                else:
-                    reply["value"] = self.encode(self._perform(what, *operands))
+                reply["value"] = self._perform(what, *operands)
+            except MemoryError:
+                raise
             except Exception as error:
-                if isinstance(error, MemoryError):
-                    raise
                 if not isinstance(error, StopIteration) and self.names is not None:
                     traceback.print_exc()
-                reply["error"] = self._encode_error(error)
+                reply["error"] = self.refer(error)
             if operands and what == "call" and (after := self.encode(operands[1:])) != of[1:]:
                 reply["arguments"] = after
         except MemoryError:
             os._exit(EXIT_MEMORY)
         except Exception as error:  # neither its text nor its type can be read
-            reply = {"error": {"kind": {"known": ["builtins", "Exception"]}, "text": type(error).__name__}}
+            reply = {"error": {"raised": {"kind": {"known": ["builtins", "Exception"]}, "text": type(error).__name__}}}
         self._send(reply)
 
     def _perform(self, what: str, *operands: Any) -> Any:
+        """Do one thing; its value as JSON."""
         match what:
             case "name":
                 if operands[0] not in self.names:
                     raise NameError(f"name {operands[0]!r} is not defined")
-                return self.names[operands[0]]
+                value = self.names[operands[0]]
             case "call":
                 target, arguments, named = operands
-                return target(*arguments, **named)
+                value = target(*arguments, **named)
             case "do":
-                return DEEDS[operands[0]](*operands[1:])
+                value = DEEDS[operands[0]](*operands[1:])
+            case "get":
+                owner, name = operands
+                value = getattr(owner, name)
+                bound = isinstance(value, (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType))
+                if bound and value.__self__ is owner and not isinstance(owner, types.ModuleType):
+                    return {"method": [self.number(owner), name]}  # by its name, so that it needs no number
             case "set":
-                return setattr(*operands)
+                value = setattr(*operands)
             case "delete":
-                return delattr(*operands)
-        raise ValueError(f"unknown question {what!r}")
-
-    def _attribute(self, owner: Any, name: str) -> Any:
-        """An attribute as JSON; a method of the object itself by its name, so that it needs no number."""
-        value = getattr(owner, name)
-        bound = isinstance(value, (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType))
-        if bound and value.__self__ is owner and not isinstance(owner, types.ModuleType):
-            return {"method": [self.number(owner), name]}
+                value = delattr(*operands)
+            case "base":
+                return values.encode_base(operands[0], self.refer)
+            case _:
+                raise ValueError(f"unknown question {what!r}")
         return self.encode(value)
 
     def _permit(self, what: str, of: list[Any]) -> None:
         """What the program may do to the tests: call what they passed, iterate, use instances of their classes."""
-        mine = [one["yours"] for one in of if isinstance(one, dict) and "yours" in one]
-        owners = [self.objects[number] for number, _ in mine]
+        owners = [self.objects[one["yours"][0]] for one in of if isinstance(one, dict) and "yours" in one]
         ours = bool(owners) and all(type(owner).__module__ == TESTS for owner in owners)
         if what == "call":
             allowed = isinstance(of[0], dict) and "yours" in of[0]
@@ -197,8 +166,7 @@ class Peer:
         elif what == "get":
             allowed = ours and not of[1].startswith("_")
         elif what in ("set", "delete"):  # but not in place of a method
-            method = callable(getattr(type(owners[0]), of[1], None)) if owners else True
-            allowed = ours and not of[1].startswith("_") and not method
+            allowed = ours and not of[1].startswith("_") and not callable(getattr(type(owners[0]), of[1], None))
         else:
             allowed = ours and what == "base"
         if not allowed:
@@ -223,15 +191,12 @@ class Peer:
 
     def refer(self, value: Any) -> dict[str, Any]:
         """How a value that does not travel is referred to."""
-        if is_remote(value):
-            return {"yours": [FAR(value).number, FAR(value).method]}
-        if isinstance(value, FarError) and value._error:
-            return {"yours": [value._error[1], None]}
+        if far := far_of(value):
+            return {"yours": [far.number, far.method]}
         if isinstance(value, type) and issubclass(value, Exception):
-            origin = value.__dict__.get("_origin")
-            return {"yours": [origin[1], None]} if origin else {"exception": self._kind_of(value)}
+            return {"exception": self._kind_of(value)}
         if isinstance(value, Exception):
-            return {"raised": self._encode_error(value)}
+            return {"raised": self._describe(value)}
         if self.names is None:
             if home := _home(value):
                 return {"library": home}
@@ -252,33 +217,33 @@ class Peer:
         if kind == "object":
             number, name, special, base = content
             if number not in self.remotes:
-                self.remotes[number] = new_remote(remote_class(name, tuple(special)), Far(self, number))
+                self.remotes[number] = remote_class(name, tuple(special))(Far(self.ask, number))
             if base is not None:
                 FAR(self.remotes[number]).base = self.decode(base)
             return self.remotes[number]
         if kind == "method":
             number, name = content
-            return new_remote(remote_class("method", ("call", "hash")), Far(self, int(number), str(name)))
+            return remote_class("method", ("call", "hash"))(Far(self.ask, int(number), str(name)))
         if kind == "exception":
             return self._class(content)
         if kind == "raised":
             return self._error(content)
         if kind == "library" and self.names is not None:
             module, name = content
-            return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+            return operator.attrgetter(name)(importlib.import_module(module))
         raise ValueError(f"unknown kind {kind!r}")
 
     # Exceptions
 
-    def _encode_error(self, error: Exception) -> dict[str, Any]:
-        if isinstance(error, FarError) and error._error:
-            return {"yours": error._error[1]}
+    def _describe(self, error: Exception) -> dict[str, Any]:
+        """An exception of ours as JSON: its class, text, arguments, and its number where it can be asked for more."""
         error.__traceback__ = None  # its frames would be kept with it
-        description: dict[str, Any] = {"kind": self._kind_of(type(error)), "text": _text_of(error)}
-        try:
-            description["args"] = self.encode(list(error.args)) if len(repr(error.args)) <= MAX_TEXT else None
-        except Exception:  # its arguments are the program's, and so are their methods
-            description["args"] = None
+        description: dict[str, Any] = {"kind": self._kind_of(type(error)), "text": "", "args": None}
+        with contextlib.suppress(Exception):  # the program's own `__str__`
+            description["text"] = str(error)[:MAX_TEXT]
+        with contextlib.suppress(Exception):  # its arguments are the program's, and so are their methods
+            if len(repr(error.args)) <= MAX_TEXT:
+                description["args"] = self.encode(list(error.args))
         if not _home(type(error)) or vars(error):
             description["number"] = self.number(error)
         return description
@@ -292,23 +257,22 @@ class Peer:
     def _class(self, description: dict[str, Any]) -> type:
         """The class here that stands for an exception class there, below the same builtin classes."""
         if "known" in description:
-            key: Any = tuple(description["known"])
-            if key not in self.classes:
-                kind = _exception_named(*key)
-                self.classes[key] = kind if kind is StopIteration else FarClass(kind.__name__, (FarError, kind), {})
-            return self.classes[key]
+            module, name = description["known"]
+            if (module, name) not in self.classes:
+                kind = _named(module, name) if module.split(".")[0] in sys.stdlib_module_names else None
+                if not isinstance(kind, type) or not issubclass(kind, Exception):
+                    kind = Exception
+                stands = kind if kind is StopIteration else FarClass(kind.__name__, (FarError, kind), {})
+                self.classes[module, name] = stands
+            return self.classes[module, name]
         number, name, bases = description["made"]
         if number not in self.classes:
             kinds = tuple(dict.fromkeys(self._class(base) for base in bases)) or (FarError,)
-            self.classes[number] = FarClass(name, kinds, {"_origin": (self, number)})
+            self.classes[number] = FarClass(name, kinds, {"_origin": Far(self.ask, number)})
         return self.classes[number]
 
     def _error(self, description: dict[str, Any]) -> Exception:
-        if "yours" in description:
-            error = self.objects[description["yours"]]
-            if not isinstance(error, Exception):
-                raise ValueError("not an exception")
-            return error
+        """The exception here that stands for one that `_describe` has described there."""
         number = description.get("number")
         if number is not None and number in self.remotes:
             return self.remotes[number]
@@ -319,36 +283,25 @@ class Peer:
         error = kind.__new__(kind, *(arguments if isinstance(arguments, list) else [str(description.get("text"))]))
         error._text = str(description.get("text"))
         if type(number) is int:
-            error._error = (self, number)
+            error._error = Far(self.ask, number)
             self.remotes[number] = error
         return error
 
 
+def _named(module: str, name: str) -> Any:
+    """What a loaded module has under a dotted name; None where it has nothing."""
+    found = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
 def _home(value: Any) -> list[str] | None:
-    """Module and name of what Python itself, or numpy, defines; both ends have it."""
+    """Module and name of what Python itself, or numpy, defines; None for anything else."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    if not isinstance(module, str) or not isinstance(name, str) or module not in sys.modules:
+    if not isinstance(module, str) or not isinstance(name, str) or module.split(".")[0] not in LIBRARIES:
         return None
-    if module.split(".")[0] not in {*sys.stdlib_module_names, "numpy"} - {TESTS}:
-        return None
-    found: Any = sys.modules[module]
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return [module, name] if found is value else None
-
-
-def _exception_named(module: str, name: str) -> type:
-    found: Any = sys.modules.get(module) if module.split(".")[0] in sys.stdlib_module_names else None
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found if isinstance(found, type) and issubclass(found, Exception) else Exception
-
-
-def _text_of(error: Exception) -> str:
-    try:
-        return str(error)[:MAX_TEXT]
-    except Exception:  # the program's own `__str__`
-        return ""
+    return [module, name] if _named(module, name) is value else None
 
 
 def change(before: Any, after: Any) -> Any:

@@ -22,20 +22,18 @@ from peer import EXIT_MEMORY, FarError, Peer
 from remote import Ended
 
 CHANNEL, RESULT = 3, 4  # descriptors
-ARGUMENTS = ("program.py",)  # what a program sees as sys.argv
 
 
 def run_program(order: dict[str, Any]) -> None:
     """A whole program as `python program.py` would run it; ends the process."""
-    _leave(_run(order["source"], "__main__"))
+    sys.modules["__main__"] = module = types.ModuleType("__main__")
+    _leave(_run(order["source"], module))
 
 
 def serve_functions(order: dict[str, Any]) -> None:
     """Run the program's definitions, then answer what the tests ask until they end."""
-    module = types.ModuleType("program")
-    sys.modules["__main__"] = module
-    code = _run(order["prefix"], "program", module) or _run(order["source"], "program", module)
-    if code:
+    sys.modules["__main__"] = sys.modules["program"] = module = types.ModuleType("program")
+    if code := _run(order["prefix"], module) or _run(order["source"], module):
         _leave(code)
     peer = Peer(CHANNEL, vars(module))
     values.send(CHANNEL, "ready")
@@ -50,11 +48,20 @@ def serve_functions(order: dict[str, Any]) -> None:
 
 
 def run_tests(order: dict[str, Any]) -> None:
-    """Run the tests against the program behind the channel and report on the result descriptor; ends the process."""
+    """Run the tests against the program behind the channel; ends the process.
+
+    Reports on the result descriptor: passed, failed (a test does not hold), crashed (the program raised) or ended.
+    """
     peer = Peer(CHANNEL)
     try:
         verdict = _test(order, peer) if peer.receive() == "ready" else "ended"
-    except Ended:
+    except FarError:
+        verdict = "crashed"
+    except BaseException:  # a failed assertion, or tests that cannot digest what they were given
+        verdict = "failed"
+        if not peer.ended:
+            traceback.print_exc()
+    if peer.ended:  # though a test may have caught that
         verdict = "ended"
     os.write(RESULT, verdict.encode())
     os._exit(0)
@@ -63,12 +70,10 @@ def run_tests(order: dict[str, Any]) -> None:
 MODES = {"program": run_program, "functions": serve_functions, "tests": run_tests}
 
 
-def _run(source: str, name: str, module: types.ModuleType | None = None) -> int:
+def _run(source: str, module: types.ModuleType) -> int:
     """Execute a source as a module; its exit code, as Python would give it."""
-    module = module or types.ModuleType(name)
     module.__file__ = "program.py"
-    sys.modules[name] = module
-    sys.argv, sys.orig_argv = list(ARGUMENTS), ["python", *ARGUMENTS]
+    sys.argv, sys.orig_argv = ["program.py"], ["python", "program.py"]
     try:
         exec(compile(source, "program.py", "exec", dont_inherit=True), vars(module))
     except SystemExit as end:
@@ -97,36 +102,30 @@ def _leave(code: int) -> None:
 
 
 def _test(order: dict[str, Any], peer: Peer) -> str:
-    """passed, failed (a test does not hold) or crashed (the program raised)."""
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
-    sys.argv = list(ARGUMENTS)
+    """Run the tests, which raise where they do not hold; passed, or failed where they asked the program nothing."""
+    sys.modules["__main__"] = module = types.ModuleType("__main__")
+    sys.argv = ["program.py"]
     names = vars(module)
     names["__builtins__"] = Names(peer, order["modules"])
     if any("unittest" in source for source in (order["prefix"], *order["tests"])):
         _look_at_results()
-    try:
-        exec(compile(order["prefix"], "prefix", "exec", dont_inherit=True), names)
-        names |= {name: peer.ask("name", name) for name in order["shadowing"]}
-        peer.asked = 0
-        for number, test in enumerate(order["tests"], 1):
-            _run_test(compile(test, f"test {number}", "exec", dont_inherit=True), names)
-    except FarError:
-        return "crashed"
-    except BaseException:  # a failed assertion, or tests that cannot digest what they were given
-        if peer.ended:
-            return "ended"
-        traceback.print_exc()
-        return "failed"
-    if peer.ended:  # though a test may have caught that
-        return "ended"
-    return "passed" if peer.asked else "failed"  # tests that ask the program nothing test nothing
+    exec(compile(order["prefix"], "prefix", "exec", dont_inherit=True), names)
+    names |= {name: peer.ask("name", name) for name in order["shadowing"]}
+    peer.asked = 0
+    for number, test in enumerate(order["tests"], 1):
+        try:
+            exec(compile(test, f"test {number}", "exec", dont_inherit=True), names)
+        except SystemExit as end:  # how `unittest.main()` ends
+            if end.code:
+                raise
+    return "passed" if peer.asked else "failed"
 
 
 def _look_at_results() -> None:
     """A failed run of unittest's ends the tests, also where they do not look: `unittest.main(exit=False)`."""
-    runner = importlib.import_module("unittest").TextTestRunner
-    run = runner.run
+    from unittest import TextTestRunner
+
+    run = TextTestRunner.run
 
     def checked(self: Any, test: Any) -> Any:
         result = run(self, test)
@@ -134,15 +133,7 @@ def _look_at_results() -> None:
             raise AssertionError("a test of unittest's does not hold")
         return result
 
-    runner.run = checked
-
-
-def _run_test(test: types.CodeType, names: dict[str, Any]) -> None:
-    try:
-        exec(test, names)
-    except SystemExit as end:  # how `unittest.main()` ends
-        if end.code:
-            raise
+    TextTestRunner.run = checked
 
 
 class Names(dict):

@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -98,19 +97,18 @@ def keep(descriptors: list[int], shut: Fallback | None) -> None:
         started, start = os.pipe()
         pid = os.fork()
         if pid == 0:
-            os.close(started)
-            enter_cell(order, descriptors, start, shut, folder)
-        os.close(start)
-        for descriptor in descriptors[2:]:
+            enter_cell(order, [*descriptors[2:], start], shut, folder)
+        os.fchdir(proc)  # what `measure` and `_tree` read is below it
+        for descriptor in (start, *descriptors[2:]):
             os.close(descriptor)
         reply = os.read(started, 1000)
         if reply == b"started":
             control.send(reply)
-            report = watch(pid, proc, control, order, folder)
+            report = watch(pid, control, order, folder)
         else:
             report = {"reason": "infrastructure", "error": reply.decode() or "the cell ended before it began"}
         if report["reason"] != "exited" or shut:
-            kill_tree(pid, proc, orphans=bool(shut))
+            kill_tree(pid, orphans=bool(shut))
     except OSError as error:
         report = {"reason": "infrastructure", "error": str(error)}
     if folder:
@@ -119,27 +117,26 @@ def keep(descriptors: list[int], shut: Fallback | None) -> None:
     os._exit(0)
 
 
-def enter_cell(
-    order: dict[str, Any], descriptors: list[int], start: int, shut: Fallback | None, folder: str | None
-) -> None:
-    """The cell's own process: give everything up, then run the order."""
+def enter_cell(order: dict[str, Any], given: list[int], shut: Fallback | None, folder: str | None) -> None:
+    """The cell's own process: give up everything but the descriptors that it is `given`, then run the order."""
+    start = given[-1]
     try:
-        jail.prctl(jail.PR_SET_PDEATHSIG, jail.SIGKILL)
+        jail.prctl(jail.PR_SET_PDEATHSIG, signal.SIGKILL)
         os.setsid()
-        stdin, stdout, stderr, channel, result = descriptors[2:]
         # First out of the way, so that no dup2 below overwrites one that is still needed.
-        given = (stdin, stdout, stderr, channel, result, start)
-        high = [os.dup2(descriptor, 200 + number) for number, descriptor in enumerate(given)]
+        for number, descriptor in enumerate(given):
+            os.dup2(descriptor, 200 + number)
         start = START
-        for number, descriptor in enumerate(high):
-            os.dup2(descriptor, number)
+        for number in range(len(given)):
+            os.dup2(200 + number, number)
         os.closerange(START + 1, 1024)
-        os.chdir(folder or "/tmp")
-        os.environ.update(HOME=folder or "/tmp", TMPDIR=folder or "/tmp")
+        home = folder or "/tmp"
+        os.chdir(home)
+        os.environ.update(HOME=home, TMPDIR=home)
         tempfile.tempdir = None
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if shut:
-            fallback.shut_in(shut, folder, order)
+            fallback.shut_in(shut, home, order)
         else:
             jail.set_limits(order["memory"], order["processes"], order["seconds"])
             jail.drop_privileges()
@@ -158,23 +155,14 @@ def enter_cell(
     os._exit(1)
 
 
-@dataclass
-class Usage:
-    """What a cell's processes have used together."""
-
-    cpu: float = 0.0
-    waited: float = 0.0  # seconds ready to run while others ran
-    memory: int = 0
-
-
-def watch(pid: int, proc: int, control: socket.socket, order: dict[str, Any], folder: str | None) -> dict[str, Any]:
+def watch(pid: int, control: socket.socket, order: dict[str, Any], folder: str | None) -> dict[str, Any]:
     """Wait for the cell's end, or for the first limit it passes; the report. A folder on the disk is watched too."""
     begin = time.monotonic()
     ended = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     poll.register(control, select.POLLIN | select.POLLHUP)
-    usage, reason = Usage(), ""
+    cpu, reason = 0.0, ""
     while not reason:
         events = dict(poll.poll(POLL * 1000))
         if ended in events:
@@ -182,17 +170,15 @@ def watch(pid: int, proc: int, control: socket.socket, order: dict[str, Any], fo
         elif control.fileno() in events:
             reason = "stopped"
         else:
-            usage = measure(pid, proc)
-            wall = time.monotonic() - begin
-            own = wall - min(usage.waited, MAX_WAIT)
-            if usage.cpu > order["seconds"] or own > order["wall"]:
+            cpu, waited, memory = measure(pid)
+            own = time.monotonic() - begin - min(waited, MAX_WAIT)
+            if cpu > order["seconds"] or own > order["wall"]:
                 reason = "timeout"
-            elif usage.memory > order["memory"] * 1.1:
+            elif memory > order["memory"] * 1.1:
                 reason = "memory"
             elif folder and fallback.is_overfull(folder):
                 reason = "output_limit"
-    wall = time.monotonic() - begin
-    report = {"reason": reason, "wall": wall, "cpu": usage.cpu}
+    report = {"reason": reason, "wall": time.monotonic() - begin, "cpu": cpu}
     if reason == "exited":
         _, status, used = os.wait4(pid, 0)
         code = os.waitstatus_to_exitcode(status)
@@ -204,43 +190,46 @@ def watch(pid: int, proc: int, control: socket.socket, order: dict[str, Any], fo
     return report
 
 
-def measure(pid: int, proc: int) -> Usage:
-    """The sums over the cell's processes, those that it has waited for included."""
-    usage = Usage()
-    for number in _tree(pid, proc):
+def measure(pid: int) -> tuple[float, float, int]:
+    """What a process, its descendants and those they have waited for use together.
+
+    Returns seconds of processor time, seconds ready to run while others ran, and bytes of memory.
+    """
+    cpu, waited, memory = 0.0, 0.0, 0
+    for number in _tree(pid):
         try:
-            fields = _read(f"{number}/stat", proc).rpartition(b")")[2].split()
-            usage.cpu += sum(map(int, fields[11:15])) * TICK
-            resident, shared = map(int, _read(f"{number}/statm", proc).split()[1:3])
-            usage.memory += (resident - shared) * PAGE
-            for thread in _list(f"{number}/task", proc):
-                usage.waited += int(_read(f"{number}/task/{thread}/schedstat", proc).split()[1]) / 1e9
+            fields = _read(f"{number}/stat").rpartition(b")")[2].split()
+            cpu += sum(map(int, fields[11:15])) * TICK
+            resident, shared = map(int, _read(f"{number}/statm").split()[1:3])
+            memory += (resident - shared) * PAGE
+            for thread in os.listdir(f"{number}/task"):
+                waited += int(_read(f"{number}/task/{thread}/schedstat").split()[1]) / 1e9
         except (OSError, IndexError, ValueError):
             continue  # it ended while we looked
-    return usage
+    return cpu, waited, memory
 
 
-def _tree(pid: int, proc: int) -> list[int]:
+def _tree(pid: int) -> list[int]:
     """A process and its descendants; those whose parents ended are children of the first."""
     found, todo = [], [pid]
     while todo and len(found) < 1000:
         number = todo.pop()
         found.append(number)
         try:
-            for thread in _list(f"{number}/task", proc):
-                todo += map(int, _read(f"{number}/task/{thread}/children", proc).split())
+            for thread in os.listdir(f"{number}/task"):
+                todo += map(int, _read(f"{number}/task/{thread}/children").split())
         except OSError:
             continue
     return found
 
 
-def kill_tree(pid: int, proc: int, orphans: bool) -> None:
+def kill_tree(pid: int, orphans: bool) -> None:
     """Kill the cell and wait for it. With namespaces its death is that of all in them, and the wait is for all."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
-    while orphans and (left := _tree(os.getpid(), proc)[1:]):  # orphans are ours: we are the subreaper
+    while orphans and (left := _tree(os.getpid())[1:]):  # orphans are ours: we are the subreaper
         for number in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(number, signal.SIGKILL)
@@ -248,20 +237,9 @@ def kill_tree(pid: int, proc: int, orphans: bool) -> None:
             os.waitpid(-1, 0)
 
 
-def _read(path: str, folder: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY, dir_fd=folder)
-    try:
-        return os.read(descriptor, 65536)
-    finally:
-        os.close(descriptor)
-
-
-def _list(path: str, folder: int) -> list[str]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
-    try:
-        return os.listdir(descriptor)
-    finally:
-        os.close(descriptor)
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _report(control: socket.socket, **report: Any) -> None:

@@ -10,35 +10,64 @@ import collections
 import datetime
 import decimal
 import fractions
-import importlib
 import json
 import os
 import struct
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterable
 from typing import Any
 
 MAX_FRAME = 64 * 2**20
-SAFE_INT = 2**53
-SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque}
-MAPPINGS = {"dict": dict, "Counter": collections.Counter, "OrderedDict": collections.OrderedDict}
-BYTES = {"bytes": bytes, "bytearray": bytearray}
+SAFE_INT = 2**53  # from which on an integer travels as hexadecimal digits
 VIEWS = tuple(type(view) for one in ({}, collections.OrderedDict()) for view in (one.keys(), one.values(), one.items()))
-# Types of the standard library whose values are rebuilt from a text.
-FROM_TEXT: dict[str, Callable[[str], Any]] = {
-    "decimal.Decimal": decimal.Decimal,
-    "fractions.Fraction": fractions.Fraction,
-    "datetime.date": datetime.date.fromisoformat,
-    "datetime.time": datetime.time.fromisoformat,
-    "datetime.datetime": datetime.datetime.fromisoformat,
-    "uuid.UUID": lambda text: importlib.import_module("uuid").UUID(text),
-}
 # Builtin types and constants that mean the same on both sides.
 BUILTIN_NAMES = """bool bytearray bytes complex dict float frozenset int list object range set str tuple type Ellipsis
 NotImplemented"""
 BUILTINS = {name: getattr(builtins, name) for name in BUILTIN_NAMES.split()} | {"NoneType": type(None)}
-# What a class of the program's may derive from and still be compared with plain values, by its content.
-BASES = (int, str, float, list, *SEQUENCES.values(), dict, *BYTES.values(), complex, decimal.Decimal)
-BASES += (fractions.Fraction, datetime.datetime, datetime.date, datetime.time, datetime.timedelta)
+
+
+def _pairs(mapping: dict[Any, Any]) -> Iterable[list[Any]]:
+    return map(list, dict.items(mapping))
+
+
+def _bounds(value: Any) -> list[Any]:
+    return [value.start, value.stop, value.step]
+
+
+Plain = dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]]
+# Types whose items are values themselves: name → (type, a value's items, the value of a list of items).
+CONTAINERS: Plain = {
+    "tuple": (tuple, tuple.__iter__, tuple),
+    "set": (set, set.__iter__, set),
+    "frozenset": (frozenset, frozenset.__iter__, frozenset),
+    "deque": (collections.deque, collections.deque.__iter__, collections.deque),
+    "dict": (dict, _pairs, dict),
+    "Counter": (collections.Counter, _pairs, lambda pairs: collections.Counter(dict(pairs))),
+    "OrderedDict": (collections.OrderedDict, _pairs, collections.OrderedDict),
+    "range": (range, _bounds, lambda bounds: range(*bounds)),
+    "slice": (slice, _bounds, lambda bounds: slice(*bounds)),
+}
+# Types of which JSON can hold a value: name → (type, what it holds, the value of that). A derived type goes first.
+SCALARS: Plain = {
+    "int": (int, lambda number: hex(int.__index__(number)), lambda text: int(text, 16)),
+    "bytes": (bytes, bytes.hex, bytes.fromhex),
+    "bytearray": (bytearray, bytearray.hex, bytearray.fromhex),
+    "complex": (complex, lambda number: [number.real, number.imag], lambda parts: complex(*parts)),
+    "Decimal": (decimal.Decimal, decimal.Decimal.__str__, decimal.Decimal),
+    "Fraction": (fractions.Fraction, fractions.Fraction.__str__, fractions.Fraction),
+    "datetime": (datetime.datetime, datetime.datetime.isoformat, datetime.datetime.fromisoformat),
+    "date": (datetime.date, datetime.date.isoformat, datetime.date.fromisoformat),
+    "time": (datetime.time, datetime.time.isoformat, datetime.time.fromisoformat),
+    "timedelta": (
+        datetime.timedelta,
+        lambda span: [span.days, span.seconds, span.microseconds],
+        lambda parts: datetime.timedelta(*parts),
+    ),
+    "UUID": (uuid.UUID, uuid.UUID.__str__, uuid.UUID),
+}
+NAMES = {kind: name for name, (kind, _, _) in [*CONTAINERS.items(), *SCALARS.items()]}
+# A class of the program's that derives from one of these is compared with plain values, by its content.
+BASES = (str, float, list, *NAMES)
 
 
 def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
@@ -46,16 +75,14 @@ def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
     kind = type(value)
     if value is None or kind is bool or kind is str or kind is float:
         return value
-    if kind is list:
+    if kind is list or kind in NAMES:
+        return _encode_as(kind, value, refer)
+    if kind in VIEWS:
         return [encode(item, refer) for item in value]
-    if kind in _ENCODERS:
-        return _ENCODERS[kind](value, refer)
     if kind.__module__ == "numpy" and hasattr(value, "tolist"):
         return encode(value.tolist(), refer)
     if kind is collections.defaultdict:
-        return _mapping("dict")(value, refer)
-    if kind.__module__ == "uuid" and kind.__qualname__ == "UUID":
-        return {"text": ["uuid.UUID", str(value)]}
+        return _encode_as(dict, value, refer)
     for name, known in BUILTINS.items():
         if value is known:
             return {"builtin": name}
@@ -66,45 +93,24 @@ def encode_base(value: Any, refer: Callable[[Any], Any]) -> Any:
     """The content of a value whose type derives from one of BASES, as that type; None for any other."""
     for base in BASES:
         if isinstance(value, base):
-            if base in (str, float):
-                return base.__str__(value) if base is str else base.__float__(value)
-            if base is list:
-                return [encode(item, refer) for item in list.__iter__(value)]
-            return _ENCODERS[base](value, refer)
+            return _encode_as(base, value, refer)
     return None
 
 
-def _integer(value: int, refer: Callable[[Any], Any]) -> Any:
-    number = int.__index__(value)
-    return number if -SAFE_INT < number < SAFE_INT else {"int": hex(number)}
-
-
-def _sequence(name: str) -> Callable[[Any, Callable[[Any], Any]], Any]:
-    items = SEQUENCES[name].__iter__
-    return lambda value, refer: {name: [encode(item, refer) for item in items(value)]}
-
-
-def _mapping(name: str) -> Callable[[Any, Callable[[Any], Any]], Any]:
-    return lambda value, refer: {name: [[encode(key, refer), encode(one, refer)] for key, one in dict.items(value)]}
-
-
-_ENCODERS: dict[type, Callable[[Any, Callable[[Any], Any]], Any]] = {
-    int: _integer,
-    **{kind: _sequence(name) for name, kind in SEQUENCES.items()},
-    **{kind: _mapping(name) for name, kind in MAPPINGS.items()},
-    bytes: lambda value, refer: {"bytes": bytes.hex(value)},
-    bytearray: lambda value, refer: {"bytearray": bytearray.hex(value)},
-    complex: lambda value, refer: {"complex": [value.real, value.imag]},
-    range: lambda value, refer: {"range": [encode(n, refer) for n in (value.start, value.stop, value.step)]},
-    slice: lambda value, refer: {"slice": [encode(n, refer) for n in (value.start, value.stop, value.step)]},
-    **dict.fromkeys(VIEWS, lambda value, refer: [encode(item, refer) for item in value]),
-    decimal.Decimal: lambda value, refer: {"text": ["decimal.Decimal", decimal.Decimal.__str__(value)]},
-    fractions.Fraction: lambda value, refer: {"text": ["fractions.Fraction", fractions.Fraction.__str__(value)]},
-    datetime.date: lambda value, refer: {"text": ["datetime.date", datetime.date.isoformat(value)]},
-    datetime.time: lambda value, refer: {"text": ["datetime.time", datetime.time.isoformat(value)]},
-    datetime.datetime: lambda value, refer: {"text": ["datetime.datetime", datetime.datetime.isoformat(value)]},
-    datetime.timedelta: lambda value, refer: {"timedelta": [value.days, value.seconds, value.microseconds]},
-}
+def _encode_as(kind: type, value: Any, refer: Callable[[Any], Any]) -> Any:
+    """The content as one of BASES; methods of the value's own class are not called."""
+    if kind is int and -SAFE_INT < (number := int.__index__(value)) < SAFE_INT:
+        return number
+    if kind is str:
+        return str.__str__(value)
+    if kind is float:
+        return float.__float__(value)
+    if kind is list:
+        return [encode(item, refer) for item in list.__iter__(value)]
+    name = NAMES[kind]
+    if name in SCALARS:
+        return {name: SCALARS[name][1](value)}
+    return {name: [encode(item, refer) for item in CONTAINERS[name][1](value)]}
 
 
 def decode(data: Any, find: Callable[[str, Any], Any]) -> Any:
@@ -116,22 +122,10 @@ def decode(data: Any, find: Callable[[str, Any], Any]) -> Any:
     if not isinstance(data, dict) or len(data) != 1:
         raise ValueError("not a value")
     kind, content = next(iter(data.items()))
-    if kind in SEQUENCES:
-        return SEQUENCES[kind]([decode(item, find) for item in content])
-    if kind in MAPPINGS:
-        return MAPPINGS[kind]({decode(key, find): decode(item, find) for key, item in content})
-    if kind == "int":
-        return int(content, 16)
-    if kind in BYTES:
-        return BYTES[kind].fromhex(content)
-    if kind == "complex":
-        return complex(*content)
-    if kind in ("range", "slice"):
-        return {"range": range, "slice": slice}[kind](*(decode(number, find) for number in content))
-    if kind == "timedelta":
-        return datetime.timedelta(*content)
-    if kind == "text":
-        return FROM_TEXT[content[0]](content[1])
+    if kind in CONTAINERS:
+        return CONTAINERS[kind][2]([decode(item, find) for item in content])
+    if kind in SCALARS:
+        return SCALARS[kind][2](content)
     if kind == "builtin":
         return BUILTINS[content]
     return find(kind, content)
@@ -153,12 +147,11 @@ def receive(descriptor: int) -> Any:
     return json.loads(_read(descriptor, length))
 
 
-def _read(descriptor: int, length: int) -> bytes:
-    parts = []
-    while length:
-        part = os.read(descriptor, min(length, 1 << 20))
+def _read(descriptor: int, length: int) -> bytearray:
+    data = bytearray()
+    while len(data) < length:
+        part = os.read(descriptor, min(length - len(data), 1 << 20))
         if not part:
             raise EOFError
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
+        data += part
+    return data
