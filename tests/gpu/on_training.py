@@ -15,8 +15,8 @@ from models import load_model
 from models.value import load_value
 from sample.engine import Engine
 from train.learner import Learner, whole_weights
+from train.loading import engine_model, frozen_reference, load_trained, policy_learner, value_learner
 from train.network import Critic, Policy
-from train.networks import engine_model, frozen_reference, load_trained, policy_learner, value_learner
 from train.rl_step import learn
 from train.views import layout_of
 
