@@ -42,12 +42,10 @@ class KeyValueCache:
 
     def cut(self, width: int) -> None:
         """See the pool as slots of that width: `slots` holds each layer's keys and values."""
-        self.width, count = width, self.tokens // width
-        shape = (count, width, *self.keys[0].shape[1:])
+        self.width, self.count = width, self.tokens // width
+        shape, end = (self.count, width, *self.keys[0].shape[1:]), self.count * width
         pairs = zip(self.keys, self.values)
-        self.slots = [
-            (keys[: count * width].view(shape), values[: count * width].view(shape)) for keys, values in pairs
-        ]
+        self.slots = [(keys[:end].view(shape), values[:end].view(shape)) for keys, values in pairs]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot over another's."""

@@ -277,14 +277,16 @@ class Engine:
         if self.slots is None or self.slots.tokens.shape[0] < rows or self.slots.tokens.shape[1] < room.longest:
             self.forget_graphs()
             self.slots = Slots.empty(rows, room.longest, self.device)
-        if cached and (self.cache is None or self.cache.tokens < room.tokens):
+        if not cached:
+            self.cache = None  # one of an earlier use may be too small for these sequences
+        elif self.cache is None or self.cache.tokens < room.tokens:
             self.forget_graphs()
             self.cache = None  # the old one is freed before the new one is made
             self.cache = self.cache_class(self.model, room.tokens, room.width(1))
-        elif cached:
+        else:
             self.cache.resize(room.width(1), rows=0)
-        self.slots.finished.fill_(True)
-        network = Network(self.model, room.longest, self.flash)
+        self.free(slice(None))
+        network = Network(self.model, self.slots.tokens.shape[1], self.flash)
         settings, fixed = self.settings, self.graphs is not None
         self.denoise = self.step_class(
             network, self.slots, self.cache, settings, self.mask_id, self.stop_ids, rows, fixed
@@ -426,9 +428,14 @@ class Engine:
             if self.cache is not None:
                 self.cache.copy(last, row, min(self.active[last].reach, self.cache.width))
             self.active[row] = self.active[last]
-        self.slots.finished[last] = True
+        self.free(last)
         self.active.pop()
         self.watch.forget()
+
+    def free(self, rows: int | slice) -> None:
+        """Take rows out of use: they stand at the first block that a sequence could have."""
+        start = int(self.full_attention)  # where logits are shifted, a prediction is read one position earlier
+        self.slots.free(rows, start, start + self.settings.block_size)
 
     def forget_graphs(self) -> None:
         """Drop what speaks of memory that is about to go."""

@@ -182,7 +182,8 @@ class Graphs:
     def run(self, step: Step, rows: int, seen: int) -> None:
         """The step, by its graph; the first one of a shape is run plainly, and the second recorded."""
         limit = step.cache.width if step.cache is not None else step.slots.tokens.shape[1]
-        rows = min(1 << (rows - 1).bit_length(), len(step.slots.finished))
+        slots = len(step.slots.finished) if step.cache is None else min(len(step.slots.finished), step.cache.count)
+        rows = min(1 << (rows - 1).bit_length(), slots)
         seen = min(-(-seen // SEEN) * SEEN, limit)
         shape = (rows, seen, limit, *step.variant)
         if shape in self.met and shape not in self.graphs and self.usable:

@@ -153,6 +153,13 @@ def full_cached(family: str) -> FIGURES:
     return check_runs(family, runs, waits_allowed=True)
 
 
+def cached_and_not() -> FIGURES:
+    """One engine with the cache and without, longer in turn."""
+    plain = replace(FULL, max_active=4)
+    cached, longer = replace(plain, use_cache=True), replace(plain, max_token=32)
+    return check_runs("llada", [(cached, (3, 5)), (longer, (40, 30, 9, 20, 50)), (cached, LENGTHS)], waits_allowed=True)
+
+
 def sleep_and_wake() -> FIGURES:
     """Memory given back and taken again, between runs and by new settings; then new weights."""
     on_cpu, on_device = on_both("sdar")

@@ -13,6 +13,14 @@ SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
     "strategies, full attention": ("on_engine.strategies", ["dream", {}], {}),
     "targets, full attention": ("on_engine.targets", ["llada"], {}),
     "full attention cached": ("on_engine.full_cached", ["dream"], {}),
+    "longer, shorter: block attention": ("on_engine.longer_and_shorter", ["sdar"], {}),
+    "longer, shorter: commits alone": ("on_engine.longer_and_shorter", ["sdar"], {"merge_commit": False}),
+    "longer, shorter: shifted logits": ("on_engine.longer_and_shorter", ["dream"], {}),
+    "longer, shorter: full attention": ("on_engine.longer_and_shorter", ["llada"], {}),
+    "longer, shorter: cached": ("on_engine.longer_and_shorter", ["dream"], {"use_cache": True}),
+    "full attention, cached and not": ("on_engine.cached_and_not", [], {}),
+    "memory pressure 384 to 592": ("on_engine.memory_pressure", [[384, 448, 520, 592]], {}),
+    "memory pressure 656 to 800": ("on_engine.memory_pressure", [[656, 720, 800]], {}),
     "sleep, wake, new weights": ("on_engine.sleep_and_wake", [], {}),
     "generate.py's functions": ("on_engine.generate_functions", [], {}),
     "objectives, float32": ("on_training.objectives", ["sdar", "float32"], {}),
@@ -42,6 +50,7 @@ SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
 # what each planted fault is caught by
 FAULTS = {
     "mixed_dtype_in_flex": "Backward pass with mixed query, key, and value dtype",
+    "stale_row": "device-side assert triggered",
     "host_read_in_the_step": "steps wait for the device: [('_local_scalar_dense'",
     "tensor_made_in_the_step": "steps wait for the device: [('copy from the host'",
     "nonzero_in_the_step": "steps wait for the device: [('nonzero'",
