@@ -70,6 +70,11 @@ def heads_and_width(model: torch.nn.Module) -> tuple[int, int]:
     return local(model.model.layers[0].self_attn.k_proj.weight).shape[0] // width, width
 
 
+def rounded(keys: int, device: torch.device) -> int:
+    """A number of keys, rounded up on CUDA: its attention copies every bias over a number that 16 does not divide."""
+    return keys + -keys % 16 if device.type == "cuda" else keys
+
+
 def bytes_per_token(model: torch.nn.Module) -> int:
     """What one position's keys and values take in all layers."""
     heads, width = heads_and_width(model)

@@ -17,8 +17,8 @@ from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from models.family import family_of_network, longest_sequence
 from sample import block_attention
-from sample.cache import KeyValueCache, Room, affordable_tokens
-from sample.network import Network, engine_attention, has_flash
+from sample.cache import KeyValueCache, Room, affordable_tokens, rounded
+from sample.network import Network, engine_attention, has_flash, sampling_kernels
 from sample.parallel import copy_into, tensor_group_of
 from sample.slots import Finished, Progress, Refusal, Sequence, Slots, Watch, refusal_of, trajectory_of
 from sample.step import Graphs, Step
@@ -100,7 +100,7 @@ class Engine:
         cached = settings.use_cache or not self.full_attention
         rows = min(settings.max_active, expected.share())
         ends = [self.sequence(0, request).canvas_end for request in expected]
-        wanted = rows * min(max(ends), self.positions)
+        wanted = rows * rounded(min(max(ends), self.positions), self.device)
         tokens = self.cache_tokens(wanted) if cached else wanted
         known = [end for end in ends if end <= self.positions]
         fitting = [end for end in known if end <= tokens]
@@ -114,7 +114,7 @@ class Engine:
                 f"{len(known) - len(fitting)} requests refused: with its response one comes to {max(known)} tokens, "
                 f"and the cache holds {tokens} (rollout.cache_tokens)"
             )
-        longest = max(fitting, default=1)
+        longest = min(rounded(max(fitting, default=1), self.device), max(tokens, 1))
         self.room = Room(min(tokens, rows * longest), rows, longest)
         if fitting:
             self.reserve(cached)
@@ -155,7 +155,7 @@ class Engine:
 
         False where no forward was made: nobody is there, or it failed for a sequence, which it ended.
         """
-        with engine_attention(self.model):
+        with engine_attention(self.model), sampling_kernels(self.device):
             self.admit()
             if not self.active:
                 return False

@@ -23,6 +23,8 @@ SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
     "memory pressure 656 to 800": ("on_engine.memory_pressure", [[656, 720, 800]], {}),
     "sleep, wake, new weights": ("on_engine.sleep_and_wake", [], {}),
     "generate.py's functions": ("on_engine.generate_functions", [], {}),
+    "deterministic algorithms": ("on_engine.deterministic", [], {}),
+    "attention kernels": ("on_engine.attention_kernels", [], {}),
     "objectives, float32": ("on_training.objectives", ["sdar", "float32"], {}),
     "objectives, bfloat16": ("on_training.objectives", ["sdar", "auto"], {}),
     "objectives, full attention": ("on_training.objectives", ["dream", "float32"], {}),
