@@ -130,8 +130,8 @@ def mixed_dtype_in_flex() -> None:
 def stale_row() -> None:
     """A freed row keeps where its last sequence was."""
 
-    def free(self: Slots, row: int) -> None:
-        self.finished[row] = True
+    def free(self: Slots, rows: int | slice, start: int, end: int) -> None:
+        self.finished[rows] = True
 
     Slots.free = free
     on_engine.longer_and_shorter("sdar")
