@@ -127,16 +127,6 @@ def mixed_dtype_in_flex() -> None:
     on_training.objectives("sdar", "auto")
 
 
-def stale_row() -> None:
-    """A freed row keeps where its last sequence was."""
-
-    def free(self: Slots, rows: int | slice, start: int, end: int) -> None:
-        self.finished[rows] = True
-
-    Slots.free = free
-    on_engine.longer_and_shorter("sdar")
-
-
 def hangs() -> None:
     time.sleep(60)
 
