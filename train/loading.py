@@ -24,9 +24,12 @@ def mixed_precision(dtype: str) -> str:
 
 
 def load_trained(model_config: ModelConfig, training: TrainingBase, path: str | Path) -> LoadedModel:
-    """The model to train: float32 weights, which ZeRO-3 shards as they are loaded, and adapters where asked for."""
-    device, _ = device_and_dtype(model_config.dtype)
-    loaded = load_model(path, model_config.model_base, torch.float32, device)
+    """The model to train: float32 weights, which ZeRO-3 shards as they are loaded, and adapters where asked for.
+
+    Beside adapters nothing else is trained: those weights are kept in the dtype that responses are drawn in.
+    """
+    device, dtype = device_and_dtype(model_config.dtype)
+    loaded = load_model(path, model_config.model_base, dtype if model_config.lora.r else torch.float32, device)
     if model_config.lora.r:
         add_lora(loaded.model, model_config.lora)
     if training.gradient_checkpointing_enable:
