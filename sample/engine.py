@@ -284,8 +284,8 @@ class Engine:
         elif cached:
             self.cache.resize(room.width(1), rows=0)
         self.slots.finished.fill_(True)
-        network = Network(self.model, room.longest, self.flash)
         settings, fixed = self.settings, self.graphs is not None
+        network = Network(self.model, room.longest, self.flash, settings.compile_kernels and fixed)
         self.denoise = self.step_class(
             network, self.slots, self.cache, settings, self.mask_id, self.stop_ids, rows, fixed
         )
