@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
+from benchmarks import kernels
 from common.schema import Sampling
 from common.trajectory import Request
 from models import load_model
@@ -18,8 +19,6 @@ from sample.engine import Engine
 from sample.kernels import PLAIN, compiled, rotate
 from sample.network import Network, OwnKeys, bias_of, engine_attention
 from sample.step import Graphs
-
-SIZES = (4, 2, 16, 48, torch.device("cpu"), torch.float32)
 
 
 def tiny_network(family: str, folder: Path) -> torch.nn.Module:
@@ -150,3 +149,11 @@ def test_an_engine_compiles_on_cuda_and_where_it_is_not_forbidden(tiny_sdar: Pat
         found.append({one.task_id: one.response_ids for one in drawn})
         assert (engine.denoise.network.kernels is not PLAIN) == (as_on_cuda and wanted)
     assert found[0] == found[1] == found[2]
+
+
+def test_a_step_of_an_8b_launches_at_most_a_thousand_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {"rotate": 2, "gate": 1}  # by inductor, as `python -m benchmarks.kernels` finds by compiling
+    monkeypatch.setattr(kernels, "inductor_kernels", lambda function, *_: made[function.__name__])
+    (layers, step), (fused_layers, fused_step) = kernels.kernels_of_a_step(False), kernels.kernels_of_a_step(True)
+    assert layers / 36 > 55 and step > 2000  # else nothing was counted
+    assert fused_layers / 36 < 25 and fused_step <= 1000

@@ -12,6 +12,7 @@ from common.runtime import device_and_dtype
 from common.schema import ModelConfig, RLConfig, SFTConfig, TrainingBase
 from models import LoadedModel, load_model, load_network
 from models.lora import add_lora
+from models.norms import fuse_norms
 from models.value import load_value
 from sample.parallel import shard
 from train.learner import Learner, make_learner, whole_networks, whole_weights
@@ -96,6 +97,8 @@ def whole_model(loaded: LoadedModel, learner: Learner) -> LoadedModel:
     with whole_networks(learner.accelerator):
         network = type(loaded.model)(loaded.model.config)
     network = network.to(loaded.model.device, loaded.model.dtype).eval()
+    if loaded.model.device.type == "cuda":
+        fuse_norms(network)
     own = dict(network.named_parameters())
     with torch.no_grad():
         for name, tensor in whole_weights(loaded.model):
