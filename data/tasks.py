@@ -54,6 +54,21 @@ def load_tasks(name_or_path: str, key: str = "dataset.train_dataset") -> list[Ta
     return tasks
 
 
+@functools.cache
+def worked_examples(name_or_path: str, count: int) -> tuple[tuple[str, str], ...]:
+    """Question and solution of the first `count` records of a set, as GSM8K's have them; UserError where they lack."""
+    key = "dataset.few_shot_dataset"
+    records = load_records(name_or_path, key)[:count] if count else []
+    if len(records) < count:
+        raise UserError(f"dataset.few_shot={count}, but {key} '{name_or_path}' has only {len(records)} records")
+    examples = []
+    for number, record in enumerate(records, 1):
+        where = f"{key}: record {number} of '{name_or_path}'"
+        solution = "solution" if "solution" in record else "answer"  # the publisher's own name
+        examples.append((_text(record, "question", where).strip(), _text(record, solution, where).strip()))
+    return tuple(examples)
+
+
 def load_records(name_or_path: str, key: str) -> list[Record]:
     """The raw records of a set, in its own order; UserError for the first that cannot be read."""
     records = []
