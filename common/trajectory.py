@@ -72,6 +72,8 @@ class Score:
     correct: bool
     verdict: str
     token_rewards: list[float] | None = None  # process rewards, one for each response token; reward is their mean
+    # of each chunk that a judge voted on: the index behind its last token, and 1 or -1 where its votes agree, else 0
+    chunk_votes: list[tuple[int, int]] | None = None
 
 
 @dataclass

@@ -339,7 +339,8 @@ def _nearest(name: str) -> str:
 def _ways(name: str) -> str:
     return (
         "give arithmetic_4_train (any number of operands; train, dev or test), "
-        f"a path ({', '.join(SUFFIXES)}), a hub id org/name, or put {Path(name).stem}.jsonl into data/"
+        f"a path ({', '.join(SUFFIXES)}), a hub id org/name, or put {Path(name).stem}.jsonl into data/ "
+        "(published sets: python data/download_data.py --list)"
     )
 
 

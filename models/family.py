@@ -286,14 +286,20 @@ def find_mask_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fam
     return mask_id
 
 
+def end_of_sequence_ids(named: Any) -> tuple[int, ...]:
+    """The ids that a config or a tokenizer names as the end of sequence; none where it names none."""
+    value = getattr(named, "eos_token_id", None)
+    ids = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(id for id in ids if id is not None)
+
+
 def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     """Return the ids that end a response, ascending: every end of sequence named, and the chat turn's end."""
     added = tokenizer.added_tokens_decoder if tokenizer else {}
-    ids: set[int | None] = {id for id, token in added.items() if token.special and str(token) in END_OF_TURN}
+    ids = {id for id, token in added.items() if token.special and str(token) in END_OF_TURN}
     for holder in (model.generation_config, model.config, tokenizer):
-        value = getattr(holder, "eos_token_id", None)
-        ids.update(value if isinstance(value, (list, tuple)) else [value])
-    return tuple(sorted(i for i in ids if i is not None and 0 <= i < model.config.vocab_size))
+        ids.update(end_of_sequence_ids(holder))
+    return tuple(sorted(i for i in ids if 0 <= i < model.config.vocab_size))
 
 
 def stop_ids_of_network(model: PreTrainedModel) -> tuple[int, ...]:

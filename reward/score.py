@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Self
 
 from common.errors import UserError, load_function
@@ -55,7 +55,7 @@ class RewardScorer:
         if self.kind == "judge" or not self.reward.judge.base_url:
             return scored
         judged = judged_score(text, task, self.reward.judge)
-        return Score(judged.reward, scored.correct, scored.verdict, judged.token_rewards)
+        return replace(judged, correct=scored.correct, verdict=scored.verdict)
 
     def is_truncated(self, trajectory: Trajectory, limit: int) -> bool:
         """Whether a response earns nothing because it was cut at the limit of tokens, or is near it; in RL alone."""

@@ -57,7 +57,7 @@ def take_up(path: Path, tasks: Sequence[Task], step: int) -> dict[str, dict[tupl
                     field.name: line.get(field.name, [] if "list" in str(field.type) else None)
                     for field in dataclasses.fields(Trajectory)
                 }
-                score = Score(**{field.name: line[field.name] for field in dataclasses.fields(Score)})
+                score = Score(**{field.name: line.get(field.name) for field in dataclasses.fields(Score)})
                 response = ScoredTrajectory(by_id[line["task_id"]], Trajectory(**trace), score)
                 found[line.get("setting")][line["task_id"], line["sample"]] = response
     return from_main(dict(found))

@@ -136,6 +136,18 @@ def test_scores():
         code_score("```python\nx\n```", Task("t", "q", "4", {}))
 
 
+def test_the_share_of_tests_that_are_passed():
+    """Of functions and of programs; the verdict is of the first test that is not passed."""
+    share, doubling = RewardConfig(code_reward="share"), "```python\ndef f(x): return 2 * x\n```"
+    tests = [f"assert f({n}) == {n * n}" for n in range(4)]  # it holds of 0 and 2
+    assert code_score(doubling, function(*tests), share) == Score(0.5, False, "failed")
+    assert code_score(doubling, function(tests[0], tests[2]), share) == Score(1.0, True, "passed")
+    assert code_score(doubling, function(*tests)) == Score(0.0, False, "failed")
+    ends = "```python\nn = int(input())\nprint(1 // n)\n```"
+    assert code_score(ends, stdio(("1", "1"), ("0", "0"), ("2", "0")), share) == Score(2 / 3, False, "crashed")
+    assert code_score("none", stdio(("1", "1")), share) == Score(0.0, False, "no_answer")
+
+
 # fmt: off
 # ruff: noqa: E501
 BOX = "class Box:\n    KIND = 'box'\n    def __init__(self, side): self.side = side\n    @property\n    def area(self): return self.side ** 2"

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from data import download_data
 from data.check import check_file
-from data.download_data import SOURCES, convert_records
+from data.download_data import SETS, convert_records, download
 from data.tasks import load_records, load_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT.parent / "shared" / "data"
-NAMES = "MATH500 GSM8K AIME2024 LiveCodeBench LiveBench MBPP HumanEval MATH_train PrimeIntellect demon_openr1math"
+EVALUATION = ["MATH500", "GSM8K", "AIME2024", "LiveCodeBench", "LiveBench", "MBPP", "HumanEval"]
+TRAINING = ["MATH_train", "PrimeIntellect", "demon_openr1math"]
+OPTIONS = ["MMLU-Pro", "GPQA", "GPQA_diamond"]
 CODE = {"question": "q", "test_method": "function", "test_list": ["assert f(1) == 1"]}
 STDIO = {"question": "q", "test_method": "stdio", "test_input": ["1", "2"], "test_output": ["1", "2"]}
 MBPP = {
@@ -35,17 +38,90 @@ def script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("folder", [".", "data"])
-def test_without_a_network_one_line_says_what_to_put_where(folder):
+@pytest.mark.parametrize(
+    ("source", "hub_id"), [((), "Gen-Verse/AIME2024"), (("--source", "publisher"), "HuggingFaceH4/aime_2024")]
+)
+def test_without_a_network_one_line_says_what_to_put_where(folder, source, hub_id):
     path = "data/download_data.py" if folder == "." else "download_data.py"
-    done = script(path, "--dataset", "AIME2024", cwd=ROOT / folder)
+    done = script(path, "--dataset", "AIME2024", *source, cwd=ROOT / folder)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert "huggingface.co/datasets/HuggingFaceH4/aime_2024" in line and "data/AIME2024.jsonl" in line
+    assert f"huggingface.co/datasets/{hub_id} " in line and "data/AIME2024.jsonl" in line
     assert "Traceback" not in done.stderr
 
 
-def test_every_set_is_named():
-    assert list(SOURCES) == NAMES.split()
+def test_every_set_is_listed_with_its_sources():
+    assert list(SETS) == [*EVALUATION, *OPTIONS, *TRAINING]
+    lines = script("data/download_data.py", "--list").stdout.splitlines()
+    listed = {line.split()[0]: line for line in lines}
+    assert list(listed) == list(SETS)
+    assert "gen-verse: Gen-Verse/GSM8K, publisher: openai/gsm8k" in listed["GSM8K"]
+    assert "gen-verse: Gen-Verse/LiveBench" in listed["LiveBench"] and "publisher" not in listed["LiveBench"]
+    assert "publisher: TIGER-Lab/MMLU-Pro" in listed["MMLU-Pro"] and "Gen-Verse" not in listed["MMLU-Pro"]
+
+
+@pytest.mark.parametrize("name", [*EVALUATION, *TRAINING])
+def test_the_published_records_are_the_file_of_that_name(tmp_path, monkeypatch, name):
+    """The hub stands behind a double that has these files and no others."""
+    split = "train" if name in TRAINING else "test"
+    records = [CODE | {"prefix": "import math"}, {"question": "q", "ground_truth_answer": "4", "level": 3}]
+    (tmp_path / "hub.json").write_text(json.dumps(records))
+
+    def hf_hub_download(repo_id, filename, repo_type):
+        assert (repo_id, filename, repo_type) == (f"Gen-Verse/{name}", f"{split}/{name}.json", "dataset")
+        return str(tmp_path / "hub.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    download(name, out=tmp_path / "out.jsonl")
+    assert [task.record for task in load_tasks(str(tmp_path / "out.jsonl"))] == records
+
+
+def test_a_publishers_own_set(tmp_path, monkeypatch):
+    """Where a publisher has the set, its own records are converted; where it has not, one line says who has."""
+    asked = []
+
+    def load_from_hub(*names):
+        asked.append(names)
+        return {"train": [], "test": [{"question": "q", "answer": "so\n#### 7"}]}
+
+    monkeypatch.setattr(download_data, "load_from_hub", load_from_hub)
+    download("GSM8K", "publisher", tmp_path / "gsm.jsonl")
+    assert asked == [("openai/gsm8k", "main")]
+    assert [task.ground_truth_answer for task in load_tasks(str(tmp_path / "gsm.jsonl"))] == ["7"]
+    with pytest.raises(UserError, match="--source: 'publisher' has no LiveBench; use --source gen-verse"):
+        download("LiveBench", "publisher")
+    with pytest.raises(UserError, match="--source: 'gen-verse' has no GPQA; use --source publisher"):
+        download("GPQA", "gen-verse")
+
+
+MMLU = {"question_id": 70, "question": "Which?", "options": ["x", "y", "z"], "answer": "C", "answer_index": 2}
+GPQA = {"Question": "Why?\n", "Correct Answer": "right", "Record ID": "rec1", "High-level domain": "Physics"}
+GPQA |= {f"Incorrect Answer {number}": f"wrong {number}" for number in (1, 2, 3)}
+
+
+def test_options_are_lettered(tmp_path):
+    (record,) = convert_records([MMLU | {"category": "law"}])
+    assert record == {"question": "Which?\nA. x\nB. y\nC. z", "ground_truth_answer": "C", "id": "70", "category": "law"}
+    ten = MMLU | {"options": list("abcdefghij"), "answer": "J"}
+    assert convert_records([ten])[0]["question"].endswith("\nI. i\nJ. j")
+    for bad in ({"answer": "D"}, {"options": list("abcdefghijk"), "answer": "A"}):
+        with pytest.raises(UserError, match=r"record 1 cannot be converted: its answer .* is none of its"):
+            convert_records([MMLU | bad])
+
+
+def test_the_right_option_of_gpqa_is_anywhere_and_always_in_the_same_place():
+    rows = [GPQA | {"Question": f"Why {number}?", "Record ID": f"rec{number}"} for number in range(200)]
+    records = convert_records(rows)
+    assert records == convert_records(rows)  # whatever was converted before
+    assert records[7:9] == convert_records(rows[7:9])
+    for row, record in zip(rows, records):
+        question, *lines = record["question"].split("\n")
+        assert question == row["Question"] and record["category"] == "Physics" and record["id"] == row["Record ID"]
+        assert f"{record['ground_truth_answer']}. right" in lines
+        assert sorted(line[:3] for line in lines) == ["A. ", "B. ", "C. ", "D. "]
+        assert sorted(line[3:] for line in lines) == ["right", "wrong 1", "wrong 2", "wrong 3"]
+    letters = [record["ground_truth_answer"] for record in records]
+    assert all(30 <= letters.count(letter) <= 70 for letter in "ABCD")
 
 
 def test_a_wrong_name_is_told():

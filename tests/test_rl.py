@@ -347,7 +347,7 @@ def unchanged(learner: Learner, before: list[torch.Tensor]) -> bool:
         {},
         {"method": "coupled"},
         {"shrink": 2, "old_logp": "engine"},
-        {"ratio_level": "sequence"},
+        {"term": "sequence"},
         {"use_kl_estimator_k3": False},
         {"tis_cap": 2.0},
     ],
@@ -467,12 +467,12 @@ def test_the_kl_is_to_the_start_of_the_step_on_the_same_views(
         with torch.no_grad():
             drawn.learner.network.backbone.model.layers[2].mlp.up_proj.weight.mul_(1.05)
     for k3 in (True, False):
-        keys = {"old_logp": old_logp, "updates_per_step": updates, "ratio_level": level, "use_kl_estimator_k3": k3}
+        keys = {"old_logp": old_logp, "updates_per_step": updates, "term": level, "use_kl_estimator_k3": k3}
         figures = drawn.learn(exact=False, **keys, **changes)
         assert figures["updates"] == updates
         assert figures["kl"] == 0.0 if updates == 1 else abs(figures["kl"]) < 1e-6
     # the ratio itself does start from the engine's numbers where they are asked for
-    assert (abs(figures["loss"] - drawn.learn(exact=False, **changes, ratio_level=level)["loss"]) > 1e-4) == (
+    assert (abs(figures["loss"] - drawn.learn(exact=False, **changes, term=level)["loss"]) > 1e-4) == (
         old_logp == "engine"
     )
 
