@@ -2,10 +2,11 @@
 
     python -m benchmarks.shipped_evals [key=value …]
 
-One table: config, model, tasks, accuracy, tokens per forward. Every config is run as it is but for its data, its
-sizes and its chat template, which are those that the tiny networks were made for, on 32 tasks. The models are made by `configs/sft_tiny.yaml` where
-they are missing. Further keys go to every evaluation: tiny models learn bare questions, so that
-`dataset.prompts.math={question}` shows what they can, where a published instruction is text of unknown characters.
+One table: config, model, tasks, accuracy, tokens per forward. Every config is run as it is but for its data, its sizes
+and its style of prompts, which are those that the tiny networks were made for, on 32 tasks. The models are made by
+`configs/sft_tiny.yaml` where they are missing. Further keys go to every evaluation: tiny models learn bare questions,
+so that `dataset.prompts.math={question}` shows what they can, where a published instruction is text of unknown
+characters.
 """
 
 import sys
