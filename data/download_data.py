@@ -71,6 +71,7 @@ SETS: dict[str, Published] = {
     "MATH_train": published("MATH_train", "train", "training"),
     "PrimeIntellect": published("PrimeIntellect", "train", "training, code"),
     "demon_openr1math": published("demon_openr1math", "train", "training"),
+    "GSM8K_train": Published("training, examples", {"publisher": Source("openai/gsm8k", "train", "main")}),
 }
 
 
