@@ -52,6 +52,12 @@ CHIPS = {
     "4090": Chip(1.008e12, 165.2e12, 24e9),
 }
 
+
+def chip_of(device: str) -> str | None:
+    """The chip that a device's name speaks of, None where its data sheet is not here."""
+    return next((chip for chip in CHIPS if chip in device.lower()), None)
+
+
 # What of the data sheet is reached; assumptions that a measurement replaces
 LARGE_PRODUCT = 0.8  # of the peak, by a large product: 790 of 989 TFLOP/s were measured on an H200
 STEP_PRODUCT = 0.55  # of the peak, by products of a few hundred rows
