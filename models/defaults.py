@@ -3,9 +3,17 @@
 from typing import Any
 
 from common.config import settings_of
-from common.runtime import console
-from common.schema import RolloutConfig, Sampling
-from models.family import LoadedModel
+from common.runtime import console, device_and_dtype
+from common.schema import OneModel, RolloutConfig, Sampling
+from models.family import LoadedModel, family_of, load_model
+
+
+def load_one(config: OneModel) -> LoadedModel:
+    """The model that a config names, of the family that reads it unless one is named; the config's defaults are set."""
+    device, dtype = device_and_dtype(config.dtype)
+    loaded = load_model(config.model, config.model_base or family_of(config.model), dtype, device)
+    take_defaults(config, loaded)
+    return loaded
 
 
 def take_defaults(config: Any, loaded: LoadedModel) -> None:

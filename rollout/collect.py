@@ -83,6 +83,13 @@ def collect(
     scoring: deque[tuple[ScoredTrajectory, Future[Score]]] = deque()  # in the order in which they were drawn
     own: list[ScoredTrajectory] = []  # scored, of this rank's requests
 
+    def take_score() -> None:
+        """Wait for the score of the response that was drawn first."""
+        response, score = scoring.popleft()
+        response.score = score.result()
+        keep(response)
+        own.append(response)
+
     with progress(description, len(requests)) as advance, suppress(Stopped):
         for response in draw(engine, loaded, tasks, requests, settings, watch):
             advance()
@@ -94,10 +101,10 @@ def collect(
                     text = Response.of(text, loaded.tokenizer.batch_decode([[token] for token in ids]))
                 scoring.append((response, scorer.submit(text, response.task, trajectory.finish_reason == "length")))
                 while scoring and scoring[0][1].done():
-                    own.append(take_score(scoring, keep))
+                    take_score()
     with progress("scoring", len(scoring)) as advance, watch("reward"):
         while scoring and not stop_requested():
-            own.append(take_score(scoring, keep))
+            take_score()
             beat()
             advance()
 
@@ -131,9 +138,16 @@ def draw(
     watch: Stopwatch,
 ) -> Iterator[ScoredTrajectory]:
     """The responses that this rank draws, as they finish, not scored yet. Raises Stopped where the run is to end."""
+
+    def stop_if_asked() -> None:
+        """Called at every denoising step by all ranks of a tensor group."""
+        beat()
+        if any_of_tensor_group(stop_requested(), engine.tensor_group):
+            raise Stopped
+
     queue = Queue(requests, shared=True, tensor_group=engine.tensor_group)
     stop_ids = stop_ids_of(loaded, settings.stop_token_list)
-    drawn = engine.generate(queue, settings, on_step=lambda: stop_if_asked(engine.tensor_group), stop_ids=stop_ids)
+    drawn = engine.generate(queue, settings, on_step=stop_if_asked, stop_ids=stop_ids)
     before = watch.seconds.get("rollout", 0.0)
     for trajectory in timed(drawn, watch, "rollout"):
         if trajectory.finish_reason == "refused" or not is_first_of_tensor_group(engine.tensor_group):
@@ -144,20 +158,3 @@ def draw(
             trajectory.text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
         yield ScoredTrajectory(tasks[trajectory.task_id], trajectory, UNSCORED, seconds=now - before)
         before = now
-
-
-def take_score(
-    scoring: deque[tuple[ScoredTrajectory, Future[Score]]], keep: Callable[[ScoredTrajectory], None]
-) -> ScoredTrajectory:
-    """Wait for the score of the response that was drawn first, and hand the response to `keep` with it."""
-    response, score = scoring.popleft()
-    response.score = score.result()
-    keep(response)
-    return response
-
-
-def stop_if_asked(tensor_group: int) -> None:
-    """Called at every denoising step by all ranks of a tensor group. Raises Stopped on all where the run is to end."""
-    beat()
-    if any_of_tensor_group(stop_requested(), tensor_group):
-        raise Stopped

@@ -110,7 +110,10 @@ def changes_between(a: str, b: str) -> list[str]:
 
 
 def _samples_file(name: str) -> tuple[Path, int | None]:
-    text, _, step = name.rpartition("@") if name.rpartition("@")[2].isdigit() and "@" in name else (name, "", "")
+    """The file of an evaluation, and behind how many steps it is wanted where the name ends in `@steps`."""
+    text, at, step = name.rpartition("@")
+    if not (at and step.isdigit()):
+        text, step = name, ""
     path = Path(text) / "samples.jsonl" if Path(text).is_dir() else Path(text)
     if not path.is_file():
         raise UserError(f"{name}: no {path}; give the folder of a run of eval.py or rl.py")

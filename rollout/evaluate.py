@@ -18,15 +18,7 @@ from models.defaults import take_defaults
 from reward.score import RewardScorer, check_tasks, make_scorer
 from rollout.collect import Prompt, collect, encode_tasks, prompts_within
 from rollout.fingerprint import check_resumable, fingerprint_of
-from rollout.results import (
-    Evaluation,
-    answer_reader,
-    notable,
-    summarize,
-    table_rows,
-    trace_of_response,
-    write_results,
-)
+from rollout.results import Evaluation, answer_reader, notable, summarize, table_rows, trace_of_response, write_results
 from rollout.samples import take_up, write_samples
 from sample.engine import Engine
 from sample.parallel import shard
@@ -61,18 +53,11 @@ def main(
     known = {} if experiment.start_from_scratch else take_up(samples_file, tasks, step=0)
 
     results, traces = {}, []
+    limit, seed = config.max_prompt_len, config.seed
     for name, setting in settings.items():
+        before = known.pop(name, {})
         results[name], responses = evaluate_setting(
-            engine,
-            loaded,
-            prompts,
-            name,
-            setting,
-            scorer,
-            config.max_prompt_len,
-            config.seed,
-            samples_file,
-            known=known.pop(name, {}),
+            engine, loaded, prompts, name, setting, scorer, limit, seed, samples_file, known=before
         )
         if is_main():
             traces += [trace_of_response(loaded, one, setting.block_size, name) for one in notable(responses)]
@@ -151,10 +136,7 @@ def evaluate_setting(
             write_samples(samples_file, [[response]], {"step": step, "setting": name})
 
     known = known or {}
-    description = f"evaluate {name}"
-    groups = collect(
-        engine, loaded, short, setting, scorer, Stopwatch(), seed, description=description, known=known, keep=keep
-    )
+    groups = collect(engine, loaded, short, setting, scorer, Stopwatch(), seed, 0, f"evaluate {name}", known, keep)
     answered = {group[0].task.id for group in groups}
     unanswered = [task for task, _ in prompts if task.id not in answered]
     if unanswered:
@@ -169,7 +151,7 @@ def name_settings(settings: Sequence[TaskSampling]) -> dict[str, TaskSampling]:
     rows = [asdict(setting) for setting in settings]
     names = [row["remasking_strategy"].removeprefix("low_confidence_") for row in rows]
     if len(set(names)) < len(names):
-        differing = [key for key in rows[0] if len({str(row[key]) for row in rows}) > 1]
-        differing = [key for key in differing if key != "remasking_strategy"]
+        others = [key for key in rows[0] if key != "remasking_strategy"]
+        differing = [key for key in others if len({str(row[key]) for row in rows}) > 1]
         names = ["-".join([name, *(f"{key}={row[key]}" for key in differing)]) for name, row in zip(names, rows)]
     return dict(zip(names, settings))

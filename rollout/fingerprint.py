@@ -25,10 +25,7 @@ Fingerprint = dict[str, Any]
 
 
 def fingerprint_of(
-    config: EvalConfig,
-    loaded: LoadedModel,
-    prompts: Sequence[Prompt],
-    settings: Mapping[str, Sampling],
+    config: EvalConfig, loaded: LoadedModel, prompts: Sequence[Prompt], settings: Mapping[str, Sampling]
 ) -> Fingerprint:
     """Hashes of model, data and prompts, the settings, the versions; `id` is a hash over all but versions and speed.
 
@@ -58,22 +55,19 @@ def fingerprint_of(
         "seed": config.seed,
         "settings": {name: dataclasses.asdict(setting) for name, setting in settings.items()},
     }
-    facts = {"device": device.type, "versions": versions()}
-    return {"id": hash_json(_what_counts(fingerprint))[:12]} | fingerprint | facts
+    identity = {"id": hash_json(_what_counts(fingerprint))[:12]}
+    return identity | fingerprint | {"device": device.type, "versions": versions()}
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of each of a checkpoint's files, by name; the number that the hub shows for its weights."""
-    files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
-    return {file.name: _sha256(file) for file in files}
-
-
-def _sha256(file: Path) -> str:
-    stored = file.resolve().name
-    if SHA256.fullmatch(stored):  # the hub's cache keeps large files under their hash
-        return stored
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    hashes = {}
+    for file in sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)}):
+        hashes[file.name] = file.resolve().name  # the hub's cache keeps large files under their hash
+        if not SHA256.fullmatch(hashes[file.name]):
+            with file.open("rb") as stream:
+                hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
 
 
 def hash_json(thing: Any) -> str:
@@ -101,18 +95,13 @@ def check_resumable(folder: Path, now: Fingerprint) -> None:
 def differences(before: Any, after: Any, name: str = "") -> list[str]:
     """Every value that differs between two nested dicts, as `key: old → new`."""
     if isinstance(before, dict) and isinstance(after, dict):
-        keys = dict.fromkeys([*before, *after])
-        return [
-            line
-            for key in keys
-            for line in differences(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
-        ]
-    return [] if before == after else [f"{name}: {_short(before)} → {_short(after)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:37] + "…"
+        lines = []
+        for key in dict.fromkeys([*before, *after]):
+            lines += differences(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
+        return lines
+    old, new = (json.dumps(value, ensure_ascii=False) for value in (before, after))
+    old, new = (text if len(text) <= 40 else text[:37] + "…" for text in (old, new))
+    return [] if before == after else [f"{name}: {old} → {new}"]
 
 
 def _what_counts(fingerprint: Fingerprint) -> Fingerprint:

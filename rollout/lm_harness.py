@@ -13,12 +13,10 @@ from typing import Any
 
 from common.config import load_config
 from common.errors import UserError, one_line_errors
-from common.runtime import device_and_dtype
 from common.schema import Sampling
 from common.trajectory import Request
-from models import LoadedModel, load_model
-from models.defaults import take_defaults
-from models.family import family_of
+from models import LoadedModel
+from models.defaults import load_one
 from models.prompts import stop_ids_of, turns_text
 from rollout.likelihood import response_elbo
 from sample.engine import Engine
@@ -26,8 +24,8 @@ from sample.engine import Engine
 HARNESS_WRITES = ("prompt", "prompt_template", "start_with_think")  # keys of generate.py that say what a prompt is
 DEFAULT_MASKS = 128  # LLaDA's choice for most tasks
 # The harness's names of generation settings → ours.
-GENERATION = {"max_gen_toks": "max_token", "max_new_tokens": "max_token", "temperature": "temperature"}
-GENERATION |= {"top_p": "top_p", "top_k": "top_k"}
+GENERATION = {"max_gen_toks": "max_token", "max_new_tokens": "max_token"}
+GENERATION |= {name: name for name in ("temperature", "top_p", "top_k")}
 
 
 @dataclasses.dataclass
@@ -46,16 +44,15 @@ class HarnessModel:
     def generate(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
         """A text for each (context, generation settings), cut at the first of its `until`; drawn side by side."""
         texts = [""] * len(asked)
-        by_settings: dict[str, list[int]] = {}
-        for number, (_, wanted) in enumerate(asked):
-            by_settings.setdefault(repr(generation_settings(self.settings, wanted)), []).append(number)
-        for numbers in by_settings.values():
-            settings = generation_settings(self.settings, asked[numbers[0]][1])
-            requests = [Request(str(n), self.encode(asked[n][0]), seed=self.seed) for n in numbers]
-            stops = stop_ids_of(self.loaded, settings.stop_token_list)
+        alike: dict[str, tuple[Sampling, list[Request]]] = {}  # requests of the same settings share forwards
+        for number, (context, wanted) in enumerate(asked):
+            settings = generation_settings(self.settings, wanted)
+            _, requests = alike.setdefault(repr(settings), (settings, []))
+            requests.append(Request(str(number), self.encode(context), seed=self.seed))
+        stops = stop_ids_of(self.loaded, self.settings.stop_token_list)
+        for settings, requests in alike.values():
             for trajectory in self.engine.generate(requests, settings, stop_ids=stops):
-                ids = trajectory.response_ids[: trajectory.length]
-                number = int(trajectory.task_id)
+                number, ids = int(trajectory.task_id), trajectory.response_ids[: trajectory.length]
                 text = self.loaded.tokenizer.decode(ids, skip_special_tokens=True)
                 texts[number] = cut(text, asked[number][1].get("until") or [])
         return texts
@@ -74,12 +71,9 @@ class HarnessModel:
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of both parts, split where the whole text's ids are; spaces at the context's end go with what follows."""
-        kept = context.rstrip(" ")
-        whole = self.encode(context + continuation)
-        prompt = self.encode(kept)
+        whole, prompt = self.encode(context + continuation), self.encode(context.rstrip(" "))
         if not prompt:  # full attention needs a token before the response
-            prompt = [self.loaded.stop_ids[0]] if self.loaded.stop_ids else []
-            return prompt, whole
+            return list(self.loaded.stop_ids[:1]), whole
         return whole[: len(prompt)], whole[len(prompt) :]
 
 
@@ -105,9 +99,7 @@ def make_harness_model(pretrained: str, **given: Any) -> HarnessModel:
     masks, seed = int(given.pop("masks", DEFAULT_MASKS)), int(given.pop("seed", 0))
     arguments = [f"model={pretrained}", "prompt=unused", *(f"{key}={value}" for key, value in given.items())]
     config = load_config("generate", arguments)
-    device, dtype = device_and_dtype(config.dtype)
-    loaded = load_model(config.model, config.model_base or family_of(config.model), dtype, device)
-    take_defaults(config, loaded)
+    loaded = load_one(config)
     settings = Sampling(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling)})
     return HarnessModel(loaded, settings, seed, masks)
 

@@ -47,9 +47,8 @@ class RunPage:
     def note(self, step: int, groups: Sequence[Sequence[ScoredTrajectory]]) -> None:
         """Keep the best and the worst responses of a step."""
         ranked = sorted((response for group in groups for response in group), key=lambda one: one.score.reward)
-        best, worst = ranked[::-1][:SHOWN], ranked[:SHOWN]
-        self.responses = [("best", step, response) for response in best]
-        self.responses += [("worst", step, response) for response in worst]
+        self.responses = [("best", step, response) for response in ranked[::-1][:SHOWN]]
+        self.responses += [("worst", step, response) for response in ranked[:SHOWN]]
 
     def refresh(self, done: bool = False) -> bool:
         """Rewrite the page if enough time has passed, or the run is done; returns whether it was rewritten.
@@ -61,9 +60,12 @@ class RunPage:
             return False
         traces, rows = [], []
         for number, (kind, step, response) in enumerate(self.responses, start=1):
-            name = {"name": f"{kind} of step {step}: {response.task.id}"}
+            task, trajectory, score = response.task, response.trajectory, response.score
+            name = {"name": f"{kind} of step {step}: {task.id}"}
             traces.append(trace_of_response(self.loaded, response, self.block_size) | name)
-            rows.append(response_row(kind, step, response) | {"trace": f"trace.html#{number}"})
+            row = {"kind": kind, "step": step, "task": task.id, "question": task.question, "text": trajectory.text}
+            row |= {"reward": score.reward, "verdict": score.verdict, "length": trajectory.length}
+            rows.append(row | {"steps": trajectory.steps, "trace": f"trace.html#{number}"})
         page = run_data(self.folder) | {"live": not done, "total": self.total_step, "responses": rows}
         file = self.folder / "report.html"
         with unless_full(file):
@@ -74,21 +76,6 @@ class RunPage:
         self.written = time.monotonic()
         self.cost = self.written - begin
         return True
-
-
-def response_row(kind: str, step: int, response: ScoredTrajectory) -> dict[str, Any]:
-    """One response in the list."""
-    return {
-        "kind": kind,
-        "step": step,
-        "task": response.task.id,
-        "question": response.task.question,
-        "text": response.trajectory.text,
-        "reward": response.score.reward,
-        "verdict": response.score.verdict,
-        "length": response.trajectory.length,
-        "steps": response.trajectory.steps,
-    }
 
 
 def run_data(folder: Path) -> dict[str, Any]:
@@ -114,16 +101,12 @@ def headlines(rows: list[Row]) -> list[dict[str, Any]]:
     """The figures at the top: of evaluations first and last, of training the means of its first and last tenth."""
     found = []
     evaluated = sorted({key for row in rows for key in row if key.startswith("eval") and key.endswith("accuracy")})
-    for key in evaluated:
+    for key in (*evaluated, *HEADLINES):
         values = [row[key] for row in rows if isinstance(row.get(key), (int, float))]
         if values:
-            found.append({"name": key, "first": values[0], "last": values[-1], "share": True})
-    for key in HEADLINES:
-        values = [row[key] for row in rows if isinstance(row.get(key), (int, float))]
-        if values:
-            tenth = max(1, len(values) // 10)
-            first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-            found.append({"name": key, "first": first, "last": last, "share": key == "accuracy"})
+            few = 1 if key in evaluated else max(1, len(values) // 10)
+            first, last = sum(values[:few]) / few, sum(values[-few:]) / few
+            found.append({"name": key, "first": first, "last": last, "share": key.endswith("accuracy")})
     return found
 
 

@@ -5,6 +5,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -60,49 +61,43 @@ def summarize(
     count as wrong.
     """
     responses = [response for group in groups for response in group]
-    shares = [(group[0].task, sum(response.score.correct for response in group) / len(group)) for group in groups]
+    correct = [[response.score.correct for response in group] for group in groups]
+    shares = [(group[0].task, sum(right) / len(right)) for group, right in zip(groups, correct)]
     shares += [(task, 0.0) for task in unanswered]
-    mean, error = mean_and_error([share for _, share in shares])
-    answered = len(groups) / len(shares)
+    accuracy, error = mean_and_error([share for _, share in shares])
     tokens = sum(response.trajectory.length for response in responses)
+    ks = shown_ks(min(map(len, groups)))
+    votes = [[vote(answer(response.trajectory.text)) for response in group] for group in groups] if answer else None
+
+    def over_tasks(values: Iterable[float]) -> float:  # their mean over all tasks, the unanswered counting 0
+        return len(groups) / len(shares) * (sum(values) / len(groups))
+
     return Evaluation(
         setting=name,
         tasks=len(shares),
         responses=len(responses),
-        accuracy=mean,
+        accuracy=accuracy,
         standard_error=error,
         tokens_per_forward=tokens_per_forward(responses),
         response_length=tokens / len(responses),
         truncated=sum(response.trajectory.finish_reason == "length" for response in responses) / len(responses),
         tokens_per_second=(tokens if drawn is None else drawn) / seconds if seconds else 0.0,
         unanswered=len(unanswered),
-        pass_at={k: answered * value for k, value in pass_at(groups).items()},
-        majority_at={k: answered * value for k, value in majority_at(groups, answer).items()} if answer else {},
+        pass_at={k: over_tasks(pass_at_k(len(right), sum(right), k) for right in correct) for k in ks},
+        majority_at={k: over_tasks(map(majority_at_k, votes, correct, repeat(k))) for k in ks} if votes else {},
         categories=by_category(shares),
     )
+
+
+def vote(answer: str | None) -> str | None:
+    """An answer as it is compared for majority@k, without spaces and in lower case; None where there is none."""
+    return "".join((answer or "").split()).casefold() or None
 
 
 def tokens_per_forward(responses: Sequence[ScoredTrajectory]) -> float:
     """Response tokens, through the stop token, over denoising steps (TPF)."""
     tokens = sum(response.trajectory.length for response in responses)
     return tokens / sum(response.trajectory.steps for response in responses)
-
-
-def pass_at(groups: Sequence[Sequence[ScoredTrajectory]]) -> dict[int, float]:
-    """Unbiased pass@k, mean over tasks, for k = 2, 4, 8, … and all responses."""
-    counts = [(len(group), sum(response.score.correct for response in group)) for group in groups]
-    ks = shown_ks(min(number for number, _ in counts))
-    return {k: sum(pass_at_k(number, correct, k) for number, correct in counts) / len(counts) for k in ks}
-
-
-def majority_at(groups: Sequence[Sequence[ScoredTrajectory]], answer: Callable[[str], str | None]) -> dict[int, float]:
-    """majority@k, mean over tasks, for the same k. Answers are compared without spaces and in lower case."""
-    votes = []
-    for group in groups:
-        answers = ["".join((answer(response.trajectory.text) or "").split()).casefold() or None for response in group]
-        votes.append((answers, [response.score.correct for response in group]))
-    ks = shown_ks(min(map(len, groups)))
-    return {k: sum(majority_at_k(answers, correct, k) for answers, correct in votes) / len(votes) for k in ks}
 
 
 def answer_reader(scorer: RewardScorer) -> Callable[[str], str | None] | None:
@@ -119,8 +114,7 @@ def by_category(shares: Sequence[tuple[Task, float]]) -> dict[str, dict[str, dic
     for name in CATEGORY_FIELDS:
         parts: dict[str, list[float]] = defaultdict(list)
         for task, share in shares:
-            value = task.record.get(name)
-            if isinstance(value, (str, int)):
+            if isinstance(value := task.record.get(name), (str, int)):
                 parts[str(value)].append(share)
         if 2 <= len(parts) <= 50:
             found[name] = {}

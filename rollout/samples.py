@@ -12,8 +12,6 @@ from common.ranks import from_main, is_main
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 
 Line = dict[str, Any]
-OF_SCORE = [field.name for field in dataclasses.fields(Score)]
-OF_TRAJECTORY = {field.name: field for field in dataclasses.fields(Trajectory)}
 
 
 def write_samples(
@@ -54,13 +52,11 @@ def take_up(path: Path, tasks: Sequence[Task], step: int) -> dict[str, dict[tupl
         by_id = {task.id: task for task in tasks}
         for line in lines:
             if line.get("step") == step and line["task_id"] in by_id:
-                response = response_of(line, by_id[line["task_id"]])
+                trace = {  # lists that were left out are empty
+                    field.name: line.get(field.name, [] if "list" in str(field.type) else None)
+                    for field in dataclasses.fields(Trajectory)
+                }
+                score = Score(**{field.name: line[field.name] for field in dataclasses.fields(Score)})
+                response = ScoredTrajectory(by_id[line["task_id"]], Trajectory(**trace), score)
                 found[line.get("setting")][line["task_id"], line["sample"]] = response
     return from_main(dict(found))
-
-
-def response_of(line: Line, task: Task) -> ScoredTrajectory:
-    """A response as it was before it was written; lists of its trace that were left out are empty."""
-    trace = {name: line.get(name, [] if "list" in str(field.type) else None) for name, field in OF_TRAJECTORY.items()}
-    score = Score(**{name: line[name] for name in OF_SCORE})
-    return ScoredTrajectory(task, Trajectory(**trace), score)

@@ -28,38 +28,32 @@ def block_causal_mask(positions: Tensor, valid: Tensor, block_size: int) -> Tens
 def prefill(
     network: Network, cache: KeyValueCache, prefixes: list[tuple[int, ...]], first: int, block_size: int
 ) -> None:
-    """Bring the keys that rows from `first` on need into the cache; one forward serves all that need the same.
+    """Write the keys and values of the prefixes of rows from `first` on; what several rows need is computed once.
 
     `prefixes` are every row's, whole blocks of tokens; the slots before `first` hold theirs already.
     """
-    held = {prefix: row for row, prefix in enumerate(prefixes[:first])}
-    missing, copies = {}, []
+    row_of = {prefix: row for row, prefix in enumerate(prefixes[:first])}
+    missing, copies = [], []
     for row, prefix in enumerate(prefixes[first:], first):
-        if prefix in held:
-            copies.append((held[prefix], row, len(prefix)))
+        if prefix in row_of:
+            copies.append((row_of[prefix], row, len(prefix)))
         else:
-            held[prefix] = missing[prefix] = row
-    write_prefixes(network, cache, list(missing), list(missing.values()), block_size)
+            row_of[prefix] = row
+            missing.append(prefix)
+    missing = sorted(filter(None, missing), key=len)
+    while missing:
+        longest = len(missing[-1])
+        count = max(1, min(len(missing), PREFILL_TOKENS // longest))  # the longest come first
+        chunk, missing = missing[-count:], missing[:-count]
+        ids = torch.tensor([[*prefix, *[0] * (longest - len(prefix))] for prefix in chunk], device=network.device)
+        rows = torch.tensor([row_of[prefix] for prefix in chunk], device=network.device)
+        lengths = torch.tensor([len(prefix) for prefix in chunk], device=network.device)
+        positions = torch.arange(longest, device=network.device).expand_as(ids)
+        bias = bias_of(block_causal_mask(positions, positions < lengths[:, None], block_size), network.dtype)
+        # padding lies behind the prefix: no real token sees it, and the response's own keys overwrite it
+        network.forward(ids, positions, OwnKeys(bias, cache, cache.places(rows, positions)))
     for source, target, length in copies:
         cache.copy(source, target, length)
-
-
-def write_prefixes(
-    network: Network, cache: KeyValueCache, prefixes: list[tuple[int, ...]], rows: list[int], block_size: int
-) -> None:
-    """Write the keys and values of each prefix into the slot of its row."""
-    order = sorted((i for i in range(len(rows)) if prefixes[i]), key=lambda i: len(prefixes[i]))
-    while order:
-        longest = len(prefixes[order[-1]])
-        count = max(1, min(len(order), PREFILL_TOKENS // longest))  # the longest come first
-        chunk, order = order[-count:], order[:-count]
-        ids = torch.tensor([[*prefixes[i], *[0] * (longest - len(prefixes[i]))] for i in chunk], device=network.device)
-        positions = torch.arange(longest, device=network.device).expand_as(ids)
-        valid = positions < torch.tensor([len(prefixes[i]) for i in chunk], device=network.device)[:, None]
-        bias = bias_of(block_causal_mask(positions, valid | (positions == 0), block_size), network.dtype)
-        # padding lies behind the prefix: no real token sees it, and the response's own keys overwrite it
-        places = cache.places(torch.tensor([rows[i] for i in chunk], device=network.device), positions)
-        network.forward(ids, positions, OwnKeys(bias, cache, places))
 
 
 def denoise(
@@ -90,14 +84,12 @@ def denoise(
         places = cache.places(lines, at)
     if network.flash:
         return network.forward(tokens, at, FlashKeys(cache, places, lines.int(), ends.int()))[:rows]
-    visible = torch.arange(seen, device=tokens.device) < ends[:, None]  # (lines, seen)
-    if committing is not None and len(committing) == rows:
-        both = torch.stack((visible[:rows], visible[rows:]), 1).repeat_interleave(block, dim=1)
-        attention = CommitEvery(bias_of(both, network.dtype)[:, None], cache, places, rows, seen)
+    bias = bias_of(torch.arange(seen, device=tokens.device) < ends[:, None], network.dtype)[:, None, None]
+    if committing is None:
+        attention = CachedKeys(bias, cache, places, slice(rows), seen)
+    elif len(committing) == rows:
+        both = torch.cat((bias[:rows], bias[rows:]), 2).repeat_interleave(block, dim=2)
+        attention = CommitEvery(both, cache, places, rows, seen)
     else:
-        bias = bias_of(visible, network.dtype)[:, None, None]
-        if committing is None:
-            attention = CachedKeys(bias, cache, places, slice(rows), seen)
-        else:
-            attention = CommitSome(bias[:rows], bias[rows:], cache, places, rows, seen, committing)
+        attention = CommitSome(bias[:rows], bias[rows:], cache, places, rows, seen, committing)
     return network.forward(tokens, at, attention)[:rows]

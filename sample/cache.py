@@ -43,11 +43,11 @@ class KeyValueCache:
     def cut(self, width: int) -> None:
         """See the pool as slots of that width: `slots` holds each layer's keys and values."""
         self.width, count = width, self.tokens // width
-
-        def view(store: Tensor) -> Tensor:  # (slots, width, kv_heads, head_dim)
-            return store[: count * width].view(count, width, *store.shape[1:])
-
-        self.slots = [(view(keys), view(values)) for keys, values in zip(self.keys, self.values)]
+        shape = (count, width, *self.keys[0].shape[1:])
+        pairs = zip(self.keys, self.values)
+        self.slots = [
+            (keys[: count * width].view(shape), values[: count * width].view(shape)) for keys, values in pairs
+        ]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot over another's."""

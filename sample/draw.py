@@ -13,6 +13,7 @@ from common.schema import Sampling
 
 Words = Tensor | np.ndarray
 STREAMS = {"token": 1, "alg_temp": 2, "random": 3}
+BY_CONFIDENCE = ("low_confidence_static", "low_confidence_dynamic", "sequential")  # strategies that read no entropy
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,31 @@ def uniforms(key: Tensor, position: Tensor, step: Tensor, stream: str) -> Tensor
     """
     if key.device.type == "cpu":  # a small operation costs numpy a fraction of what it costs torch
         words = (tensor.numpy().view(np.uint64) for tensor in (key, position, step))
-        hashed = _hash(*words, STREAMS[stream], _mix_words, int)
+        hashed = _hash(*words, STREAMS[stream], np.right_shift, np.uint64)
         return torch.from_numpy((hashed >> 40).astype(np.float32) * np.float32(2.0**-24))
-    hashed = _hash(key, position, step, STREAMS[stream], _mix, _signed)
+    hashed = _hash(key, position, step, STREAMS[stream], _shift_right, _signed)
     return _shift_right(hashed, 40).to(torch.float32) * 2.0**-24
 
 
-def _hash(key: Words, position: Words, step: Words, stream: int, mix: Callable, constant: Callable) -> Words:
-    """The hash of `uniforms` in torch's signed or numpy's unsigned words."""
+def _hash(key: Words, position: Words, step: Words, stream: int, shift: Callable, constant: Callable) -> Words:
+    """The hash of `uniforms` in torch's signed or numpy's unsigned words, which differ in shift and constants."""
+
+    def mix(value: Words) -> Words:
+        value = (value ^ shift(value, 30)) * constant(0xBF58476D1CE4E5B9)
+        value = (value ^ shift(value, 27)) * constant(0x94D049BB133111EB)
+        return value ^ shift(value, 31)
+
     hashed = mix(key[:, None] + constant(0x9E3779B97F4A7C15) * (position + 1))
     hashed = mix(hashed + constant(0xD1B54A32D192ED03) * (step[:, None] + 1))
     return mix(hashed + stream)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >= 1 << 63 else constant
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    return (value >> bits) & ((1 << (64 - bits)) - 1)  # logical, where torch's shift keeps the sign
 
 
 def draw(logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Sampling) -> Candidates:
@@ -64,7 +79,8 @@ def draw(logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Samplin
     logits = logits.float()
     total = logits.logsumexp(-1)  # of the raw softmax
     logp = token_logp(logits, mask_id, rollout_temperature(settings))
-    if is_greedy(settings) and settings.confidence_from == "raw" and not is_filtered(settings):
+    raw, filtered = settings.confidence_from == "raw", settings.top_k > 0 or settings.top_p < 1
+    if is_greedy(settings) and raw and not filtered:
         kept, tokens, kept_mass = None, logp.argmax(-1), torch.ones_like(total)
     else:
         kept = filter_top(logp.exp(), settings.top_k, settings.top_p)
@@ -74,12 +90,11 @@ def draw(logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Samplin
     def at_token(values: Tensor) -> Tensor:
         return values.gather(-1, tokens[..., None])[..., 0]
 
-    raw = settings.confidence_from == "raw"
     margin = entropy = torch.zeros_like(total)
     if settings.target == "margin_confidence":
         best = ((logits - total[..., None]).exp() if raw else kept / kept_mass[..., None]).topk(2, dim=-1).values
         margin = best[..., 0] - best[..., 1]
-    if reads_entropy(settings):
+    if settings.remasking_strategy not in BY_CONFIDENCE or settings.target == "neg_entropy":
         raw_logp = logits - total[..., None]
         entropy = -(raw_logp.exp() * raw_logp).sum(-1)
     return Candidates(
@@ -90,17 +105,6 @@ def draw(logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Samplin
         margin=margin,
         kept_mass=kept_mass,
     )
-
-
-def is_filtered(settings: Sampling) -> bool:
-    """Whether top-k or top-p leave something out."""
-    return settings.top_k > 0 or settings.top_p < 1
-
-
-def reads_entropy(settings: Sampling) -> bool:
-    """Whether the strategy, which may be the user's own, or the target goes by entropy."""
-    by_confidence = ("low_confidence_static", "low_confidence_dynamic", "sequential")
-    return settings.remasking_strategy not in by_confidence or settings.target == "neg_entropy"
 
 
 def is_greedy(settings: Sampling) -> bool:
@@ -150,23 +154,3 @@ def inverse_cdf(weight: Tensor, uniform: Tensor) -> Tensor:
     chosen = torch.where(kept & (running > target), ids, weight.shape[-1]).amin(-1)
     last_kept = torch.where(kept, ids, 0).amax(-1)
     return torch.minimum(chosen, last_kept).long()
-
-
-def _signed(constant: int) -> int:
-    return constant - (1 << 64) if constant >= 1 << 63 else constant
-
-
-def _shift_right(value: Tensor, bits: int) -> Tensor:
-    return (value >> bits) & ((1 << (64 - bits)) - 1)  # logical, where torch's shift keeps the sign
-
-
-def _mix(value: Tensor) -> Tensor:
-    value = (value ^ _shift_right(value, 30)) * _signed(0xBF58476D1CE4E5B9)
-    value = (value ^ _shift_right(value, 27)) * _signed(0x94D049BB133111EB)
-    return value ^ _shift_right(value, 31)
-
-
-def _mix_words(value: np.ndarray) -> np.ndarray:
-    value = (value ^ (value >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> 27)) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> 31)

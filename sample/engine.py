@@ -18,11 +18,12 @@ from common.trajectory import Request, Trajectory
 from models.family import family_of_network, longest_sequence
 from sample import block_attention
 from sample.cache import KeyValueCache, Room, affordable_tokens
-from sample.graphs import Graphs
-from sample.network import engine_attention, has_flash
+from sample.network import Network, engine_attention, has_flash
 from sample.parallel import copy_into, tensor_group_of
 from sample.slots import Finished, Progress, Refusal, Sequence, Slots, Watch, refusal_of, trajectory_of
-from sample.step import Step
+from sample.step import Graphs, Step
+
+NOTHING_FITS = Room(tokens=0, rows=1, longest=0)
 
 
 class Engine:
@@ -48,14 +49,14 @@ class Engine:
         self.said: set[str] = set()  # what is said once
         self.flash = not self.full_attention and has_flash(model)
         if self.device.type == "cuda" and not self.full_attention and not self.flash:
-            self.say_once(
+            console.print(
                 "attention: torch's own; with flash-attn installed and bfloat16 weights its kernel would be used"
             )
         # on CUDA steps are launched without a look at the device, and replayed: their shapes must be few
         self.graphs = Graphs() if self.device.type == "cuda" else None
         self.watch = Watch(self.device)
         self.settings, self.stop_ids = Sampling(), self.own_stop_ids
-        self.room = Room(tokens=0, rows=1, longest=0)  # until set_up: nothing fits
+        self.room = NOTHING_FITS  # until set_up
         self.slots: Slots | None = None
         self.cache: KeyValueCache | None = None
         self.denoise: Step | None = None
@@ -93,7 +94,7 @@ class Engine:
         self.stop_ids = self.own_stop_ids if stop_ids is None else tuple(sorted(stop_ids))
         expected = expected if isinstance(expected, Queue) else Queue(expected, shared=False)
         if not expected:
-            self.room = Room(tokens=0, rows=1, longest=0)
+            self.room = NOTHING_FITS
             return
         self.check_settings(expected)
         cached = settings.use_cache or not self.full_attention
@@ -101,16 +102,17 @@ class Engine:
         ends = [self.sequence(0, request).canvas_end for request in expected]
         wanted = rows * min(max(ends), self.positions)
         tokens = self.cache_tokens(wanted) if cached else wanted
-        fitting = [end for end in ends if end <= min(tokens, self.positions)]
-        if beyond := sum(end > self.positions for end in ends):
+        known = [end for end in ends if end <= self.positions]
+        fitting = [end for end in known if end <= tokens]
+        if len(known) < len(ends):
             console.print(
-                f"{beyond} requests refused: their prompts leave no room in the model's {self.positions} positions"
+                f"{len(ends) - len(known)} requests refused: their prompts leave no room in the model's "
+                f"{self.positions} positions"
             )
-        if len(fitting) + beyond < len(ends):
-            longest = max(end for end in ends if end <= self.positions)
+        if len(fitting) < len(known):
             console.print(
-                f"{len(ends) - beyond - len(fitting)} requests refused: with its response one comes to {longest} "
-                f"tokens, and the cache holds {tokens} (rollout.cache_tokens)"
+                f"{len(known) - len(fitting)} requests refused: with its response one comes to {max(known)} tokens, "
+                f"and the cache holds {tokens} (rollout.cache_tokens)"
             )
         longest = max(fitting, default=1)
         self.room = Room(min(tokens, rows * longest), rows, longest)
@@ -183,8 +185,8 @@ class Engine:
                 new = slice(prompt + sequence.reported, start)
                 final, logp = slots.tokens[row, new].tolist(), slots.figures[row, new, 0].tolist()
                 sequence.reported = start - prompt
-            drawn = max(0, prompt - start)  # the prompt's remainder stands before it
-            gains.append(Progress(sequence.id, final, logp, list(zip(present[drawn:], map(bool, hidden[drawn:])))))
+            current = list(zip(present, map(bool, hidden)))[max(0, prompt - start) :]  # without the prompt's remainder
+            gains.append(Progress(sequence.id, final, logp, current))
         return gains
 
     @torch.inference_mode()
@@ -279,32 +281,35 @@ class Engine:
             self.forget_graphs()
             self.cache = None  # the old one is freed before the new one is made
             self.cache = self.cache_class(self.model, room.tokens, room.width(1))
-        if cached:
+        elif cached:
             self.cache.resize(room.width(1), rows=0)
         self.slots.finished.fill_(True)
-        self.denoise = self.step_class(self)
-
-    def oldest_waiting(self) -> Sequence | None:
-        """The next that may come in; those before it that no room could ever hold are refused."""
-        while self.waiting or self.queue:
-            if not self.waiting:
-                self.add(self.queue.take(1))  # of a shared queue, nothing where other ranks took what was left
-            elif self.waiting[0].canvas_end <= self.room.longest:
-                return self.waiting[0]
-            else:
-                sequence = self.waiting.popleft()
-                refusal = Refusal(sequence.canvas_end, self.room.longest)
-                self.done.append(Finished(sequence.id, refusal_of(sequence.request, self.settings), refusal))
-        return None
+        network = Network(self.model, room.longest, self.flash)
+        settings, fixed = self.settings, self.graphs is not None
+        self.denoise = self.step_class(
+            network, self.slots, self.cache, settings, self.mask_id, self.stop_ids, rows, fixed
+        )
 
     def admit(self) -> None:
-        """Fill free slots, the oldest request first, and prefill what the cache must hold."""
+        """Fill free slots, the oldest request first, and prefill what the cache must hold.
+
+        Requests that no room could ever hold are refused.
+        """
         new, reaches = [], [sequence.reach for sequence in self.active]
-        while len(reaches) < self.room.rows and (oldest := self.oldest_waiting()) is not None:
-            if not self.room.fits([*reaches, oldest.reach]):
+        while len(reaches) < self.room.rows and (self.waiting or self.queue):
+            if not self.waiting:
+                self.add(self.queue.take(1))  # of a shared queue, nothing where other ranks took what was left
+                continue
+            oldest = self.waiting[0]
+            if oldest.canvas_end > self.room.longest:
+                refusal = Refusal(oldest.canvas_end, self.room.longest)
+                self.done.append(Finished(oldest.id, refusal_of(oldest.request, self.settings), refusal))
+            elif self.room.fits([*reaches, oldest.reach]):
+                new.append(oldest)
+                reaches.append(oldest.reach)
+            else:
                 break
-            new.append(self.waiting.popleft())
-            reaches.append(oldest.reach)
+            self.waiting.popleft()
         if new:
             self.let_in(new)
 
@@ -327,10 +332,11 @@ class Engine:
     def seat(self, new: list[Sequence]) -> None:
         """Give new sequences, and those that come back, the rows behind the active ones."""
         first, longest = len(self.active), max(sequence.reach for sequence in (*self.active, *new))
-        count = first + len(new)
         self.watch.forget()
-        if self.cache is not None and (longest > self.cache.width or count * self.cache.width > self.room.tokens):
-            self.cache.resize(self.room.width(longest), first)
+        if self.cache is not None:
+            needed = (first + len(new)) * self.cache.width
+            if longest > self.cache.width or needed > self.room.tokens:
+                self.cache.resize(self.room.width(longest), first)
         fresh = [sequence for sequence in new if sequence.state is None]
         back = [sequence for sequence in new if sequence.state is not None]
         self.slots.begin(first, fresh, self.mask_id)
@@ -365,10 +371,11 @@ class Engine:
 
     def run_step(self) -> None:
         """One forward, by its CUDA graph where there are graphs."""
+        rows, seen = len(self.active), self.reach()
         if self.graphs is None:
-            self.denoise(len(self.active), self.reach())
+            self.denoise(rows, seen)
         else:
-            self.graphs.run(self.denoise, len(self.active), self.reach())
+            self.graphs.run(self.denoise, rows, seen)
 
     def reach(self) -> int:
         """The next forward writes nothing at or behind this position."""
@@ -390,14 +397,12 @@ class Engine:
                 sequence.reach = min(sequence.reach + block, sequence.canvas_end)
             return
         (finished, stuck, starts), age = look
-        fault = None
-        if any(stuck):
-            fault = UserError(
-                f"rollout.remasking_strategy: {self.settings.remasking_strategy!r} unmasked nothing in some step; "
-                "it must choose at least one masked position of every row that has any"
-            )
-            if not self.isolate_faults:
-                raise fault
+        fault = UserError(
+            f"rollout.remasking_strategy: {self.settings.remasking_strategy!r} unmasked nothing in some step; "
+            "it must choose at least one masked position of every row that has any"
+        )
+        if any(stuck) and not self.isolate_faults:
+            raise fault
         if not self.full_attention:
             for sequence, start in zip(self.active, starts):
                 sequence.reach = min(start + (1 + age) * block, sequence.canvas_end)
@@ -407,7 +412,7 @@ class Engine:
             sequence = self.active[row]
             trajectory = trajectory_of(left, index, sequence.request, self.settings, self.stop_ids, self.full_attention)
             self.done.append(Finished(sequence.id, trajectory))
-        for row in range(len(self.active) - 1, -1, -1):
+        for row in reversed(range(len(self.active))):
             if stuck[row]:
                 self.fail(row, fault)
             elif finished[row]:

@@ -20,7 +20,7 @@ def denoise(network: Network, slots: Slots, positions: Tensor, longest: int) -> 
 
     positions (batch, block) absolute; `longest` is at or behind the end of every canvas.
     """
-    hidden = _forward_all(network, slots.tokens, slots.canvas_end, longest, None, None)
+    hidden = _forward_all(network, slots.tokens, slots.canvas_end, longest)
     return _at(hidden, positions + network.logit_offset)
 
 
@@ -33,25 +33,18 @@ def denoise_cached(
     further_horizon: int | None,
 ) -> Tensor:
     """As `denoise`, with the prefix kept from each block's first forward. Rows are the cache's first slots."""
-    states = None
-    first = slots.block_step == 0
-    for chosen, window in ((first, False), (~first, True)):
-        rows = chosen.nonzero()[:, 0]
-        if len(rows) == 0:
-            continue
-        tokens, end = slots.tokens[rows], slots.canvas_end[rows]
-        index = positions[rows] + network.logit_offset  # of the hidden states that predict the block
-        if window:
-            start = index[:, 0]
-            if further_horizon is not None:
-                end = torch.minimum(positions[rows, -1] + 1 + further_horizon, end)
-            hidden = _forward_window(network, cache, tokens, start, end, rows)
-            index = index - start[:, None]
-        else:
-            hidden = _forward_all(network, tokens, end, longest, cache, rows)
-        part = _at(hidden, index)
-        states = part.new_empty(*positions.shape, part.shape[-1]) if states is None else states
-        states[rows] = part
+    index = positions + network.logit_offset  # of the hidden states that predict the block
+    states = torch.empty(*index.shape, network.model.config.hidden_size, dtype=network.dtype, device=network.device)
+    first, later = (rows.nonzero()[:, 0] for rows in (slots.block_step == 0, slots.block_step > 0))
+    if len(first):
+        hidden = _forward_all(network, slots.tokens[first], slots.canvas_end[first], longest, cache, first)
+        states[first] = _at(hidden, index[first])
+    if len(later):
+        start, end = index[later, 0], slots.canvas_end[later]
+        if further_horizon is not None:
+            end = torch.minimum(positions[later, -1] + 1 + further_horizon, end)
+        hidden = _forward_window(network, cache, slots.tokens[later], start, end, later)
+        states[later] = _at(hidden, index[later] - start[:, None])
     return states
 
 
@@ -60,8 +53,8 @@ def _forward_all(
     tokens: Tensor,
     canvas_end: Tensor,
     longest: int,
-    cache: KeyValueCache | None,
-    rows: Tensor | None,
+    cache: KeyValueCache | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Of prompts and canvases; with a cache the keys are kept in slots `rows`."""
     ids = tokens[:, :longest]
@@ -79,8 +72,7 @@ def _forward_window(
     position = start[:, None] + torch.arange(width, device=tokens.device)
     # rows with a shorter window repeat their last position, whose keys come out the same
     position = torch.minimum(position, end[:, None] - 1)
-    visible = torch.arange(seen, device=tokens.device) < end[:, None]
-    bias = bias_of(visible, network.dtype)[:, None, None]
+    bias = bias_of(torch.arange(seen, device=tokens.device) < end[:, None], network.dtype)[:, None, None]
     attention = CachedKeys(bias, cache, cache.places(rows, position), rows, seen)
     return network.forward(tokens.gather(1, position), position, attention)
 

@@ -9,7 +9,7 @@ from common.schema import Sampling
 from common.trajectory import Request
 from models.family import stop_ids_of_network
 from sample.engine import Engine
-from sample.slots import refused
+from sample.slots import check_drawn
 
 
 def block_diffusion_generate(
@@ -110,8 +110,7 @@ def generate_ids(
     requests = [Request(str(n), row[keep].tolist(), seed=seed) for n, (row, keep) in enumerate(zip(ids, real))]
     responses: list[list[int]] = [[] for _ in requests]
     for trajectory in Engine(model, mask_id, stops).generate(requests, settings):
-        if trajectory.finish_reason == "refused":
-            raise refused(trajectory)
+        check_drawn(trajectory)
         responses[int(trajectory.task_id)] = trajectory.response_ids[: trajectory.length]
     padding = model.config.pad_token_id if model.config.pad_token_id is not None else (*stops, 0)[0]
     width = max(map(len, responses))

@@ -8,15 +8,14 @@ from rich.live import Live
 from rich.text import Text
 
 from common.errors import UserError
-from common.runtime import console, device_and_dtype
+from common.runtime import console
 from common.schema import GenerateConfig
 from common.trajectory import Request, Trajectory
-from models import LoadedModel, load_model
-from models.defaults import take_defaults
-from models.family import family_of
+from models import LoadedModel
+from models.defaults import load_one
 from models.prompts import encode_prompt, encode_turns, stop_ids_of
 from sample.engine import Engine
-from sample.slots import refused
+from sample.slots import check_drawn
 from sample.traces import trace_of, write_trace_page
 
 MASK = "░"
@@ -25,9 +24,7 @@ COMMANDS = "/new begins again, /trace FILE.html writes the last answer's page, /
 
 def main(config: GenerateConfig) -> None:
     """Answer `config.prompt`; without one, chat until the user leaves."""
-    device, dtype = device_and_dtype(config.dtype)
-    loaded = load_model(config.model, config.model_base or family_of(config.model), dtype, device)
-    take_defaults(config, loaded)
+    loaded = load_one(config)
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
     if config.prompt:
         prompt = encode_prompt(loaded, config.prompt, config.prompt_template, config.start_with_think)
@@ -42,8 +39,7 @@ def answer(engine: Engine, loaded: LoadedModel, config: GenerateConfig, prompt: 
     with denoising(engine, loaded) as on_step:
         stops = stop_ids_of(loaded, config.stop_token_list)
         (trajectory,) = engine.generate([request], config, on_step, stops)
-    if trajectory.finish_reason == "refused":
-        raise refused(trajectory)
+    check_drawn(trajectory)
     trajectory.text = loaded.tokenizer.decode(trajectory.response_ids[: trajectory.length], skip_special_tokens=True)
     console.print(Text(trajectory.text))
     console.print(
@@ -71,34 +67,26 @@ def chat(engine: Engine, loaded: LoadedModel, config: GenerateConfig) -> None:
         if line == "/new":
             turns = []
             console.print("a new conversation", style="dim")
+        elif line.startswith("/trace") and last is None:
+            console.print("there is no answer yet", style="dim")
         elif line.startswith("/trace"):
-            write_last(loaded, config, last, line.removeprefix("/trace").strip() or "trace.html")
+            path = line.removeprefix("/trace").strip() or "trace.html"
+            trace = trace_of(loaded, last, config.block_size, "answer", config.remasking_strategy)
+            write_trace_page(Path(path), [trace], config.model)
+            console.print(f"written: {path}", style="dim", markup=False)
         elif line.startswith("/"):
             console.print(f"{line.split()[0]} is no command. {COMMANDS}", style="dim", markup=False)
         elif line:
             turns.append({"role": "user", "content": line})
             try:
                 last = answer(engine, loaded, config, encode_turns(loaded, turns, config.start_with_think), number)
-            except KeyboardInterrupt:  # of the answer, not of the chat
+            except (KeyboardInterrupt, UserError) as error:  # of the answer, not of the chat
                 turns.pop()
-                console.print("stopped", style="dim")
-                continue
-            except UserError as error:  # the conversation has become too long
-                turns.pop()
-                console.print(f"{error}, or begin anew by /new", style="dim", markup=False)
-                continue
-            number += 1
-            turns.append({"role": "assistant", "content": last.text})
-
-
-def write_last(loaded: LoadedModel, config: GenerateConfig, last: Trajectory | None, path: str) -> None:
-    """The trace page of the last answer."""
-    if last is None:
-        console.print("there is no answer yet", style="dim")
-        return
-    trace = trace_of(loaded, last, config.block_size, "answer", config.remasking_strategy)
-    write_trace_page(Path(path), [trace], config.model)
-    console.print(f"written: {path}", style="dim", markup=False)
+                too_long = isinstance(error, UserError)
+                console.print(f"{error}, or begin anew by /new" if too_long else "stopped", style="dim", markup=False)
+            else:
+                number += 1
+                turns.append({"role": "assistant", "content": last.text})
 
 
 @contextmanager

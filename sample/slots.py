@@ -63,11 +63,12 @@ class Slots:
         """Write new sequences, prompts and masks, into the rows from `first` on."""
         if not sequences:
             return
-        rows, prompts = slice(first, first + len(sequences)), [sequence.request.prompt_ids for sequence in sequences]
+        rows = slice(first, first + len(sequences))
         ids = torch.full((len(sequences), self.tokens.shape[1]), mask_id)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-        prompt_end = torch.tensor([len(prompt) for prompt in prompts])
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence.request.prompt_ids)] = torch.tensor(sequence.request.prompt_ids)
+        prompt_end = torch.tensor([len(sequence.request.prompt_ids) for sequence in sequences])
+        block_start = torch.tensor([sequence.block_start for sequence in sequences])
         values = {
             "tokens": ids,
             "masked": torch.arange(ids.shape[1]) >= prompt_end[:, None],
@@ -75,15 +76,14 @@ class Slots:
             "prompt_end": prompt_end,
             "response_end": torch.tensor([sequence.response_end for sequence in sequences]),
             "canvas_end": torch.tensor([sequence.canvas_end for sequence in sequences]),
-            "block_start": torch.tensor([sequence.block_start for sequence in sequences]),
-            "cached": torch.tensor([sequence.block_start for sequence in sequences]),
+            "block_start": block_start,
+            "cached": block_start,
         }
         for name, value in values.items():
             getattr(self, name)[rows] = value.to(self.tokens.device)
         self.step_map[rows] = -1
-        self.figures[rows] = 0
-        for counter in (self.block_step, self.step, self.forwards, self.finished, self.stuck):
-            counter[rows] = 0
+        for store in (self.figures, self.block_step, self.step, self.forwards, self.finished, self.stuck):
+            store[rows] = 0
 
     def put(self, row: int, state: Self) -> None:
         """Write a state of one row, of at most this capacity, to a row."""
@@ -145,18 +145,16 @@ class Watch:
         """
         if not self.asynchronous:
             return slots.status().tolist(), 0
+        seen = None
         if self.copy is not None:
             self.age += 1
             if self.age < self.every:
                 return None
             self.event.synchronize()  # also keeps the host at most this far ahead of the device
-            seen = self.copy.tolist()
-        else:
-            seen = None
-        self.copy, self.age = slots.status().to("cpu", non_blocking=True), 0
-        self.event = torch.cuda.Event()
+            seen = self.copy.tolist(), self.every
+        self.copy, self.age, self.event = slots.status().to("cpu", non_blocking=True), 0, torch.cuda.Event()
         self.event.record()
-        return None if seen is None else (seen, self.every)
+        return seen
 
 
 # ---- what the engine gives back
@@ -236,9 +234,10 @@ def refusal_of(request: Request, settings: Sampling) -> Trajectory:
     )
 
 
-def refused(trajectory: Trajectory) -> UserError:
-    """What to tell whoever waits for the response to a request that was refused; the engine has said why."""
-    return UserError(
-        f"a prompt of {len(trajectory.prompt_ids)} tokens leaves no room for a response in the model's positions, or "
-        "in the cache (cache_tokens); shorten it"
-    )
+def check_drawn(trajectory: Trajectory) -> None:
+    """UserError where the request was refused, for whoever waits for its response; the engine has said why."""
+    if trajectory.finish_reason == "refused":
+        raise UserError(
+            f"a prompt of {len(trajectory.prompt_ids)} tokens leaves no room for a response in the model's positions, "
+            "or in the cache (cache_tokens); shorten it"
+        )

@@ -1,10 +1,14 @@
-"""One denoising step of all active sequences, as tensors on the device: nothing in it waits for the host."""
+"""One denoising step of all active sequences, as tensors on the device, and CUDA graphs of whole steps.
 
-from typing import TYPE_CHECKING
+Nothing in a step waits for the host.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from common.runtime import console
 from common.schema import Sampling
 from sample import block_attention, full_attention
 from sample.cache import KeyValueCache
@@ -13,36 +17,34 @@ from sample.network import Network
 from sample.slots import Slots
 from sample.strategies import STRATEGIES, BlockState, even_split, find_strategy, rank_score
 
-if TYPE_CHECKING:
-    from sample.engine import Engine
-
 MERGE_UP_TO = 256  # tokens in a forward on CUDA: beyond, arithmetic rather than memory is the limit
+SEEN = 256  # for a graph the reach of the blocks is rounded up to a multiple of this
 
 
+@dataclass(eq=False)
 class Step:
-    """Forward, draw, unmask, advance: called with how many slots are in use and how far their blocks reach.
+    """Forward, draw, unmask, advance: called with how many slots are in use and how far their blocks reach."""
 
-    It is made at every set-up of the engine, whose slots and cache it reads and writes.
-    """
+    network: Network
+    slots: Slots
+    cache: KeyValueCache | None
+    settings: Sampling
+    mask_id: int
+    stop_ids: tuple[int, ...]
+    rows: int  # the most slots that can be in use
+    fixed: bool  # shapes depend on nothing that is on the device
 
-    def __init__(self, engine: "Engine"):
-        settings: Sampling = engine.settings
-        self.settings = settings
-        self.slots: Slots = engine.slots
-        self.cache: KeyValueCache | None = engine.cache
-        self.network = Network(engine.model, engine.room.longest, engine.flash)
-        self.device, self.mask_id = engine.device, engine.mask_id
-        self.fixed = engine.graphs is not None  # shapes depend on nothing that is on the device
-        self.merge = settings.merge_commit  # a block's commit rides in the next block's first forward
+    def __post_init__(self) -> None:
+        device, config, size = self.network.device, self.network.model.config, self.settings.block_size
+        self.merge = self.settings.merge_commit  # a block's commit rides in the next block's first forward
         if self.merge is None:
-            self.merge = self.device.type == "cpu" or 2 * engine.room.slots() * settings.block_size <= MERGE_UP_TO
-        self.strategy = find_strategy(settings.remasking_strategy)
-        self.stops = torch.tensor(engine.stop_ids, dtype=torch.long, device=self.device)
+            self.merge = device.type == "cpu" or 2 * self.rows * size <= MERGE_UP_TO
+        self.strategy = find_strategy(self.settings.remasking_strategy)
+        self.stops = torch.tensor(self.stop_ids, dtype=torch.long, device=device)
         # a small head costs less at all positions than finding the masked ones
-        vocabulary, width = engine.model.config.vocab_size, engine.model.config.hidden_size
-        self.sparse = not self.fixed and vocabulary > width
-        self.block = torch.arange(settings.block_size, device=self.device)
-        self.variant = (self.merge, engine.stop_ids, repr(settings))  # by which CUDA graphs of steps differ
+        self.sparse = not self.fixed and config.vocab_size > config.hidden_size
+        self.block = torch.arange(size, device=device)
+        self.variant = (self.merge, self.stop_ids, repr(self.settings))  # by which CUDA graphs of steps differ
 
     def __call__(self, rows: int, seen: int) -> None:
         """One forward of the first `rows` slots' current blocks, none of which reaches beyond position `seen`."""
@@ -77,20 +79,18 @@ class Step:
 
     def forward(self, slots: Slots, positions: Tensor, tokens: Tensor, seen: int) -> Tensor:
         """Hidden states that predict the current blocks, (rows, block, width)."""
-        if not self.network.full_attention:
-            committing = self.due(slots) if self.merge else None
-            return block_attention.denoise(self.network, self.cache, slots, positions, tokens, seen, committing)
-        if not self.settings.use_cache:
-            return full_attention.denoise(self.network, slots, positions, seen)
-        horizon = self.settings.further_horizon
-        return full_attention.denoise_cached(self.network, self.cache, slots, positions, seen, horizon)
-
-    def due(self, slots: Slots) -> Tensor | None:
-        """Rows that carry their previous block along: those whose commit is due, or all where shapes are fixed."""
-        if self.fixed:
-            return torch.arange(len(slots.cached), device=self.device)
-        rows = (slots.cached < slots.block_start).nonzero()[:, 0]
-        return rows if len(rows) else None
+        network, settings = self.network, self.settings
+        if network.full_attention and settings.use_cache:
+            return full_attention.denoise_cached(network, self.cache, slots, positions, seen, settings.further_horizon)
+        if network.full_attention:
+            return full_attention.denoise(network, slots, positions, seen)
+        committing = None  # rows that carry their previous block along
+        if self.merge and self.fixed:
+            committing = torch.arange(len(slots.cached), device=network.device)
+        elif self.merge:
+            due = (slots.cached < slots.block_start).nonzero()[:, 0]
+            committing = due if len(due) else None
+        return block_attention.denoise(network, self.cache, slots, positions, tokens, seen, committing)
 
     def draw(self, hidden: Tensor, slots: Slots, positions: Tensor, masked: Tensor) -> Candidates:
         """A candidate for every masked position of the current blocks, (rows, block); nothing is said of the others."""
@@ -159,3 +159,50 @@ class Step:
         if not self.merge:
             slots.cached.copy_(slots.block_start)
         slots.block_step *= ~onward
+
+
+class Graphs:
+    """A graph for each shape of a step: rows in use, rounded up to a power of two, and how far their blocks reach.
+
+    A step reads and writes only memory that stays where it is (weights, slots, cache), so that a graph stays valid
+    until that memory is given back.
+    """
+
+    def __init__(self) -> None:
+        self.usable = True  # until a step cannot be recorded
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all graphs: the memory they speak of goes away."""
+        self.met: set[tuple] = set()  # shapes that have been run once
+        # shape → its graph, and the step, kept because the graph reads its tensors
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Step]] = {}
+        self.pool: tuple[int, int] | None = None
+
+    def run(self, step: Step, rows: int, seen: int) -> None:
+        """The step, by its graph; the first one of a shape is run plainly, and the second recorded."""
+        limit = step.cache.width if step.cache is not None else step.slots.tokens.shape[1]
+        rows = min(1 << (rows - 1).bit_length(), len(step.slots.finished))
+        seen = min(-(-seen // SEEN) * SEEN, limit)
+        shape = (rows, seen, limit, *step.variant)
+        if shape in self.met and shape not in self.graphs and self.usable:
+            self.record(shape, step, rows, seen)
+        if shape in self.graphs and self.usable:
+            self.graphs[shape][0].replay()
+            return
+        step(rows, seen)
+        if not (step.network.full_attention and step.settings.use_cache):  # a prefix cache sorts its rows on the host
+            self.met.add(shape)
+
+    def record(self, shape: tuple, step: Step, rows: int, seen: int) -> None:
+        """Keep the graph of a step, which is not carried out. Where it cannot be recorded, nothing is any more."""
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                step(rows, seen)
+        except RuntimeError as error:
+            self.usable = False
+            console.print(f"steps are launched one kernel at a time: no CUDA graph ({str(error).splitlines()[0]})")
+            return
+        self.graphs[shape] = graph, step

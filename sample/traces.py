@@ -11,15 +11,14 @@ from common.checkpoint import write_whole
 from common.errors import UserError
 from common.page import fill_page
 from common.records import read_lines
-from common.runtime import console, device_and_dtype
+from common.runtime import console
 from common.schema import TraceConfig
 from common.trajectory import Request, Trajectory
-from models import LoadedModel, load_model
-from models.defaults import take_defaults
-from models.family import family_of
+from models import LoadedModel
+from models.defaults import load_one
 from models.prompts import encode_prompt, stop_ids_of
 from sample.engine import Engine
-from sample.slots import refused
+from sample.slots import check_drawn
 
 TEMPLATE = Path(__file__).with_name("trace.viewer.html")
 Trace = dict[str, Any]
@@ -98,9 +97,7 @@ def main(config: TraceConfig) -> Path:
     """Draw or read responses and write the page; returns its path."""
     if not config.prompt and not config.samples:
         raise UserError('prompt is empty: give prompt="…", or samples=runs/X/samples.jsonl')
-    device, dtype = device_and_dtype(config.dtype)
-    loaded = load_model(config.model, config.model_base or family_of(config.model), dtype, device)
-    take_defaults(config, loaded)
+    loaded = load_one(config)
     traces = read_traces(config, loaded) if config.samples else draw_traces(config, loaded)
     out = Path(config.out)
     write_trace_page(out, traces, config.prompt or config.samples, f"{config.model}, {config.remasking_strategy}")
@@ -114,8 +111,7 @@ def draw_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
     requests = [Request("prompt", prompt, sample, config.seed) for sample in range(config.num_response_per_task)]
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
     trajectories = list(engine.generate(requests, config, stop_ids=stop_ids_of(loaded, config.stop_token_list)))
-    if trajectories[0].finish_reason == "refused":
-        raise refused(trajectories[0])
+    check_drawn(trajectories[0])
     return [
         trace_of(loaded, drawn, config.block_size, f"response {drawn.sample + 1}", config.remasking_strategy)
         for drawn in sorted(trajectories, key=lambda trajectory: trajectory.sample)

@@ -12,19 +12,20 @@ from scored import scored
 
 from common.errors import UserError
 from common.trajectory import Trajectory
-from train.mismatch import importance_weights
 from train.objectives import (
+    Tokens,
     explained_variance,
+    importance_weights,
     loss_weights,
     policy_loss,
     sequence_shares,
     token_rewards,
+    tokens_of,
     trace_advantages,
     value_loss,
     value_targets,
 )
 from train.packing import make_rows
-from train.tokens import Tokens, tokens_of
 from train.views import Layout, trace_views
 
 
@@ -174,9 +175,10 @@ def test_explained_variance() -> None:
 )
 def test_the_clipped_value_loss(value: float, goal: float, loss: float, slope: float, clipped: int) -> None:
     now = torch.tensor([value], requires_grad=True)
-    result, count = value_loss(now, torch.zeros(1), torch.tensor([goal]), torch.ones(1), eps=0.2)
+    token = Tokens(torch.zeros(1), old_value=torch.zeros(1), returns=torch.tensor([goal]), weight=torch.ones(1))
+    result, sums = value_loss(now, token, eps=0.2)
     result.backward()
-    assert float(result.detach()) == pytest.approx(loss) and int(count) == clipped
+    assert sums["loss"] == float(result.detach()) == pytest.approx(loss) and sums["clipped"] == clipped
     assert float(now.grad) == pytest.approx(slope, abs=1e-6)
     assert loss == pytest.approx(float(plain.value_term(now.detach(), 0.0, goal, 0.2)))
 
@@ -205,18 +207,18 @@ def test_a_sequence_s_ratio_by_hand() -> None:
     _, share = sequence_shares(tokens_at(([0, 1, 2], [0, 1, 2])), by_noising=False)
     elbos = [(share * one).sum()[None] for one in (new, old)]
     whole = one_term(old_logp=float(elbos[1]), reference_logp=float(elbos[1]), advantage=2.0)
-    result = policy_loss(elbos[0], whole, eps=0.2, beta=0.5, estimator="k2")
-    assert float(result.loss) == pytest.approx(-1.2 * 2 + 0.5 * 0.3**2 / 2, rel=1e-5) and int(result.clipped) == 1
+    result, sums = policy_loss(elbos[0], whole, eps=0.2, beta=0.5, estimator="k2")
+    assert float(result) == pytest.approx(-1.2 * 2 + 0.5 * 0.3**2 / 2, rel=1e-5) and sums["clipped"] == 1
     assert math.exp(0.3) > 1.2
 
 
 @pytest.mark.parametrize(("ratio", "eps_high", "loss"), [(1.25, None, -1.2), (1.25, 0.28, -1.25), (0.7, 0.28, -0.7)])
 def test_the_upper_clip_has_a_range_of_its_own(ratio: float, eps_high: float | None, loss: float) -> None:
     above = one_term(-math.log(ratio), 0.0, 1.0)
-    result = policy_loss(torch.zeros(1), above, eps=0.2, beta=0.0, eps_high=eps_high)
-    assert float(result.loss) == pytest.approx(loss, rel=1e-5)
+    result, _ = policy_loss(torch.zeros(1), above, eps=0.2, beta=0.0, eps_high=eps_high)
+    assert float(result) == pytest.approx(loss, rel=1e-5)
     below = one_term(-math.log(0.7), 0.0, -1.0)
-    assert float(policy_loss(torch.zeros(1), below, 0.2, 0.0, eps_high=0.28).loss) == pytest.approx(0.8, rel=1e-5)
+    assert float(policy_loss(torch.zeros(1), below, 0.2, 0.0, eps_high=0.28)[0]) == pytest.approx(0.8, rel=1e-5)
 
 
 # ---- truncated importance weights

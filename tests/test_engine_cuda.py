@@ -13,11 +13,11 @@ from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model
 from models.tiny import build_tiny
-from sample.draw import STREAMS, _hash, _mix, _shift_right, _signed, uniforms  # CUDA's form of the hash
+from sample.draw import STREAMS, _hash, _shift_right, _signed, uniforms  # CUDA's form of the hash
 from sample.engine import Engine
-from sample.graphs import Graphs
 from sample.network import FOLD_FROM, bias_of, sdpa
 from sample.slots import Slots
+from sample.step import Graphs
 
 SETTINGS = Sampling(max_token=14, max_active=3, dynamic_threshold=0.1)
 LENGTHS = (3, 8, 13, 4, 9, 1, 22)
@@ -82,7 +82,7 @@ def test_the_hash_is_the_same_in_torchs_words_and_numpys() -> None:
     key = torch.tensor([-5, 2**62, 0, 77])
     position, step = torch.arange(12).view(4, 3) * 1001, torch.tensor([0, 3, 9, 500])
     for stream, number in STREAMS.items():
-        hashed = _hash(key, position, step, number, _mix, _signed)
+        hashed = _hash(key, position, step, number, _shift_right, _signed)
         expected = _shift_right(hashed, 40).to(torch.float32) * 2.0**-24
         assert torch.equal(uniforms(key, position, step, stream), expected)
 

@@ -16,11 +16,10 @@ from models.tiny import build_tiny
 from sample.engine import Engine
 from train.learner import Learner, batch_logp
 from train.network import Policy
-from train.objectives import noisings
+from train.objectives import noisings, tokens_of
 from train.packing import make_rows, pack
 from train.rl_step import learn, sample_rows
 from train.rl_trainer import main as train_rl
-from train.tokens import tokens_of
 from train.views import SFT_METHODS, Example, Layout, layout_of, random_views, trace_views
 
 FAMILIES = ("dream", "llada", "mmada")

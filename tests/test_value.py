@@ -12,9 +12,10 @@ import torch
 from drawn_policy import BLOCK, Drawn
 from safetensors.torch import save_file
 from scored import scored
-from test_rl import run_rl, same_weights, steps_of
+from test_rl import CONFIG, run_rl, same_weights, steps_of
 
 from common.checkpoint import MANIFEST
+from common.config import load_config
 from common.errors import UserError
 from common.schema import OptimizerParams, RLTrainingConfig, SchedulerConfig
 from common.trajectory import Score, ScoredTrajectory, Task
@@ -22,6 +23,7 @@ from models import load_model, load_network, save_model
 from models.value import HEAD_FILE, ValueNetwork, load_value, save_value
 from train import rl_trainer
 from train.learner import Learner, make_learner
+from train.loading import value_learner
 from train.network import Critic
 from train.objectives import kept_samples
 from train.views import Layout, view_method
@@ -31,10 +33,8 @@ SHORT = {"experiment__eval_every": 0, "evaluation__num_task": 2, "experiment__to
 
 
 def critic_of(folder: Path, rate: float = 1e-3) -> Learner:
-    params = OptimizerParams(learning_rate=1.0)
-    return make_learner(
-        Critic(load_value(folder, "sdar")), params, SchedulerConfig(), 10, RLTrainingConfig(), learning_rate=rate
-    )
+    params = OptimizerParams(learning_rate=rate)
+    return make_learner(Critic(load_value(folder, "sdar")), params, SchedulerConfig(), 10, RLTrainingConfig())
 
 
 # ---- the model
@@ -159,6 +159,13 @@ def test_importance_weights_of_an_engine_that_is_off(drawn: Drawn) -> None:
 def test_a_long_trajectory_is_said_and_learned(drawn: Drawn, capsys: pytest.CaptureFixture[str]) -> None:
     assert drawn.learn(tokens_per_micro_batch=30)["updates"] == 1
     assert re.search(r"4 of 4 packed trajectories exceed training.tokens_per_micro_batch=30", capsys.readouterr().out)
+
+
+def test_the_value_model_s_learning_rate_is_its_own_where_given(tiny_sdar: Path) -> None:
+    keys = [f"model.pretrained_model={tiny_sdar}", f"model.value_base_model={tiny_sdar}"]
+    for given, rate in (("null", 3e-4), ("1e-3", 1e-3)):
+        config = load_config("rl", [f"config={CONFIG}", *keys, f"optimizer.params.value_learning_rate={given}"])
+        assert value_learner(config, 1).scheduler.get_last_lr() == [rate]
 
 
 def test_views_of_one_s_own(drawn: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
 """Objectives: advantages from rewards, the loss on a term, and the weights that make an update's loss a plain sum.
 
-A weight holds its token's whole denominator, counted over the whole update before micro-batches are cut. So neither
-micro-batch size nor number of devices changes the loss.
+All take `Tokens`, the one record of what is known of each predicted token of an RL step. A weight holds its token's
+whole denominator, counted over the whole update before micro-batches are cut. So neither micro-batch size nor number of
+devices changes the loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,11 +15,59 @@ from torch import Tensor
 from common.errors import UserError
 from common.schema import RLTrainingConfig
 from common.trajectory import ScoredTrajectory
-from train.tokens import Tokens
+from train.packing import Row
 
 ROUNDING = 1e-12  # of a reward, relative
 LARGEST_REWARD = 1e15  # summed over ten thousand tokens and squared it is still a float32
 CLAMP = 10.0  # of log-ratios, before they are exponentiated
+
+
+@dataclass
+class Tokens:
+    """What is known of predicted tokens: columns (predicted,), in the order of the step's rows.
+
+    `learn` fills them one after another; an update and a micro-batch select their tokens by index. Where a sequence has
+    but one ratio, the loss takes an entry for each sequence instead.
+    """
+
+    trajectory: Tensor  # which of the step's responses it belongs to
+    response_index: Tensor | None = None  # where in the response
+    trace_step: Tensor | None = None  # its step of the trace, the first of those merged; without a trace, its noising
+    engine_logp: Tensor | None = None  # as it was drawn
+    trainer_logp: Tensor | None = None  # the policy's before the step, on these views; None: not computed
+    old_logp: Tensor | None = None  # what the ratio starts from; None: the policy's own in the update
+    reference_logp: Tensor | None = None  # what the KL refers to; None: the policy's own in the update
+    advantage: Tensor | None = None
+    old_value: Tensor | None = None  # the value model's before the step
+    returns: Tensor | None = None
+    weight: Tensor | None = None  # in its update's loss: the whole denominator is in it
+
+    def __len__(self) -> int:
+        return len(self.trajectory)
+
+    def __getitem__(self, index: np.ndarray) -> "Tokens":
+        """Some of the tokens, by index or by bool."""
+        return self._each(lambda column: column[torch.from_numpy(index)])
+
+    def to(self, device: torch.device) -> "Tokens":
+        return self._each(lambda column: column.to(device))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
+        columns = {name: function(column) for name, column in vars(self).items() if column is not None}
+        return replace(self, **columns)
+
+
+def tokens_of(rows: Sequence[Row], samples: Sequence[ScoredTrajectory]) -> Tokens:
+    """The predicted tokens of the rows, with the engine's logp and the advantage of their responses."""
+    trajectory = np.repeat([row.trajectory for row in rows], [len(row.target) for row in rows])
+    engine_logp = [np.asarray(samples[row.trajectory].trajectory.logp)[row.response_index] for row in rows]
+    return Tokens(
+        trajectory=torch.from_numpy(trajectory),
+        response_index=torch.from_numpy(np.concatenate([row.response_index for row in rows])),
+        trace_step=torch.from_numpy(np.concatenate([row.trace_step for row in rows])),
+        engine_logp=torch.tensor(np.concatenate(engine_logp), dtype=torch.float32),
+        advantage=torch.tensor([sample.advantage for sample in samples], dtype=torch.float32)[trajectory],
+    )
 
 
 # ---- advantages of a group
@@ -83,9 +132,8 @@ def value_targets(
     The views are those of traces, and steps that were merged are one. An outcome's reward lies on the tokens of the
     last predicted step, process rewards on every token. UserError where a reward is too large for the loss, in float32.
     """
-    trajectory, index, step = (
-        column.numpy() for column in (tokens.trajectory, tokens.response_index, tokens.trace_step)
-    )
+    columns = (tokens.trajectory, tokens.response_index, tokens.trace_step)
+    trajectory, index, step = (column.numpy() for column in columns)
     value = tokens.old_value.double().numpy()
     advantages, returns = np.zeros_like(value), np.zeros_like(value)
     for number in np.unique(trajectory):
@@ -154,38 +202,25 @@ def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
 # ---- losses
 
 
-@dataclass(frozen=True)
-class PolicyLoss:
-    """The loss and its diagnostics, each summed over the given terms."""
-
-    terms: int  # how many ratios: of tokens, or of sequences
-    loss: Tensor  # weighted sum, with gradient
-    kl: Tensor  # sum of the KL estimate
-    clipped: Tensor  # how many are on the flat side of the clip
-
-
 def policy_loss(
     logp: Tensor, tokens: Tokens, eps: float, beta: float, estimator: str = "k3", eps_high: float | None = None
-) -> PolicyLoss:
-    """−min(ρA, clip(ρ, 1−ε, 1+ε_high)A) + β·KL per token, ρ = exp(logp − old_logp) (TraceRL eq. of the policy; PPO).
+) -> tuple[Tensor, dict[str, float]]:
+    """−min(ρA, clip(ρ, 1−ε, 1+ε_high)A) + β·KL per term, ρ = exp(logp − old_logp) (TraceRL eq. of the policy; PPO).
 
     logp and every column (predicted,): of tokens, or of whole sequences. Where old_logp or reference_logp is None it is
     the logp itself, without gradient. ε_high is ε unless given (DAPO's clip-higher). The KL to the reference is that of
-    `kl_estimate`.
+    `kl_estimate`. Returns the weighted sum, with gradient, and sums over the terms: how many they are, the same loss,
+    the KL, and how many are on the flat side of the clip.
     """
-    old_logp, reference_logp = (
-        logp.detach() if column is None else column for column in (tokens.old_logp, tokens.reference_logp)
-    )
+    old_logp = logp.detach() if tokens.old_logp is None else tokens.old_logp
+    reference_logp = logp.detach() if tokens.reference_logp is None else tokens.reference_logp
     ratio = (logp - old_logp).clamp(-CLAMP, CLAMP).exp()
     plain = ratio * tokens.advantage
     clipped = ratio.clamp(1 - eps, 1 + (eps if eps_high is None else eps_high)) * tokens.advantage
     kl = kl_estimate(logp, reference_logp, estimator)
-    return PolicyLoss(
-        terms=len(logp),
-        loss=(tokens.weight * (-torch.minimum(plain, clipped) + beta * kl)).sum(),
-        kl=kl.sum().detach(),
-        clipped=(clipped < plain).sum(),
-    )
+    loss = (tokens.weight * (-torch.minimum(plain, clipped) + beta * kl)).sum()
+    flat = int((clipped < plain).sum())
+    return loss, {"terms": len(logp), "loss": float(loss.detach()), "kl": float(kl.detach().sum()), "clipped": flat}
 
 
 def kl_estimate(logp: Tensor, reference_logp: Tensor, estimator: str = "k3") -> Tensor:
@@ -194,17 +229,19 @@ def kl_estimate(logp: Tensor, reference_logp: Tensor, estimator: str = "k3") -> 
     return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(-d) + d}[estimator]()
 
 
-def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """½·max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²), weighted and summed, and how many tokens are clipped.
+def value_loss(value: Tensor, tokens: Tokens, eps: float) -> tuple[Tensor, dict[str, float]]:
+    """½·max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²), value and every column (predicted,).
 
-    All (predicted,).
+    Returns the weighted sum, with gradient, and sums over the tokens: how many they are, the same loss, how many are
+    clipped.
     """
-    plain = (value - returns).square()
-    held = (old_value + (value - old_value).clamp(-eps, eps) - returns).square()
-    return (weight * torch.maximum(plain, held)).sum() / 2, (held > plain).sum()
+    plain = (value - tokens.returns).square()
+    held = (tokens.old_value + (value - tokens.old_value).clamp(-eps, eps) - tokens.returns).square()
+    loss = (tokens.weight * torch.maximum(plain, held)).sum() / 2
+    return loss, {"tokens": len(value), "loss": float(loss.detach()), "clipped": int((held > plain).sum())}
 
 
-# ---- means over terms
+# ---- weights of terms
 
 
 def loss_weights(tokens: Tokens, loss_norm: str, max_gen_length: int, noisings: int = 1) -> np.ndarray:
@@ -244,3 +281,21 @@ def sequence_shares(tokens: Tokens, by_noising: bool) -> tuple[Tensor, Tensor]:
     (owner, _), index, size = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
     share = 1 / (size[index.ravel()] * np.bincount(owner)[response])
     return torch.from_numpy(response), torch.tensor(share, dtype=torch.float32)
+
+
+def importance_weights(tokens: Tokens, replayed: Tokens, cap: float, by_sequence: bool) -> Tensor:
+    """min(π_trainer / π_engine, cap) of every token, (predicted,) (truncated importance sampling).
+
+    Both log-probabilities are of `replayed`, the same trajectories' exact replays. `by_sequence`: of a response's mean
+    difference, as its ratio is. Tokens that no replay predicts weigh 1.
+    """
+    trajectory = replayed.trajectory.numpy()
+    log_ratio = (replayed.trainer_logp - replayed.engine_logp).double().numpy()
+    if by_sequence:
+        total, size = np.bincount(trajectory, log_ratio), np.bincount(trajectory)
+        log_ratio = (total / np.maximum(size, 1))[trajectory]
+    width = 1 + int(torch.cat([tokens.response_index, replayed.response_index]).max())
+    wanted, known = ((one.trajectory * width + one.response_index).numpy() for one in (tokens, replayed))
+    weight = np.ones(1 + max(wanted.max(), known.max()))  # by trajectory and index in the response
+    weight[known] = np.minimum(np.exp(log_ratio), cap)
+    return torch.from_numpy(weight[wanted]).float()

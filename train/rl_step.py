@@ -2,30 +2,35 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common import ranks
+from common.errors import UserError
 from common.runtime import console
 from common.schema import RLTrainingConfig
 from common.trajectory import ScoredTrajectory
-from train.learner import Learner, batch_logp, batch_values, micro_batches, update
-from train.mismatch import importance_weights, mismatch_of, replay
+from train.learner import Learner, batch_logp, batch_outputs, micro_batches, update
 from train.objectives import (
-    PolicyLoss,
+    Tokens,
     explained_variance,
+    importance_weights,
+    kl_estimate,
     loss_weights,
     noisings,
     policy_loss,
     sequence_shares,
+    tokens_of,
     value_loss,
     value_targets,
 )
 from train.packing import PackedBatch, Row, make_rows
-from train.tokens import Tokens, tokens_of
-from train.views import Layout, view_method
+from train.views import Layout, trace_views, view_method
+
+RATIO_TOLERANCE = 1e-4  # fp32: rounding stays under 2e-5, a wrong replay or stale weights move it above 1e-2
 
 # An update's share of the step: its micro-batches, and what is known of the tokens that they predict.
 Share = tuple[list[PackedBatch], Tokens]
@@ -52,16 +57,22 @@ def learn(
     rows = sample_rows(samples, training, layout, seed)
     if not rows:  # random masking may leave nothing to predict
         return policy_figures(Counter())
-    warn_of_long_rows(rows, training.tokens_per_micro_batch)
-    batches = micro_batches(rows, training.tokens_per_micro_batch)
+    budget = training.tokens_per_micro_batch
+    if long := [len(row) for row in rows if len(row) > budget]:
+        console.print(
+            f"{len(long)} of {len(rows)} packed trajectories exceed training.tokens_per_micro_batch={budget} (longest "
+            f"{max(long)}): each is a micro-batch of its own; raise it where memory allows, or lower rollout.max_token"
+        )
+    batches = micro_batches(rows, budget)
     temperature = samples[0].trajectory.temperature
     tokens = tokens_of(rows, samples)
+    replays = training.method == "TraceRL" and training.shrink == 1  # the views are the very ones the engine drew from
     figures = {}
 
     # log-probabilities that ratios and KL start from, and whether they are the engine's
-    take_starting_logp(learner, batches, tokens, training, temperature, exact)
-    mismatch = None  # None: to be measured in the first update
-    if not replays(training):
+    take_starting_logp(learner, batches, tokens, training, temperature, engine_is_policy=replays and exact)
+    mismatch = {}  # empty: to be measured in the first update
+    if not replays:
         replayed = replay(learner, samples[: training.mismatch_sample], training, layout)
         mismatch = mismatch_of(replayed.trainer_logp, replayed.engine_logp, exact)
     elif tokens.trainer_logp is not None:
@@ -71,10 +82,10 @@ def learn(
 
     # advantages: the group's, or the value model's, times importance weights
     if critic is not None:
-        tokens.old_value = batch_values(critic, batches)
+        tokens.old_value = batch_outputs(critic, batches, critic.forward)
         tokens.advantage, tokens.returns = value_targets(tokens, samples, training.gam, training.lam)
     if training.tis_cap is not None:
-        known = replays(training) and tokens.trainer_logp is not None
+        known = replays and tokens.trainer_logp is not None
         replayed = tokens if known else replay(learner, samples, training, layout)
         weight = importance_weights(tokens, replayed, training.tis_cap, training.ratio_level == "sequence")
         tokens.advantage = tokens.advantage * weight
@@ -83,10 +94,10 @@ def learn(
 
     # updates
     shares = shares_of(rows, tokens, len(samples), training, max_gen_length, seed)
-    figures |= update_policy(learner, shares, training, temperature, exact, measure_mismatch=mismatch is None)
+    figures |= update_policy(learner, shares, training, temperature, exact, measure_mismatch=not mismatch)
     if critic is not None:
         figures |= update_value(critic, tokens, shares if train_value else [], training)
-    return figures | (mismatch or {})
+    return figures | mismatch
 
 
 def sample_rows(
@@ -102,34 +113,18 @@ def sample_rows(
     return rows
 
 
-def warn_of_long_rows(rows: Sequence[Row], budget: int) -> None:
-    """Say where a trajectory alone exceeds a micro-batch's tokens; it is learned from all the same."""
-    long = [len(row) for row in rows if len(row) > budget]
-    if long:
-        console.print(
-            f"{len(long)} of {len(rows)} packed trajectories exceed training.tokens_per_micro_batch={budget} (longest "
-            f"{max(long)}): each is a micro-batch of its own; raise it where memory allows, or lower rollout.max_token"
-        )
-
-
-def replays(training: RLTrainingConfig) -> bool:
-    """Whether the views are the very ones that the engine drew from."""
-    return training.method == "TraceRL" and training.shrink == 1
-
-
 def take_starting_logp(
     learner: Learner,
     batches: Sequence[PackedBatch],
     tokens: Tokens,
     training: RLTrainingConfig,
     temperature: float,
-    exact: bool,
+    engine_is_policy: bool,
 ) -> None:
     """Fill in what the ratios and the KL start from, and for them the policy's logp before the step where it is needed.
 
-    Where views are replays and the engine is exact its numbers are the policy's, and no forward is spent on them.
+    Where `engine_is_policy`, as views are replays and the engine is exact, no forward is spent on these numbers.
     """
-    engine_is_policy = replays(training) and exact
     auto_recomputes = training.old_logp == "auto" and not (engine_is_policy and training.tis_cap is None)
     recompute = training.old_logp == "recompute" or auto_recomputes
     old_reference = training.kl_reference == "old"
@@ -165,6 +160,37 @@ def shares_of(
     return shares
 
 
+# ---- is what is trained what was sampled?
+
+
+def mismatch_of(trainer_logp: Tensor, engine_logp: Tensor, exact: bool) -> dict[str, float]:
+    """Mean k3 of trainer ‖ engine, and the largest difference of a log-probability; (predicted,) each.
+
+    Where the two must be equal (`exact`) and are not, UserError: ratios before the step's first update would not be 1.
+    """
+    difference = float((trainer_logp - engine_logp).abs().max())
+    if exact and not difference <= RATIO_TOLERANCE:
+        raise UserError(
+            f"logp_diff_max {difference:.2e} before the first update exceeds {RATIO_TOLERANCE:.0e}: the trainer does "
+            "not reproduce the engine's log-probabilities (stale weights, a wrong replay or another temperature)"
+        )
+    mean = float(kl_estimate(trainer_logp.double(), engine_logp.double()).mean())
+    return {"mismatch_kl": mean, "logp_diff_max": difference}
+
+
+def replay(learner: Learner, samples: Sequence[ScoredTrajectory], training: RLTrainingConfig, layout: Layout) -> Tokens:
+    """The tokens of the trajectories' exact replays, whatever the method, with the trainer's and the engine's logp."""
+    rows = []
+    for number, sample in enumerate(samples):
+        one = sample.trajectory
+        views = trace_views(one, layout, post_num=training.post_num)
+        rows += make_rows(number, one.prompt_ids, one.response_ids, views, layout.logit_offset)
+    tokens = tokens_of(rows, samples)
+    batches = micro_batches(rows, training.tokens_per_micro_batch)
+    tokens.trainer_logp = batch_logp(learner, batches, samples[0].trajectory.temperature)
+    return tokens
+
+
 # ---- the policy
 
 
@@ -183,72 +209,66 @@ def update_policy(
     """
     totals, mismatch = Counter(), {}
 
-    def measure(trainer_logp: Tensor, tokens: Tokens) -> None:
-        mismatch.update(mismatch_of(trainer_logp, tokens.engine_logp, exact))
+    def measure(seen: Tensor, tokens: Tokens) -> None:
+        mismatch.update(mismatch_of(ranks.add_up(seen), tokens.engine_logp, exact))
 
     for batches, tokens in shares:
         if not ranks.any_rank(bool(tokens.advantage.any())):
             totals["skipped"] += 1
             continue
-        present = None  # the policy's logp before this update, for ratios of whole sequences
+        slope, of_sequences = None, {}
         if training.ratio_level == "sequence":
             known = training.old_logp in ("auto", "recompute") and not totals["updates"]
-            present = tokens.trainer_logp if known else None
+            present = tokens.trainer_logp if known else None  # the policy's logp before this update
             if present is None:
                 present = batch_logp(learner, batches, temperature)
-        first = measure_mismatch and not mismatch
-        totals.update(
-            policy_update(learner, batches, tokens, present, training, temperature, measure if first else None)
-        )
+            slope, of_sequences = sequence_slope(present, tokens, training)
+        seen = torch.zeros(len(tokens))
+        loss = partial(batch_policy_loss, learner, tokens, training, temperature, slope, seen)
+        before_step = partial(measure, seen, tokens) if measure_mismatch and not mismatch else None
+        done = counted_update(learner, batches, loss, before_step)
+        totals.update(done)
+        if done["updates"]:
+            totals.update(of_sequences)  # all ranks know these of all responses
     if totals["skipped"]:
         console.print(
             f"{totals['skipped']} of {len(shares)} updates skipped: every advantage is 0, as of equal rewards"
         )
     if measure_mismatch and not mismatch and shares:  # all were skipped
         batches, tokens = shares[0]
-        measure(batch_logp(learner, batches, temperature), tokens)
+        mismatch = mismatch_of(batch_logp(learner, batches, temperature), tokens.engine_logp, exact)
     return policy_figures(totals) | mismatch
 
 
-def policy_update(
+def batch_policy_loss(
     learner: Learner,
-    batches: Sequence[PackedBatch],
     tokens: Tokens,
-    present: Tensor | None,
     training: RLTrainingConfig,
     temperature: float,
-    before_step: Callable[[Tensor, Tokens], None] | None,
-) -> Counter:
-    """One update with a ratio for every token or, from the policy's `present` logp, one for every response; its sums.
+    slope: Tensor | None,
+    seen: Tensor,
+    batch: PackedBatch,
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of one micro-batch of an update on these tokens, and its sums.
 
-    `before_step` is called with the logp of the update's forward, (predicted,), of all ranks.
+    It has a ratio for every token or, given their `slope`, (predicted,), for every response. The logp of its tokens is
+    written into `seen`, (predicted,).
     """
-    sums, seen, slope = Counter(), torch.zeros(len(tokens)), None
-    if present is not None:
-        result, slope = sequence_loss(present, tokens, training)
-        if ranks.is_main():  # all ranks know it of all responses
-            sums.update(figures_of(result))
-
-    def loss(batch: PackedBatch) -> Tensor:
-        logp, entropy = learner.forward(batch, temperature)
-        seen[batch.predicted] = logp.detach().float().cpu()
-        sums.update(tokens=len(logp), entropy=float(entropy.sum()))
-        if slope is not None:
-            return (slope[batch.predicted].to(logp.device) * logp).sum()
-        result = clipped_loss(logp, tokens[batch.predicted].to(logp.device), training)
-        sums.update(figures_of(result))
-        return result.loss
-
-    before = (lambda: before_step(ranks.add_up(seen), tokens)) if before_step else None
-    return counted_update(learner, batches, loss, sums, before)
+    logp, entropy = learner.forward(batch, temperature)
+    seen[batch.predicted] = logp.detach().float().cpu()
+    figures = {"tokens": len(logp), "entropy": float(entropy.sum())}
+    if slope is not None:
+        return (slope[batch.predicted].to(logp.device) * logp).sum(), figures
+    loss, sums = clipped_loss(logp, tokens[batch.predicted].to(logp.device), training)
+    return loss, figures | sums
 
 
-def sequence_loss(present: Tensor, tokens: Tokens, training: RLTrainingConfig) -> tuple[PolicyLoss, Tensor]:
-    """The loss with one ratio for every response, exp of the difference of its ELBO per token (ESPO), and its slope.
+def sequence_slope(present: Tensor, tokens: Tokens, training: RLTrainingConfig) -> tuple[Tensor, dict[str, float]]:
+    """The slope, (predicted,), of the loss with one ratio for every response, and the sums of that loss.
 
-    A response's tokens may lie in several micro-batches, so its ratio comes from the log-probabilities at `present`,
-    and a micro-batch's loss is linear in its own: by the slope of the sequence's term, (predicted,), which is the same
-    for all its tokens but for their shares in the ELBO.
+    The ratio is exp of the difference of a response's ELBO per token (ESPO). Its tokens may lie in several
+    micro-batches, so it comes from the log-probabilities at `present`, and a micro-batch's loss is linear in its own:
+    by the slope of the sequence's term, the same for all its tokens but for their shares in the ELBO.
     """
     response, share = sequence_shares(tokens, by_noising=training.method != "TraceRL")
     count = int(response.max()) + 1
@@ -264,25 +284,15 @@ def sequence_loss(present: Tensor, tokens: Tokens, training: RLTrainingConfig) -
         advantage=per_response(tokens.advantage),
         weight=torch.full((count,), 1 / count),
     )
-    result = clipped_loss(elbo, responses, training)
-    return result, torch.autograd.grad(result.loss, elbo)[0][response] * share
+    loss, figures = clipped_loss(elbo, responses, training)
+    return torch.autograd.grad(loss, elbo)[0][response] * share, figures
 
 
-def clipped_loss(logp: Tensor, tokens: Tokens, training: RLTrainingConfig) -> PolicyLoss:
+def clipped_loss(logp: Tensor, tokens: Tokens, training: RLTrainingConfig) -> tuple[Tensor, dict[str, float]]:
     """The clipped objective with the config's bounds and estimator; the KL is k3, else k1 (of a sequence: k2)."""
     other = "k2" if training.ratio_level == "sequence" else "k1"
     estimator = "k3" if training.use_kl_estimator_k3 else other
     return policy_loss(logp, tokens, training.eps, training.beta, estimator, training.eps_high)
-
-
-def figures_of(result: PolicyLoss) -> dict[str, float]:
-    """The sums of a loss over its terms: ratios of tokens, or of sequences."""
-    return {
-        "terms": result.terms,
-        "loss": float(result.loss.detach()),
-        "kl": float(result.kl),
-        "clipped": int(result.clipped),
-    }
 
 
 def policy_figures(totals: Counter) -> dict[str, float]:
@@ -307,15 +317,21 @@ def policy_figures(totals: Counter) -> dict[str, float]:
 def counted_update(
     learner: Learner,
     batches: Sequence[PackedBatch],
-    loss: Callable[[PackedBatch], Tensor],
-    sums: Counter,
+    loss: Callable[[PackedBatch], tuple[Tensor, dict[str, float]]],
     before_step: Callable[[], None] | None = None,
 ) -> Counter:
-    """An update whose loss adds to `sums`: these over all ranks with the update and its gradient's norm, or a bad step.
+    """An update, counted with its gradient's norm and the sums over all ranks that come with its loss; or a bad step.
 
     All ranks must call it.
     """
-    done = update(learner, batches, loss, before_step)
+    sums = Counter()
+
+    def summed(batch: PackedBatch) -> Tensor:
+        result, figures = loss(batch)
+        sums.update(figures)
+        return result
+
+    done = update(learner, batches, summed, before_step)
     if not done.taken:
         return Counter(bad_steps=1)
     total = Counter(updates=1, grad_norm=done.grad_norm)
@@ -333,7 +349,7 @@ def update_value(
     """One update of the value model for every share; the figures of the step, before its updates where they ask."""
     totals = Counter()
     for batches, own in shares:
-        totals.update(value_update(critic, batches, own, training))
+        totals.update(counted_update(critic, batches, partial(batch_value_loss, critic, own, training.eps)))
     figures = {
         "value_mean": float(tokens.old_value.mean()),
         "explained_variance": explained_variance(tokens.old_value.double().numpy(), tokens.returns.double().numpy()),
@@ -348,17 +364,9 @@ def update_value(
     return figures
 
 
-def value_update(
-    critic: Learner, batches: Sequence[PackedBatch], tokens: Tokens, training: RLTrainingConfig
-) -> Counter:
-    """One update of the value model; its sums."""
-    sums = Counter()
-
-    def loss(batch: PackedBatch) -> Tensor:
-        value = critic.forward(batch)
-        own = tokens[batch.predicted].to(value.device)
-        result, clipped = value_loss(value, own.old_value, own.returns, own.weight, training.eps)
-        sums.update(tokens=len(value), loss=float(result.detach()), clipped=int(clipped))
-        return result
-
-    return counted_update(critic, batches, loss, sums)
+def batch_value_loss(
+    critic: Learner, tokens: Tokens, eps: float, batch: PackedBatch
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of one micro-batch of an update on these tokens, and its sums."""
+    value = critic.forward(batch)
+    return value_loss(value, tokens[batch.predicted].to(value.device), eps)

@@ -25,7 +25,7 @@ from models.tiny import build_tiny
 from sample.engine import Engine
 from train.learner import Learner, batch_logp, micro_batches, update
 from train.learner_state import write_network
-from train.networks import load_trained, policy_learner, whole_model
+from train.loading import load_trained, policy_learner, whole_model
 from train.packing import PackedBatch, Row, make_rows
 from train.run import (
     Progress,
