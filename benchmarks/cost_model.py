@@ -43,12 +43,14 @@ class Chip:
     memory: float = 0.0  # bytes
 
 
-# NVIDIA's data sheets: H100 SXM5 80 GB (3.35 TB/s), H200 SXM (4.8 TB/s), A100 SXM 80 GB (2,039 GB/s); of the RTX 4090
-# the Ada architecture's white paper, appendix A (1,008 GB/s, 165.2 TFLOP/s)
+# NVIDIA's data sheets of H100 SXM5 80 GB, H200 SXM, B200 SXM, A100 SXM 80 GB, L40S; of the RTX 4090 the Ada
+# architecture's white paper, appendix A
 CHIPS = {
     "h100": Chip(3.35e12, 989e12, 80e9),
     "h200": Chip(4.8e12, 989e12, 141e9),
+    "b200": Chip(8e12, 2250e12, 180e9),
     "a100": Chip(2.039e12, 312e12, 80e9),
+    "l40s": Chip(0.864e12, 362e12, 48e9),
     "4090": Chip(1.008e12, 165.2e12, 24e9),
 }
 
@@ -84,6 +86,7 @@ DRAWS = {
     "temperature 1": READ | SAMPLE,
     "temperature, top-k and top-p": READ | {"divide": 8} | TOP_K | TOP_P | SAMPLE,
 }
+PARTS = ("matrix products", "small kernels", "attention", "draw")  # of a step
 DRAW_LAUNCHES = 170  # kernels of hash, draw, choice, record and advance
 
 
@@ -138,12 +141,9 @@ def step_seconds(size: Size, chip: Chip, load: Load, draw: str = "temperature 1"
     kernels = [max(LAUNCH, load.rows * moved / (SHORT * chip.bandwidth)) for moved in small_kernels(size)]
     read = load.batch * cache_bytes(size, load.longest) / (ATTENDED * chip.bandwidth)
     drawn = positions * size.vocabulary * sum(DRAWS[draw].values())
-    return {
-        "matrix products": products,
-        "small kernels": size.layers * sum(kernels),
-        "attention": max(size.layers * SHORTEST_ATTENTION, read),
-        "draw": DRAW_LAUNCHES * LAUNCH + drawn / (STREAMED * chip.bandwidth),
-    }
+    attention = max(size.layers * SHORTEST_ATTENTION, read)
+    draws = DRAW_LAUNCHES * LAUNCH + drawn / (STREAMED * chip.bandwidth)
+    return dict(zip(PARTS, (products, size.layers * sum(kernels), attention, draws)))
 
 
 def small_kernels(size: Size) -> list[int]:

@@ -1,7 +1,6 @@
 """benchmarks/cost_model.py against figures computed elsewhere: limits, a step's parts, training, memory."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from train import network
 
 EIGHT, FOUR = size_of(SHAPES["8b"]), size_of(SHAPES["4b"])
 TOLERANCE = 0.07  # of the parts of a step, whose figures have two digits or one
-PARTS = ("matrix products", "small kernels", "attention", "draw")
 STEPS = {  # milliseconds of the limit and of the parts, at a context of 1,000 and a longest of 2,048
     ("h200", 1): (3.2, 3.9, 3.4, 0.5, 0.3),
     ("h200", 64): (5.1, 7.1, 5.3, 5.4, 1.4),
@@ -31,7 +29,7 @@ def test_a_step(chip: str, batch: int) -> None:
     limit, *parts = STEPS[chip, batch]
     assert 1e3 * limit_seconds(EIGHT, CHIPS[chip], batch, 1000) == pytest.approx(limit, rel=0.015)
     got = step_seconds(EIGHT, CHIPS[chip], Load(batch))
-    assert [1e3 * got[part] for part in PARTS] == pytest.approx(parts, rel=TOLERANCE, abs=0.05)
+    assert [1e3 * got[part] for part in cost_model.PARTS] == pytest.approx(parts, rel=TOLERANCE, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +78,14 @@ def test_the_chunk_of_the_head_is_the_trainers() -> None:
     assert max(network.LEAST_POSITIONS, network.CHUNK_ELEMENTS // EIGHT.vocabulary) == cost_model.HEAD_POSITIONS
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(SHAPES["4b"]))
-    command = [sys.executable, "-m", "benchmarks.cost_model", "--config", str(config), "--chip", "4090", "--batch", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "4.02 B" in done.stdout and "4090" in done.stdout and "LoRA, bfloat16 base" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["cost_model", "--config", str(config), "--chip", "4090", "--batch", "1"])
+    cost_model.main()
+    printed = capsys.readouterr().out
+    assert "4.02 B" in printed and "4090" in printed and "LoRA, bfloat16 base" in printed
     config.write_text("[]")
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: --config: ") and "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        cost_model.main()
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: --config: ")
