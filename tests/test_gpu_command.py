@@ -34,7 +34,7 @@ def test_the_whole_command_at_a_small_size(tmp_path: Path) -> None:
 def test_it_asks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="^make gpu needs a CUDA device"):
+    with pytest.raises(SystemExit, match="make gpu needs a CUDA device"):
         gpu.main()
 
 
