@@ -26,7 +26,7 @@ class Candidates:
     tokens: Tensor
     probability: Tensor  # of the token; `confidence_from` says under which softmax
     logp: Tensor  # log_softmax(logits / T) with the mask token at minus infinity, before top-k and top-p
-    entropy: Tensor  # of the raw softmax, nats; 0 unless strategy or target ask
+    entropy: Tensor  # nats; `entropy_from` says of which softmax; 0 unless strategy or target ask
     margin: Tensor  # likeliest over second likeliest, under the softmax of `probability`; 0 unless target asks
     kept_mass: Tensor  # probability that top-k and top-p left
 
@@ -78,12 +78,18 @@ def _shift_right(value: Tensor, bits: int) -> Tensor:
     return (value >> bits) & ((1 << (64 - bits)) - 1)  # logical, where torch's shift keeps the sign
 
 
-def draw(logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Sampling) -> Candidates:
+def draw(
+    logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Sampling, barred: Tensor | None = None
+) -> Candidates:
     """Draw a token per position by the inverse CDF in id order; temperature 0 or top_k 1 takes the argmax.
 
-    logits (…, vocab), uniform (…), unused where the draw is greedy. The mask token is never drawn. Filters come in
-    the order temperature, top-k, top-p. Confidence under `raw` is that of the untouched softmax over the whole
-    vocabulary. Entropy and margin are 0 where the settings name nothing that reads them.
+    logits (…, vocab), uniform (…), unused where the draw is greedy. The mask token is never drawn. Temperature
+    comes before top-k and top-p. Confidence under `raw` is that of the untouched softmax over the whole
+    vocabulary, and so is entropy; under `sampled` they are of what is drawn from. Entropy and margin are 0 where the
+    settings name nothing that reads them.
+
+    Ids that are `barred` (n,) are never drawn either: their logits are minus infinity for the draw, confidence, margin
+    and entropy. Log-probabilities are the network's, in which they have their share; `kept_mass` says what is left.
 
     The vocabulary is gone through as seldom as may be: weights exp((logits − highest) / T) are made once, in place, and
     their sums serve every softmax. The highest is that of all tokens but the mask's, so that weights do not vanish
@@ -95,31 +101,36 @@ def draw(logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Samplin
     weight = logits - highest[..., None]  # float32, whatever the logits are
     mask_logit = weight[..., mask_id].clone()
     weight[..., mask_id] = float("-inf")
+    if barred is not None:
+        barred_logits = weight[..., barred]  # (…, n)
+        weight.index_fill_(-1, barred, float("-inf"))
     tokens = weight.argmax(-1) if greedy else None
     if temperature != 1:
         raw_sum = weight.exp().sum(-1)
         weight.div_(temperature)
-    weight.exp_()
-    whole = weight.sum(-1)
-    # logs of the sums that divide weights in the raw softmax, which knows the mask token, and in that of the draw
-    raw_total = torch.logaddexp((whole if temperature == 1 else raw_sum).log(), mask_logit)
-    kept, kept_sum = weight, whole
+    allowed = weight.exp_().sum(-1)
+    # what divides weights: in the raw softmax, which knows the mask token, as a logarithm; and in that of logp
+    raw_total = torch.logaddexp((allowed if temperature == 1 else raw_sum).log(), mask_logit)
+    whole = allowed if barred is None else allowed + (barred_logits / temperature).exp().sum(-1)
+    kept, kept_sum = weight, allowed
     if settings.top_k > 0 or settings.top_p < 1:
-        kept = filter_top(weight, settings.top_k, settings.top_p)
+        kept = filter_top(weight, settings.top_k, settings.top_p, settings.filter_order)
         kept_sum = kept.sum(-1)
     if tokens is None:
         tokens = inverse_cdf(kept, uniform)
     drawn = logits.gather(-1, tokens[..., None])[..., 0] - highest
+
+    def raw_logp() -> Tensor:
+        left = logits if barred is None else logits.index_fill(-1, barred, float("-inf"))
+        return left - (highest + raw_total)[..., None]
+
     margin = entropy = torch.zeros_like(whole)
     if settings.target == "margin_confidence":
-        if raw:
-            best = (logits.topk(2, dim=-1).values - (highest + raw_total)[..., None]).exp()
-        else:
-            best = kept.topk(2, dim=-1).values / kept_sum[..., None]
+        best = raw_logp().topk(2, dim=-1).values.exp() if raw else kept.topk(2, dim=-1).values / kept_sum[..., None]
         margin = best[..., 0] - best[..., 1]
     if settings.remasking_strategy not in BY_CONFIDENCE or settings.target == "neg_entropy":
-        raw_logp = logits - (highest + raw_total)[..., None]
-        entropy = torch.special.entr(raw_logp.exp_()).sum(-1)
+        probability = raw_logp().exp_() if settings.entropy_from == "raw" else kept / kept_sum[..., None]
+        entropy = torch.special.entr(probability).sum(-1)
     return Candidates(
         tokens=tokens,
         probability=(drawn - raw_total).exp() if raw else kept.gather(-1, tokens[..., None])[..., 0] / kept_sum,
@@ -150,11 +161,14 @@ def token_logp(logits: Tensor, mask_id: int, temperature: float) -> Tensor:
     return torch.log_softmax(scaled.index_fill(-1, forbidden, float("-inf")), dim=-1)
 
 
-def filter_top(weight: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Zero all but the top_k heaviest tokens, then all beyond the one that crosses top_p of what is left.
+def filter_top(weight: Tensor, top_k: int, top_p: float, order: str = "top_k_first") -> Tensor:
+    """Zero all but the top_k heaviest tokens and all beyond the one that crosses top_p; sums are not restored.
 
-    weight (…, vocab), none negative -> (…, vocab). top_k 0 and top_p 1 keep everything; ties go to the lower id.
+    weight (…, vocab), none negative -> (…, vocab). top_k 0 and top_p 1 keep everything; ties go to the lower id. What
+    top_p is a share of is what the first filter left.
     """
+    if order == "top_p_first":
+        return filter_top(filter_top(weight, 0, top_p), top_k, 1.0)
     ranked = None  # what is left, the heaviest first
     if 0 < top_k < weight.shape[-1]:
         ranked = weight.topk(top_k, dim=-1).values

@@ -24,9 +24,10 @@ def tokens(old_logp: list[float], advantage: list[float], reference_logp: list[f
 
 
 def of_traces(*steps: list[int]) -> Tokens:
-    """The tokens of some trajectories, by the steps of each one's trace."""
+    """The tokens of some trajectories, by the steps of each one's trace; every step is a view."""
     trajectory = torch.repeat_interleave(torch.arange(len(steps)), torch.tensor([len(one) for one in steps]))
-    return Tokens(trajectory, trace_step=torch.tensor([step for one in steps for step in one]))
+    trace_step = torch.tensor([step for one in steps for step in one])
+    return Tokens(trajectory, view=100 * trajectory + trace_step, trace_step=trace_step)
 
 
 @pytest.mark.parametrize(
@@ -86,14 +87,27 @@ def test_the_penalty_is_added_with_beta(estimator: str, kl: float) -> None:
         ("token", [1 / 4, 1 / 4, 1 / 4, 1 / 4]),
         ("length", [1 / 16, 1 / 16, 1 / 16, 1 / 16]),  # / 8 tokens / 2 responses
         ("step", [1 / 4, 1 / 2, 1 / 4, 1 / 2]),  # steps 3 (two tokens), 5 (one), and 0 of the other
+        ("view", [1 / 6, 1 / 3, 1 / 6, 1 / 3]),  # three views, whatever responses they are of
+        ("view_sum", [1 / 3, 1 / 3, 1 / 3, 1 / 3]),
+        ("sum", [1 / 2, 1 / 2, 1 / 2, 1 / 2]),  # / 2 responses
     ],
 )
-def test_the_three_norms(norm: str, weights: list[float]) -> None:
+def test_the_norms(norm: str, weights: list[float]) -> None:
     assert loss_weights(of_traces([3, 5, 3], [0]), norm, max_gen_length=8).tolist() == pytest.approx(weights)
 
 
+def test_the_kl_may_have_weights_of_its_own() -> None:
+    given = tokens([-1.0, -1.0], [0.5, -0.5], reference_logp=[-1.0 - math.log(2)] * 2)
+    given.weight, given.kl_weight = torch.tensor([0.5, 0.25]), torch.tensor([2.0, 3.0])
+    result, sums = policy_loss(torch.tensor([-1.0, -1.0]), given, eps=0.2, beta=0.1, estimator="k1")
+    assert float(result) == pytest.approx(-0.25 + 0.125 + 0.1 * 5 * math.log(2), rel=1e-5)
+    assert sums["kl"] == pytest.approx(2 * math.log(2), rel=1e-5)
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(["token", "length", "step"]), st.sampled_from(["k1", "k3"]))
+@given(
+    st.integers(0, 10**6), st.sampled_from(["token", "length", "step", "view", "sum"]), st.sampled_from(["k1", "k3"])
+)
 def test_the_loss_equals_the_reference(seed: int, norm: str, estimator: str) -> None:
     rng = np.random.default_rng(seed)
     traces = [rng.integers(0, 4, rng.integers(1, 9)).tolist() for _ in range(rng.integers(1, 4))]

@@ -135,10 +135,10 @@ def test_a_value_run_resumes_exactly(tiny_sdar: Path, tmp_path: Path) -> None:
 def test_sequence_ratios_start_at_one(drawn: Drawn) -> None:
     """Then the loss is minus the mean advantage over responses, however long each is."""
     for method in ("TraceRL", "coupled"):
-        figures = drawn.learn(ratio_level="sequence", method=method, beta=0.0, lower_p=0.4, upper_p=0.6)
+        figures = drawn.learn(term="sequence", method=method, beta=0.0, lower_p=0.4, upper_p=0.6)
         assert figures["loss"] == pytest.approx(0.0, abs=1e-4) and figures["kl"] == pytest.approx(0, abs=1e-8)
         samples = [replace(one, advantage=1.0) for one in drawn.samples]
-        figures = drawn.learn(samples, exact=False, ratio_level="sequence", method=method, beta=0.0, lower_p=0.4)
+        figures = drawn.learn(samples, exact=False, term="sequence", method=method, beta=0.0, lower_p=0.4)
         assert figures["loss"] == pytest.approx(-1.0, abs=1e-4) and figures["clip_fraction"] == 0
         drawn.learner.network.load_state_dict(drawn.start)
 
@@ -149,7 +149,7 @@ def test_importance_weights_of_an_engine_that_is_off(drawn: Drawn) -> None:
     samples = [replace(one, trajectory=other, advantage=1.0) for one, other in zip(drawn.samples, low)]
     for cap, weight in ((10.0, 2.0), (1.5, 1.5)):
         for method, level in (("TraceRL", "token"), ("random_masking", "token"), ("coupled", "sequence")):
-            figures = drawn.learn(samples, False, tis_cap=cap, beta=0.0, method=method, ratio_level=level)
+            figures = drawn.learn(samples, False, tis_cap=cap, beta=0.0, method=method, term=level)
             assert figures["tis_weight"] == pytest.approx(weight, rel=1e-4)
             assert figures["tis_capped"] == (weight == cap)
             assert figures["loss"] == pytest.approx(-weight, rel=1e-3)

@@ -33,7 +33,7 @@ class Row:
     target: np.ndarray  # (predicted,)
     response_index: np.ndarray  # (predicted,)
     trace_step: np.ndarray  # (predicted,) of a trace, or the noising
-    weight: np.ndarray | None = None  # (predicted,) in the loss of finetuning; None: 1
+    weight: np.ndarray | None = None  # (predicted,) in the loss of finetuning, or in its term; None: 1
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,7 +70,8 @@ def make_rows(
     if views.whole:
         rows = []
         for number, inputs in enumerate(views.inputs):
-            ids = np.concatenate([np.asarray(prompt_ids, dtype=np.int64), inputs])
+            prompt = prompt_ids if views.prompt is None else views.prompt[number]
+            ids = np.concatenate([np.asarray(prompt, dtype=np.int64), inputs])
             position, zeros = np.arange(len(ids)), np.zeros_like(ids)
             block = position if views.causal else zeros  # blocks of one token make causal attention
             predictions = _predictions(views, slice(number, number + 1), len(prompt_ids) + logit_offset)

@@ -22,7 +22,8 @@ from train.objectives import (
     loss_weights,
     noisings,
     policy_loss,
-    sequence_shares,
+    response_lengths,
+    terms_of,
     tokens_of,
     value_loss,
     value_targets,
@@ -48,68 +49,80 @@ def learn(
     critic: Learner | None = None,
     train_value: bool = True,
 ) -> dict[str, float]:
-    """Update the policy `updates_per_step` times on the samples, and the value model with it; the step's figures.
+    """Update the policy on the samples, and the value model with it; the step's figures.
 
+    The samples are gone through `epochs_per_step` times in `updates_per_step` updates, each time with fresh noise.
     `exact` says that the engine's numbers must be the trainer's (fp32, exact cache): then a larger difference
     stops the run before the first update. `reference` is the frozen first model where the KL refers to it. `critic`
     is the value model, whose advantages take the place of the group's; it learns too where `train_value`.
     """
-    rows = sample_rows(samples, training, layout, seed)
-    if not rows:  # random masking may leave nothing to predict
-        return policy_figures(Counter())
-    budget = training.tokens_per_micro_batch
-    if long := [len(row) for row in rows if len(row) > budget]:
-        console.print(
-            f"{len(long)} of {len(rows)} packed trajectories exceed training.tokens_per_micro_batch={budget} (longest "
-            f"{max(long)}): each is a micro-batch of its own; raise it where memory allows, or lower rollout.max_token"
-        )
-    batches = micro_batches(rows, budget)
     temperature = samples[0].trajectory.temperature
-    tokens = tokens_of(rows, samples)
+    figures: dict[str, float] = {}
+    mismatch: dict[str, float] = {}  # empty: to be measured in the first update
+    passes: list[Tokens] = []
+    shares: list[Share] = []
     replays = training.method == "TraceRL" and training.shrink == 1  # the views are the very ones the engine drew from
-    figures = {}
+    for epoch in range(training.epochs_per_step):
+        # all before the first update: ratios of every pass start from the policy before the step
+        epoch_seed = [*seed, epoch] if epoch else seed
+        rows = sample_rows(samples, training, layout, epoch_seed)
+        if not rows:  # random masking may leave nothing to predict
+            continue
+        batches = micro_batches(rows, training.tokens_per_micro_batch)
+        tokens = tokens_of(rows, samples)
 
-    # log-probabilities that ratios and KL start from, and whether they are the engine's
-    take_starting_logp(learner, batches, tokens, training, temperature, engine_is_policy=replays and exact)
-    mismatch = {}  # empty: to be measured in the first update
-    if not replays:
-        replayed = replay(learner, samples[: training.mismatch_sample], training, layout)
-        mismatch = mismatch_of(replayed.trainer_logp, replayed.engine_logp, exact)
-    elif tokens.trainer_logp is not None:
-        mismatch = mismatch_of(tokens.trainer_logp, tokens.engine_logp, exact)
-    if reference is not None:
-        tokens.reference_logp = batch_logp(reference, batches, temperature)
+        # log-probabilities that ratios and KL start from, and whether they are the engine's
+        take_starting_logp(learner, batches, tokens, training, temperature, engine_is_policy=replays and exact)
+        if not passes and not replays:
+            replayed = replay(learner, samples[: training.mismatch_sample], training, layout)
+            mismatch = mismatch_of(replayed.trainer_logp, replayed.engine_logp, exact)
+        elif not passes and tokens.trainer_logp is not None:
+            mismatch = mismatch_of(tokens.trainer_logp, tokens.engine_logp, exact)
+        if reference is not None:
+            tokens.reference_logp = batch_logp(reference, batches, temperature)
 
-    # advantages: the group's, or the value model's, times importance weights
+        # advantages: the group's, or the value model's, times importance weights
+        if critic is not None:
+            tokens.old_value = batch_outputs(critic, batches, critic.forward)
+            tokens.advantage, tokens.returns = value_targets(tokens, samples, training, layout.block_size)
+        if training.tis_cap is not None:
+            known = replays and tokens.trainer_logp is not None
+            replayed = tokens if known else replay(learner, samples, training, layout)
+            weight = importance_weights(tokens, replayed, training.tis_cap, training.term == "sequence")
+            tokens.advantage = tokens.advantage * weight
+            figures["tis_weight"] = float(weight.mean())
+            figures["tis_capped"] = float((weight >= training.tis_cap).float().mean())
+        shares += shares_of(rows, tokens, len(samples), training, max_gen_length, epoch_seed)
+        passes.append(tokens)
+    if not passes:
+        return policy_figures(Counter())
+    figures |= update_policy(
+        learner, shares, training, temperature, max_gen_length, exact, measure_mismatch=not mismatch
+    )
     if critic is not None:
-        tokens.old_value = batch_outputs(critic, batches, critic.forward)
-        tokens.advantage, tokens.returns = value_targets(tokens, samples, training.gam, training.lam)
-    if training.tis_cap is not None:
-        known = replays and tokens.trainer_logp is not None
-        replayed = tokens if known else replay(learner, samples, training, layout)
-        weight = importance_weights(tokens, replayed, training.tis_cap, training.ratio_level == "sequence")
-        tokens.advantage = tokens.advantage * weight
-        figures["tis_weight"] = float(weight.mean())
-        figures["tis_capped"] = float((weight >= training.tis_cap).float().mean())
-
-    # updates
-    shares = shares_of(rows, tokens, len(samples), training, max_gen_length, seed)
-    figures |= update_policy(learner, shares, training, temperature, exact, measure_mismatch=not mismatch)
-    if critic is not None:
-        figures |= update_value(critic, tokens, shares if train_value else [], training)
+        figures |= update_value(critic, passes[0], shares if train_value else [], training)
     return figures | mismatch
 
 
 def sample_rows(
     samples: Sequence[ScoredTrajectory], training: RLTrainingConfig, layout: Layout, seed: Sequence[int]
 ) -> list[Row]:
-    """The packed rows of all samples, in their order, with the views of the configured method."""
+    """The packed rows of all samples, in their order, with the views of the configured method.
+
+    How many of them exceed the budget of a micro-batch is printed.
+    """
     method = view_method(training.method)
     rows = []
     for number, sample in enumerate(samples):
         trajectory = sample.trajectory
         views = method(trajectory, layout, training, np.random.default_rng([*seed, number]))
         rows += make_rows(number, trajectory.prompt_ids, trajectory.response_ids, views, layout.logit_offset)
+    budget = training.tokens_per_micro_batch
+    if long := [len(row) for row in rows if len(row) > budget]:
+        console.print(
+            f"{len(long)} of {len(rows)} packed trajectories exceed training.tokens_per_micro_batch={budget} (longest "
+            f"{max(long)}): each is a micro-batch of its own; raise it where memory allows, or lower rollout.max_token"
+        )
     return rows
 
 
@@ -128,12 +141,13 @@ def take_starting_logp(
     auto_recomputes = training.old_logp == "auto" and not (engine_is_policy and training.tis_cap is None)
     recompute = training.old_logp == "recompute" or auto_recomputes
     old_reference = training.kl_reference == "old"
-    policy_moves = training.updates_per_step > 1  # away from the start of the step, while the step goes on
+    updates = training.updates_per_step * training.epochs_per_step
+    policy_moves = updates > 1  # away from the start of the step, while the step goes on
     if recompute or (old_reference and policy_moves and not engine_is_policy):
         tokens.trainer_logp = batch_logp(learner, batches, temperature)
     if training.old_logp != "detach":
         tokens.old_logp = tokens.trainer_logp if recompute else tokens.engine_logp
-    if policy_moves or not old_reference:
+    if training.kl_reference != "none" and (policy_moves or not old_reference):
         tokens.reference_logp = tokens.engine_logp if tokens.trainer_logp is None else tokens.trainer_logp
 
 
@@ -156,6 +170,9 @@ def shares_of(
         own = tokens[np.isin(tokens.trajectory.numpy(), chosen)]
         weight = loss_weights(own, training.loss_norm, max_gen_length, noisings(training))
         own.weight = torch.tensor(weight, dtype=torch.float32)
+        if training.kl_norm == "view_sum":
+            kl_weight = loss_weights(own, training.kl_norm, max_gen_length)
+            own.kl_weight = torch.tensor(kl_weight, dtype=torch.float32)
         shares.append((micro_batches(own_rows, training.tokens_per_micro_batch), own))
     return shares
 
@@ -199,6 +216,7 @@ def update_policy(
     shares: Sequence[Share],
     training: RLTrainingConfig,
     temperature: float,
+    max_gen_length: int,
     exact: bool,
     measure_mismatch: bool,
 ) -> dict[str, float]:
@@ -216,20 +234,20 @@ def update_policy(
         if not ranks.any_rank(bool(tokens.advantage.any())):
             totals["skipped"] += 1
             continue
-        slope, of_sequences = None, {}
-        if training.ratio_level == "sequence":
+        slope, of_terms = None, {}
+        if training.term != "token":
             known = training.old_logp in ("auto", "recompute") and not totals["updates"]
             present = tokens.trainer_logp if known else None  # the policy's logp before this update
             if present is None:
                 present = batch_logp(learner, batches, temperature)
-            slope, of_sequences = sequence_slope(present, tokens, training)
+            slope, of_terms = term_slope(present, tokens, training, max_gen_length)
         seen = torch.zeros(len(tokens))
         loss = partial(batch_policy_loss, learner, tokens, training, temperature, slope, seen)
         before_step = partial(measure, seen, tokens) if measure_mismatch and not mismatch else None
         done = counted_update(learner, batches, loss, before_step)
         totals.update(done)
         if done["updates"]:
-            totals.update(of_sequences)  # all ranks know these of all responses
+            totals.update(of_terms)  # all ranks know these of all responses
     if totals["skipped"]:
         console.print(
             f"{totals['skipped']} of {len(shares)} updates skipped: every advantage is 0, as of equal rewards"
@@ -251,7 +269,7 @@ def batch_policy_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of one micro-batch of an update on these tokens, and its sums.
 
-    It has a ratio for every token or, given their `slope`, (predicted,), for every response. The logp of its tokens is
+    It has a ratio for every token or, given their `slope`, (predicted,), for every term. The logp of its tokens is
     written into `seen`, (predicted,).
     """
     logp, entropy = learner.forward(batch, temperature)
@@ -263,36 +281,44 @@ def batch_policy_loss(
     return loss, figures | sums
 
 
-def sequence_slope(present: Tensor, tokens: Tokens, training: RLTrainingConfig) -> tuple[Tensor, dict[str, float]]:
-    """The slope, (predicted,), of the loss with one ratio for every response, and the sums of that loss.
+def term_slope(
+    present: Tensor, tokens: Tokens, training: RLTrainingConfig, max_gen_length: int
+) -> tuple[Tensor, dict[str, float]]:
+    """The slope, (predicted,), of the loss with one ratio for every term, and the sums of that loss.
 
-    The ratio is exp of the difference of a response's ELBO per token (ESPO). Its tokens may lie in several
-    micro-batches, so it comes from the log-probabilities at `present`, and a micro-batch's loss is linear in its own:
-    by the slope of the sequence's term, the same for all its tokens but for their shares in the ELBO.
+    log ρ = Σ c (logp − old_logp) over the term's predictions, c their coefficients. They may lie in several
+    micro-batches, so the ratio comes from the log-probabilities at `present`, and a micro-batch's loss is linear in its
+    own: by the slope of the term, the same for all its predictions but for their coefficients.
     """
-    response, share = sequence_shares(tokens, by_noising=training.method != "TraceRL")
-    count = int(response.max()) + 1
+    term, coefficient, share = terms_of(tokens, training)
+    count = int(term.max()) + 1
 
-    def per_response(column: Tensor | None) -> Tensor | None:
-        return None if column is None else torch.zeros(count).index_add(0, response, share * column)
+    def combined(column: Tensor | None, factor: Tensor) -> Tensor | None:
+        return None if column is None else torch.zeros(count).index_add(0, term, factor * column)
 
-    elbo = per_response(present).requires_grad_()
-    responses = Tokens(
-        trajectory=torch.arange(count),
-        old_logp=per_response(tokens.old_logp),
-        reference_logp=per_response(tokens.reference_logp),
-        advantage=per_response(tokens.advantage),
-        weight=torch.full((count,), 1 / count),
+    logp = combined(present, coefficient).requires_grad_()
+    terms = Tokens(
+        trajectory=torch.zeros(count, dtype=torch.long).scatter(0, term, tokens.trajectory),
+        old_logp=combined(tokens.old_logp, coefficient),
+        reference_logp=combined(tokens.reference_logp, coefficient),
+        advantage=combined(tokens.advantage, share),
     )
-    loss, figures = clipped_loss(elbo, responses, training)
-    return torch.autograd.grad(loss, elbo)[0][response] * share, figures
+    if training.term == "sequence":
+        terms.weight = torch.full((count,), 1 / count)
+    else:
+        terms.weight = torch.tensor(loss_weights(terms, training.loss_norm, max_gen_length), dtype=torch.float32)
+    if training.kl_norm == "length":
+        terms.kl_weight = terms.weight * torch.from_numpy(response_lengths(tokens))
+    loss, figures = clipped_loss(logp, terms, training)
+    return torch.autograd.grad(loss, logp)[0][term] * coefficient, figures
 
 
 def clipped_loss(logp: Tensor, tokens: Tokens, training: RLTrainingConfig) -> tuple[Tensor, dict[str, float]]:
     """The clipped objective with the config's bounds and estimator; the KL is k3, else k1 (of a sequence: k2)."""
-    other = "k2" if training.ratio_level == "sequence" else "k1"
+    other = "k2" if training.term == "sequence" else "k1"
     estimator = "k3" if training.use_kl_estimator_k3 else other
-    return policy_loss(logp, tokens, training.eps, training.beta, estimator, training.eps_high)
+    beta = 0.0 if training.kl_reference == "none" else training.beta
+    return policy_loss(logp, tokens, training.eps, beta, estimator, training.eps_high)
 
 
 def policy_figures(totals: Counter) -> dict[str, float]:

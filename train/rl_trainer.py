@@ -16,6 +16,7 @@ from common.schema import RLConfig
 from common.stop import Stopped, stop_requested
 from common.trajectory import ScoredTrajectory, Task
 from data.tasks import load_tasks, task_batch
+from models import find_family
 from models.defaults import take_defaults
 from reward.score import RewardScorer, check_tasks, make_scorer
 from rollout.collect import collect, encode_tasks, prompts_within
@@ -42,7 +43,7 @@ from train.run import (
     save,
     until_stopped,
 )
-from train.views import layout_of, view_method
+from train.views import check_views, layout_of
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def read_inputs(config: RLConfig) -> Inputs:
         )
     scorer = make_scorer(config.reward, dataset.data_type)
     check_tasks(scorer, tasks, "dataset.train_dataset")
-    view_method(config.training.method)
+    check_views(config.training, find_family(config.model.model_base))
     key = "evaluation.eval_dataset"
     eval_tasks = load_tasks(evaluation.eval_dataset or dataset.eval_dataset, key=key)
     own_kind = None if config.reward.kind == "judge" else config.reward.kind
@@ -136,7 +137,8 @@ def read_inputs(config: RLConfig) -> Inputs:
 
 def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
     """Load the networks; then, when no mistake can be found any more, open the run's folder and its records."""
-    experiment, updates_per_step = config.experiment, config.training.updates_per_step
+    experiment = config.experiment
+    updates_per_step = config.training.updates_per_step * config.training.epochs_per_step
     with stages("load"):
         begin(config)
         trained = load_trained(config.model, config.training, config.model.pretrained_model)
@@ -144,6 +146,7 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         drawing = engine_model(config, trained, learner)
         reference = frozen_reference(config, trained, learner)
         take_defaults(config, drawing)
+        encode_tasks(drawing, inputs.tasks[:1], config.dataset, config.rollout.start_with_think)  # a mistake shows here
         critic = None
         if config.model.value_base_model:
             value_steps = experiment.total_step // experiment.train_value_every
@@ -227,7 +230,8 @@ def rl_step(run: RLRun) -> dict[str, float]:
                 train_value=number % config.experiment.train_value_every == 0,
             )
     else:
-        equal = " with rewards that differ" if config.training.dynamic_sampling else ""
+        unequal = config.training.drop_equal or config.training.dynamic_sampling
+        equal = " with rewards that differ" if unequal else ""
         console.print(
             f"step {number}: no group{equal} has an accuracy within training.keep_accuracy "
             f"{config.training.keep_accuracy}; no update"
@@ -264,7 +268,8 @@ def draw_groups(
         groups += collect(
             run.engine, run.loaded, prompts, config.rollout, run.scorer, watch, training.seed, number, label
         )
-        samples = kept_samples(groups, training.keep_accuracy, training.dynamic_sampling)
+        drop_equal = training.drop_equal or training.dynamic_sampling
+        samples = kept_samples(groups, training.keep_accuracy, drop_equal, training.advantage)
         kept = len({sample.trajectory.task_id for sample in samples})
         missing = wanted - kept if training.dynamic_sampling else wanted * (kept == 0)
         if missing == 0:

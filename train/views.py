@@ -16,7 +16,7 @@ import numpy as np
 from common.errors import UserError, load_function
 from common.schema import RLTrainingConfig, SFTTrainingConfig, TrainingBase
 from common.trajectory import Trajectory
-from models.family import LoadedModel
+from models.family import FAMILIES, Family, LoadedModel
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Views:
     predict: np.ndarray  # (views, width) bool
     response_index: np.ndarray  # (views, width) index into the response, negative in the prompt
     step: np.ndarray  # (views, width) the trace's step, the first of those merged; without a trace, the noising
-    weight: np.ndarray | None = None  # (views, width) of each prediction in the loss of finetuning; None: 1
+    weight: np.ndarray | None = None  # (views, width) of each prediction in finetuning's loss, or in its term; None: 1
+    prompt: np.ndarray | None = None  # (views, prompt) ids, masked where noised; None: the prompt as it is
     causal: bool = False  # each token sees those before it, and nothing is masked
 
     def __len__(self) -> int:
@@ -134,32 +135,135 @@ def replayed_trace(
 
 # ---- random views of reinforcement learning
 
+# A noised copy of a response: what of it is masked, (blocks, width) bool, and the coefficient of its predictions in a
+# term of several copies, one for each block, (blocks, 1), or for all. None: predictions are terms of their own.
+Noising = tuple[np.ndarray, np.ndarray | float | None]
+Noise = Callable[[np.ndarray, RLTrainingConfig, np.random.Generator], list[Noising]]
+# nodes and weights of Gauss and Legendre for the integral from 0 to 1
+QUADRATURE = [(0.5 - 0.6**0.5 / 2, 5 / 18), (0.5, 8 / 18), (0.5 + 0.6**0.5 / 2, 5 / 18)]
 
-def random_views(
-    example: Example | Trajectory,
-    layout: Layout,
-    training: TrainingBase,
-    rng: np.random.Generator,
-    coupled: bool = False,
+
+def bernoulli(
+    predictable: np.ndarray, training: RLTrainingConfig, rng: np.random.Generator, coupled: bool = False
+) -> list[Noising]:
+    """Copies with a t ~ U(lower_p, upper_p) each, every token masked with probability t; `coupled`: with complements.
+
+    A pair predicts every predictable token exactly once.
+    """
+    noisings: list[Noising] = []
+    for _ in range(training.mask_times_per_sample):
+        share = rng.uniform(training.lower_p, training.upper_p)
+        masked = predictable & (rng.uniform(size=predictable.shape) < share)
+        noisings.append((masked, None))
+        if coupled:
+            noisings.append((predictable & ~masked, None))
+    return noisings
+
+
+def coupled_whole(predictable: np.ndarray, training: RLTrainingConfig, rng: np.random.Generator) -> list[Noising]:
+    """A coupled pair, and the whole response masked (coupled-GRPO of DiffuCoder).
+
+    The estimate at a position is ½ (logp where all is masked + logp in the copy that masks it / its probability of
+    being masked there, t or 1 − t); of several pairs the mean.
+    """
+    times = training.mask_times_per_sample
+    noisings: list[Noising] = [(predictable, 1 / 2)]
+    for _ in range(times):
+        share = rng.uniform(training.lower_p, training.upper_p)
+        masked = predictable & (rng.uniform(size=predictable.shape) < share)
+        noisings += [(masked, 1 / (2 * share * times)), (predictable & ~masked, 1 / (2 * (1 - share) * times))]
+    return noisings
+
+
+def whole(predictable: np.ndarray, training: RLTrainingConfig, rng: np.random.Generator) -> list[Noising]:
+    """The whole response masked (diffu-GRPO of d1); copies differ in the prompt's noise (`prompt_mask`)."""
+    return [(predictable, None)] * training.mask_times_per_sample
+
+
+def counts(predictable: np.ndarray, training: RLTrainingConfig, rng: np.random.Generator) -> list[Noising]:
+    """Pairs of a copy that masks l of the L tokens, l uniform on 0…L, and its complement (ESPO).
+
+    A copy estimates the ELBO by L/l times the sum of its logp, per token by their mean; the estimates are averaged. One
+    that masks nothing estimates nothing, and its complement stands for both.
+    """
+    noisings: list[Noising] = []
+    for _ in range(training.mask_times_per_sample):
+        count = int(rng.integers(0, predictable.sum() + 1))
+        masked = _some(predictable, count, rng)
+        pair = [one for one in (masked, predictable & ~masked) if one.any()]
+        noisings += [(one, 1 / (one.sum() * len(pair) * training.mask_times_per_sample)) for one in pair]
+    return noisings
+
+
+def quadrature(predictable: np.ndarray, training: RLTrainingConfig, rng: np.random.Generator) -> list[Noising]:
+    """A copy at each of three levels t that masks ⌊tL⌋ of the L tokens, at least one (GDPO).
+
+    The ELBO per token is the quadrature of 1/t · Σ logp over t, divided by L.
+    """
+    total, times = int(predictable.sum()), training.mask_times_per_sample
+    return [
+        (_some(predictable, max(1, int(t * total)), rng), weight / (t * total * times))
+        for _ in range(times)
+        for t, weight in QUADRATURE
+    ]
+
+
+def stratified(predictable: np.ndarray, training: RLTrainingConfig, rng: np.random.Generator) -> list[Noising]:
+    """Copies in which every block of n tokens has ⌊tn⌋ + 1 masks, t in another of as many strata each time (EBPO).
+
+    A block's logp is weighed by n / masks, so that each copy estimates the whole response's ELBO; copies are averaged.
+    """
+    size, times = predictable.sum(1), training.mask_times_per_sample
+    stratum = rng.permuted(np.tile(np.arange(times), (len(size), 1)), axis=1)
+    level = (stratum + rng.uniform(size=stratum.shape)) / times  # (blocks, times)
+    noisings: list[Noising] = []
+    for share in level.T:
+        masks = np.minimum((share * size).astype(int) + 1, size)
+        masked = np.stack([_some(block, mask, rng) for block, mask in zip(predictable, masks)])
+        noisings.append((masked, (size / np.maximum(masks, 1) / times)[:, None]))
+    return noisings
+
+
+def _some(maskable: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` of the maskable tokens, bool of the same shape."""
+    chosen = np.zeros_like(maskable)
+    chosen.flat[rng.choice(np.flatnonzero(maskable), count, replace=False)] = True
+    return chosen
+
+
+def noised_views(
+    example: Example | Trajectory, layout: Layout, training: RLTrainingConfig, rng: np.random.Generator, noise: Noise
 ) -> Views:
-    """`mask_times_per_sample` noisings of the whole response, each with its own t ~ U(lower_p, upper_p).
+    """Noised copies of the whole response, in each of which what is masked is predicted.
 
-    Every token is masked with probability t. `coupled` adds each noising's complement: the pair predicts every
-    predictable token exactly once.
+    What lies behind the response's end (plus `post_num`) is masked in all of them: left clean it would give the length
+    away. The prompt's tokens are masked with probability `prompt_mask` (full attention).
     """
     grid = block_grid(example.prompt_ids, example.response_ids, layout.block_size)
     drawn = _trace_on(grid, example.step_map) >= 0
     predictable = drawn & (grid.response_index < example.length + training.post_num)
-    noisings = []  # (blocks, width) each
-    for _ in range(training.mask_times_per_sample):
-        share = rng.uniform(training.lower_p, training.upper_p)
-        masked = drawn & (rng.uniform(size=drawn.shape) < share)
-        noisings += [masked, drawn & ~masked] if coupled else [masked]
-    masked = np.concatenate(noisings)  # (noisings × blocks, width)
-    noising, row = np.divmod(np.arange(len(masked)), len(grid.block))
-    predict = masked & predictable[row]
-    masked |= (grid.in_response & ~drawn)[row]
-    return _views(grid, row, masked, predict, layout.mask_id, step=noising[:, None])
+    noisings = noise(predictable, training, rng) if predictable.any() else [(predictable, None)]
+    predict = np.concatenate([masked for masked, _ in noisings])  # (noisings × blocks, width)
+    known = all(coefficient is not None for _, coefficient in noisings)
+    weight = np.concatenate([np.broadcast_to(one, (len(drawn), 1)) for _, one in noisings]) if known else None
+    noising, row = np.divmod(np.arange(len(predict)), len(grid.block))
+    masked = predict | (grid.in_response & ~predictable)[row]
+    views = _views(grid, row, masked, predict, layout.mask_id, step=noising[:, None], weight=weight)
+    if training.prompt_mask == 0:
+        return views
+    noised = rng.uniform(size=(len(views), len(example.prompt_ids))) < training.prompt_mask
+    return replace(views, prompt=np.where(noised, layout.mask_id, example.prompt_ids))
+
+
+def random_views(
+    example: Example | Trajectory,
+    layout: Layout,
+    training: RLTrainingConfig,
+    rng: np.random.Generator,
+    coupled: bool = False,
+) -> Views:
+    """`noised_views` of `bernoulli`."""
+    return noised_views(example, layout, training, rng, partial(bernoulli, coupled=coupled))
 
 
 # ---- views of finetuning
@@ -226,6 +330,18 @@ RL_METHODS: dict[str, ViewMethod] = {
     "TraceRL": replayed_trace,
     "random_masking": random_views,
     "coupled": partial(random_views, coupled=True),
+    "coupled_whole": partial(noised_views, noise=coupled_whole),
+    "whole": partial(noised_views, noise=whole),
+    "counts": partial(noised_views, noise=counts),
+    "quadrature": partial(noised_views, noise=quadrature),
+    "stratified": partial(noised_views, noise=stratified),
+}
+NEEDS = {  # the attention that a method's views are of; the others suit both
+    "coupled_whole": "full",
+    "whole": "full",
+    "counts": "full",
+    "quadrature": "full",
+    "stratified": "block",
 }
 SFT_METHODS: dict[str, dict[str, ViewMethod]] = {  # by the family's attention
     "block": {"semi-ar": random_block_views, "trace": replayed_trace},
@@ -236,6 +352,21 @@ SFT_METHODS: dict[str, dict[str, ViewMethod]] = {  # by the family's attention
         "ar": next_token_views,  # of networks that predict position i at i - 1
     },
 }
+
+
+def check_views(training: RLTrainingConfig, family: Family) -> None:
+    """UserError where the configured views are of another attention than the family's, in a line that names who has it.
+
+    Also where there is no such method.
+    """
+    view_method(training.method)
+    needed = NEEDS.get(training.method) or ("full" if training.prompt_mask else None)
+    if needed not in (None, family.attention):
+        key = f"method={training.method}" if training.method in NEEDS else f"prompt_mask={training.prompt_mask}"
+        others = ", ".join(sorted(name for name, one in FAMILIES.items() if one.attention == needed))
+        raise UserError(
+            f"training.{key} is of {needed} attention, which model.model_base={family.name} does not have; {others} do"
+        )
 
 
 def view_method(method: str) -> ViewMethod:
