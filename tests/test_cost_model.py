@@ -5,11 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import cost_model
 from benchmarks.cost_model import CHIPS, GIB, Load, Response, limit_rate, limit_seconds, memory_of, step_seconds
 from benchmarks.shapes import SHAPES
 from common.memory import activation_bytes, size_of
+from common.schema import Sampling
+from sample.draw import draw
 from train import network
 
 EIGHT, FOUR = size_of(SHAPES["8b"]), size_of(SHAPES["4b"])
@@ -21,14 +25,17 @@ STEPS = {  # milliseconds of the limit and of the parts, at a context of 1,000 a
     ("h100", 1): (4.6, 5.6, 3.4, 0.5, 0.3),
     ("h100", 64): (7.3, 7.1, 6.7, 7.7, 1.8),
     ("h100", 128): (10.2, 14.2, 11, 15, 3.3),
-}
+}  # the draw's are of the plain one
 
 
 @pytest.mark.parametrize("chip, batch", STEPS)
-def test_a_step(chip: str, batch: int) -> None:
+def test_a_step(chip: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     limit, *parts = STEPS[chip, batch]
+    now = step_seconds(EIGHT, CHIPS[chip], Load(batch))["draw"]
+    monkeypatch.setattr(cost_model, "DRAWS", cost_model.PLAIN_DRAWS)
     assert 1e3 * limit_seconds(EIGHT, CHIPS[chip], batch, 1000) == pytest.approx(limit, rel=0.015)
     got = step_seconds(EIGHT, CHIPS[chip], Load(batch))
+    assert now <= got["draw"]
     assert [1e3 * got[part] for part in cost_model.PARTS] == pytest.approx(parts, rel=TOLERANCE, abs=0.05)
 
 
@@ -46,7 +53,45 @@ def test_the_limit_of_4b() -> None:
 
 
 def test_bytes_of_the_draw() -> None:
-    assert [sum(moved.values()) for moved in cost_model.DRAWS.values()] == pytest.approx([58, 105, 230], rel=0.05)
+    plain, now = (
+        {name: sum(moved.values()) for name, moved in draws.items()}
+        for draws in (cost_model.PLAIN_DRAWS, cost_model.DRAWS)
+    )
+    greedy, drawn, filtered, _ = plain.values()
+    assert (greedy, drawn) == (58, 105) and filtered == pytest.approx(230, rel=0.05)
+    assert now["temperature 1"] * 4 < drawn and now["greedy"] * 2 < greedy
+    assert now["temperature, top-k and top-p"] * 2 < filtered
+
+
+class Moved(TorchDispatchMode):
+    """Bytes of a vocabulary's size or more that operations read and write, as they come."""
+
+    def __init__(self, words: int):
+        super().__init__()
+        self.words, self.bytes = words, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.is_view:
+            return result
+        results = result if isinstance(result, tuple) else (result,)
+        read = [one for one in args if isinstance(one, torch.Tensor)]
+        read += [one for each in args if isinstance(each, (list, tuple)) for one in each if torch.is_tensor(one)]
+        some = any(word in function.name() for word in ("fill", "gather"))  # of a few places alone
+        written = [one for one in results if torch.is_tensor(one)]
+        for one in [*read, *written]:
+            if one.numel() >= self.words and not some:
+                self.bytes += one.numel() * one.element_size()
+        return result
+
+
+@pytest.mark.parametrize("draw_name, keys", [("greedy", {"temperature": 0.0}), ("temperature 1", {})])
+def test_the_draw_moves_what_is_counted(draw_name: str, keys: dict) -> None:
+    words = 128 * 100
+    logits, uniform = torch.randn(8, words).bfloat16(), torch.rand(8)
+    with Moved(8 * (words - 100)) as moved:
+        draw(logits, uniform, 3, Sampling(remasking_strategy="low_confidence_static", **keys))
+    assert moved.bytes / (8 * words) == pytest.approx(sum(cost_model.DRAWS[draw_name].values()), rel=0.02)
 
 
 def test_training_of_a_response() -> None:
