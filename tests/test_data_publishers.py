@@ -17,7 +17,9 @@ from data.tasks import load_records, load_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT.parent / "shared" / "data"
-NAMES = "MATH500 GSM8K AIME2024 LiveCodeBench LiveBench MBPP HumanEval MATH_train PrimeIntellect demon_openr1math"
+NAMES = (
+    "MATH500 GSM8K AIME2024 LiveCodeBench LiveBench MBPP HumanEval MATH_train PrimeIntellect demon_openr1math Countdown"
+)
 CODE = {"question": "q", "test_method": "function", "test_list": ["assert f(1) == 1"]}
 STDIO = {"question": "q", "test_method": "stdio", "test_input": ["1", "2"], "test_output": ["1", "2"]}
 MBPP = {
@@ -87,9 +89,29 @@ def test_mbpp_records():
     assert "assert sum(10, 15) == 6" in record["question"] and "== 93" not in record["question"]
 
 
+def test_countdown_records():
+    rows = [{"target": 23, "nums": [30, 100, 93]}, {"input": "30,100,93", "output": "23"}]
+    one, other = convert_records(rows)
+    assert one == other == {"question": "30,100,93=23", "ground_truth_answer": "23", "numbers": [30, 100, 93]}
+
+
+def test_a_table_of_sudokus_keeps_its_zeros(tmp_path):
+    table = tmp_path / "4x4.csv"
+    table.write_text("Puzzle,Solution\n0401002010030310,2431312412434312\n")
+    done = script("data/download_data.py", "--from", str(table), "--out", str(tmp_path / "sudoku.jsonl"))
+    assert done.returncode == 0, done.stderr
+    (task,) = load_tasks(str(tmp_path / "sudoku.jsonl"))
+    assert task.question == task.record["puzzle"] == "0401002010030310"
+    assert task.ground_truth_answer == "2431312412434312"
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"nums": [1, 2.5], "target": 3}, "its `nums` are no whole numbers"),
+        ({"nums": "1,2", "target": 3}, "its `nums` is a str"),
+        ({"input": "Name a colour.", "output": "blue"}, "invalid literal"),
+        ({"Puzzle": "12", "Solution": "2431312412434312"}, "its `Puzzle` or its `Solution` is no board of 4 × 4 cells"),
         ({"question": "q", "answer": 5}, "its `answer` has no ####"),
         ({"question": "q", "answer": ["#### 5"]}, "its `answer` is a list"),
         ({"question": ["q"], "answer": "#### 5"}, "its `question` is a list"),
