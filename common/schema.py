@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NewType, Union, get_args, get_origin,
 
 Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"]
 Dtype = Literal["auto", "float32", "bfloat16"]
-Kind = Literal["math", "code", "general"]  # of tasks; reward/score.py has a function for each
+Kind = Literal["math", "code", "general", "countdown", "sudoku"]  # of tasks; reward/score.py has a function for each
 Function = NewType("Function", str)  # module:function, of the user's own
 STRATEGIES, KINDS = get_args(Strategy), get_args(Kind)
 # Sampling keys that may be lists in an evaluation: entry i of each makes setting i.
@@ -181,7 +181,7 @@ class SFTEvaluationConfig(TaskSampling):
 class EvaluationConfig(SFTEvaluationConfig):
     eval_dataset: str = key("", "name, path or hub id; empty: dataset.eval_dataset")
     data_type: Kind | None = key(
-        None, "math, code or general: what decides here; null: reward.kind, or dataset.data_type"
+        None, "math, code, general, countdown or sudoku: what decides here; null: reward.kind, or dataset.data_type"
     )
 
 
@@ -236,7 +236,9 @@ class ScoringConfig:
 @dataclass
 class RewardConfig(ScoringConfig):
     kind: Literal[Kind, "judge"] | None = key(
-        None, "math, code, general or judge: what decides whether a response is correct; null: dataset.data_type"
+        None,
+        "math, code, general, countdown, sudoku or judge: what decides whether a response is correct; null: "
+        "dataset.data_type",
     )
     function: Function | None = key(
         None, "my_module:my_reward, called with (response, task), returns a number or one for each token"
@@ -454,6 +456,8 @@ class PromptsConfig:
     code_function: str | None = key(None, "of a code task whose function is called")
     code_stdio: str | None = key(None, "of a code task whose program reads input and prints output")
     general: str | None = key(None, "of any other task")
+    countdown: str | None = key(None, "of a countdown task, whose question reads 3,7,5=22")
+    sudoku: str | None = key(None, "of a sudoku, whose question is its sixteen digits, 0 where a cell is empty")
 
 
 @dataclass
@@ -466,7 +470,7 @@ class RLModelConfig(ModelConfig):
 @dataclass
 class EvalDatasetConfig:
     eval_dataset: str = key("", "tasks to evaluate on: a name, a path (json, jsonl, parquet) or a hub id")
-    data_type: Kind = key("math", "how answers are checked: math, code or general")
+    data_type: Kind = key("math", "how answers are checked: math, code, general, countdown or sudoku")
     prompts: PromptsConfig = section(PromptsConfig)
 
 
@@ -651,7 +655,8 @@ class RewardJobConfig(JobConfig, RewardConfig):
     responses: str = key("", 'JSON lines {"task": index, "response": text}, index counting the tasks from 0')
     out: str = key("", "the same lines with `correct`, `reward` and `verdict` added")
     kind: Literal[Kind, "judge"] | None = key(
-        None, "math, code, general or judge; null: code for a task with a test_method, math for another"
+        None,
+        "math, code, general, countdown, sudoku or judge; null: code for a task with a test_method, math for another",
     )
     workers: int | None = key(None, "processes that score side by side; null: one for each processor", low=0)
 

@@ -16,12 +16,15 @@ from reward.code_reward import code_score
 from reward.general_reward import general_score
 from reward.judge import judged_score
 from reward.math_reward import math_score
+from reward.puzzles import PUZZLE_FAULTS, countdown_score, sudoku_score
 from reward.workers import Workers
 
 KINDS: dict[str, Callable[[str, Task, RewardConfig], Score]] = {
     "math": lambda text, task, reward: math_score(text, task.ground_truth_answer or ""),
     "code": code_score,
     "general": general_score,
+    "countdown": lambda text, task, reward: countdown_score(text, task),
+    "sudoku": lambda text, task, reward: sudoku_score(text, task),
     "judge": lambda text, task, reward: judged_score(text, task, reward.judge),
 }
 
@@ -110,6 +113,8 @@ def check_tasks(scorer: RewardScorer, tasks: Sequence[Task], key: str) -> None:
             lacks, instead = "test_method", "math or general, where answers are texts"
         elif scorer.kind in ("math", "general") and task.ground_truth_answer is None:
             lacks, instead = "ground_truth_answer", "code, where programs are tested"
+        elif scorer.kind in PUZZLE_FAULTS and (fault := PUZZLE_FAULTS[scorer.kind](task)):
+            raise UserError(f"{key}: task '{task.id}' is no {scorer.kind}: {fault} (data/README.md)")
         if lacks:
             setting = "reward.kind" if scorer.reward.kind else "dataset.data_type"
             raise UserError(
