@@ -19,7 +19,7 @@ from common.schema import EvalDatasetConfig, PromptsConfig, RewardConfig, Sampli
 from common.stop import Stopped
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models import load_model
-from reward.score import RewardScorer
+from reward.score import make_scorer
 from rollout.evaluate import evaluate, name_settings
 from rollout.results import summarize
 from sample.engine import Engine
@@ -240,9 +240,7 @@ def test_names_of_settings() -> None:
     assert list(named)[1] == "dynamic-dynamic_threshold=0.5"
 
 
-ALL_RIGHT = RewardScorer(
-    RewardConfig(workers=0, truncated_is_wrong=False), "math", lambda text, task, reward: Score(1.0, True, "passed")
-)
+ALL_RIGHT = make_scorer(RewardConfig(workers=0, truncated_is_wrong=False, function="tests.scored:all_right"))
 
 
 @pytest.mark.parametrize("limit", [{"max_prompt_len": 9}, {"cache_tokens": 16}], ids=["prompt", "cache"])

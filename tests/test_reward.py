@@ -92,9 +92,9 @@ def test_the_last_complete_box(text, boxed):
     ids=["braces", "boxes", "nested", "spaces", "after", "bare", "bare letters", "list", "thoughts"],
 )
 def test_a_megabyte_of_braces_takes_linear_time(text):
-    start = time.perf_counter()
+    start = time.process_time()
     math_score(text, "15")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 EQUAL = [
@@ -175,12 +175,12 @@ def test_verdicts():
 
 def test_arithmetic_needs_no_worker():
     MATH_VERIFY.worker.close()
-    start = time.perf_counter()
+    start = time.process_time()
     for number in range(2000):
         math_score(f"4+2=6;6+8=14;14+1=15;\\boxed{{{number}}}", "15")
         math_score(f"\\boxed{{4+{number}+1}}", "15")
     assert MATH_VERIFY.worker.process is None
-    assert time.perf_counter() - start < 2  # about 10 µs each
+    assert time.process_time() - start < 2  # about 10 µs each
 
 
 HOSTILE = [
@@ -349,9 +349,9 @@ def test_general_exact(response, reference, reward):
      "1,0" * 13_000, "\\text{" * 7000, "a'" * 20_000, "." * 40_000, "answer:\n" * 5000],
 )  # fmt: skip
 def test_general_takes_linear_time(text):
-    start = time.perf_counter()
+    start = time.process_time()
     make_scorer(RewardConfig(kind="general"))(text, Task("1", "q", "x"), False)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 def test_general_fuzzy():
