@@ -6,13 +6,14 @@ the game on television some may be left over. A task is made by playing it backw
 random through positive integers, and what comes out is the target, so that each has a solution.
 """
 
+import functools
 import random
 
 from common.errors import UserError
 from data.splits import in_split
 
 LARGEST_TARGET = 100
-MAX_DRAWS, MAX_TASKS = 100_000, 20_000  # of which the splits are made
+MAX_DRAWS, MAX_TASKS = 60_000, 20_000  # of which the splits are made
 Task = tuple[tuple[int, ...], int, str]  # numbers in the order of the question, target, response
 Term = tuple[int, str, int]  # value, expression, and how tightly its last operation binds
 SUM, PRODUCT, NUMBER = 1, 2, 3
@@ -41,7 +42,8 @@ def _whatever_order(task: Task) -> str:
     return f"{sorted(task[0])}={task[1]}"
 
 
-def _tasks(count: int, largest: int, seed: int) -> list[Task]:
+@functools.cache
+def _tasks(count: int, largest: int, seed: int) -> tuple[Task, ...]:
     """Different tasks: at most MAX_TASKS, or as many as come up in MAX_DRAWS."""
     rng = random.Random(f"countdown/{count}/{largest}/{seed}")
     found: dict[tuple[tuple[int, ...], int], str] = {}
@@ -52,7 +54,7 @@ def _tasks(count: int, largest: int, seed: int) -> list[Task]:
             found.setdefault((numbers, target), response)
         if len(found) == MAX_TASKS:
             break
-    return [(numbers, target, response) for (numbers, target), response in found.items()]
+    return tuple((numbers, target, response) for (numbers, target), response in found.items())
 
 
 def _play(numbers: tuple[int, ...], rng: random.Random) -> tuple[int, str]:

