@@ -18,7 +18,7 @@ RLMethod = Literal[
     "TraceRL", "random_masking", "coupled", "coupled_whole", "whole", "counts", "quadrature", "stratified"
 ]
 Dtype = Literal["auto", "float32", "bfloat16"]
-Kind = Literal["math", "code", "general", "option"]  # of tasks; reward/score.py has a function for each
+Kind = Literal["math", "code", "general", "option", "countdown", "sudoku"]  # of tasks; rows of reward/score.py
 Function = NewType("Function", str)  # module:function, of the user's own
 STRATEGIES, KINDS = get_args(Strategy), get_args(Kind)
 # Sampling keys that may be lists in an evaluation: entry i of each makes setting i.
@@ -201,7 +201,8 @@ class SFTEvaluationConfig(TaskSampling):
 class EvaluationConfig(SFTEvaluationConfig):
     eval_dataset: str = key("", "name, path or hub id; empty: dataset.eval_dataset")
     data_type: Kind | None = key(
-        None, "math, code, general or option: what decides here; null: reward.kind, or dataset.data_type"
+        None,
+        "math, code, general, option, countdown or sudoku: what decides here; null: reward.kind, or dataset.data_type",
     )
 
 
@@ -255,7 +256,9 @@ class ScoringConfig:
 @dataclass
 class RewardConfig(ScoringConfig):
     kind: Literal[Kind, "judge"] | None = key(
-        None, "math, code, general, option or judge: what decides whether a response is right; null: dataset.data_type"
+        None,
+        "math, code, general, option, countdown, sudoku or judge: what decides whether a response is right; null: "
+        "dataset.data_type",
     )
     code_reward: Literal["all", "share"] = key(
         "all", "code: 1 where a program passes all tests, else 0 (all); or the share of the tests it passes (share)"
@@ -521,6 +524,8 @@ class PromptsConfig:
     code_stdio: str | None = key(None, "of a code task whose program reads input and prints output")
     option: str | None = key(None, "of a multiple choice")
     general: str | None = key(None, "of any other task")
+    countdown: str | None = key(None, "of a countdown task, whose question reads 3,7,5=22")
+    sudoku: str | None = key(None, "of a sudoku, whose question is its sixteen digits, 0 where a cell is empty")
 
 
 @dataclass
@@ -533,15 +538,13 @@ class RLModelConfig(ModelConfig):
 @dataclass
 class EvalDatasetConfig:
     eval_dataset: str = key("", "tasks to evaluate on: a name, a path (json, jsonl, parquet) or a hub id")
-    data_type: Kind = key("math", "how answers are checked: math, code, general or option (a letter)")
+    data_type: Kind = key(
+        "math", "how answers are checked: math, code, general, option (a letter), countdown or sudoku"
+    )
     prompt_style: Literal["template", "published"] = key(
         "template",
         "what stands around a task's turn: the tokenizer's chat template, or the very text of the family's published "
         "evaluation",
-    )
-    few_shot: int = key(0, "worked examples before each task, within the user's turn", low=0)
-    few_shot_dataset: str = key(
-        "GSM8K_train", "where they are from, the first ones: a name, path or hub id; `question` and `solution`"
     )
     few_shot: int = key(0, "worked examples before each task, within the user's turn", low=0)
     few_shot_dataset: str = key(
@@ -754,7 +757,9 @@ class RewardJobConfig(JobConfig, RewardConfig):
     responses: str = key("", 'JSON lines {"task": index, "response": text}, index counting the tasks from 0')
     out: str = key("", "the same lines with `correct`, `reward` and `verdict` added")
     kind: Literal[Kind, "judge"] | None = key(
-        None, "math, code, general, option or judge; null: code for a task with a test_method, math for another"
+        None,
+        "math, code, general, option, countdown, sudoku or judge; null: code for a task with a test_method, math for "
+        "another",
     )
     workers: int | None = key(None, "processes that score side by side; null: one for each processor", low=0)
 

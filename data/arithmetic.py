@@ -5,30 +5,26 @@ harder sums. Which split a tuple of operands falls into depends on nothing but a
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import random
 from pathlib import Path
 
 from common.errors import UserError, one_line_errors
+from data.splits import SPLITS, in_split
 
-SPLITS = {"test": (0.0, 0.10), "dev": (0.10, 0.15), "train": (0.15, 1.0)}  # shares of the hash's range
 MAX_TUPLES = 50_000  # larger spaces are sampled
 
 
 def arithmetic_tasks(operands: int, split: str, largest: int = 9, seed: int = 0) -> list[dict[str, str]]:
     """The tasks of one split, ordered by hash: question and ground_truth_answer, prompt and response."""
-    if split not in SPLITS:
-        raise UserError(f"arithmetic split '{split}' is unknown: use {', '.join(SPLITS)}")
     if operands < 2 or largest < 1 or largest**operands >= 2**63:
         raise UserError(
             f"arithmetic with {operands} operands up to {largest} cannot be made: "
             "use 2 operands or more, the largest at least 1, and fewer than 2^63 tuples"
         )
-    low, high = SPLITS[split]
-    hashed = sorted((_hash(numbers), numbers) for numbers in _tuples(operands, largest, seed))
-    return [_record(numbers) for value, numbers in hashed if low <= value / 2**64 < high]
+    tuples = in_split(_tuples(operands, largest, seed), split, key=lambda numbers: ",".join(map(str, numbers)))
+    return [_record(numbers) for numbers in tuples]
 
 
 def _tuples(operands: int, largest: int, seed: int) -> list[tuple[int, ...]]:
@@ -38,12 +34,6 @@ def _tuples(operands: int, largest: int, seed: int) -> list[tuple[int, ...]]:
         return list(itertools.product(range(1, largest + 1), repeat=operands))
     numbers = random.Random(f"arithmetic/{seed}").sample(range(total), MAX_TUPLES)
     return [tuple(n // largest**place % largest + 1 for place in range(operands)) for n in numbers]
-
-
-def _hash(numbers: tuple[int, ...]) -> int:
-    """64 bits of SHA-256 of the operands: the same in every process, unlike hash()."""
-    text = ",".join(map(str, numbers))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _record(numbers: tuple[int, ...]) -> dict[str, str]:

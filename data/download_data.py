@@ -10,9 +10,11 @@ By default a set comes from Gen-Verse, whose records stand behind the published 
 
 import argparse
 import ast
+import csv
 import difflib
 import json
 import random
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ if str(Path(__file__).resolve().parent) in sys.path:
 
 from common.boxed import extract_boxed
 from common.errors import UserError, one_line_errors
-from common.records import Record, fault_of, present
+from common.records import Record, fault_of, present, read_text
 from data.tasks import DATA_DIR, LETTERS, lettered, load_from_hub, load_records, load_tasks
 
 
@@ -72,6 +74,7 @@ SETS: dict[str, Published] = {
     "PrimeIntellect": published("PrimeIntellect", "train", "training, code"),
     "demon_openr1math": published("demon_openr1math", "train", "training"),
     "GSM8K_train": Published("training, examples", {"publisher": Source("openai/gsm8k", "train", "main")}),
+    "Countdown": Published("training, countdown", {"publisher": Source("Jiayi-Pan/Countdown-Tasks-3to4", "train")}),
 }
 
 
@@ -80,7 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help=", ".join(SETS))
     parser.add_argument("--source", choices=("gen-verse", "publisher"), help="whose records; see --list")
-    parser.add_argument("--from", dest="file", type=Path, help="a publisher's jsonl, json or parquet, also as .gz")
+    parser.add_argument(
+        "--from", dest="file", type=Path, help="a publisher's csv, jsonl, json or parquet; the last three also as .gz"
+    )
     parser.add_argument("--out", type=Path, help="file to write; default data/NAME.jsonl")
     parser.add_argument("--list", action="store_true", help="list the sets")
     args = parser.parse_args()
@@ -90,7 +95,9 @@ def main() -> None:
             print(f"{name:18} {found.use:22} {places}")
     elif args.file:
         name = args.dataset or args.file.name.partition(".")[0]
-        records = convert_records(load_records(str(args.file), "--from"), str(args.file))
+        is_csv = args.file.suffix == ".csv"
+        rows = read_csv(args.file) if is_csv else load_records(str(args.file), "--from")
+        records = convert_records(rows, str(args.file))
         write(records, args.out or DATA_DIR / f"{name}.jsonl")
     elif args.dataset:
         download(args.dataset, args.source, args.out)
@@ -141,7 +148,7 @@ def convert_records(rows: Sequence[Record], name: str = "the file") -> list[Reco
             found = ", ".join(map(str, row)) or "none"
             raise UserError(
                 f"{name}: record {number} has the fields {found:.200}; known are the formats of "
-                "GSM8K, MATH, AIME, HumanEval, MBPP, MMLU-Pro, GPQA and this project (data/README.md)"
+                "GSM8K, MATH, AIME, HumanEval, MBPP, MMLU-Pro, GPQA, countdown, sudoku and here (data/README.md)"
             )
         try:
             for field in sorted(fields):
@@ -154,6 +161,11 @@ def convert_records(rows: Sequence[Record], name: str = "the file") -> list[Reco
             raise UserError(f"{name}: record {number} cannot be converted: {error}") from None
         converted.append(record)
     return converted
+
+
+def read_csv(path: Path) -> list[Record]:
+    """The rows of a table with a line of names, all as text: the cells of a board may begin with 0."""
+    return list(csv.DictReader(read_text(path, "--from").splitlines()))
 
 
 def write(records: list[Record], out: Path) -> None:
@@ -246,8 +258,26 @@ def from_gpqa(row: Record) -> Record:
     return record | {field: row[column] for field, column in fields.items() if column in row}
 
 
+def from_countdown(row: Record) -> Record:
+    """`nums` and `target` as in TinyZero's set, or `input` 30,100,93 and `output` 23 as in d1's test."""
+    numbers = row["nums"] if "nums" in row else [int(number) for number in row["input"].split(",")]
+    if not all(isinstance(number, int) for number in numbers):
+        raise ValueError("its `nums` are no whole numbers")
+    target = int(row["target"] if "target" in row else row["output"])
+    question = f"{','.join(map(str, numbers))}={target}"
+    return {"question": question, "ground_truth_answer": str(target), "numbers": numbers}
+
+
+def from_sudoku(row: Record) -> Record:
+    """Board and solution as d1's tables have them, each sixteen digits."""
+    puzzle, solution = row["Puzzle"], row["Solution"]
+    if not re.fullmatch("[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
+        raise ValueError("its `Puzzle` or its `Solution` is no board of 4 × 4 cells")
+    return {"question": puzzle, "ground_truth_answer": solution, "puzzle": puzzle}
+
+
 # The types of fields that are not text, or may be numbers too.
-TYPES = {"test_list": list, "options": list} | dict.fromkeys(
+TYPES = {"test_list": list, "options": list, "nums": list, "target": int} | dict.fromkeys(
     ("answer", "Answer", "ID", "task_id", "question_id", "ground_truth_answer"), (str, int, float)
 )
 # The fields that tell a format, the first that fits counts.
@@ -262,6 +292,9 @@ CONVERTERS: dict[frozenset[str], Callable[[Record], Record]] = {
     frozenset({"problem", "solution"}): from_math,
     frozenset({"Problem", "Answer", "ID"}): from_aime,
     frozenset({"question", "answer"}): from_gsm8k,
+    frozenset({"nums", "target"}): from_countdown,
+    frozenset({"Puzzle", "Solution"}): from_sudoku,
+    frozenset({"input", "output"}): from_countdown,
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tasks and records by name: arithmetic made on the spot, a file, or a set on the hub; and the data order of RL."""
+"""Tasks and records by name: made on the spot, a file, or a set on the hub; and the data order of RL."""
 
 import difflib
 import functools
@@ -8,7 +8,7 @@ import math
 import random
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,19 @@ from common.code_tests import check_input_output, checked_usage
 from common.errors import UserError
 from common.records import Record, fault_of, parse, present, read_bytes, read_lines, read_text
 from common.trajectory import Task
-from data.arithmetic import SPLITS, arithmetic_tasks
+from data.arithmetic import arithmetic_tasks
+from data.countdown import countdown_tasks
+from data.splits import SPLITS
+from data.sudoku import sudoku_tasks
 
 DATA_DIR = Path(__file__).resolve().parent
 SUFFIXES = (".jsonl", ".json", ".parquet")
-ARITHMETIC = re.compile(r"arithmetic_(?P<operands>\d+)(?:_(?P<largest>\d+))?_(?P<split>train|dev|test)")
+# The sets that are made on the spot: a name's form, and what makes its records from the groups of it that are there.
+MADE: dict[re.Pattern[str], Callable[..., list[Record]]] = {
+    re.compile(r"arithmetic_(?P<operands>\d+)(?:_(?P<largest>\d+))?_(?P<split>train|dev|test)"): arithmetic_tasks,
+    re.compile(r"countdown_(?P<count>\d+)(?:_(?P<largest>\d+))?_(?P<split>train|dev|test)"): countdown_tasks,
+    re.compile(r"sudoku_4(?:_(?P<empty>\d+))?_(?P<split>train|dev|test)"): sudoku_tasks,
+}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 LETTERS = "ABCDEFGHIJ"  # of the options of a multiple choice
@@ -88,9 +96,11 @@ def located_records(name_or_path: str, key: str) -> list[tuple[str, Record | Use
     name = str(name_or_path).strip()
     if not name:
         raise UserError(f"{key} is empty: give a name such as arithmetic_4_train, a path or a hub id")
-    if found := ARITHMETIC.fullmatch(name):
+    made = next((found for form in MADE if (found := form.fullmatch(name))), None)
+    if made:
+        sizes = {group: text if group == "split" else int(text) for group, text in made.groupdict().items() if text}
         try:
-            records = _numbered(arithmetic_tasks(int(found["operands"]), found["split"], int(found["largest"] or 9)))
+            records = _numbered(MADE[made.re](**sizes))
         except UserError as error:
             raise UserError(f"{key}: '{name}': {error}") from None
     elif path := _find_file(name, key):
@@ -338,7 +348,9 @@ def _from_hub(name: str, key: str) -> list[Record]:
 def _nearest(name: str) -> str:
     """`; did you mean 'x'?` from the sets at hand, empty where none is near."""
     parent = Path(name).expanduser().parent
-    names = [f"arithmetic_4_{split}" for split in SPLITS]
+    names = [
+        f"{made}_{split}" for made in ("arithmetic_4", "countdown_3", "countdown_4", "sudoku_4") for split in SPLITS
+    ]
     names += [path.name.partition(_ending(path))[0] for path in DATA_DIR.iterdir() if _ending(path) in SUFFIXES]
     names += [str(path) for path in parent.iterdir() if _ending(path) in SUFFIXES] if parent.is_dir() else []
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
@@ -347,7 +359,7 @@ def _nearest(name: str) -> str:
 
 def _ways(name: str) -> str:
     return (
-        "give arithmetic_4_train (any number of operands; train, dev or test), "
+        "give arithmetic_4_train, countdown_3_train or sudoku_4_train (or dev, or test), "
         f"a path ({', '.join(SUFFIXES)}), a hub id org/name, or put {Path(name).stem}.jsonl into data/ "
         "(published sets: python data/download_data.py --list)"
     )

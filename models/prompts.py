@@ -16,6 +16,20 @@ from models.family import Family, LoadedModel
 # lm_eval/tasks/gsm8k/gsm8k.yaml): an example's answer follows behind a blank, the next question after an empty line.
 WORKED = "Question: {question}\nAnswer:"
 WorkedExample = tuple[str, str]  # a question and its answer
+# Instructions around puzzles, for which no family has words of its own; what they ask for is what d1 asks for.
+PUZZLES = {
+    "countdown": (
+        "Here are some numbers and, after the equals sign, a target: {question}\n"
+        "Find an arithmetic expression that equals the target exactly. Use each of the numbers exactly once, and no "
+        "others; you may add, subtract, multiply, divide and set parentheses. Reason step by step, then put the "
+        "expression alone, without an equals sign, in \\boxed{}."
+    ),
+    "sudoku": (
+        "This is a 4x4 Sudoku, its cells row by row from the top left, 0 where a cell is empty: {question}\n"
+        "Fill the empty cells so that each row, each column and each of the four 2x2 boxes holds the digits 1 to 4 "
+        "once. Reason step by step, then put the whole board, 16 digits without anything between them, in \\boxed{}."
+    ),
+}
 
 
 class ChatTemplateError(UserError):
@@ -30,13 +44,14 @@ class ChatTemplateError(UserError):
 
 
 def instruction(family: Family, kind: str, own: PromptsConfig, thinking: bool = False) -> str:
-    """The text around {question} for a kind of task: the config's own, else the family's, else the bare question.
+    """The text around {question} for a kind of task: the config's own, else the family's, else a puzzle's, or none.
 
     A family may word a kind in another way where the assistant's turn begins with a thought. UserError where the words
     leave no place for the question.
     """
     published = family.instructions
-    words = getattr(own, kind) or (thinking and published.get(f"{kind}_think")) or published.get(kind, "{question}")
+    words = getattr(own, kind) or (thinking and published.get(f"{kind}_think")) or published.get(kind)
+    words = words or PUZZLES.get(kind, "{question}")
     if "{question}" not in words:
         raise UserError(f"dataset.prompts.{kind}: {words!r} has no place for the task; write {{question}} there")
     return words

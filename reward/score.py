@@ -17,6 +17,7 @@ from reward.general_reward import general_score
 from reward.judge import judged_score
 from reward.math_reward import math_score
 from reward.option_reward import LETTER, option_score
+from reward.puzzles import PUZZLE_FAULTS, countdown_score, sudoku_score
 from reward.workers import Workers
 
 KINDS: dict[str, Callable[[str, Task, RewardConfig], Score]] = {
@@ -24,6 +25,8 @@ KINDS: dict[str, Callable[[str, Task, RewardConfig], Score]] = {
     "code": code_score,
     "general": general_score,
     "option": lambda text, task, reward: option_score(text, task),
+    "countdown": lambda text, task, reward: countdown_score(text, task),
+    "sudoku": lambda text, task, reward: sudoku_score(text, task),
     "judge": lambda text, task, reward: judged_score(text, task, reward.judge),
 }
 
@@ -125,6 +128,8 @@ def check_tasks(scorer: RewardScorer, tasks: Sequence[Task], key: str) -> None:
                 f"{key}: task '{task.id}' has the answer '{task.ground_truth_answer:.40}', but an option is judged by "
                 "its letter, A to J; give that, or judge by math or general"
             )
+        elif scorer.kind in PUZZLE_FAULTS and (fault := PUZZLE_FAULTS[scorer.kind](task)):
+            raise UserError(f"{key}: task '{task.id}' is no {scorer.kind}: {fault} (data/README.md)")
         if lacks:
             setting = "reward.kind" if scorer.reward.kind else "dataset.data_type"
             raise UserError(

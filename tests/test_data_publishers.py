@@ -51,7 +51,7 @@ def test_without_a_network_one_line_says_what_to_put_where(folder, source, hub_i
 
 
 def test_every_set_is_listed_with_its_sources():
-    assert list(SETS) == [*EVALUATION, *OPTIONS, *TRAINING, "GSM8K_train"]
+    assert list(SETS) == [*EVALUATION, *OPTIONS, *TRAINING, "GSM8K_train", "Countdown"]
     lines = script("data/download_data.py", "--list").stdout.splitlines()
     listed = {line.split()[0]: line for line in lines}
     assert list(listed) == list(SETS)
@@ -212,9 +212,29 @@ def loaded_from(folder, records):
     return load_tasks(str(path))
 
 
+def test_countdown_records():
+    rows = [{"target": 23, "nums": [30, 100, 93]}, {"input": "30,100,93", "output": "23"}]
+    one, other = convert_records(rows)
+    assert one == other == {"question": "30,100,93=23", "ground_truth_answer": "23", "numbers": [30, 100, 93]}
+
+
+def test_a_table_of_sudokus_keeps_its_zeros(tmp_path):
+    table = tmp_path / "4x4.csv"
+    table.write_text("Puzzle,Solution\n0401002010030310,2431312412434312\n")
+    done = script("data/download_data.py", "--from", str(table), "--out", str(tmp_path / "sudoku.jsonl"))
+    assert done.returncode == 0, done.stderr
+    (task,) = load_tasks(str(tmp_path / "sudoku.jsonl"))
+    assert task.question == task.record["puzzle"] == "0401002010030310"
+    assert task.ground_truth_answer == "2431312412434312"
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"nums": [1, 2.5], "target": 3}, "its `nums` are no whole numbers"),
+        ({"nums": "1,2", "target": 3}, "its `nums` is a str"),
+        ({"input": "Name a colour.", "output": "blue"}, "invalid literal"),
+        ({"Puzzle": "12", "Solution": "2431312412434312"}, "its `Puzzle` or its `Solution` is no board of 4 × 4 cells"),
         ({"question": "q", "answer": 5}, "its `answer` has no ####"),
         ({"question": "q", "answer": ["#### 5"]}, "its `answer` is a list"),
         ({"question": ["q"], "answer": "#### 5"}, "its `question` is a list"),

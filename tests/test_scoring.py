@@ -179,7 +179,7 @@ def test_the_reward_command(tmp_path):
         (
             '{"task": 0, "response": "x"}',
             ["kind=maths"],
-            "kind=maths: expected math, code, general, option, judge; did you mean math",
+            "kind=maths: expected math, code, general, option, countdown, sudoku, judge; did you mean math",
         ),
         ('{"task": 0, "response": "x"}', ["memory_mb=1"], "memory_mb=1: must be at least 64"),
         ('{"task": 0, "response": "x"}', ["workers=x"], "workers=x: expected a whole number"),

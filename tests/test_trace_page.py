@@ -10,7 +10,9 @@ import pytest
 from common.config import load_config
 from common.errors import UserError
 from common.page import allow_script, embed_json, fill_page
+from common.trajectory import Task
 from models import load_model
+from rollout.results import board_of
 from sample.traces import TEMPLATE, main, pieces_of, trace_page
 from tests.browser import chromium, open_page, read_data
 
@@ -183,3 +185,48 @@ def test_the_command(tiny_sdar: Path, tmp_path: Path) -> None:
         (tmp_path / "samples.jsonl").write_text(line + "\n")
         with pytest.raises(UserError, match=f"samples: .*{fault}"):
             main(load_config("trace", [*arguments, f"samples={tmp_path}/samples.jsonl"]))
+
+
+SUDOKU = Task("1", "q", "2431312412434312", {"puzzle": "0401002010030310"})
+
+
+def test_a_sudoku_is_filled_step_by_step(browser: Any, tmp_path: Path) -> None:
+    pieces = ["\\boxed{", "24", "\n", *"3131241243431", "3", "}", "<eos>"]  # the last cell is wrong
+    steps = [0, 2, 2, *range(3, 16), 1, 16, 17]
+    count = len(pieces)
+    made = trace(count, pieces=pieces, steps=steps, confidence=[0.5] * count, length=count, special=[count - 1])
+    file = tmp_path / "trace.html"
+    with_board = made | {"board": board_of(SUDOKU, pieces)}
+    file.write_text(trace_page([with_board, trace()], "title"), encoding="utf-8")
+    page, faults = open_page(browser, file)
+    filled = (
+        "[...document.querySelectorAll('.cell')].map(e => e.classList.contains('on') ? e.textContent : '.').join('')"
+    )
+    assert page.evaluate(filled) == "2431312412434313"
+    assert page.evaluate("[...document.querySelectorAll('.cell.wrong')].map(e => e.title)") == ["should be 2"]
+    page.keyboard.press("Home")
+    assert page.evaluate(filled) == "." * 16
+    given = "[...document.querySelectorAll('.cell')].map(e => e.dataset.given || '0').join('')"
+    assert page.evaluate(given) == SUDOKU.record["puzzle"]
+    for _ in range(2):
+        page.keyboard.press("ArrowRight")
+    assert page.evaluate(filled) == "." * 15 + "3"
+    page.keyboard.press("ArrowRight")  # one token that holds two digits
+    assert page.evaluate(filled) == "24" + "." * 13 + "3"
+    assert page.evaluate("document.querySelectorAll('.cell.now').length") == 2
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate(filled) == "." * 15 + "3"
+    page.hover(".cell >> nth=15")
+    assert "position\n16" in page.inner_text("#look")
+    page.keyboard.press("ArrowDown")
+    assert page.is_hidden("#board")
+    assert not faults
+
+
+def test_where_the_digits_of_a_board_stand() -> None:
+    pieces = ["1111 ", "\\boxed{", "2431", "3124\n1243", "4312", "}"]
+    board = board_of(SUDOKU, pieces)
+    assert "".join(pieces[token][offset] for token, offset in board["cells"]) == SUDOKU.ground_truth_answer
+    assert board["cells"][0] == (2, 0) and board["cells"][8] == (3, 5)
+    assert board_of(SUDOKU, pieces[:4]) is None, "no board"
+    assert board_of(Task("1", "4+2", "6"), ["\\boxed{", "6", "}"]) is None, "no sudoku"
