@@ -55,6 +55,9 @@ def main(folder: Path, other: Path) -> None:
     model = load_model(folder, "sdar").model
     with pytest.raises(UserError, match=r"tensor_parallel_size: 3 does not divide the 2 devices"):
         shard(model, 3)
+    build_tiny("sdar_moe", folder / str(os.getpid()), seed=1)
+    with pytest.raises(UserError, match=r"tensor_parallel_size: 2, but mixtures of experts are sampled whole"):
+        shard(load_model(folder / str(os.getpid()), "sdar_moe").model, 2)
     model.config.num_key_value_heads = 1
     with pytest.raises(UserError, match=r"tensor_parallel_size: 2 does not divide the model's 1 key-value heads"):
         shard(model, 2)

@@ -18,6 +18,7 @@ from common.trajectory import Request
 from models.mixture import expert_biases
 from models.tiny import build_tiny
 from sample.engine import Engine
+from sample.network import Network, OwnKeys
 from tests.reference import sample_block_attention
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -218,6 +219,35 @@ def test_greedy_responses_and_step_maps(name: str, case: dict) -> None:
         assert got.steps == case["nfe"]
     plain = sample_block_attention(model, 159, stop_ids, request, settings)
     assert (got.response_ids, got.step_map, got.forwards) == (plain.response_ids, plain.step_map, plain.forwards)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_equals_the_plain_loop(name: str, merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn at temperature 1, side by side, slots refilled, the prefix of a task's samples computed once."""
+    build_tiny(name, tmp_path, seed=3)
+    loaded, prefixes = models.load_model(tmp_path, name), []
+    for _, bias in expert_biases(loaded.model):
+        bias.copy_(torch.linspace(-0.2, 0.2, len(bias)))
+    forward = Network.forward
+
+    def counted(network: Network, ids: torch.Tensor, positions: torch.Tensor, attention: object) -> torch.Tensor:
+        if isinstance(attention, OwnKeys):  # of a prefill
+            prefixes.extend(ids.tolist())
+        return forward(network, ids, positions, attention)
+
+    monkeypatch.setattr(Network, "forward", counted)
+    prompts = {"a": [(7 * i) % 33 for i in range(13)], "b": [(3 + 5 * i) % 33 for i in range(6)]}
+    requests = [Request(task, ids, sample=sample) for sample in range(3) for task, ids in prompts.items()]
+    settings = Sampling(max_token=11, dynamic_threshold=0.1, max_active=4, merge_commit=merge)
+    got = list(Engine(loaded.model, loaded.mask_id, [14]).generate(requests, settings))
+    assert len(got) == 6 and 2 <= len(prefixes) < 6
+    for one in got:
+        request = Request(one.task_id, one.prompt_ids, sample=one.sample)
+        plain = sample_block_attention(loaded.model, loaded.mask_id, [14], request, settings)
+        for figure in ("response_ids", "step_map", "finish_reason", "length", "steps", "forwards"):
+            assert getattr(one, figure) == getattr(plain, figure), figure
+        assert one.logp == pytest.approx(plain.logp, rel=0, abs=1e-5)
 
 
 # ---- checkpoints stay as they were
