@@ -142,12 +142,12 @@ class LLaDA2MoeModelLM(MixtureNetwork, Glm4MoeForCausalLM):
         return super().original_name(name)
 
     @classmethod
-    def expert_layers(cls, config: LLaDA2MoeConfig) -> Iterator[int]:
+    def expert_layers(cls, config: Any) -> Iterator[int]:
         """The layers whose feed-forward part is a mixture."""
         return iter(range(config.first_k_dense_replace, config.num_hidden_layers))
 
     @classmethod
-    def split_tensors(cls, config: LLaDA2MoeConfig) -> dict[str, tuple[int, ...]]:
+    def split_tensors(cls, config: Any) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a checkpoint that is joined with others, or divided, as it is read."""
         rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         joined = {

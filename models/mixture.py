@@ -85,6 +85,17 @@ def check_keys(kwargs: dict[str, Any], allowed: dict[str, tuple[Any, ...]]) -> N
             raise UserError(f"config.json: {key}: {kwargs[key]!r} is not supported; it must be {values[0]!r}")
 
 
+def routers(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """What gives tokens to experts, layer by layer; none in a network without experts."""
+    modules = (module for name, module in network.named_modules() if name.endswith(".mlp.gate"))
+    return [module for module in modules if hasattr(module, "top_k")]
+
+
+def named_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds of a network, by name: its parameters, and the biases of experts."""
+    return dict(network.named_parameters()) | dict(expert_biases(network))
+
+
 def expert_biases(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor of what is added to experts' scores when they are chosen, layer by layer, (experts,) float32."""
     for name, buffer in network.named_buffers():

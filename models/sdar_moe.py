@@ -27,7 +27,7 @@ class SDARMoeForCausalLM(MixtureNetwork, Qwen3MoeForCausalLM):
     config_class = SDARMoeConfig
 
     @classmethod
-    def expert_layers(cls, config: SDARMoeConfig) -> Iterator[int]:
+    def expert_layers(cls, config: Any) -> Iterator[int]:
         """The layers whose feed-forward part is a mixture."""
         every = config.decoder_sparse_step
         return (

@@ -20,7 +20,8 @@ from common import ranks
 from common.checkpoint import Writer, write_folder
 from common.schema import ModelConfig
 from models import save_model
-from models.lora import is_adapter, save_adapter
+from models.lora import is_adapter, plain_name, save_adapter
+from models.mixture import expert_biases
 from models.value import ValueNetwork, save_value
 from train.learner import Learner, whole, whole_weights
 
@@ -77,6 +78,8 @@ def load_learner(learner: Learner, folder: Path, weights: dict[str, Tensor]) -> 
         set_weight(learner, parameter, saved.pop("weight", weights.get(name)))
         for key, tensor in saved.items():
             set_moment(learner, parameter, key, tensor)
+    for name, bias in expert_biases(learner.network.saved):
+        bias.copy_(weights[plain_name(name)])
     learner.scheduler.load_state_dict(counts["scheduler"] | {"lr_lambdas": [None]})
     for group, rate in zip(learner.optimizer.param_groups, learner.scheduler.get_last_lr()):
         group["lr"] = rate

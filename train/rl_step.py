@@ -24,6 +24,7 @@ from train.objectives import (
     value_targets,
 )
 from train.packing import PackedBatch, Row, make_rows
+from train.routing import FIGURES as ROUTING_FIGURES
 from train.tokens import Tokens, tokens_of
 from train.views import Layout, view_method
 
@@ -301,6 +302,7 @@ def policy_figures(totals: Counter) -> dict[str, float]:
         "entropy": totals["entropy"] / totals["tokens"],
         "grad_norm": totals["grad_norm"] / totals["updates"],
         "predicted_tokens": totals["tokens"],
+        **{name: totals[name] / totals["updates"] for name in ROUTING_FIGURES if name in totals},
     }
 
 
@@ -318,7 +320,7 @@ def counted_update(
     done = update(learner, batches, loss, before_step)
     if not done.taken:
         return Counter(bad_steps=1)
-    total = Counter(updates=1, grad_norm=done.grad_norm)
+    total = Counter(updates=1, grad_norm=done.grad_norm, **done.routing)
     for of_rank in ranks.gather(sums):
         total.update(of_rank)
     return total
