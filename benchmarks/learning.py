@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, object]] = {
         "training.keep_accuracy": "null",
         "optimizer.params.value_learning_rate": 1e-3,
     },
-    "sequence level": {"training.method": "coupled", "training.ratio_level": "sequence"},
+    "sequence level": {"training.method": "coupled", "training.term": "sequence"},
     "DAPO-like": {
         "training.eps_high": 0.28,
         "training.beta": 0,

@@ -36,9 +36,8 @@ from models.sdar import SDARConfig, SDARForCausalLM
 from train import network as network_module
 from train.learner import Learner
 from train.network import Policy
-from train.objectives import policy_loss
+from train.objectives import Tokens, policy_loss
 from train.rl_step import learn, sample_rows
-from train.tokens import Tokens
 from train.views import trace_views
 
 RESPONSE = 256
@@ -135,7 +134,7 @@ def plain_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple[
     for batch in plain_batches(rows, BUDGET):
         logp = plain_logp(model, batch, width, MASK)
         own = tokens[np.concatenate([row.place for row in batch]).astype(np.int64)]
-        policy_loss(logp, own, eps=0.2, beta=0.01).loss.backward()
+        policy_loss(logp, own, eps=0.2, beta=0.01)[0].backward()
     optimizer.step()
     return optimizer, width * len(rows)
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import reduce
 from operator import attrgetter, getitem
@@ -30,8 +31,8 @@ from common.config_files import (
     split_arguments,
 )
 from common.errors import UserError, one_line, one_line_errors, show
-from common.older_keys import UPDATE_SIZE_KEYS, derive_update_size
-from common.schema import JOBS, SETTINGS, Job, Key, Sampling, keys_of
+from common.older_keys import UPDATE_SIZE_KEYS, derive_update_size, original_objective
+from common.schema import JOBS, SETTINGS, Job, Key, RLConfig, Sampling, keys_of
 
 Settings = TypeVar("Settings", bound=Sampling)
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -86,15 +87,27 @@ def load_config(name: str, argv: list[str]) -> Any:
             settings_of(section, check_steps=f"{section.prefix}block_size" in cfg.written)
     if values.keys() & set(UPDATE_SIZE_KEYS):
         notes.append(derive_update_size(name, cfg, values, devices_of(cfg)))
-    if name == "rl" and cfg.model.value_base_model and "training.keep_accuracy" not in values:
-        cfg.training.keep_accuracy = None  # with a value model groups are not compared
-        notes.append("model.value_base_model is set → training.keep_accuracy=null (set it to drop groups)")
+    if name == "rl":
+        if any(key in layer for _, layer in layers for key in UPDATE_SIZE_KEYS):  # a file of the original's
+            notes += original_objective(cfg, values)
+        if "training.keep_accuracy" not in values:
+            notes += groups_to_keep(cfg)
     for fault in cfg.faults():
         raise UserError(fault)
     if os.environ.get("RANK", "0") == "0":  # one device speaks for all
         for note in notes:
             print(f"config: {note}", file=sys.stderr)
     return cfg
+
+
+def groups_to_keep(cfg: RLConfig) -> Iterator[str]:
+    """Set `keep_accuracy` where it is not set and accuracy is not what groups are learned from; says so."""
+    if cfg.model.value_base_model and cfg.training.value_reward == "raw":
+        cfg.training.keep_accuracy = None  # groups are not compared
+        yield "model.value_base_model is set → training.keep_accuracy=null (set it to drop groups)"
+    elif cfg.reward.code_reward == "share":
+        cfg.training.keep_accuracy, cfg.training.drop_equal = None, True  # programs that fail are compared too
+        yield "reward.code_reward=share → training.keep_accuracy=null, training.drop_equal=True"
 
 
 def load_any(path: Path, arguments: list[str]) -> tuple[str, Any]:

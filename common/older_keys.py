@@ -1,6 +1,7 @@
 """Keys of the original's YAML files, and what became of them."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from common.errors import UserError, show
@@ -33,6 +34,7 @@ RENAMED_KEYS: dict[str, str] = {
     "evaluation.batch_size": "evaluation.max_active",
     "training.block_size": "rollout.block_size",
     "training.mixed_precision": "model.dtype",
+    "training.ratio_level": "training.term",
     "optimizer.params.policy_learning_rate": "optimizer.params.learning_rate",
     "model.process_reward_model": "reward.judge.model",
     "rollout.reward_model.reward_chunk_length": "reward.judge.reward_chunk_length",
@@ -49,6 +51,31 @@ FULL_ATTENTION = ("dream", "llada", "mmada")
 # The size of an update, in rows per device, and the keys of today that `derive_update_size` sets by it, by job.
 UPDATE_SIZE = {"rl": "training.updates_per_step", "sft": "training.batch_size"}
 UPDATE_SIZE_KEYS = ("training.gradient_accumulation_steps", "training.batch_size_lm")
+
+
+def original_objective(cfg: Any, values: dict[str, Any]) -> Iterator[str]:
+    """Set what the original's code computes and its files have no key for, where `values` do not; tells it in a line.
+
+    Under full attention its losses are means in each noised copy, and the KL a sum there; under block attention both
+    are divided by the longest response. A value model learns the z-scores of groups, of process rewards by chunk.
+    Programs earn the share of the tests that they pass, however long they are.
+    """
+    full = cfg.model.model_base in FULL_ATTENTION
+    keys: dict[str, Any] = {"training.loss_norm": "view" if full else "length"}
+    if full:
+        keys["training.kl_norm"] = "view_sum"
+    if cfg.model.value_base_model:
+        keys["training.value_reward"] = "zscore"
+        if cfg.reward.judge.reward_chunk_length:
+            keys["training.process_placement"] = "chunk_end"
+    if cfg.dataset.data_type == "code":
+        keys |= {"reward.code_reward": "share", "reward.truncated_is_wrong": False}
+    keys = {key: value for key, value in keys.items() if key not in values}
+    for key, value in keys.items():
+        section, name = key.split(".")
+        setattr(getattr(cfg, section), name, value)
+    if keys:
+        yield "as the original's code: " + ", ".join(f"{key}={show(value)}" for key, value in keys.items())
 
 
 def derive_update_size(job: str, cfg: Any, values: dict[str, Any], devices: int) -> str:

@@ -14,8 +14,11 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, NewType, Union, get_args, get_origin, get_type_hints
 
 Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"]
+RLMethod = Literal[
+    "TraceRL", "random_masking", "coupled", "coupled_whole", "whole", "counts", "quadrature", "stratified"
+]
 Dtype = Literal["auto", "float32", "bfloat16"]
-Kind = Literal["math", "code", "general"]  # of tasks; reward/score.py has a function for each
+Kind = Literal["math", "code", "general", "option"]  # of tasks; reward/score.py has a function for each
 Function = NewType("Function", str)  # module:function, of the user's own
 STRATEGIES, KINDS = get_args(Strategy), get_args(Kind)
 # Sampling keys that may be lists in an evaluation: entry i of each makes setting i.
@@ -115,7 +118,15 @@ class Sampling:
     dynamic_threshold: float = key(
         0.9, "low_confidence_dynamic: unmask every candidate at or above this probability", low=0, high=1
     )
-    eb_threshold: float = key(0.1, "entropy_bounded: largest sum of entropies (nats) unmasked together", low=0)
+    filter_order: Literal["top_k_first", "top_p_first"] = key(
+        "top_k_first", "which of top_k and top_p cuts first: top_k_first, or top_p_first (Dream's)"
+    )
+    eb_threshold: float = key(
+        0.35, "entropy_bounded: largest sum of entropies (nats) unmasked together (0.35: JetEngine's)", low=0
+    )
+    entropy_from: Literal["raw", "sampled"] = key(
+        "raw", "entropy before (raw) or after (sampled; Dream's) temperature, top-k and top-p"
+    )
     confidence_from: Literal["raw", "sampled"] = key(
         "raw", "confidence before (raw) or after (sampled) temperature, top-k and top-p"
     )
@@ -126,6 +137,12 @@ class Sampling:
     alg_temp: float = key(0.0, "full attention: temperature of the choice of positions; 0 takes the best", low=0)
     pad_target_penalty: float = key(
         1.0, "full attention: factor by which a stop token's score is worsened when positions are ranked", low=0.01
+    )
+    confidence_eos_eot_inf: bool = key(
+        False, "full attention: candidates that end a response are unmasked last, however sure (LLaDA's evaluation)"
+    )
+    logits_eos_inf: bool = key(
+        False, "the end of sequence is never drawn; a response ends by its other stop tokens (LLaDA's evaluation)"
     )
     use_cache: bool = key(False, "full attention: keep the keys before a block from its first forward; not exact")
     further_horizon: int | None = key(
@@ -182,7 +199,7 @@ class SFTEvaluationConfig(TaskSampling):
 class EvaluationConfig(SFTEvaluationConfig):
     eval_dataset: str = key("", "name, path or hub id; empty: dataset.eval_dataset")
     data_type: Kind | None = key(
-        None, "math, code or general: what decides here; null: reward.kind, or dataset.data_type"
+        None, "math, code, general or option: what decides here; null: reward.kind, or dataset.data_type"
     )
 
 
@@ -222,7 +239,6 @@ class JudgeConfig:
 class ScoringConfig:
     """How an answer is checked against the task's own."""
 
-    truncated_is_wrong: bool = key(True, "a response cut at the length limit earns nothing")
     workers: int = key(1, "processes that score beside the rollout; 0 scores in the rollout's own", low=0)
     time_limit: float = key(5.0, "code: seconds of processor time where a task has no test_time_limit", low=0.01)
     memory_mb: int = key(1024, "code: memory of a program", low=64)
@@ -237,12 +253,27 @@ class ScoringConfig:
 @dataclass
 class RewardConfig(ScoringConfig):
     kind: Literal[Kind, "judge"] | None = key(
-        None, "math, code, general or judge: what decides whether a response is correct; null: dataset.data_type"
+        None, "math, code, general, option or judge: what decides whether a response is right; null: dataset.data_type"
+    )
+    code_reward: Literal["all", "share"] = key(
+        "all", "code: 1 where a program passes all tests, else 0 (all); or the share of the tests it passes (share)"
     )
     function: Function | None = key(
         None, "my_module:my_reward, called with (response, task), returns a number or one for each token"
     )
     judge: JudgeConfig = section(JudgeConfig)
+
+
+@dataclass
+class RLRewardConfig(RewardConfig):
+    truncated_is_wrong: bool = key(
+        True, "a response cut at the length limit earns nothing; evaluations score it like any other"
+    )
+    truncated_margin: int | None = key(
+        None,
+        "a response within so many tokens of the limit counts as cut too, though it ended; null: it does not",
+        low=0,
+    )
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -272,13 +303,19 @@ class TrainingBase:
 
 @dataclass
 class RLTrainingConfig(TrainingBase):
-    method: Literal["TraceRL", "random_masking", "coupled"] | Function = key(
+    method: RLMethod | Function = key(
         "TraceRL",
-        "how views are made: TraceRL (replay the trace), random_masking, coupled (random and its complement), or "
-        "my_module:my_views",
+        "how views are made: TraceRL (replay the trace), random_masking, coupled (random and its complement), "
+        "coupled_whole (and the whole response masked), whole, counts (pairs that mask uniform counts), quadrature "
+        "(fixed levels), stratified (levels spread over blocks), or my_module:my_views",
     )
-    ratio_level: Literal["token", "sequence"] = key(
-        "token", "what ratio is clipped: of every token, or one of the whole sequence, from its ELBO per token (ESPO)"
+    prompt_mask: float = key(
+        0.0, "full attention: the probability with which a view masks each token of the prompt", low=0, high=1
+    )
+    term: Literal["token", "position", "sequence"] = key(
+        "token",
+        "what one ratio is of: each prediction (token), those of one position in all views (position), or all of a "
+        "response (sequence), combined by the views' coefficients",
     )
     shrink: int = key(
         1, "TraceRL: this many neighbouring steps (of a block, under block attention) are merged into one view", low=1
@@ -287,20 +324,46 @@ class RLTrainingConfig(TrainingBase):
     eps: float = key(0.2, "clip range of the ratio, and of the value", low=0, high=1)
     eps_high: float | None = key(None, "clip range of the ratio upwards, as in DAPO; null: eps", low=0)
     beta: float = key(0.01, "weight of the KL penalty", low=0)
-    use_kl_estimator_k3: bool = key(True, "k3 estimator of the KL; False: k1, or k2 where ratio_level is sequence")
-    kl_reference: Literal["old", "initial"] = key(
-        "old", "the KL is to the policy at the start of the step (old) or the first model (initial)"
+    use_kl_estimator_k3: bool = key(True, "k3 estimator of the KL; False: k1, or k2 where term is sequence")
+    kl_reference: Literal["old", "initial", "none"] = key(
+        "old", "the KL is to the policy at the start of the step (old), to the first model (initial), or absent (none)"
     )
-    loss_norm: Literal["token", "length", "step"] = key(
-        "token", "token, length or step (those that shrink merged are one): over what token losses are averaged"
+    loss_norm: Literal["token", "view", "length", "step", "sum"] = key(
+        "token",
+        "over what losses are averaged: token (all predicted tokens), view (in each view, then over views), length "
+        "(rollout.max_token, then over responses), step (in each step of a trace, summed, then over responses; those "
+        "that shrink merged are one), sum (over responses only)",
+    )
+    kl_norm: Literal["view_sum", "length"] | None = key(
+        None,
+        "view_sum: the KL is summed in each view and averaged over views; length: a sequence's is multiplied by its "
+        "length; null: weighed as the loss is",
+    )
+    advantage: Literal["zscore", "mean", "loo"] = key(
+        "zscore",
+        "a reward against its group's: z-score, difference to the mean, or to the mean of the others (leave one out)",
+    )
+    epochs_per_step: int = key(
+        1,
+        "how often a step's responses are gone through, each time with fresh noise and updates_per_step updates",
+        low=1,
     )
     keep_accuracy: list[float] | None = key(
         [0.2, 0.8], "groups of other accuracy are dropped; null keeps all", low=0, high=1
     )
+    drop_equal: bool = key(False, "drop groups of equal rewards")
     dynamic_sampling: bool = key(
         False,
         "drop groups of equal rewards and draw tasks until num_task_per_step groups are kept, at most "
         "rollout.max_resample times more (DAPO)",
+    )
+    value_reward: Literal["raw", "zscore"] = key(
+        "raw", "value model: an outcome's reward as it is (raw), or its z-score in the group (zscore)"
+    )
+    process_placement: Literal["all", "chunk_end"] = key(
+        "all",
+        "value model: where a judge's rewards of chunks lie: on all their tokens as they are, or (chunk_end) on the "
+        "last step of each chunk's last block as 1 or -1, z-scored in the group",
     )
     gam: float = key(1.0, "value model: discount of later steps' rewards and values (γ)", low=0, high=1)
     lam: float = key(1.0, "value model: weight of later steps in the advantage (λ of GAE)", low=0, high=1)
@@ -461,6 +524,7 @@ class PromptsConfig:
     math: str | None = key(None, "of a maths task")
     code_function: str | None = key(None, "of a code task whose function is called")
     code_stdio: str | None = key(None, "of a code task whose program reads input and prints output")
+    option: str | None = key(None, "of a multiple choice")
     general: str | None = key(None, "of any other task")
 
 
@@ -474,7 +538,12 @@ class RLModelConfig(ModelConfig):
 @dataclass
 class EvalDatasetConfig:
     eval_dataset: str = key("", "tasks to evaluate on: a name, a path (json, jsonl, parquet) or a hub id")
-    data_type: Kind = key("math", "how answers are checked: math, code or general")
+    data_type: Kind = key("math", "how answers are checked: math, code, general or option (a letter)")
+    prompt_style: Literal["template", "published"] = key(
+        "template",
+        "what stands around a task's turn: the tokenizer's chat template, or the very text of the family's published "
+        "evaluation",
+    )
     prompts: PromptsConfig = section(PromptsConfig)
 
 
@@ -521,7 +590,7 @@ class RLConfig(JobConfig):
     model: RLModelConfig = section(RLModelConfig)
     dataset: DatasetConfig = section(DatasetConfig)
     rollout: RolloutConfig = section(RolloutConfig)
-    reward: RewardConfig = section(RewardConfig)
+    reward: RLRewardConfig = section(RLRewardConfig)
     training: RLTrainingConfig = section(RLTrainingConfig)
     optimizer: RLOptimizerConfig = section(RLOptimizerConfig)
     lr_scheduler: SchedulerConfig = section(SchedulerConfig)
@@ -544,19 +613,43 @@ class RLConfig(JobConfig):
             )
         if keep is not None and (len(keep) != 2 or keep[0] > keep[1]):
             yield f"training.keep_accuracy={keep}: expected two ascending numbers, as [0.2, 0.8], or null"
-        if training.old_logp == "detach" and training.updates_per_step > 1:
+        updates = training.updates_per_step * training.epochs_per_step
+        if training.old_logp == "detach" and updates > 1:
             yield (
-                f"training.old_logp=detach allows one update, but training.updates_per_step={training.updates_per_step}"
+                f"training.old_logp=detach allows one update, but training.updates_per_step="
+                f"{training.updates_per_step} × training.epochs_per_step={training.epochs_per_step} are {updates}"
             )
         if has_value and training.method != "TraceRL":
             yield (
                 f"model.value_base_model with training.method={training.method}: a value model learns over the steps "
                 "of a trace; set training.method=TraceRL, or model.value_base_model=null"
             )
-        if has_value and training.ratio_level == "sequence":
+        if training.kl_norm and training.term != {"view_sum": "token", "length": "sequence"}[training.kl_norm]:
             yield (
-                "model.value_base_model with training.ratio_level=sequence: a sequence has one advantage, a value "
-                "model gives one to each token; set training.ratio_level=token, or model.value_base_model=null"
+                f"training.kl_norm={training.kl_norm} with training.term={training.term}: view_sum is of tokens, "
+                "length of sequences; set training.kl_norm=null"
+            )
+        if training.term == "position" and training.loss_norm in ("view", "step"):
+            yield (
+                f"training.loss_norm={training.loss_norm} with training.term=position: a position's views are one "
+                "term; set training.loss_norm to token, length or sum"
+            )
+        if has_value and training.value_reward == "zscore" and training.advantage != "zscore":
+            yield f"training.value_reward=zscore with training.advantage={training.advantage}: set both to zscore"
+        if has_value and training.value_reward == "zscore" and rollout.num_response_per_task < 2:
+            yield (
+                f"training.value_reward=zscore with rollout.num_response_per_task={rollout.num_response_per_task}: "
+                "a task's rewards are compared with each other, so it takes at least 2"
+            )
+        if training.process_placement == "chunk_end" and not self.reward.judge.reward_chunk_length:
+            yield (
+                "training.process_placement=chunk_end: chunks are a judge's; set reward.judge.reward_chunk_length, or "
+                "training.process_placement=all"
+            )
+        if has_value and training.term != "token":
+            yield (
+                f"model.value_base_model with training.term={training.term}: a {training.term} has one advantage, a "
+                "value model gives one to each prediction; set training.term=token, or model.value_base_model=null"
             )
         if training.tis_cap is not None and training.old_logp == "engine":
             yield (
@@ -654,12 +747,11 @@ class ServeConfig(OneModel):
 class RewardJobConfig(JobConfig, RewardConfig):
     """python -m reward data=TASKS responses=FILE out=FILE : a file of responses scored; `reward.` may be left out."""
 
-    truncated_is_wrong: ClassVar[bool] = False  # no key here: whether a response was cut is not known
     data: str = key("", "tasks in the project's format: a name, a path (json, jsonl, parquet) or a hub id")
     responses: str = key("", 'JSON lines {"task": index, "response": text}, index counting the tasks from 0')
     out: str = key("", "the same lines with `correct`, `reward` and `verdict` added")
     kind: Literal[Kind, "judge"] | None = key(
-        None, "math, code, general or judge; null: code for a task with a test_method, math for another"
+        None, "math, code, general, option or judge; null: code for a task with a test_method, math for another"
     )
     workers: int | None = key(None, "processes that score side by side; null: one for each processor", low=0)
 

@@ -14,6 +14,11 @@ class Task:
     ground_truth_answer: str | None = None
     record: dict[str, Any] = field(default_factory=dict)  # the data set's own record, other fields included
 
+    @property
+    def prefix(self) -> str:
+        """What begins the answer to a code task, a fence or a function's head, without its last newline."""
+        return str(self.record.get("prefix") or "").removesuffix("\n")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -67,6 +72,8 @@ class Score:
     correct: bool
     verdict: str
     token_rewards: list[float] | None = None  # process rewards, one for each response token; reward is their mean
+    # of each chunk that a judge voted on: the index behind its last token, and 1 or -1 where its votes agree, else 0
+    chunk_votes: list[tuple[int, int]] | None = None
 
 
 @dataclass

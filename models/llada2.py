@@ -13,7 +13,7 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter
 
 from common.errors import UserError
-from models.family import CODE, MATH_STEPS, Family
+from models.family import MATH_STEPS, SHARED, Family
 from models.mixture import SLIDING, MixtureNetwork, check_keys, expert_biases
 from models.original import OriginalConfig
 
@@ -186,7 +186,7 @@ LLADA2 = Family(
     mask_token="<|mask|>",
     config_class=LLaDA2MoeConfig,
     model_class=LLaDA2MoeModelLM,
-    instructions={"math": MATH_STEPS, **CODE},
+    instructions={"math": MATH_STEPS, **SHARED},
     block_size=32,
     # as published for LLaDA2.0
     sampling={"temperature": 0.0, "remasking_strategy": "low_confidence_dynamic", "dynamic_threshold": 0.95},

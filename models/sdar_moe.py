@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from models.family import CODE, MATH_STEPS, Family
+from models.family import MATH_STEPS, SHARED, Family
 from models.mixture import SLIDING, MixtureNetwork, check_keys
 from models.original import OriginalConfig
 
@@ -45,5 +45,5 @@ SDAR_MOE = Family(
     mask_token="<|MASK|>",
     config_class=SDARMoeConfig,
     model_class=SDARMoeForCausalLM,
-    instructions={"math": MATH_STEPS, **CODE},
+    instructions={"math": MATH_STEPS, **SHARED},
 )

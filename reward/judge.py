@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from common.boxed import extract_boxed, final_part
@@ -65,7 +66,8 @@ def judged_score(response: str, task: Task, judge: JudgeConfig) -> Score:
     client = openai.OpenAI(base_url=judge.base_url, api_key=key, timeout=judge.timeout, max_retries=0)
     with client, ThreadPoolExecutor(judge.parallel) as pool:
         votes = [_number(answer) for answer in pool.map(lambda prompt: ask(client, judge, prompt), prompts)]
-    scores = [_mean(votes[place : place + judge.k_sample]) for place in range(0, len(votes), judge.k_sample)]
+    of_parts = [votes[place : place + judge.k_sample] for place in range(0, len(votes), judge.k_sample)]
+    scores = [_mean(part) for part in of_parts]
     mean = _mean(scores)
     if mean is None:
         return Score(0.0, False, "infrastructure")
@@ -74,7 +76,9 @@ def judged_score(response: str, task: Task, judge: JudgeConfig) -> Score:
     tokens = [score for score, (*_, length) in zip(filled, parts) for _ in range(length)]
     reward = _mean(tokens) if tokens else mean
     correct = reward >= CORRECT_FROM
-    return Score(reward, correct, "passed" if correct else "failed", tokens or None)
+    ends = accumulate(length for *_, length in parts)
+    chunks = [(end, _agreed(part)) for end, part in zip(ends, of_parts)] if tokens else None
+    return Score(reward, correct, "passed" if correct else "failed", tokens or None, chunks)
 
 
 def ask(client: "openai.OpenAI", judge: JudgeConfig, prompt: str) -> str:
@@ -144,6 +148,12 @@ def _number(answer: str) -> float | None:
         return None
     value = found.value / (100 if found.is_percent else 1)
     return float(value) if 0 <= value <= 1 else None  # 8, of a judge that counts to 10, is none
+
+
+def _agreed(votes: Sequence[float | None]) -> int:
+    """1 where all known votes call it good, -1 where all call it bad, 0 where they differ or there are none."""
+    opinions = {vote >= CORRECT_FROM for vote in votes if vote is not None}
+    return 0 if len(opinions) != 1 else 1 if True in opinions else -1
 
 
 def _mean(votes: Sequence[float | None]) -> float | None:

@@ -23,6 +23,7 @@ def write_samples(
     lines = []
     for response in (response for group in groups for response in group):
         task = {"question": response.task.question, "ground_truth_answer": response.task.ground_truth_answer}
+        task |= {"prefix": response.task.prefix} if response.task.prefix else {}
         line = dict(extra or {}) | task | vars(response.score) | vars(response.trajectory)
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     append_lines(path, "".join(lines))
@@ -56,7 +57,7 @@ def take_up(path: Path, tasks: Sequence[Task], step: int) -> dict[str, dict[tupl
                     field.name: line.get(field.name, [] if "list" in str(field.type) else None)
                     for field in dataclasses.fields(Trajectory)
                 }
-                score = Score(**{field.name: line[field.name] for field in dataclasses.fields(Score)})
+                score = Score(**{field.name: line.get(field.name) for field in dataclasses.fields(Score)})
                 response = ScoredTrajectory(by_id[line["task_id"]], Trajectory(**trace), score)
                 found[line.get("setting")][line["task_id"], line["sample"]] = response
     return from_main(dict(found))

@@ -23,7 +23,7 @@ class Candidates:
     tokens: Tensor
     probability: Tensor  # of the token; `confidence_from` says under which softmax
     logp: Tensor  # log_softmax(logits / T) with the mask token at minus infinity, before top-k and top-p
-    entropy: Tensor  # of the raw softmax, nats; 0 unless strategy or target ask
+    entropy: Tensor  # nats; `entropy_from` says of which softmax; 0 unless strategy or target ask
     margin: Tensor  # likeliest over second likeliest, under the softmax of `probability`; 0 unless target asks
     kept_mass: Tensor  # probability that top-k and top-p left
 
@@ -69,22 +69,33 @@ def _shift_right(value: Tensor, bits: int) -> Tensor:
     return (value >> bits) & ((1 << (64 - bits)) - 1)  # logical, where torch's shift keeps the sign
 
 
-def draw(logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Sampling) -> Candidates:
+def draw(
+    logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Sampling, barred: Tensor | None = None
+) -> Candidates:
     """Draw a token per position by the inverse CDF in id order; temperature 0 or top_k 1 takes the argmax.
 
-    logits (…, vocab), uniform (…), unused where the draw is greedy. The mask token is never drawn. Filters come in
-    the order temperature, top-k, top-p. Confidence under `raw` is that of the untouched softmax over the whole
-    vocabulary. Entropy and margin are 0 where the settings name nothing that reads them.
+    logits (…, vocab), uniform (…), unused where the draw is greedy. The mask token is never drawn. Temperature
+    comes before top-k and top-p. Confidence under `raw` is that of the untouched softmax over the whole
+    vocabulary, and so is entropy; under `sampled` they are of what is drawn from. Entropy and margin are 0 where the
+    settings name nothing that reads them.
+
+    Ids that are `barred` (n,) are never drawn either: their logits are minus infinity for the draw, confidence, margin
+    and entropy. Log-probabilities are the network's, in which they have their share; `kept_mass` says what is left.
     """
     logits = logits.float()
+    allowed = logp = token_logp(logits, mask_id, rollout_temperature(settings))
+    if barred is not None:
+        logits, allowed = (values.index_fill(-1, barred, float("-inf")) for values in (logits, logp))
     total = logits.logsumexp(-1)  # of the raw softmax
-    logp = token_logp(logits, mask_id, rollout_temperature(settings))
-    raw, filtered = settings.confidence_from == "raw", settings.top_k > 0 or settings.top_p < 1
-    if is_greedy(settings) and raw and not filtered:
+    raw = settings.confidence_from == "raw"
+    filtered = settings.top_k > 0 or settings.top_p < 1 or barred is not None
+    reads_entropy = settings.remasking_strategy not in BY_CONFIDENCE or settings.target == "neg_entropy"
+    raw_entropy = settings.entropy_from == "raw" or not reads_entropy
+    if is_greedy(settings) and raw and raw_entropy and not filtered:
         kept, tokens, kept_mass = None, logp.argmax(-1), torch.ones_like(total)
     else:
-        kept = filter_top(logp.exp(), settings.top_k, settings.top_p)
-        tokens = logp.argmax(-1) if is_greedy(settings) else inverse_cdf(kept, uniform)
+        kept = filter_top(allowed.exp(), settings.top_k, settings.top_p, settings.filter_order)
+        tokens = allowed.argmax(-1) if is_greedy(settings) else inverse_cdf(kept, uniform)
         kept_mass = kept.sum(-1)
 
     def at_token(values: Tensor) -> Tensor:
@@ -94,8 +105,12 @@ def draw(logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Samplin
     if settings.target == "margin_confidence":
         best = ((logits - total[..., None]).exp() if raw else kept / kept_mass[..., None]).topk(2, dim=-1).values
         margin = best[..., 0] - best[..., 1]
-    if settings.remasking_strategy not in BY_CONFIDENCE or settings.target == "neg_entropy":
+    if not raw_entropy:
+        entropy = torch.special.entr(kept / kept_mass[..., None]).sum(-1)
+    elif reads_entropy:
         raw_logp = logits - total[..., None]
+        if barred is not None:
+            raw_logp = raw_logp.index_fill(-1, barred, torch.finfo(torch.float32).min)  # p log p is 0, not NaN
         entropy = -(raw_logp.exp() * raw_logp).sum(-1)
     return Candidates(
         tokens=tokens,
@@ -127,11 +142,14 @@ def token_logp(logits: Tensor, mask_id: int, temperature: float) -> Tensor:
     return torch.log_softmax(scaled.index_fill(-1, forbidden, float("-inf")), dim=-1)
 
 
-def filter_top(probability: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Zero all but the top_k likeliest tokens, then all beyond the one that crosses top_p; sums are not restored.
+def filter_top(probability: Tensor, top_k: int, top_p: float, order: str = "top_k_first") -> Tensor:
+    """Zero all but the top_k likeliest tokens and all beyond the one that crosses top_p; sums are not restored.
 
-    probability (…, vocab) -> (…, vocab). top_k 0 and top_p 1 keep everything; ties go to the lower id.
+    probability (…, vocab) -> (…, vocab). top_k 0 and top_p 1 keep everything; ties go to the lower id. The mass that
+    top_p is a share of is what the first filter left.
     """
+    if order == "top_p_first":
+        return filter_top(filter_top(probability, 0, top_p), top_k, 1.0)
     if 0 < top_k < probability.shape[-1]:
         order = probability.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
         probability = torch.zeros_like(probability).scatter(-1, order, probability.gather(-1, order))

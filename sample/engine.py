@@ -15,7 +15,7 @@ from common.ranks import Queue
 from common.runtime import console
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
-from models.family import family_of_network, longest_sequence
+from models.family import end_of_sequence_ids, family_of_network, longest_sequence
 from models.mixture import named_weights
 from sample import block_attention
 from sample.cache import KeyValueCache, Room, affordable_tokens
@@ -239,6 +239,8 @@ class Engine:
             raise UserError(f"rollout.max_token: {settings.max_token} leaves no room for a response; give at least 1")
         if self.full_attention and any(not request.prompt_ids for request in requests):
             raise UserError("the prompt is empty: full attention needs at least one token before the response")
+        if settings.logits_eos_inf and not end_of_sequence_ids(self.model.config):
+            raise UserError("rollout.logits_eos_inf: the model's config.json names no eos_token_id; set it to false")
         if self.full_attention and settings.max_token % block:
             self.say_once(
                 f"max_token {settings.max_token} is no multiple of block_size {block}: responses are drawn on a "

@@ -3,13 +3,14 @@
 Nothing in a step waits for the host.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from common.runtime import console
 from common.schema import Sampling
+from models.family import end_of_sequence_ids
 from sample import block_attention, full_attention
 from sample.cache import KeyValueCache
 from sample.draw import Candidates, draw, is_greedy, uniforms
@@ -41,6 +42,8 @@ class Step:
             self.merge = device.type == "cpu" or 2 * self.rows * size <= MERGE_UP_TO
         self.strategy = find_strategy(self.settings.remasking_strategy)
         self.stops = torch.tensor(self.stop_ids, dtype=torch.long, device=device)
+        barred = end_of_sequence_ids(config) if self.settings.logits_eos_inf else ()
+        self.barred = torch.tensor(barred, dtype=torch.long, device=device) if barred else None
         # a small head costs less at all positions than finding the masked ones
         self.sparse = not self.fixed and config.vocab_size > config.hidden_size
         self.block = torch.arange(size, device=device)
@@ -96,11 +99,11 @@ class Step:
         """A candidate for every masked position of the current blocks, (rows, block); nothing is said of the others."""
         uniform = None if is_greedy(self.settings) else uniforms(slots.key, positions, slots.step, "token")
         if not self.sparse:
-            return draw(self.network.logits(hidden), uniform, self.mask_id, self.settings)
+            return draw(self.network.logits(hidden), uniform, self.mask_id, self.settings, self.barred)
         where = masked.flatten().nonzero()[:, 0]
         logits = self.network.logits(hidden.flatten(0, 1)[where])  # (masked positions, vocab)
         uniform = None if uniform is None else uniform.flatten()[where]
-        return draw(logits, uniform, self.mask_id, self.settings).spread(where, masked.shape)
+        return draw(logits, uniform, self.mask_id, self.settings, self.barred).spread(where, masked.shape)
 
     def choose(self, slots: Slots, candidates: Candidates, positions: Tensor, masked: Tensor) -> Tensor:
         """What the strategy unmasks, bool (rows, block)."""
@@ -115,7 +118,10 @@ class Step:
             blocks = (slots.canvas_end - slots.prompt_end) // size
             steps = even_split(settings.steps, blocks, number).clamp(min=1)
             gumbel = uniforms(slots.key, positions, slots.step, "alg_temp") if settings.alg_temp > 0 else None
-            score = rank_score(candidates, uniform, gumbel, self.stop(candidates.tokens), settings)
+            ends = self.stop(candidates.tokens)
+            score = rank_score(candidates, uniform, gumbel, ends, settings)
+            if settings.confidence_eos_eot_inf:  # no threshold is reached either
+                candidates = replace(candidates, probability=candidates.probability.masked_fill(ends, float("-inf")))
         k = even_split(size, steps, slots.block_step)
         if self.network.full_attention and settings.remasking_strategy == "low_confidence_dynamic":
             k = torch.ones_like(k)  # where no candidate is sure, one position is unmasked

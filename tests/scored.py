@@ -9,3 +9,8 @@ def scored(
     """The trajectory with that advantage and reward."""
     score = Score(reward, reward > 0, "passed", token_rewards)
     return ScoredTrajectory(Task(trajectory.task_id, ""), trajectory, score, advantage)
+
+
+def all_right(text: str, task: Task) -> float:
+    """A reward function that every response pleases."""
+    return 1.0

@@ -1,6 +1,7 @@
 """GAE over a trace, the value loss, sequences' ELBOs and importance weights: by hand, by identity, by reference."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,20 +12,24 @@ from hypothesis import strategies as st
 from scored import scored
 
 from common.errors import UserError
-from common.trajectory import Trajectory
-from train.mismatch import importance_weights
+from common.schema import RLTrainingConfig
+from common.trajectory import ScoredTrajectory, Trajectory
 from train.objectives import (
+    Tokens,
+    chunk_rewards,
     explained_variance,
+    importance_weights,
     loss_weights,
+    place_chunks,
     policy_loss,
     sequence_shares,
     token_rewards,
+    tokens_of,
     trace_advantages,
     value_loss,
     value_targets,
 )
 from train.packing import make_rows
-from train.tokens import Tokens, tokens_of
 from train.views import Layout, trace_views
 
 
@@ -98,9 +103,62 @@ def test_an_outcome_s_reward_lies_on_the_last_step() -> None:
     tokens = tokens_at(([2, 0, 1], [4, 4, 5]), ([0, 1, 2], [0, 1, 1]))
     tokens.old_value = torch.zeros(6)
     samples = [scored(trajectory(3), 9.0, reward=2.0), scored(trajectory(2, 4), 9.0, 0.5, [1.0, -1.0])]
-    advantages, returns = value_targets(tokens, samples, gamma=0.5, lam=1.0)
+    advantages, returns = value_targets(tokens, samples, RLTrainingConfig(gam=0.5, lam=1.0), 4)
     assert returns.tolist() == [1.0, 1.0, 2.0, 1 - 0.25, -1.0, 0.0]
     assert torch.equal(advantages, returns)
+
+
+def test_an_outcome_s_z_score_may_be_its_reward() -> None:
+    tokens = tokens_at(([2, 0, 1], [4, 4, 5]))
+    tokens.old_value = torch.zeros(3)
+    settings_ = RLTrainingConfig(gam=0.5, value_reward="zscore")
+    _, returns = value_targets(tokens, [scored(trajectory(3), -1.5, reward=2.0)], settings_, 4)
+    assert returns.tolist() == [-0.75, -0.75, -1.5]
+
+
+def chunked(votes: list[tuple[int, int]] | None, correct: bool, length: int = 8, task: str = "t") -> ScoredTrajectory:
+    """A response behind a prompt of three tokens, with a judge's agreement on its chunks."""
+    sample = scored(replace(trajectory(length), prompt_ids=[1, 2, 3], task_id=task))
+    return replace(sample, score=replace(sample.score, correct=correct, chunk_votes=votes))
+
+
+def test_chunks_earn_a_z_score_by_their_number() -> None:
+    """Where the votes differ the outcome decides; of a number that one response alone has, there is no deviation."""
+    samples = [
+        chunked([(4, 1), (8, 0)], correct=True),
+        chunked([(4, -1), (8, 0)], correct=False),
+        chunked([(4, 0), (8, -1), (9, 1)], correct=False),
+        chunked(None, correct=False),  # truncated: judged by nobody
+        chunked([(4, 1)], correct=True, task="another"),
+    ]
+    root = math.sqrt(3)  # of one good and three bad
+    found = chunk_rewards(samples)
+    assert [[end for end, _ in one] for one in found] == [[4, 8], [4, 8], [4, 8, 9], [0], [4]]
+    assert [one[0][1] for one in found] == pytest.approx([root, -1 / root, -1 / root, -1 / root, 0])
+    assert [one[1][1] for one in found[:3]] == pytest.approx([math.sqrt(2), -1 / math.sqrt(2), -1 / math.sqrt(2)])
+    assert found[2][2][1] == 0
+
+
+@pytest.mark.parametrize(
+    ("block_size", "wanted"),
+    [
+        # blocks: token 0 | 1 to 4 | 5 to 7; the first chunk's last token is 4, whose block ends with step 5 at token 2
+        (4, [0, 0, 2.0, 0, 0, 0, 0, 3.0]),
+        (None, [0, 0, 2.0, 0, 0, 0, 0, 3.0]),
+        (2, [0, 0, 0, 2.0, 2.0, 0, 0, 3.0]),  # blocks: 0 | 1, 2 | 3, 4 | …
+    ],
+)
+def test_a_chunk_s_reward_lies_on_the_last_step_of_its_last_block(block_size: int | None, wanted: list[float]) -> None:
+    index, step = np.arange(8), np.array([0, 3, 5, 4, 4, 6, 7, 8])
+    assert place_chunks([(5, 2.0), (8, 3.0)], index, step, prompt=3, block_size=block_size).tolist() == wanted
+
+
+def test_chunks_take_the_place_of_rewards_of_tokens() -> None:
+    tokens = tokens_at((list(range(8)), list(range(8))), (list(range(8)), list(range(8))))
+    tokens.old_value = torch.zeros(16)
+    samples = [chunked([(5, 1), (8, 1)], True), chunked([(5, -1), (8, -1)], False)]
+    _, returns = value_targets(tokens, samples, RLTrainingConfig(process_placement="chunk_end"), 4)
+    assert returns.tolist() == [2.0] * 5 + [1.0] * 3 + [-2.0] * 5 + [-1.0] * 3
 
 
 def merged(shrink: int, block_size: int | None) -> Tokens:
@@ -126,7 +184,7 @@ def test_a_merged_step_is_one_step_to_the_loss_and_to_time(shrink: int, block_si
     rewards = [2.0 * (step == len(sizes) - 1) for step in own]
     wanted = plain.gae(rewards, values.tolist(), own.tolist(), 0.9, 0.8)
     tokens.old_value = torch.tensor(values)
-    found = value_targets(tokens, [scored(trajectory(8), 0.0, reward=2.0)], 0.9, 0.8)
+    found = value_targets(tokens, [scored(trajectory(8), reward=2.0)], RLTrainingConfig(gam=0.9, lam=0.8), None)
     for one, other in zip(found, wanted):
         np.testing.assert_allclose(one.numpy(), other, rtol=1e-6)
 
@@ -143,7 +201,7 @@ def test_a_value_model_is_given_no_reward_beyond_float32(tokens: list[float] | N
     given = tokens_at(([0, 1, 2], [0, 1, 2]))
     given.old_value = torch.zeros(3)
     with pytest.raises(UserError, match=r"^task 't': a reward of size 1e\+300; .* scale what reward.function"):
-        value_targets(given, samples, 1.0, 1.0)
+        value_targets(given, samples, RLTrainingConfig(), 4)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -174,9 +232,10 @@ def test_explained_variance() -> None:
 )
 def test_the_clipped_value_loss(value: float, goal: float, loss: float, slope: float, clipped: int) -> None:
     now = torch.tensor([value], requires_grad=True)
-    result, count = value_loss(now, torch.zeros(1), torch.tensor([goal]), torch.ones(1), eps=0.2)
+    token = Tokens(torch.zeros(1), old_value=torch.zeros(1), returns=torch.tensor([goal]), weight=torch.ones(1))
+    result, sums = value_loss(now, token, eps=0.2)
     result.backward()
-    assert float(result.detach()) == pytest.approx(loss) and int(count) == clipped
+    assert sums["loss"] == float(result.detach()) == pytest.approx(loss) and sums["clipped"] == clipped
     assert float(now.grad) == pytest.approx(slope, abs=1e-6)
     assert loss == pytest.approx(float(plain.value_term(now.detach(), 0.0, goal, 0.2)))
 
@@ -205,18 +264,18 @@ def test_a_sequence_s_ratio_by_hand() -> None:
     _, share = sequence_shares(tokens_at(([0, 1, 2], [0, 1, 2])), by_noising=False)
     elbos = [(share * one).sum()[None] for one in (new, old)]
     whole = one_term(old_logp=float(elbos[1]), reference_logp=float(elbos[1]), advantage=2.0)
-    result = policy_loss(elbos[0], whole, eps=0.2, beta=0.5, estimator="k2")
-    assert float(result.loss) == pytest.approx(-1.2 * 2 + 0.5 * 0.3**2 / 2, rel=1e-5) and int(result.clipped) == 1
+    result, sums = policy_loss(elbos[0], whole, eps=0.2, beta=0.5, estimator="k2")
+    assert float(result) == pytest.approx(-1.2 * 2 + 0.5 * 0.3**2 / 2, rel=1e-5) and sums["clipped"] == 1
     assert math.exp(0.3) > 1.2
 
 
 @pytest.mark.parametrize(("ratio", "eps_high", "loss"), [(1.25, None, -1.2), (1.25, 0.28, -1.25), (0.7, 0.28, -0.7)])
 def test_the_upper_clip_has_a_range_of_its_own(ratio: float, eps_high: float | None, loss: float) -> None:
     above = one_term(-math.log(ratio), 0.0, 1.0)
-    result = policy_loss(torch.zeros(1), above, eps=0.2, beta=0.0, eps_high=eps_high)
-    assert float(result.loss) == pytest.approx(loss, rel=1e-5)
+    result, _ = policy_loss(torch.zeros(1), above, eps=0.2, beta=0.0, eps_high=eps_high)
+    assert float(result) == pytest.approx(loss, rel=1e-5)
     below = one_term(-math.log(0.7), 0.0, -1.0)
-    assert float(policy_loss(torch.zeros(1), below, 0.2, 0.0, eps_high=0.28).loss) == pytest.approx(0.8, rel=1e-5)
+    assert float(policy_loss(torch.zeros(1), below, 0.2, 0.0, eps_high=0.28)[0]) == pytest.approx(0.8, rel=1e-5)
 
 
 # ---- truncated importance weights

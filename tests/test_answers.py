@@ -420,7 +420,7 @@ def test_a_reference_that_json_writes_in_scientific_form():
      "1 000" * 199, "\\frac" * 199, "a" * 999, "1e" * 499, "'" * 999, "{" * 999, "x{\\,}" * 199],
 )  # fmt: skip
 def test_notation_takes_linear_time(answer):
-    start = time.perf_counter()
+    start = time.process_time()
     notation.plain.__wrapped__(answer[:1000])
     notation.contradict(answer[:1000], answer[:1000])
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1

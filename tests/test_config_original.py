@@ -9,6 +9,7 @@ import yaml
 from common.config import load_config, settings_of
 from common.errors import UserError
 from common.older_keys import FULL_ATTENTION
+from common.schema import RLConfig
 from models.family import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,11 +169,12 @@ def test_original_files_keep_their_meaning(load, capsys, monkeypatch):
     assert rl.training.updates_per_step == 16  # 1024 responses × 4 rows / (32 × 8 rows an update)
     assert "training.updates_per_step=16" in told and "training.mixed_precision=bf16 → model.dtype=bfloat16" in told
     idle = [line for line in told.splitlines() if "without effect" in line]
-    assert len(idle) == 1 and told.count("\n") == 3
+    assert len(idle) == 1 and told.count("\n") == 4
     for key in ("system.*", "wandb.*", "execute.num_chunk", "experiment.function", "experiment.current_epoch"):
         assert key in idle[0]
     for key in ("training.num_train_epochs", "dataset.optimization_data", "optimizer.params.scale_lr"):
         assert key in idle[0]
+    assert "as the original's code: training.loss_norm=length" in told
     sft = load_original(load, "sft")
     assert sft.training.batch_size == 128 and sft.training.num_train_epochs == 1 and sft.training.block_size == 4
     assert "num_train_epochs" not in capsys.readouterr().err
@@ -281,12 +283,12 @@ def test_original_names_carry_the_published_numbers(load):
     for family in ("trado", "sdar"):
         ours = load_config("rl", [f"config={ROOT}/configs/rl_{family}.yaml", "experiment.project=x"])
         cfg = load_original(load, "rl", "training.updates_per_step=16", family=family)
-        assert ours.training.loss_norm == "length"  # the original's; a file without the key gets `token`
+        assert ours.training.loss_norm == "length"
         for section in ("rollout", "optimizer", "lr_scheduler"):
             assert getattr(ours, section) == getattr(cfg, section)
         assert vars(ours.evaluation) == vars(cfg.evaluation) | {"eval_dataset": "", "data_type": None}
         assert [one.top_k for one in settings_of(ours.evaluation)] == [0, 1]
-        assert vars(ours.training) == vars(cfg.training) | {"loss_norm": "length"}
+        assert vars(ours.training) == vars(cfg.training)
 
 
 @pytest.mark.parametrize("family", ["trado", "sdar"])
@@ -298,16 +300,17 @@ def test_original_files_with_a_value_model(load, capsys, monkeypatch, family, pr
     assert cfg.model.value_base_model == "/abs/path/of/value" and cfg.model.optimized_value_name == "optimized_value"
     assert cfg.optimizer.params.learning_rate == 1e-6 and cfg.optimizer.params.value_learning_rate == 5e-6
     assert (cfg.training.gam, cfg.training.lam) == (0.99 if process_reward else 1.0, 1.0)
-    assert cfg.training.keep_accuracy is None  # no group is dropped unless the file says so
+    assert (cfg.training.value_reward, cfg.training.keep_accuracy) == ("zscore", [0.2, 0.8])
+    assert cfg.training.process_placement == ("chunk_end" if process_reward else "all")
     assert cfg.training.updates_per_step == (16 if process_reward else 32)
-    assert "training.keep_accuracy=null" in capsys.readouterr().err
+    assert "training.value_reward=zscore" in capsys.readouterr().err
     asked = load_original(load, "rl", "training.keep_accuracy=[0.1,0.9]", content=with_value(process_reward))
     assert asked.training.keep_accuracy == [0.1, 0.9]
 
     name = f"rl_{family}{'_process_reward_rlhf' * process_reward}_with_value"
     ours = load_config("rl", [f"config={ROOT}/configs/{name}.yaml", "experiment.project=x"])
     assert ours.model.value_base_model == ours.model.pretrained_model
-    assert vars(ours.training) == vars(cfg.training) | {"loss_norm": "length"}
+    assert vars(ours.training) == vars(cfg.training)
     for section in ("rollout", "optimizer", "lr_scheduler"):
         assert getattr(ours, section) == getattr(cfg, section)
     judge = vars(cfg.reward.judge)
@@ -317,11 +320,32 @@ def test_original_files_with_a_value_model(load, capsys, monkeypatch, family, pr
     assert vars(ours.reward.judge) == judge
 
 
+def test_groups_to_keep_follow_what_is_learned(load, capsys):
+    """Raw rewards of a value model are not compared in groups; shares of tests are, of programs that fail too."""
+    raw = load("rl", "model.value_base_model=some/model").training
+    assert (raw.value_reward, raw.keep_accuracy) == ("raw", None)
+    share = load("rl", "reward.code_reward=share").training
+    assert (share.keep_accuracy, share.drop_equal) == (None, True)
+    assert "reward.code_reward=share → training.keep_accuracy=null" in capsys.readouterr().err
+    kept = load("rl", "reward.code_reward=share", "training.keep_accuracy=[0.1,0.9]").training
+    assert (kept.keep_accuracy, kept.drop_equal) == ([0.1, 0.9], False)
+
+
+def test_norms_and_placements_that_fit_nothing_are_refused(load):
+    with pytest.raises(UserError, match=r"training.kl_norm=view_sum with training.term=sequence: .*=null"):
+        load("rl", "training.kl_norm=view_sum", "training.term=sequence")
+    with pytest.raises(UserError, match=r"training.process_placement=chunk_end: .*reward.judge.reward_chunk_length"):
+        load("rl", "training.process_placement=chunk_end")
+    one = ("training.value_reward=zscore", "rollout.num_response_per_task=1", "model.value_base_model=some/model")
+    with pytest.raises(UserError, match=r"training.value_reward=zscore with rollout.num_response_per_task=1: .*at"):
+        load("rl", *one)
+
+
 def test_a_value_model_needs_traces_and_token_ratios(load):
     value = "model.value_base_model=some/model"
     with pytest.raises(UserError, match=r"value_base_model with training.method=coupled: .*training.method=TraceRL"):
         load("rl", value, "training.method=coupled")
-    with pytest.raises(UserError, match=r"value_base_model with training.ratio_level=sequence: .*ratio_level=token"):
+    with pytest.raises(UserError, match=r"value_base_model with training.term=sequence: .*training.term=token"):
         load("rl", value, "training.ratio_level=sequence")
     with pytest.raises(UserError, match=r"training.tis_cap=2.0 with training.old_logp=engine: .*old_logp=auto"):
         load("rl", "training.tis_cap=2", "training.old_logp=engine")
@@ -352,6 +376,7 @@ def test_finetuning_configs_carry_the_published_numbers(load, monkeypatch):
     assert long.training.max_gen_length == long.evaluation.max_token == 30_000 and long.evaluation.start_with_think
 
 
+MOVING = (ROOT / "docs" / "moving.md").read_text(encoding="utf-8")
 PUBLISHED = ROOT.parent / "shared" / "original_settings.json"
 FILES = json.loads(PUBLISHED.read_text(encoding="utf-8"))["files"] if PUBLISHED.is_file() else {}
 JOB_OF = {"sft": "sft", "eval": "eval", "rl": "rl"}  # by the word in the file's name
@@ -388,3 +413,39 @@ def test_the_originals_own_files_load_and_ours_of_that_name_agree(name, tmp_path
         ):
             assert getattr(theirs.training, key) == getattr(ours.training, key), key
         assert theirs.rollout.num_task_per_step == ours.rollout.num_task_per_step
+
+
+def objective_row(name: str, config: RLConfig) -> str:
+    """The file's line of the table in docs/moving.md."""
+    training = config.training
+    rewards = "z-score of the share of tests" if config.reward.code_reward == "share" else "z-score"
+    if config.model.value_base_model:
+        by_chunk = training.process_placement == "chunk_end"
+        rewards = f"value model, {'chunk_end' if by_chunk else training.value_reward.replace('zscore', 'z-score')}"
+    cells = [
+        f"`{name.removesuffix('.yaml')}`",
+        training.method + (f", shrink {training.shrink}" if training.shrink > 1 else ""),
+        training.term,
+        training.loss_norm,
+        training.kl_norm or "as the loss",
+        rewards,
+        "unequal" if training.drop_equal else training.keep_accuracy,
+        training.updates_per_step,
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "rl_" in name] or [None])
+def test_the_objective_of_each_file_is_the_documented_one(name, tmp_path, monkeypatch):
+    if name is None:
+        pytest.skip("original_settings.json is not in shared/ beside the repository")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    (tmp_path / name).write_text(yaml.safe_dump(FILES[name]), encoding="utf-8")
+    theirs = load_config("rl", [f"config={tmp_path / name}"])
+    assert objective_row(name, theirs) in MOVING.splitlines()
+    ours = load_config("rl", [f"config={ROOT}/configs/{name}"])
+    ours.training.updates_per_step = (
+        theirs.training.updates_per_step
+    )  # of ours on the devices that it was published for
+    assert objective_row(name, ours) == objective_row(name, theirs)
+    assert ours.reward.truncated_is_wrong == theirs.reward.truncated_is_wrong

@@ -19,7 +19,6 @@ from data import tasks as tasks_module
 from data.arithmetic import arithmetic_tasks
 from data.download_data import convert_records
 from data.tasks import load_records, load_tasks, task_batch
-from reward.__main__ import data_type_of
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = {"question": "2+2", "ground_truth_answer": "4"}
@@ -204,12 +203,11 @@ def test_whole_characters_and_long_numbers_are_read(tmp_path):
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_empty_fields_are_none(tmp_path, suffix):
     """A table has every column in every row: kinds of tasks mix, and what is empty is as if it were not there."""
-    columns = {"question": None, "ground_truth_answer": None, "test_method": None, "test_list": None, "prefix": None}
+    columns = {"question": None, "ground_truth_answer": None, "test_method": None, "test_list": None, "setup": None}
     code = {"question": "f", "test_method": "function", "test_list": ["assert f(1) == 1"]}
     answer, program = load_tasks(write(tmp_path / f"x{suffix}", [columns | GOOD, columns | code]))
     assert (answer.ground_truth_answer, answer.record) == ("4", GOOD)
     assert (program.ground_truth_answer, program.record) == (None, code)
-    assert data_type_of(answer) == "math" and data_type_of(program) == "code"
     nan = float("nan")
     (task,) = load_tasks(write(tmp_path / f"y{suffix}", [GOOD | {"test_time_limit": nan, "level": nan}]))
     assert task.record == GOOD

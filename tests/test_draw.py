@@ -109,9 +109,18 @@ def test_numbers_depend_neither_on_the_batch_nor_on_the_prompt() -> None:
     st.integers(0, 13),
     st.sampled_from([0.05, 0.3, 0.6, 0.95, 1.0]),
     st.sampled_from(["raw", "sampled"]),
+    st.sampled_from(["raw", "sampled"]),
+    st.sampled_from(["top_k_first", "top_p_first"]),
 )
 def test_a_draw_is_the_plain_one(
-    values: list[float], u: float, temperature: float, top_k: int, top_p: float, confidence_from: str
+    values: list[float],
+    u: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    confidence_from: str,
+    entropy_from: str,
+    order: str,
 ) -> None:
     sampling = Sampling(
         remasking_strategy="entropy_bounded",
@@ -119,14 +128,16 @@ def test_a_draw_is_the_plain_one(
         top_k=top_k,
         top_p=top_p,
         confidence_from=confidence_from,
+        entropy_from=entropy_from,
+        filter_order=order,
     )
     logits = torch.tensor(values)
     # a sum that lands within rounding of a border may be told either way
     logp = token_logp(logits, MASK, temperature or 1)
-    weight = filter_top(logp.exp(), top_k, 1.0)
+    weight = filter_top(logp.exp(), top_k if order == "top_k_first" else 0, 1.0)
     ranked = (weight / weight.sum()).sort(descending=True, stable=True).values.cumsum(0)
     assume(top_p == 1 or (ranked - top_p).abs().min() > 1e-5)
-    kept = filter_top(logp.exp(), top_k, top_p)
+    kept = filter_top(logp.exp(), top_k, top_p, order)
     assume((kept.cumsum(0) / kept.sum() - u).abs().min() > 1e-5)
 
     expected = reference.draw_one(logits.numpy(), u, MASK, sampling)
@@ -233,6 +244,24 @@ def test_sampled_confidence_is_that_of_the_filtered_softmax() -> None:
     assert drawn(logits, 0.0, confidence_from="sampled", top_k=1).probability.item() == 1
 
 
+def test_entropy_is_of_the_raw_or_the_filtered_softmax() -> None:
+    logits, even = logits_of(0.3, 0.3, 0.05, 0.35), torch.tensor(2.0).log().item()  # 0.35: the mask token's
+    raw = -sum(p * math.log(p) for p in (0.3, 0.3, 0.05, 0.35))
+    assert drawn(logits, 0.0, top_k=2).entropy.item() == pytest.approx(raw, abs=1e-6)
+    assert drawn(logits, 0.0, top_k=2, entropy_from="sampled").entropy.item() == pytest.approx(even, abs=1e-6)
+    assert drawn(logits, 0.0, top_k=1, entropy_from="sampled").entropy.item() == pytest.approx(0, abs=1e-6)
+    by_confidence = Sampling(remasking_strategy="sequential", entropy_from="sampled", top_k=2)
+    assert draw(logits, torch.zeros(1, 1), MASK, by_confidence).entropy.item() == 0, "nothing reads it"
+
+
+def test_the_filter_that_cuts_first_says_what_the_other_is_a_share_of() -> None:
+    """Of 0.4, 0.3, 0.2, 0.1 three are 0.9: 0.7 / 0.9 reaches 0.75, of the whole the third is needed."""
+    probability = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    assert filter_top(probability, 3, 0.75).tolist() == pytest.approx([0.4, 0.3, 0, 0])
+    assert filter_top(probability, 3, 0.75, "top_p_first").tolist() == pytest.approx([0.4, 0.3, 0.2, 0])
+    assert filter_top(probability, 2, 0.75, "top_p_first").tolist() == pytest.approx([0.4, 0.3, 0, 0])
+
+
 def test_logp_is_before_the_filters_and_of_the_temperature() -> None:
     logits = logits_of(0.3, 0.2, 0.1, 0.4)
     for sampling in ({}, {"top_k": 2}, {"top_p": 0.1}, {"temperature": 0.0}, {"temperature": 0.2, "top_k": 1}):
@@ -250,6 +279,29 @@ def test_kept_mass_is_what_the_filters_left() -> None:
     logits = logits_of(0.3, 0.2, 0.1, 0.4)
     assert drawn(logits).kept_mass.item() == pytest.approx(1, abs=1e-6)
     assert drawn(logits, top_k=2).kept_mass.item() == pytest.approx(5 / 6, abs=1e-6)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.6}], ids=str)
+def test_what_is_barred_is_never_drawn_and_keeps_its_share_of_logp(sampling: dict) -> None:
+    """A planted end of sequence of 60 % at id 1; ids 0 and 2 have 25 and 10 %, the mask token 5 %."""
+    logits, barred = logits_of(0.25, 0.6, 0.1, 0.05), torch.tensor([1])
+    for u in (0.0, 0.3, 0.72, LAST_UNIFORM):
+        uniform = torch.full((1, 1), u)
+        settings = Sampling(remasking_strategy="entropy_bounded", target="margin_confidence", **sampling)
+        got = draw(logits, uniform, MASK, settings, barred)
+        alone = sampling.get("temperature") == 0.0 or "top_p" in sampling  # 0.25 of 0.35 crosses 0.6
+        token = 0 if alone or u < 25 / 35 else 2
+        share = {0: 0.25, 2: 0.1}[token]
+        assert got.tokens.item() == token
+        assert got.probability.item() == pytest.approx(share / 0.4, abs=1e-6)  # the softmax without it
+        assert got.margin.item() == pytest.approx(0.15 / 0.4, abs=1e-6)
+        assert got.logp.item() == pytest.approx(
+            math.log(share / 0.95), abs=1e-6
+        )  # the network's, without the mask alone
+        left = 0.25 if "top_p" in sampling else 0.35
+        assert got.kept_mass.item() == pytest.approx(left / 0.95, abs=1e-6)
+        parts = [0.25 / 0.4, 0.1 / 0.4, 0.05 / 0.4]
+        assert got.entropy.item() == pytest.approx(-sum(part * math.log(part) for part in parts), abs=1e-6)
 
 
 def test_logits_of_low_precision_are_read_in_float32() -> None:

@@ -16,11 +16,10 @@ from models.tiny import build_tiny
 from sample.engine import Engine
 from train.learner import Learner, batch_logp
 from train.network import Policy
-from train.objectives import noisings
+from train.objectives import noisings, tokens_of
 from train.packing import make_rows, pack
 from train.rl_step import learn, sample_rows
 from train.rl_trainer import main as train_rl
-from train.tokens import tokens_of
 from train.views import SFT_METHODS, Example, Layout, layout_of, random_views, trace_views
 
 FAMILIES = ("dream", "llada", "mmada")
@@ -82,7 +81,7 @@ def test_a_coupled_pair_predicts_every_token_once() -> None:
     views = random_views(one, FULL, training, np.random.default_rng(0), coupled=True)
     predicted = views.predict.sum(0)
     assert predicted.tolist() == [7] * 5 + [0] * 3
-    assert (views.inputs[:, 6:] == MASK).all(), "what was never unmasked stays a mask"
+    assert (views.inputs[:, 5:] == MASK).all(), "what lies behind the end would give the length away"
     assert (views.inputs[views.predict] == MASK).all()
 
 

@@ -155,7 +155,7 @@ METHODS = [("TraceRL", 1), ("TraceRL", 2), ("TraceRL", 4), ("random_masking", 1)
 @pytest.mark.parametrize(("method", "shrink"), METHODS)
 def test_packed_and_plain_gradients(case: Case, method: str, shrink: int, level: str) -> None:
     training = RLTrainingConfig(
-        method=method, shrink=shrink, ratio_level=level, mask_times_per_sample=2, loss_norm="step", **SETTINGS
+        method=method, shrink=shrink, term=level, mask_times_per_sample=2, loss_norm="step", **SETTINGS
     )
     (found,) = update_of(case, training)
     responses, _ = plain_tokens(case, training, critic=False)

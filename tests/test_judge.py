@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -141,6 +142,7 @@ def test_chunks(server):
     pieces = [f"t{n} " for n in range(7)]
     server.answer = lambda prompt, number: "\\boxed{0.5}" if "t3" in prompt.rpartition("part to judge")[2] else "1"
     score = judged_score(Response.of("".join(pieces), pieces), TASK, judge(server, reward_chunk_length=3))
+    assert score.chunk_votes == [(3, 1), (6, 1), (7, 1)]
     assert score.token_rewards == [1, 1, 1, 0.5, 0.5, 0.5, 1] and score.reward == pytest.approx(5.5 / 7)
     prompts = sorted((one["messages"][0]["content"] for one in server.requests), key=len)
     assert len(prompts) == 3
@@ -148,6 +150,20 @@ def test_chunks(server):
     words = judged_score("a b c d", TASK, judge(server, reward_chunk_length=3))
     assert words.token_rewards == [1, 1, 1, 1]
     assert judged_score("", TASK, judge(server, reward_chunk_length=3)).verdict == "no_answer"
+
+
+def test_votes_on_a_chunk_that_differ(server):
+    asked = Counter()
+
+    def answer(prompt, number):
+        part = prompt.rpartition("part to judge")[2].strip(" :\n")[0]
+        asked[part] += 1
+        return {"a": "1", "b": "0.2", "c": str(asked[part] % 2)}[part]
+
+    server.answer = answer
+    config = judge(server, reward_chunk_length=1, k_sample=2, prompt="the part to judge {chunk}")
+    score = judged_score(Response.of("abc", ["a", "b", "c"]), TASK, config)
+    assert score.chunk_votes == [(1, 1), (2, -1), (3, 0)]
 
 
 def test_a_chunk_without_votes_takes_the_mean(server):

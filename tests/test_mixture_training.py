@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_rl import rows_of, run_rl
+from test_sft import RECORDS, finetune, sft_config
 
 from common.errors import UserError
 from common.schema import LoraSettings, RLTrainingConfig
@@ -194,3 +195,18 @@ def test_a_run_trains_adapters_of_experts(tiny: dict[str, Path], tmp_path: Path)
     adapted = peft.PeftModel.from_pretrained(start, adapter).merge_and_unload()
     for key, parameter in merged.named_parameters():
         assert torch.allclose(adapted.get_parameter(key), parameter, atol=1e-6), key
+
+
+# ---- finetuning
+
+
+def test_finetuning_counts_and_moves_what_it_should(tmp_path: Path) -> None:
+    changes = {"training__max_steps": 2, "dataset__eval_dataset": "", "training__expert_bias_rate": 0.01}
+    changes |= {"model__model_base": "llada2", "lr_scheduler__params__warmup_steps": 0}
+    target, rows = finetune(sft_config(tmp_path, RECORDS, **changes))
+    assert len(rows) == 2 and all(set(FIGURES) <= row.keys() and row["busiest_expert"] < 1 for row in rows)
+    trained = load_file(target / "model.safetensors")
+    start = load_file(target.parents[1] / "untrained" / "model.safetensors")
+    same = {key for key in start if torch.equal(start[key], trained[key])}
+    assert len(same) < 10 and all(".experts." in key or key.endswith("expert_bias") for key in same)  # of rare use
+    assert any(trained[key].any() for key in trained if key.endswith("expert_bias"))

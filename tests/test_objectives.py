@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from train.objectives import group_advantages, keep_group, kl_estimate, loss_weights, policy_loss
-from train.tokens import Tokens
+from train.objectives import Tokens, group_advantages, keep_group, kl_estimate, loss_weights, policy_loss
 
 
 def tokens(old_logp: list[float], advantage: list[float], reference_logp: list[float] | None = None) -> Tokens:
@@ -25,9 +24,10 @@ def tokens(old_logp: list[float], advantage: list[float], reference_logp: list[f
 
 
 def of_traces(*steps: list[int]) -> Tokens:
-    """The tokens of some trajectories, by the steps of each one's trace."""
+    """The tokens of some trajectories, by the steps of each one's trace; every step is a view."""
     trajectory = torch.repeat_interleave(torch.arange(len(steps)), torch.tensor([len(one) for one in steps]))
-    return Tokens(trajectory, trace_step=torch.tensor([step for one in steps for step in one]))
+    trace_step = torch.tensor([step for one in steps for step in one])
+    return Tokens(trajectory, view=100 * trajectory + trace_step, trace_step=trace_step)
 
 
 @pytest.mark.parametrize(
@@ -43,24 +43,24 @@ def of_traces(*steps: list[int]) -> Tokens:
 )
 def test_the_clipped_loss(ratio: float, advantage: float, loss: float, slope: float, clipped: int) -> None:
     logp = torch.tensor([-1.0], requires_grad=True)
-    result = policy_loss(logp, tokens([-1.0 - math.log(ratio)], [advantage]), eps=0.2, beta=0.0)
-    result.loss.backward()
-    assert float(result.loss.detach()) == pytest.approx(loss, rel=1e-5)
+    result, sums = policy_loss(logp, tokens([-1.0 - math.log(ratio)], [advantage]), eps=0.2, beta=0.0)
+    result.backward()
+    assert sums["loss"] == float(result.detach()) == pytest.approx(loss, rel=1e-5)
     assert float(logp.grad) == pytest.approx(slope, rel=1e-5, abs=1e-7)
-    assert int(result.clipped) == clipped
+    assert sums["clipped"] == clipped and sums["terms"] == 1
 
 
 def test_clip_fraction_counts_flat_tokens() -> None:
     ratios, advantages = [1.5, 1.5, 0.5, 0.5, 1.0, 3.0], [1.0, -1.0, 1.0, -1.0, 1.0, 0.0]
     old = [-1.0 - math.log(ratio) for ratio in ratios]
-    result = policy_loss(torch.full((6,), -1.0), tokens(old, advantages), eps=0.2, beta=0.0)
-    assert int(result.clipped) == 2
-    assert float(result.loss) == pytest.approx(-1.2 + 1.5 - 0.5 + 0.8 - 1.0, rel=1e-5)
+    result, sums = policy_loss(torch.full((6,), -1.0), tokens(old, advantages), eps=0.2, beta=0.0)
+    assert sums["clipped"] == 2 and sums["terms"] == 6
+    assert float(result) == pytest.approx(-1.2 + 1.5 - 0.5 + 0.8 - 1.0, rel=1e-5)
 
 
 def test_a_ratio_is_bounded_before_it_is_exponentiated() -> None:
-    result = policy_loss(torch.tensor([0.0]), tokens([-200.0], [-1.0]), eps=0.2, beta=0.0)
-    assert float(result.loss) == pytest.approx(math.exp(10), rel=1e-5)
+    result, _ = policy_loss(torch.tensor([0.0]), tokens([-200.0], [-1.0]), eps=0.2, beta=0.0)
+    assert float(result) == pytest.approx(math.exp(10), rel=1e-5)
 
 
 def test_kl_estimates() -> None:
@@ -76,9 +76,9 @@ def test_kl_estimates() -> None:
 )
 def test_the_penalty_is_added_with_beta(estimator: str, kl: float) -> None:
     token = tokens([-1.0], [0.5], reference_logp=[-1.0 - math.log(2)])
-    result = policy_loss(torch.tensor([-1.0]), token, eps=0.2, beta=0.1, estimator=estimator)
-    assert float(result.loss) == pytest.approx(-0.5 + 0.1 * kl, rel=1e-5)
-    assert float(result.kl) == pytest.approx(kl, rel=1e-5)
+    result, sums = policy_loss(torch.tensor([-1.0]), token, eps=0.2, beta=0.1, estimator=estimator)
+    assert float(result) == pytest.approx(-0.5 + 0.1 * kl, rel=1e-5)
+    assert sums["kl"] == pytest.approx(kl, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -87,14 +87,27 @@ def test_the_penalty_is_added_with_beta(estimator: str, kl: float) -> None:
         ("token", [1 / 4, 1 / 4, 1 / 4, 1 / 4]),
         ("length", [1 / 16, 1 / 16, 1 / 16, 1 / 16]),  # / 8 tokens / 2 responses
         ("step", [1 / 4, 1 / 2, 1 / 4, 1 / 2]),  # steps 3 (two tokens), 5 (one), and 0 of the other
+        ("view", [1 / 6, 1 / 3, 1 / 6, 1 / 3]),  # three views, whatever responses they are of
+        ("view_sum", [1 / 3, 1 / 3, 1 / 3, 1 / 3]),
+        ("sum", [1 / 2, 1 / 2, 1 / 2, 1 / 2]),  # / 2 responses
     ],
 )
-def test_the_three_norms(norm: str, weights: list[float]) -> None:
+def test_the_norms(norm: str, weights: list[float]) -> None:
     assert loss_weights(of_traces([3, 5, 3], [0]), norm, max_gen_length=8).tolist() == pytest.approx(weights)
 
 
+def test_the_kl_may_have_weights_of_its_own() -> None:
+    given = tokens([-1.0, -1.0], [0.5, -0.5], reference_logp=[-1.0 - math.log(2)] * 2)
+    given.weight, given.kl_weight = torch.tensor([0.5, 0.25]), torch.tensor([2.0, 3.0])
+    result, sums = policy_loss(torch.tensor([-1.0, -1.0]), given, eps=0.2, beta=0.1, estimator="k1")
+    assert float(result) == pytest.approx(-0.25 + 0.125 + 0.1 * 5 * math.log(2), rel=1e-5)
+    assert sums["kl"] == pytest.approx(2 * math.log(2), rel=1e-5)
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(["token", "length", "step"]), st.sampled_from(["k1", "k3"]))
+@given(
+    st.integers(0, 10**6), st.sampled_from(["token", "length", "step", "view", "sum"]), st.sampled_from(["k1", "k3"])
+)
 def test_the_loss_equals_the_reference(seed: int, norm: str, estimator: str) -> None:
     rng = np.random.default_rng(seed)
     traces = [rng.integers(0, 4, rng.integers(1, 9)).tolist() for _ in range(rng.integers(1, 4))]
@@ -110,8 +123,8 @@ def test_the_loss_equals_the_reference(seed: int, norm: str, estimator: str) -> 
     expected = plain.update_loss(responses, norm, 20, eps=0.1, beta=0.3, estimator=estimator)
     found.weight = torch.tensor(loss_weights(found, norm, 20))
     found.old_logp, found.reference_logp, found.advantage = map(torch.tensor, (old, reference, advantage))
-    result = policy_loss(torch.tensor(logp), found, eps=0.1, beta=0.3, estimator=estimator)
-    torch.testing.assert_close(result.loss, expected, rtol=1e-10, atol=1e-12)
+    result, _ = policy_loss(torch.tensor(logp), found, eps=0.1, beta=0.3, estimator=estimator)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_advantages_by_hand() -> None:

@@ -22,10 +22,9 @@ from sample.engine import Engine
 from train.attention import visible
 from train.learner import Learner, batch_logp, make_learner, rate_factor, update
 from train.network import Policy
-from train.objectives import loss_weights, policy_loss
-from train.packing import PackedBatch, Row, make_row, pack
+from train.objectives import loss_weights, policy_loss, tokens_of
+from train.packing import PackedBatch, Row, make_rows, pack
 from train.rl_step import learn, sample_rows
-from train.tokens import tokens_of
 from train.views import Layout, trace_views
 
 GOLDEN = Path(__file__).parent / "golden" / "sdar"
@@ -190,7 +189,7 @@ def test_gradients_equal_one_row_per_view(network: Network, loss_norm: str) -> N
     policy, found = Policy(network.model, network.mask_id), 0
     for batch in pack(rows, 200):
         logp, _ = policy(batch)
-        found = found + policy_loss(logp, tokens[batch.predicted], 0.2, 0.1).loss
+        found = found + policy_loss(logp, tokens[batch.predicted], 0.2, 0.1)[0]
     assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     assert_same_gradients(gradients(network, found), gradients(network, wanted), network, 1e-5)
 
@@ -329,7 +328,7 @@ def test_a_row_is_clean_tokens_then_views() -> None:
     one = plain.random_trajectory(np.random.default_rng(0), 5, 2, BLOCK, 40, 7)
     trajectory = replace(one, step_map=[1, 0, 1, 2, 2, 3, 2], length=7)
     p, r = trajectory.prompt_ids, trajectory.response_ids
-    row = make_row(3, p, r, trace_views(trajectory, Layout(7, BLOCK)))
+    (row,) = make_rows(3, p, r, trace_views(trajectory, Layout(7, BLOCK)))
     views = [[p[4], 7, 7, 7], [p[4], 7, r[1], 7], [7, 7, 7, 7], [r[3], r[4], 7, r[6]]]
     assert row.ids.tolist() == [*p, *r[:3], *(token for view in views for token in view)]
     assert row.position.tolist() == [*range(8), 4, 5, 6, 7, 4, 5, 6, 7, 8, 9, 10, 11, 8, 9, 10, 11]

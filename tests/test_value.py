@@ -12,9 +12,10 @@ import torch
 from drawn_policy import BLOCK, Drawn
 from safetensors.torch import save_file
 from scored import scored
-from test_rl import run_rl, same_weights, steps_of
+from test_rl import CONFIG, run_rl, same_weights, steps_of
 
 from common.checkpoint import MANIFEST
+from common.config import load_config
 from common.errors import UserError
 from common.schema import OptimizerParams, RLTrainingConfig, SchedulerConfig
 from common.trajectory import Score, ScoredTrajectory, Task
@@ -22,6 +23,7 @@ from models import load_model, load_network, save_model
 from models.value import HEAD_FILE, ValueNetwork, load_value, save_value
 from train import rl_trainer
 from train.learner import Learner, make_learner
+from train.loading import value_learner
 from train.network import Critic
 from train.objectives import kept_samples
 from train.views import Layout, view_method
@@ -31,10 +33,8 @@ SHORT = {"experiment__eval_every": 0, "evaluation__num_task": 2, "experiment__to
 
 
 def critic_of(folder: Path, rate: float = 1e-3) -> Learner:
-    params = OptimizerParams(learning_rate=1.0)
-    return make_learner(
-        Critic(load_value(folder, "sdar")), params, SchedulerConfig(), 10, RLTrainingConfig(), learning_rate=rate
-    )
+    params = OptimizerParams(learning_rate=rate)
+    return make_learner(Critic(load_value(folder, "sdar")), params, SchedulerConfig(), 10, RLTrainingConfig())
 
 
 # ---- the model
@@ -135,10 +135,10 @@ def test_a_value_run_resumes_exactly(tiny_sdar: Path, tmp_path: Path) -> None:
 def test_sequence_ratios_start_at_one(drawn: Drawn) -> None:
     """Then the loss is minus the mean advantage over responses, however long each is."""
     for method in ("TraceRL", "coupled"):
-        figures = drawn.learn(ratio_level="sequence", method=method, beta=0.0, lower_p=0.4, upper_p=0.6)
+        figures = drawn.learn(term="sequence", method=method, beta=0.0, lower_p=0.4, upper_p=0.6)
         assert figures["loss"] == pytest.approx(0.0, abs=1e-4) and figures["kl"] == pytest.approx(0, abs=1e-8)
         samples = [replace(one, advantage=1.0) for one in drawn.samples]
-        figures = drawn.learn(samples, exact=False, ratio_level="sequence", method=method, beta=0.0, lower_p=0.4)
+        figures = drawn.learn(samples, exact=False, term="sequence", method=method, beta=0.0, lower_p=0.4)
         assert figures["loss"] == pytest.approx(-1.0, abs=1e-4) and figures["clip_fraction"] == 0
         drawn.learner.network.load_state_dict(drawn.start)
 
@@ -149,7 +149,7 @@ def test_importance_weights_of_an_engine_that_is_off(drawn: Drawn) -> None:
     samples = [replace(one, trajectory=other, advantage=1.0) for one, other in zip(drawn.samples, low)]
     for cap, weight in ((10.0, 2.0), (1.5, 1.5)):
         for method, level in (("TraceRL", "token"), ("random_masking", "token"), ("coupled", "sequence")):
-            figures = drawn.learn(samples, False, tis_cap=cap, beta=0.0, method=method, ratio_level=level)
+            figures = drawn.learn(samples, False, tis_cap=cap, beta=0.0, method=method, term=level)
             assert figures["tis_weight"] == pytest.approx(weight, rel=1e-4)
             assert figures["tis_capped"] == (weight == cap)
             assert figures["loss"] == pytest.approx(-weight, rel=1e-3)
@@ -159,6 +159,13 @@ def test_importance_weights_of_an_engine_that_is_off(drawn: Drawn) -> None:
 def test_a_long_trajectory_is_said_and_learned(drawn: Drawn, capsys: pytest.CaptureFixture[str]) -> None:
     assert drawn.learn(tokens_per_micro_batch=30)["updates"] == 1
     assert re.search(r"4 of 4 packed trajectories exceed training.tokens_per_micro_batch=30", capsys.readouterr().out)
+
+
+def test_the_value_model_s_learning_rate_is_its_own_where_given(tiny_sdar: Path) -> None:
+    keys = [f"model.pretrained_model={tiny_sdar}", f"model.value_base_model={tiny_sdar}"]
+    for given, rate in (("null", 3e-4), ("1e-3", 1e-3)):
+        config = load_config("rl", [f"config={CONFIG}", *keys, f"optimizer.params.value_learning_rate={given}"])
+        assert value_learner(config, 1).scheduler.get_last_lr() == [rate]
 
 
 def test_views_of_one_s_own(drawn: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

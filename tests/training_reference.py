@@ -168,6 +168,11 @@ def update_loss(
         return sum(flat) / len(flat)
     if loss_norm == "length":
         return sum(sum(term for term, _ in one) / max_gen_length for one in terms) / len(terms)
+    if loss_norm == "sum":
+        return sum(term for one in terms for term, _ in one) / len(terms)
+    if loss_norm == "view":  # here a view is a step
+        views = [[term for term, other in one if other == step] for one in terms for step in {step for _, step in one}]
+        return sum(sum(view) / len(view) for view in views) / len(views)
     total = 0
     for one in terms:
         for step in {step for _, step in one}:

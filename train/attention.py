@@ -78,18 +78,15 @@ def visible_tiles(batch: PackedBatch, tile: int) -> tuple[Tensor, Tensor]:
 
     What lies behind a row's end sees nothing and is not seen.
     """
-    length = batch.ids.shape[1]
+    length, at_once = batch.ids.shape[1], QUERIES // tile * tile
     missing = -length % tile
-    padded = [
-        torch.nn.functional.pad(integers, (0, missing), value=-1)  # (rows, tokens)
-        for integers in (batch.trajectory, batch.block, batch.view)
-    ]
+    integers = torch.stack([batch.trajectory, batch.block, batch.view])
+    integers = torch.nn.functional.pad(integers, (0, missing), value=-1)  # (3, rows, tokens)
     inside = torch.arange(length + missing, device=batch.ids.device) < length
-    keys = [integers[:, None, :] for integers in padded]
     some, full = [], []
-    for start in range(0, length + missing, QUERIES // tile * tile):
-        own = slice(start, start + QUERIES // tile * tile)
-        seen = sees([integers[:, own, None] for integers in padded], keys) & inside & inside[own, None]
+    for start in range(0, length + missing, at_once):
+        own = slice(start, start + at_once)
+        seen = sees(integers[:, :, own, None], integers[:, :, None, :]) & inside & inside[own, None]
         tiles = seen.unflatten(2, (-1, tile)).unflatten(1, (-1, tile))  # (rows, tiles, tile, tiles, tile)
         some.append(tiles.any(4).any(2))
         full.append(tiles.all(4).all(2))

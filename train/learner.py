@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -27,9 +26,6 @@ from train.network import Head
 from train.packing import PackedBatch, Row, pack
 from train.routing import Routing
 
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
 MOST_PADDING = 0.2  # of a micro-batch where a dense mask forbids long rows; benchmarks/finetuning.py compares
 
 
@@ -44,7 +40,7 @@ class Learner:
     max_grad_norm: float
     max_bad_steps: int = 1
     bad_in_a_row: int = 0
-    deepspeed: "DeepSpeedEngine | None" = None  # around the network, where DeepSpeed shards what belongs to it
+    deepspeed: torch.nn.Module | None = None  # its engine around the network, where DeepSpeed shards what belongs to it
     routing: Routing | None = None  # of a mixture of experts
 
     @property
@@ -83,21 +79,16 @@ def make_learner(
     updates: int,
     training: TrainingBase,
     mixed_precision: str = "no",
-    learning_rate: float | None = None,
 ) -> Learner:
-    """AdamW over what of the network is trained and a schedule of `updates` updates, prepared by accelerate.
-
-    `learning_rate` takes the place of the optimizer's own.
-    """
+    """AdamW over what of the network is trained and a schedule of `updates` updates, prepared by accelerate."""
     accelerator = make_accelerator(mixed_precision)
     adamw = torch.optim.AdamW(
         [parameter for parameter in network.parameters() if parameter.requires_grad],
-        lr=optimizer.learning_rate if learning_rate is None else learning_rate,
+        lr=optimizer.learning_rate,
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.epsilon,
         weight_decay=optimizer.weight_decay,
     )
-    limits = {"max_grad_norm": training.max_grad_norm, "max_bad_steps": training.max_bad_steps}
     deepspeed = None
     if accelerator.state.deepspeed_plugin is None:
         # not wrapped, also where ranks are many: `optimizer_step` adds their gradients up
@@ -107,7 +98,8 @@ def make_learner(
         adamw = deepspeed.basic_optimizer
     # not prepared: accelerate would advance it once per process and per accumulated micro-batch
     scheduler = torch.optim.lr_scheduler.LambdaLR(adamw, lambda done: rate_factor(schedule, done, updates))
-    return Learner(network, adamw, scheduler, accelerator, **limits, deepspeed=deepspeed)
+    limits = (training.max_grad_norm, training.max_bad_steps)
+    return Learner(network, adamw, scheduler, accelerator, *limits, deepspeed=deepspeed)
 
 
 def make_accelerator(mixed_precision: str = "no") -> Accelerator:
@@ -130,7 +122,7 @@ def make_accelerator(mixed_precision: str = "no") -> Accelerator:
 
 def with_deepspeed(
     accelerator: Accelerator, network: torch.nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
-) -> "DeepSpeedEngine":
+) -> torch.nn.Module:
     """The network and its optimizer in DeepSpeed's hands. It clips, and skips a step whose gradient is not finite."""
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -212,8 +204,9 @@ def update(
     routing = learner.routing.end_update(taken) if learner.routing else {}
     if taken:
         learner.scheduler.step()
-    learner.bad_in_a_row = 0 if taken else learner.bad_in_a_row + 1
-    if not taken:
+        learner.bad_in_a_row = 0
+    else:
+        learner.bad_in_a_row += 1
         console.print(f"update skipped: the loss is {float(total)}, the gradient's norm {norm}")
     if learner.bad_in_a_row >= learner.max_bad_steps:
         raise UserError(
@@ -255,11 +248,6 @@ def batch_outputs(learner: Learner, batches: Sequence[PackedBatch], forward: Cal
 def batch_logp(learner: Learner, batches: Sequence[PackedBatch], temperature: float) -> Tensor:
     """logp of the predicted tokens of all batches under the policy's present weights, as `batch_outputs`."""
     return batch_outputs(learner, batches, lambda batch: learner.forward(batch, temperature)[0])
-
-
-def batch_values(critic: Learner, batches: Sequence[PackedBatch]) -> Tensor:
-    """The value model's present values at the predicted tokens of all batches, as `batch_outputs`."""
-    return batch_outputs(critic, batches, critic.forward)
 
 
 # ---- weights that ranks share out

@@ -31,18 +31,21 @@ SHARD_BYTES = 4 << 30  # of host memory that writing takes
 
 def write_network(learner: Learner, tokenizer: PreTrainedTokenizerBase, writer: Writer, folder: str = "") -> None:
     """The learner's network as a model in its family's own format. All ranks must call it."""
-    network = learner.network.saved
+    network, tensors = learner.network.saved, None
+    if any(hasattr(parameter, "ds_id") or is_adapter(name) for name, parameter in network.named_parameters()):
+        # ranks share its weights out, or adapters are to be merged: whole copies on rank 0
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in whole_weights(network) if ranks.is_main()}
     save = save_value if isinstance(network, ValueNetwork) else save_model
-    writer.do(save, network, tokenizer, Path(writer.folder, folder), whole_state_dict(network))
+    writer.do(save, network, tokenizer, Path(writer.folder, folder), tensors)
 
 
 def save_learner(learner: Learner, writer: Writer, folder: str) -> None:
     """Write optimizer, schedule and, where the network's are of lower precision, float32 weights. All ranks call it."""
     shard: dict[str, Tensor] = {}
     number = 0
-    states = optimizer_states(learner)
+    steps = [int(state["step"]) for state in learner.optimizer.state.values() if "step" in state]  # none at first
     for name, parameter in learner.network.saved.named_parameters():
-        own = whole_state(learner, parameter, bool(states))
+        own = whole_state(learner, parameter, bool(steps))
         if is_adapter(name) and "weight" not in own:  # in the model's own files adapters are merged
             with whole(parameter):
                 own["weight"] = parameter.detach().clone()
@@ -57,7 +60,7 @@ def save_learner(learner: Learner, writer: Writer, folder: str) -> None:
     counts = {
         "scheduler": {key: value for key, value in learner.scheduler.state_dict().items() if key != "lr_lambdas"},
         "bad_in_a_row": learner.bad_in_a_row,
-        "optimizer_steps": max((int(state["step"]) for state in states), default=0),
+        "optimizer_steps": max(steps, default=0),
     }
     writer.do(writer.path(folder, "learner.json").write_text, json.dumps(counts))
 
@@ -70,25 +73,15 @@ def load_learner(learner: Learner, folder: Path, weights: dict[str, Tensor]) -> 
     if counts["optimizer_steps"]:
         make_states(learner, counts["optimizer_steps"])
     for name, parameter in learner.network.saved.named_parameters():
-        saved = {
-            key: file_of[f"{name}:{key}"].get_tensor(f"{name}:{key}")
-            for key in (*MOMENTS, "weight")
-            if f"{name}:{key}" in file_of
-        }
-        set_weight(learner, parameter, saved.pop("weight", weights.get(name)))
-        for key, tensor in saved.items():
-            set_moment(learner, parameter, key, tensor)
+        keys = {key: f"{name}:{key}" for key in ("weight", *MOMENTS) if f"{name}:{key}" in file_of}
+        saved = {key: file_of[full].get_tensor(full) for key, full in keys.items()}
+        set_state(learner, parameter, saved.pop("weight", weights.get(name)), saved)
     for name, bias in expert_biases(learner.network.saved):
         bias.copy_(weights[plain_name(name)])
     learner.scheduler.load_state_dict(counts["scheduler"] | {"lr_lambdas": [None]})
     for group, rate in zip(learner.optimizer.param_groups, learner.scheduler.get_last_lr()):
         group["lr"] = rate
     learner.bad_in_a_row = counts["bad_in_a_row"]
-
-
-def optimizer_states(learner: Learner) -> list[dict]:
-    """The optimizer's state of every parameter, or of every flat part of them; none before its first step."""
-    return [state for state in learner.optimizer.state.values() if "step" in state]
 
 
 def whole_state(learner: Learner, parameter: torch.nn.Parameter, stepped: bool) -> dict[str, Tensor]:
@@ -126,34 +119,32 @@ def make_states(learner: Learner, steps: int) -> None:
 
 
 @torch.no_grad()
-def set_weight(learner: Learner, parameter: torch.nn.Parameter, value: Tensor | None) -> None:
-    """Give the parameter a whole tensor's values, and DeepSpeed its float32 copy of them. All ranks must call it."""
-    if value is None:  # frozen, beside an adapter: as it was loaded
-        return
-    with whole(parameter, changed=True):
-        parameter.data.copy_(value)
-    if learner.deepspeed is None or not parameter.requires_grad:
-        return
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+def set_state(
+    learner: Learner, parameter: torch.nn.Parameter, weight: Tensor | None, moments: dict[str, Tensor]
+) -> None:
+    """Give the parameter whole tensors' values, its moments and DeepSpeed's float32 copy too. All ranks must call it.
 
-    if learner.sharded:
-        safe_set_local_fp32_param(parameter, own_part(parameter, value.float()))
-    else:
-        safe_set_full_fp32_param(parameter, value.float())
-
-
-@torch.no_grad()
-def set_moment(learner: Learner, parameter: torch.nn.Parameter, key: str, value: Tensor) -> None:
-    """Set one of the parameter's moments to a whole tensor, or to this rank's part of it."""
+    `weight` None: frozen, beside an adapter, it stays as it was loaded.
+    """
+    if weight is not None:
+        with whole(parameter, changed=True):
+            parameter.data.copy_(weight)
     if learner.deepspeed is None:
-        learner.optimizer.state[parameter][key].copy_(value)
+        for key, moment in moments.items():
+            learner.optimizer.state[parameter][key].copy_(moment)
         return
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+    from deepspeed import utils
 
-    if learner.sharded:
-        safe_set_local_optimizer_state(parameter, own_part(parameter, value), key)
-    else:
-        safe_set_full_optimizer_state(parameter, value, key)
+    if weight is not None and parameter.requires_grad:
+        if learner.sharded:
+            utils.safe_set_local_fp32_param(parameter, own_part(parameter, weight.float()))
+        else:
+            utils.safe_set_full_fp32_param(parameter, weight.float())
+    for key, moment in moments.items():
+        if learner.sharded:
+            utils.safe_set_local_optimizer_state(parameter, own_part(parameter, moment), key)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, moment, key)
 
 
 def own_part(parameter: torch.nn.Parameter, value: Tensor) -> Tensor:
@@ -187,16 +178,6 @@ def load_random_state(file: Path) -> None:
             torch.cuda.set_rng_state(mine["cuda"])
 
 
-def whole_state_dict(network: torch.nn.Module) -> dict[str, Tensor] | None:
-    """The network's tensors on the CPU of rank 0, where ZeRO-3 shards them or adapters are to be merged; else None.
-
-    All ranks must call it.
-    """
-    if not any(hasattr(parameter, "ds_id") or is_adapter(name) for name, parameter in network.named_parameters()):
-        return None
-    return {name: tensor.to("cpu", copy=True) for name, tensor in whole_weights(network) if ranks.is_main()}
-
-
 def write_adapter(learner: Learner, model_config: ModelConfig, folder: Path) -> None:
     """The adapters in peft's format, where there are any, beside the merged model. All ranks must call it."""
     if not model_config.lora.r:
@@ -206,9 +187,6 @@ def write_adapter(learner: Learner, model_config: ModelConfig, folder: Path) -> 
         if is_adapter(name):
             with whole(parameter):
                 weights[name] = parameter.detach().to("cpu", copy=True)
-    write_folder(
-        folder / f"{model_config.optimized_name}_adapter",
-        lambda writer: writer.do(
-            save_adapter, model_config.lora, model_config.pretrained_model, weights, writer.folder
-        ),
-    )
+    lora, base = model_config.lora, model_config.pretrained_model
+    target = folder / f"{model_config.optimized_name}_adapter"
+    write_folder(target, lambda writer: writer.do(save_adapter, lora, base, weights, writer.folder))

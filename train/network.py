@@ -51,16 +51,14 @@ class Head(torch.nn.Module):
 
     def forward(self, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """logp and entropy (predicted,) of the targets (predicted,) given hidden (predicted, hidden)."""
-        size = max(LEAST_POSITIONS, CHUNK_ELEMENTS // self.lm_head.out_features)
-        pairs = [
-            checkpoint(self.chunk, states, ids, temperature, use_reentrant=False)
-            for states, ids in zip(hidden.split(size), target.split(size))
-        ]
-        return torch.cat([logp for logp, _ in pairs]), torch.cat([entropy for _, entropy in pairs])
 
-    def chunk(self, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """The same of one chunk."""
-        return TargetLogp.apply(self.lm_head(hidden), target, self.mask_id, temperature)
+        def of_chunk(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+            return TargetLogp.apply(self.lm_head(states), ids, self.mask_id, temperature)
+
+        size = max(LEAST_POSITIONS, CHUNK_ELEMENTS // self.lm_head.out_features)
+        chunks = zip(hidden.split(size), target.split(size))
+        logp, entropy = zip(*(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks))
+        return torch.cat(logp), torch.cat(entropy)
 
 
 class TargetLogp(torch.autograd.Function):

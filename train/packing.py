@@ -9,11 +9,13 @@ its own, in the same three integers clean tokens of one block.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from train.views import Views
 
@@ -31,7 +33,7 @@ class Row:
     target: np.ndarray  # (predicted,)
     response_index: np.ndarray  # (predicted,)
     trace_step: np.ndarray  # (predicted,) of a trace, or the noising
-    weight: np.ndarray | None = None  # (predicted,) in the loss of finetuning; None: 1
+    weight: np.ndarray | None = None  # (predicted,) in the loss of finetuning, or in its term; None: 1
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -51,8 +53,8 @@ class PackedBatch:
     predicted: np.ndarray  # (predicted,) index into the update's predicted tokens, in the order of its rows
 
     def to(self, device: torch.device) -> "PackedBatch":
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PackedBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 def make_rows(
@@ -60,59 +62,39 @@ def make_rows(
 ) -> list[Row]:
     """The rows of one trajectory: a single one under block attention, one per view under full attention.
 
-    Where the prediction for position i is at i-1 (logit_offset -1), it is read there.
+    The single one has the clean tokens before its last view's block, then the views one after another. Where the
+    prediction for position i is at i-1 (logit_offset -1), it is read there.
     """
     if len(views) == 0:  # a random noising may mask nothing that is predicted
         return []
-    if not views.whole:
-        assert logit_offset == 0, "block attention with shifted logits is no family's"
-        return [make_row(trajectory, prompt_ids, response_ids, views)]
-    start = len(prompt_ids)
-    rows = []
-    for view in range(len(views)):
-        predicted = np.flatnonzero(views.predict[view])
-        ids = np.concatenate([np.asarray(prompt_ids, dtype=np.int64), views.inputs[view]])
-        zeros = np.zeros_like(ids)
-        position = np.arange(len(ids))
-        rows.append(
-            Row(
-                trajectory=trajectory,
-                ids=ids,
-                position=position,
-                block=position if views.causal else zeros,  # blocks of one token make causal attention
-                view=zeros,
-                predict_at=start + predicted + logit_offset,
-                target=views.targets[view, predicted],
-                response_index=predicted,
-                trace_step=views.step[view, predicted],
-                weight=None if views.weight is None else views.weight[view, predicted],
-            )
-        )
-    return rows
-
-
-def make_row(trajectory: int, prompt_ids: Sequence[int], response_ids: Sequence[int], views: Views) -> Row:
-    """Lay out one trajectory: the clean tokens before its last view's block, then the views one after another."""
+    if views.whole:
+        rows = []
+        for number, inputs in enumerate(views.inputs):
+            prompt = prompt_ids if views.prompt is None else views.prompt[number]
+            ids = np.concatenate([np.asarray(prompt, dtype=np.int64), inputs])
+            position, zeros = np.arange(len(ids)), np.zeros_like(ids)
+            block = position if views.causal else zeros  # blocks of one token make causal attention
+            predictions = _predictions(views, slice(number, number + 1), len(prompt_ids) + logit_offset)
+            rows.append(Row(trajectory, ids, position, block, zeros, **predictions))
+        return rows
+    assert logit_offset == 0, "block attention with shifted logits is no family's"
     block_size = views.inputs.shape[1]
     # the clean copy of the last block would be seen by nobody
     clean = int(views.block.max()) * block_size
     tokens = np.array([*prompt_ids, *response_ids], dtype=np.int64)[:clean]
-    clean_position = np.arange(clean)
-    view_position = views.block[:, None] * block_size + np.arange(block_size)
-    view_number = np.repeat(np.arange(1, len(views) + 1), block_size)
-    flat = np.flatnonzero(views.predict)
-    return Row(
-        trajectory=trajectory,
-        ids=np.concatenate([tokens, views.inputs.ravel()]),
-        position=np.concatenate([clean_position, view_position.ravel()]),
-        block=np.concatenate([clean_position // block_size, np.repeat(views.block, block_size)]),
-        view=np.concatenate([np.zeros(clean, dtype=np.int64), view_number]),
-        predict_at=clean + flat,
-        target=views.targets.ravel()[flat],
-        response_index=views.response_index.ravel()[flat],
-        trace_step=views.step.ravel()[flat],
-        weight=None if views.weight is None else views.weight.ravel()[flat],
-    )
+    position = np.concatenate([np.arange(clean), (views.block[:, None] * block_size + np.arange(block_size)).ravel()])
+    view = np.repeat(np.arange(len(views) + 1), [clean, *[block_size] * len(views)])
+    ids = np.concatenate([tokens, views.inputs.ravel()])
+    return [Row(trajectory, ids, position, position // block_size, view, **_predictions(views, slice(None), clean))]
+
+
+def _predictions(views: Views, chosen: slice, start: int) -> dict[str, np.ndarray]:
+    """What a row of the chosen views predicts, by the names of Row; its token `start` is where their first is read."""
+    flat = np.flatnonzero(views.predict[chosen])
+    columns = {"target": views.targets, "response_index": views.response_index, "trace_step": views.step}
+    if views.weight is not None:
+        columns["weight"] = views.weight
+    return {"predict_at": start + flat} | {name: values[chosen].ravel()[flat] for name, values in columns.items()}
 
 
 def pack(
@@ -162,23 +144,19 @@ def fill_lines(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 
 def _batch(rows: Sequence[Row], lines: Sequence[Sequence[int]], offsets: np.ndarray) -> PackedBatch:
     """The micro-batch whose lines hold the rows of those indices, one after another."""
-    width = max(sum(len(rows[index]) for index in line) for line in lines)
+    lengths = [[len(rows[index]) for index in line] for line in lines]
+    width = max(sum(line) for line in lengths)
+    starts = [n * width + start for n, line in enumerate(lengths) for start in accumulate(line[:-1], initial=0)]
     chosen = [index for line in lines for index in line]
-    starts = []  # of each chosen row in the flattened lines
-    for number, line in enumerate(lines):
-        lengths = [len(rows[index]) for index in line]
-        starts += (number * width + np.cumsum([0, *lengths[:-1]])).tolist()
 
-    def padded(values: Callable[[int], np.ndarray | int], fill: int = 0) -> Tensor:
-        flat = np.full(len(lines) * width, fill, dtype=np.int64)
-        for index, start in zip(chosen, starts):
-            flat[start : start + len(rows[index])] = values(index)
-        return torch.from_numpy(flat.reshape(len(lines), width))
+    def padded(values: Callable[[int], np.ndarray], fill: int = 0) -> Tensor:
+        joined = [torch.from_numpy(np.concatenate([values(index) for index in line])) for line in lines]
+        return pad_sequence(joined, batch_first=True, padding_value=fill)
 
     return PackedBatch(
         ids=padded(lambda index: rows[index].ids),
         position=padded(lambda index: rows[index].position),
-        trajectory=padded(lambda index: index, fill=-1),
+        trajectory=padded(lambda index: np.full(len(rows[index]), index), fill=-1),
         block=padded(lambda index: rows[index].block),
         view=padded(lambda index: rows[index].view),
         predict_at=torch.from_numpy(np.concatenate([rows[i].predict_at + start for i, start in zip(chosen, starts)])),

@@ -2,31 +2,37 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common import ranks
+from common.errors import UserError
 from common.runtime import console
 from common.schema import RLTrainingConfig
 from common.trajectory import ScoredTrajectory
-from train.learner import Learner, batch_logp, batch_values, micro_batches, update
-from train.mismatch import importance_weights, mismatch_of, replay
+from train.learner import Learner, batch_logp, batch_outputs, micro_batches, update
 from train.objectives import (
-    PolicyLoss,
+    Tokens,
     explained_variance,
+    importance_weights,
+    kl_estimate,
     loss_weights,
     noisings,
     policy_loss,
-    sequence_shares,
+    response_lengths,
+    terms_of,
+    tokens_of,
     value_loss,
     value_targets,
 )
 from train.packing import PackedBatch, Row, make_rows
 from train.routing import FIGURES as ROUTING_FIGURES
-from train.tokens import Tokens, tokens_of
-from train.views import Layout, view_method
+from train.views import Layout, trace_views, view_method
+
+RATIO_TOLERANCE = 1e-4  # fp32: rounding stays under 2e-5, a wrong replay or stale weights move it above 1e-2
 
 # An update's share of the step: its micro-batches, and what is known of the tokens that they predict.
 Share = tuple[list[PackedBatch], Tokens]
@@ -44,78 +50,81 @@ def learn(
     critic: Learner | None = None,
     train_value: bool = True,
 ) -> dict[str, float]:
-    """Update the policy `updates_per_step` times on the samples, and the value model with it; the step's figures.
+    """Update the policy on the samples, and the value model with it; the step's figures.
 
+    The samples are gone through `epochs_per_step` times in `updates_per_step` updates, each time with fresh noise.
     `exact` says that the engine's numbers must be the trainer's (fp32, exact cache): then a larger difference
     stops the run before the first update. `reference` is the frozen first model where the KL refers to it. `critic`
     is the value model, whose advantages take the place of the group's; it learns too where `train_value`.
     """
-    rows = sample_rows(samples, training, layout, seed)
-    if not rows:  # random masking may leave nothing to predict
-        return policy_figures(Counter())
-    warn_of_long_rows(rows, training.tokens_per_micro_batch)
-    batches = micro_batches(rows, training.tokens_per_micro_batch)
     temperature = samples[0].trajectory.temperature
-    tokens = tokens_of(rows, samples)
-    figures = {}
+    figures: dict[str, float] = {}
+    mismatch: dict[str, float] = {}  # empty: to be measured in the first update
+    passes: list[Tokens] = []
+    shares: list[Share] = []
+    replays = training.method == "TraceRL" and training.shrink == 1  # the views are the very ones the engine drew from
+    for epoch in range(training.epochs_per_step):
+        # all before the first update: ratios of every pass start from the policy before the step
+        epoch_seed = [*seed, epoch] if epoch else seed
+        rows = sample_rows(samples, training, layout, epoch_seed)
+        if not rows:  # random masking may leave nothing to predict
+            continue
+        batches = micro_batches(rows, training.tokens_per_micro_batch)
+        tokens = tokens_of(rows, samples)
 
-    # log-probabilities that ratios and KL start from, and whether they are the engine's
-    take_starting_logp(learner, batches, tokens, training, temperature, exact)
-    mismatch = None  # None: to be measured in the first update
-    if not replays(training):
-        replayed = replay(learner, samples[: training.mismatch_sample], training, layout)
-        mismatch = mismatch_of(replayed.trainer_logp, replayed.engine_logp, exact)
-    elif tokens.trainer_logp is not None:
-        mismatch = mismatch_of(tokens.trainer_logp, tokens.engine_logp, exact)
-    if reference is not None:
-        tokens.reference_logp = batch_logp(reference, batches, temperature)
+        # log-probabilities that ratios and KL start from, and whether they are the engine's
+        take_starting_logp(learner, batches, tokens, training, temperature, engine_is_policy=replays and exact)
+        if not passes and not replays:
+            replayed = replay(learner, samples[: training.mismatch_sample], training, layout)
+            mismatch = mismatch_of(replayed.trainer_logp, replayed.engine_logp, exact)
+        elif not passes and tokens.trainer_logp is not None:
+            mismatch = mismatch_of(tokens.trainer_logp, tokens.engine_logp, exact)
+        if reference is not None:
+            tokens.reference_logp = batch_logp(reference, batches, temperature)
 
-    # advantages: the group's, or the value model's, times importance weights
+        # advantages: the group's, or the value model's, times importance weights
+        if critic is not None:
+            tokens.old_value = batch_outputs(critic, batches, critic.forward)
+            tokens.advantage, tokens.returns = value_targets(tokens, samples, training, layout.block_size)
+        if training.tis_cap is not None:
+            known = replays and tokens.trainer_logp is not None
+            replayed = tokens if known else replay(learner, samples, training, layout)
+            weight = importance_weights(tokens, replayed, training.tis_cap, training.term == "sequence")
+            tokens.advantage = tokens.advantage * weight
+            figures["tis_weight"] = float(weight.mean())
+            figures["tis_capped"] = float((weight >= training.tis_cap).float().mean())
+        shares += shares_of(rows, tokens, len(samples), training, max_gen_length, epoch_seed)
+        passes.append(tokens)
+    if not passes:
+        return policy_figures(Counter())
+    figures |= update_policy(
+        learner, shares, training, temperature, max_gen_length, exact, measure_mismatch=not mismatch
+    )
     if critic is not None:
-        tokens.old_value = batch_values(critic, batches)
-        tokens.advantage, tokens.returns = value_targets(tokens, samples, training.gam, training.lam)
-    if training.tis_cap is not None:
-        known = replays(training) and tokens.trainer_logp is not None
-        replayed = tokens if known else replay(learner, samples, training, layout)
-        weight = importance_weights(tokens, replayed, training.tis_cap, training.ratio_level == "sequence")
-        tokens.advantage = tokens.advantage * weight
-        figures["tis_weight"] = float(weight.mean())
-        figures["tis_capped"] = float((weight >= training.tis_cap).float().mean())
-
-    # updates
-    shares = shares_of(rows, tokens, len(samples), training, max_gen_length, seed)
-    figures |= update_policy(learner, shares, training, temperature, exact, measure_mismatch=mismatch is None)
-    if critic is not None:
-        figures |= update_value(critic, tokens, shares if train_value else [], training)
-    return figures | (mismatch or {})
+        figures |= update_value(critic, passes[0], shares if train_value else [], training)
+    return figures | mismatch
 
 
 def sample_rows(
     samples: Sequence[ScoredTrajectory], training: RLTrainingConfig, layout: Layout, seed: Sequence[int]
 ) -> list[Row]:
-    """The packed rows of all samples, in their order, with the views of the configured method."""
+    """The packed rows of all samples, in their order, with the views of the configured method.
+
+    How many of them exceed the budget of a micro-batch is printed.
+    """
     method = view_method(training.method)
     rows = []
     for number, sample in enumerate(samples):
         trajectory = sample.trajectory
         views = method(trajectory, layout, training, np.random.default_rng([*seed, number]))
         rows += make_rows(number, trajectory.prompt_ids, trajectory.response_ids, views, layout.logit_offset)
-    return rows
-
-
-def warn_of_long_rows(rows: Sequence[Row], budget: int) -> None:
-    """Say where a trajectory alone exceeds a micro-batch's tokens; it is learned from all the same."""
-    long = [len(row) for row in rows if len(row) > budget]
-    if long:
+    budget = training.tokens_per_micro_batch
+    if long := [len(row) for row in rows if len(row) > budget]:
         console.print(
             f"{len(long)} of {len(rows)} packed trajectories exceed training.tokens_per_micro_batch={budget} (longest "
             f"{max(long)}): each is a micro-batch of its own; raise it where memory allows, or lower rollout.max_token"
         )
-
-
-def replays(training: RLTrainingConfig) -> bool:
-    """Whether the views are the very ones that the engine drew from."""
-    return training.method == "TraceRL" and training.shrink == 1
+    return rows
 
 
 def take_starting_logp(
@@ -124,22 +133,22 @@ def take_starting_logp(
     tokens: Tokens,
     training: RLTrainingConfig,
     temperature: float,
-    exact: bool,
+    engine_is_policy: bool,
 ) -> None:
     """Fill in what the ratios and the KL start from, and for them the policy's logp before the step where it is needed.
 
-    Where views are replays and the engine is exact its numbers are the policy's, and no forward is spent on them.
+    Where `engine_is_policy`, as views are replays and the engine is exact, no forward is spent on these numbers.
     """
-    engine_is_policy = replays(training) and exact
     auto_recomputes = training.old_logp == "auto" and not (engine_is_policy and training.tis_cap is None)
     recompute = training.old_logp == "recompute" or auto_recomputes
     old_reference = training.kl_reference == "old"
-    policy_moves = training.updates_per_step > 1  # away from the start of the step, while the step goes on
+    updates = training.updates_per_step * training.epochs_per_step
+    policy_moves = updates > 1  # away from the start of the step, while the step goes on
     if recompute or (old_reference and policy_moves and not engine_is_policy):
         tokens.trainer_logp = batch_logp(learner, batches, temperature)
     if training.old_logp != "detach":
         tokens.old_logp = tokens.trainer_logp if recompute else tokens.engine_logp
-    if policy_moves or not old_reference:
+    if training.kl_reference != "none" and (policy_moves or not old_reference):
         tokens.reference_logp = tokens.engine_logp if tokens.trainer_logp is None else tokens.trainer_logp
 
 
@@ -162,8 +171,42 @@ def shares_of(
         own = tokens[np.isin(tokens.trajectory.numpy(), chosen)]
         weight = loss_weights(own, training.loss_norm, max_gen_length, noisings(training))
         own.weight = torch.tensor(weight, dtype=torch.float32)
+        if training.kl_norm == "view_sum":
+            kl_weight = loss_weights(own, training.kl_norm, max_gen_length)
+            own.kl_weight = torch.tensor(kl_weight, dtype=torch.float32)
         shares.append((micro_batches(own_rows, training.tokens_per_micro_batch), own))
     return shares
+
+
+# ---- is what is trained what was sampled?
+
+
+def mismatch_of(trainer_logp: Tensor, engine_logp: Tensor, exact: bool) -> dict[str, float]:
+    """Mean k3 of trainer ‖ engine, and the largest difference of a log-probability; (predicted,) each.
+
+    Where the two must be equal (`exact`) and are not, UserError: ratios before the step's first update would not be 1.
+    """
+    difference = float((trainer_logp - engine_logp).abs().max())
+    if exact and not difference <= RATIO_TOLERANCE:
+        raise UserError(
+            f"logp_diff_max {difference:.2e} before the first update exceeds {RATIO_TOLERANCE:.0e}: the trainer does "
+            "not reproduce the engine's log-probabilities (stale weights, a wrong replay or another temperature)"
+        )
+    mean = float(kl_estimate(trainer_logp.double(), engine_logp.double()).mean())
+    return {"mismatch_kl": mean, "logp_diff_max": difference}
+
+
+def replay(learner: Learner, samples: Sequence[ScoredTrajectory], training: RLTrainingConfig, layout: Layout) -> Tokens:
+    """The tokens of the trajectories' exact replays, whatever the method, with the trainer's and the engine's logp."""
+    rows = []
+    for number, sample in enumerate(samples):
+        one = sample.trajectory
+        views = trace_views(one, layout, post_num=training.post_num)
+        rows += make_rows(number, one.prompt_ids, one.response_ids, views, layout.logit_offset)
+    tokens = tokens_of(rows, samples)
+    batches = micro_batches(rows, training.tokens_per_micro_batch)
+    tokens.trainer_logp = batch_logp(learner, batches, samples[0].trajectory.temperature)
+    return tokens
 
 
 # ---- the policy
@@ -174,6 +217,7 @@ def update_policy(
     shares: Sequence[Share],
     training: RLTrainingConfig,
     temperature: float,
+    max_gen_length: int,
     exact: bool,
     measure_mismatch: bool,
 ) -> dict[str, float]:
@@ -184,106 +228,98 @@ def update_policy(
     """
     totals, mismatch = Counter(), {}
 
-    def measure(trainer_logp: Tensor, tokens: Tokens) -> None:
-        mismatch.update(mismatch_of(trainer_logp, tokens.engine_logp, exact))
+    def measure(seen: Tensor, tokens: Tokens) -> None:
+        mismatch.update(mismatch_of(ranks.add_up(seen), tokens.engine_logp, exact))
 
     for batches, tokens in shares:
         if not ranks.any_rank(bool(tokens.advantage.any())):
             totals["skipped"] += 1
             continue
-        present = None  # the policy's logp before this update, for ratios of whole sequences
-        if training.ratio_level == "sequence":
+        slope, of_terms = None, {}
+        if training.term != "token":
             known = training.old_logp in ("auto", "recompute") and not totals["updates"]
-            present = tokens.trainer_logp if known else None
+            present = tokens.trainer_logp if known else None  # the policy's logp before this update
             if present is None:
                 present = batch_logp(learner, batches, temperature)
-        first = measure_mismatch and not mismatch
-        totals.update(
-            policy_update(learner, batches, tokens, present, training, temperature, measure if first else None)
-        )
+            slope, of_terms = term_slope(present, tokens, training, max_gen_length)
+        seen = torch.zeros(len(tokens))
+        loss = partial(batch_policy_loss, learner, tokens, training, temperature, slope, seen)
+        before_step = partial(measure, seen, tokens) if measure_mismatch and not mismatch else None
+        done = counted_update(learner, batches, loss, before_step)
+        totals.update(done)
+        if done["updates"]:
+            totals.update(of_terms)  # all ranks know these of all responses
     if totals["skipped"]:
         console.print(
             f"{totals['skipped']} of {len(shares)} updates skipped: every advantage is 0, as of equal rewards"
         )
     if measure_mismatch and not mismatch and shares:  # all were skipped
         batches, tokens = shares[0]
-        measure(batch_logp(learner, batches, temperature), tokens)
+        mismatch = mismatch_of(batch_logp(learner, batches, temperature), tokens.engine_logp, exact)
     return policy_figures(totals) | mismatch
 
 
-def policy_update(
+def batch_policy_loss(
     learner: Learner,
-    batches: Sequence[PackedBatch],
     tokens: Tokens,
-    present: Tensor | None,
     training: RLTrainingConfig,
     temperature: float,
-    before_step: Callable[[Tensor, Tokens], None] | None,
-) -> Counter:
-    """One update with a ratio for every token or, from the policy's `present` logp, one for every response; its sums.
+    slope: Tensor | None,
+    seen: Tensor,
+    batch: PackedBatch,
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of one micro-batch of an update on these tokens, and its sums.
 
-    `before_step` is called with the logp of the update's forward, (predicted,), of all ranks.
+    It has a ratio for every token or, given their `slope`, (predicted,), for every term. The logp of its tokens is
+    written into `seen`, (predicted,).
     """
-    sums, seen, slope = Counter(), torch.zeros(len(tokens)), None
-    if present is not None:
-        result, slope = sequence_loss(present, tokens, training)
-        if ranks.is_main():  # all ranks know it of all responses
-            sums.update(figures_of(result))
-
-    def loss(batch: PackedBatch) -> Tensor:
-        logp, entropy = learner.forward(batch, temperature)
-        seen[batch.predicted] = logp.detach().float().cpu()
-        sums.update(tokens=len(logp), entropy=float(entropy.sum()))
-        if slope is not None:
-            return (slope[batch.predicted].to(logp.device) * logp).sum()
-        result = clipped_loss(logp, tokens[batch.predicted].to(logp.device), training)
-        sums.update(figures_of(result))
-        return result.loss
-
-    before = (lambda: before_step(ranks.add_up(seen), tokens)) if before_step else None
-    return counted_update(learner, batches, loss, sums, before)
+    logp, entropy = learner.forward(batch, temperature)
+    seen[batch.predicted] = logp.detach().float().cpu()
+    figures = {"tokens": len(logp), "entropy": float(entropy.sum())}
+    if slope is not None:
+        return (slope[batch.predicted].to(logp.device) * logp).sum(), figures
+    loss, sums = clipped_loss(logp, tokens[batch.predicted].to(logp.device), training)
+    return loss, figures | sums
 
 
-def sequence_loss(present: Tensor, tokens: Tokens, training: RLTrainingConfig) -> tuple[PolicyLoss, Tensor]:
-    """The loss with one ratio for every response, exp of the difference of its ELBO per token (ESPO), and its slope.
+def term_slope(
+    present: Tensor, tokens: Tokens, training: RLTrainingConfig, max_gen_length: int
+) -> tuple[Tensor, dict[str, float]]:
+    """The slope, (predicted,), of the loss with one ratio for every term, and the sums of that loss.
 
-    A response's tokens may lie in several micro-batches, so its ratio comes from the log-probabilities at `present`,
-    and a micro-batch's loss is linear in its own: by the slope of the sequence's term, (predicted,), which is the same
-    for all its tokens but for their shares in the ELBO.
+    log ρ = Σ c (logp − old_logp) over the term's predictions, c their coefficients. They may lie in several
+    micro-batches, so the ratio comes from the log-probabilities at `present`, and a micro-batch's loss is linear in its
+    own: by the slope of the term, the same for all its predictions but for their coefficients.
     """
-    response, share = sequence_shares(tokens, by_noising=training.method != "TraceRL")
-    count = int(response.max()) + 1
+    term, coefficient, share = terms_of(tokens, training)
+    count = int(term.max()) + 1
 
-    def per_response(column: Tensor | None) -> Tensor | None:
-        return None if column is None else torch.zeros(count).index_add(0, response, share * column)
+    def combined(column: Tensor | None, factor: Tensor) -> Tensor | None:
+        return None if column is None else torch.zeros(count).index_add(0, term, factor * column)
 
-    elbo = per_response(present).requires_grad_()
-    responses = Tokens(
-        trajectory=torch.arange(count),
-        old_logp=per_response(tokens.old_logp),
-        reference_logp=per_response(tokens.reference_logp),
-        advantage=per_response(tokens.advantage),
-        weight=torch.full((count,), 1 / count),
+    logp = combined(present, coefficient).requires_grad_()
+    terms = Tokens(
+        trajectory=torch.zeros(count, dtype=torch.long).scatter(0, term, tokens.trajectory),
+        old_logp=combined(tokens.old_logp, coefficient),
+        reference_logp=combined(tokens.reference_logp, coefficient),
+        advantage=combined(tokens.advantage, share),
     )
-    result = clipped_loss(elbo, responses, training)
-    return result, torch.autograd.grad(result.loss, elbo)[0][response] * share
+    if training.term == "sequence":
+        terms.weight = torch.full((count,), 1 / count)
+    else:
+        terms.weight = torch.tensor(loss_weights(terms, training.loss_norm, max_gen_length), dtype=torch.float32)
+    if training.kl_norm == "length":
+        terms.kl_weight = terms.weight * torch.from_numpy(response_lengths(tokens))
+    loss, figures = clipped_loss(logp, terms, training)
+    return torch.autograd.grad(loss, logp)[0][term] * coefficient, figures
 
 
-def clipped_loss(logp: Tensor, tokens: Tokens, training: RLTrainingConfig) -> PolicyLoss:
+def clipped_loss(logp: Tensor, tokens: Tokens, training: RLTrainingConfig) -> tuple[Tensor, dict[str, float]]:
     """The clipped objective with the config's bounds and estimator; the KL is k3, else k1 (of a sequence: k2)."""
-    other = "k2" if training.ratio_level == "sequence" else "k1"
+    other = "k2" if training.term == "sequence" else "k1"
     estimator = "k3" if training.use_kl_estimator_k3 else other
-    return policy_loss(logp, tokens, training.eps, training.beta, estimator, training.eps_high)
-
-
-def figures_of(result: PolicyLoss) -> dict[str, float]:
-    """The sums of a loss over its terms: ratios of tokens, or of sequences."""
-    return {
-        "terms": result.terms,
-        "loss": float(result.loss.detach()),
-        "kl": float(result.kl),
-        "clipped": int(result.clipped),
-    }
+    beta = 0.0 if training.kl_reference == "none" else training.beta
+    return policy_loss(logp, tokens, training.eps, beta, estimator, training.eps_high)
 
 
 def policy_figures(totals: Counter) -> dict[str, float]:
@@ -309,15 +345,21 @@ def policy_figures(totals: Counter) -> dict[str, float]:
 def counted_update(
     learner: Learner,
     batches: Sequence[PackedBatch],
-    loss: Callable[[PackedBatch], Tensor],
-    sums: Counter,
+    loss: Callable[[PackedBatch], tuple[Tensor, dict[str, float]]],
     before_step: Callable[[], None] | None = None,
 ) -> Counter:
-    """An update whose loss adds to `sums`: these over all ranks with the update and its gradient's norm, or a bad step.
+    """An update, counted with its gradient's norm and the sums over all ranks that come with its loss; or a bad step.
 
     All ranks must call it.
     """
-    done = update(learner, batches, loss, before_step)
+    sums = Counter()
+
+    def summed(batch: PackedBatch) -> Tensor:
+        result, figures = loss(batch)
+        sums.update(figures)
+        return result
+
+    done = update(learner, batches, summed, before_step)
     if not done.taken:
         return Counter(bad_steps=1)
     total = Counter(updates=1, grad_norm=done.grad_norm, **done.routing)
@@ -335,7 +377,7 @@ def update_value(
     """One update of the value model for every share; the figures of the step, before its updates where they ask."""
     totals = Counter()
     for batches, own in shares:
-        totals.update(value_update(critic, batches, own, training))
+        totals.update(counted_update(critic, batches, partial(batch_value_loss, critic, own, training.eps)))
     figures = {
         "value_mean": float(tokens.old_value.mean()),
         "explained_variance": explained_variance(tokens.old_value.double().numpy(), tokens.returns.double().numpy()),
@@ -350,17 +392,9 @@ def update_value(
     return figures
 
 
-def value_update(
-    critic: Learner, batches: Sequence[PackedBatch], tokens: Tokens, training: RLTrainingConfig
-) -> Counter:
-    """One update of the value model; its sums."""
-    sums = Counter()
-
-    def loss(batch: PackedBatch) -> Tensor:
-        value = critic.forward(batch)
-        own = tokens[batch.predicted].to(value.device)
-        result, clipped = value_loss(value, own.old_value, own.returns, own.weight, training.eps)
-        sums.update(tokens=len(value), loss=float(result.detach()), clipped=int(clipped))
-        return result
-
-    return counted_update(critic, batches, loss, sums)
+def batch_value_loss(
+    critic: Learner, tokens: Tokens, eps: float, batch: PackedBatch
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of one micro-batch of an update on these tokens, and its sums."""
+    value = critic.forward(batch)
+    return value_loss(value, tokens[batch.predicted].to(value.device), eps)

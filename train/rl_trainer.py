@@ -1,31 +1,32 @@
-"""Reinforcement learning in one resident program: sample, score, update, hand the weights back, evaluate."""
+"""Reinforcement learning in one resident program: sample, score, update, hand the weights back, evaluate, report."""
 
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from common.checkpoint import unless_full, write_whole
 from common.errors import UserError
-from common.metrics import draw_curves, truncate_after
+from common.metrics import draw_curves, print_table, truncate_after
 from common.ranks import any_rank, from_main, is_main
 from common.runtime import Stopwatch, console
 from common.schema import RLConfig
 from common.stop import Stopped, stop_requested
 from common.trajectory import ScoredTrajectory, Task
 from data.tasks import load_tasks, task_batch
+from models import find_family
 from models.defaults import take_defaults
 from reward.score import RewardScorer, check_tasks, make_scorer
 from rollout.collect import collect, encode_tasks, prompts_within
 from rollout.report import RunPage
-from rollout.results import Evaluation
+from rollout.results import Evaluation, tokens_per_forward
 from rollout.samples import write_samples
 from sample.engine import Engine
 from train.learner import Learner, whole_weights
-from train.networks import engine_model, frozen_reference, load_trained, policy_learner, value_learner
+from train.loading import engine_model, frozen_reference, load_trained, policy_learner, value_learner
 from train.objectives import kept_samples
-from train.rl_report import report_step, rollout_figures, step_times, write_results
 from train.rl_step import learn
 from train.run import (
     HeldOut,
@@ -42,7 +43,7 @@ from train.run import (
     save,
     until_stopped,
 )
-from train.views import layout_of, view_method
+from train.views import check_views, layout_of
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def read_inputs(config: RLConfig) -> Inputs:
         )
     scorer = make_scorer(config.reward, dataset.data_type)
     check_tasks(scorer, tasks, "dataset.train_dataset")
-    view_method(config.training.method)
+    check_views(config.training, find_family(config.model.model_base))
     key = "evaluation.eval_dataset"
     eval_tasks = load_tasks(evaluation.eval_dataset or dataset.eval_dataset, key=key)
     own_kind = None if config.reward.kind == "judge" else config.reward.kind
@@ -136,7 +137,8 @@ def read_inputs(config: RLConfig) -> Inputs:
 
 def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
     """Load the networks; then, when no mistake can be found any more, open the run's folder and its records."""
-    experiment, updates_per_step = config.experiment, config.training.updates_per_step
+    experiment = config.experiment
+    updates_per_step = config.training.updates_per_step * config.training.epochs_per_step
     with stages("load"):
         begin(config)
         trained = load_trained(config.model, config.training, config.model.pretrained_model)
@@ -144,6 +146,7 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         drawing = engine_model(config, trained, learner)
         reference = frozen_reference(config, trained, learner)
         take_defaults(config, drawing)
+        encode_tasks(drawing, inputs.tasks[:1], config.dataset, config.rollout.start_with_think)  # a mistake shows here
         critic = None
         if config.model.value_base_model:
             value_steps = experiment.total_step // experiment.train_value_every
@@ -182,7 +185,11 @@ def train(run: RLRun) -> None:
         figures = rl_step(run)
         progress.step += 1
         run.metrics.log({"step": progress.step} | figures)
-        report_step(progress.step, experiment.total_step, figures)
+        console.print(
+            f"step {progress.step}/{experiment.total_step}  reward {figures['reward']:.3f}  "
+            f"length {figures['response_length']:.1f}  tokens/forward {figures['tokens_per_forward']:.2f}  "
+            f"kl {figures.get('kl', 0):.2e}  mismatch {figures.get('logp_diff_max', 0):.1e}  {figures['seconds']:.1f} s"
+        )
         run.page.refresh()
         last = progress.step == experiment.total_step
         if experiment.eval_every and progress.step % experiment.eval_every == 0 and not last:
@@ -208,6 +215,7 @@ def rl_step(run: RLRun) -> dict[str, float]:
     if config.rollout.free_cache:
         run.engine.sleep()
     if samples:
+        approximate = run.loaded.family.attention == "full" and config.rollout.use_cache
         with watch("train"):
             figures |= learn(
                 run.learner,
@@ -216,13 +224,14 @@ def rl_step(run: RLRun) -> dict[str, float]:
                 layout_of(run.loaded, config.rollout.block_size),
                 config.rollout.max_token,
                 seed=[config.training.seed, number],
-                exact=exact_rollouts(run),
+                exact=run.loaded.model.dtype == torch.float32 and not approximate,
                 reference=run.reference,
                 critic=run.critic,
                 train_value=number % config.experiment.train_value_every == 0,
             )
     else:
-        equal = " with rewards that differ" if config.training.dynamic_sampling else ""
+        unequal = config.training.drop_equal or config.training.dynamic_sampling
+        equal = " with rewards that differ" if unequal else ""
         console.print(
             f"step {number}: no group{equal} has an accuracy within training.keep_accuracy "
             f"{config.training.keep_accuracy}; no update"
@@ -232,13 +241,7 @@ def rl_step(run: RLRun) -> dict[str, float]:
             run.engine.load_weights(whole_weights(run.learner.network.backbone))
     for stage, seconds in watch.seconds.items():
         run.stages.seconds[stage] = run.stages.seconds.get(stage, 0.0) + seconds
-    return rollout_figures(groups, samples) | figures | step_times(groups, watch)
-
-
-def exact_rollouts(run: RLRun) -> bool:
-    """Whether the engine's log-probabilities must be the trainer's: float32, and no approximate cache."""
-    approximate = run.loaded.family.attention == "full" and run.config.rollout.use_cache
-    return run.loaded.model.dtype == torch.float32 and not approximate
+    return step_figures(groups, samples, figures, watch)
 
 
 def draw_groups(
@@ -257,22 +260,16 @@ def draw_groups(
     for _ in range(config.rollout.max_resample + 1):
         indices, cursor = task_batch(len(run.tasks), missing, cursor, training.seed)
         seen = {group[0].task.id for group in groups}
-        tasks = [run.tasks[index] for index in dict.fromkeys(indices)]
-        tasks = [task for task in tasks if task.id not in seen]
+        drawn = [run.tasks[index] for index in dict.fromkeys(indices)]
+        tasks = [task for task in drawn if task.id not in seen]
         prompts = encode_tasks(run.loaded, tasks, config.dataset, config.rollout.start_with_think)
         prompts = prompts_within(prompts, training.max_prompt_len)
+        label = f"step {number}: rollout"
         groups += collect(
-            run.engine,
-            run.loaded,
-            prompts,
-            config.rollout,
-            run.scorer,
-            watch,
-            training.seed,
-            number,
-            f"step {number}: rollout",
+            run.engine, run.loaded, prompts, config.rollout, run.scorer, watch, training.seed, number, label
         )
-        samples = kept_samples(groups, training.keep_accuracy, training.dynamic_sampling)
+        drop_equal = training.drop_equal or training.dynamic_sampling
+        samples = kept_samples(groups, training.keep_accuracy, drop_equal, training.advantage)
         kept = len({sample.trajectory.task_id for sample in samples})
         missing = wanted - kept if training.dynamic_sampling else wanted * (kept == 0)
         if missing == 0:
@@ -283,7 +280,36 @@ def draw_groups(
     return groups, samples
 
 
-# --- evaluations
+def step_figures(
+    groups: list[list[ScoredTrajectory]],
+    samples: list[ScoredTrajectory],
+    learned: dict[str, float],
+    watch: Stopwatch,
+) -> dict[str, float]:
+    """A step's figures: means over its responses, those of learning from its samples, and its seconds by stage."""
+    responses = [response for group in groups for response in group]
+    count = len(responses)
+    tokens = sum(response.trajectory.length for response in responses)
+    total = watch.total()
+    stages = {stage: watch.seconds.get(stage, 0.0) for stage in ("rollout", "reward", "train", "sync")}
+    return {
+        "reward": sum(response.score.reward for response in responses) / count,
+        "accuracy": sum(response.score.correct for response in responses) / count,
+        "response_length": tokens / count,
+        "truncated": sum(response.trajectory.finish_reason == "length" for response in responses) / count,
+        "tokens_per_forward": tokens_per_forward(responses),
+        "kept_mass": sum(response.trajectory.kept_mass for response in responses) / count,
+        "groups": len(groups),
+        "groups_kept": len({sample.trajectory.task_id for sample in samples}),
+        **learned,
+        "tokens_per_second": tokens / stages["rollout"],
+        **{f"seconds_{stage}": seconds for stage, seconds in stages.items()},
+        "seconds_other": total - sum(stages.values()),
+        "seconds": total,
+    }
+
+
+# --- evaluations and results
 
 
 def evaluate_now(run: RLRun) -> dict[str, Evaluation]:
@@ -304,3 +330,35 @@ def first_evaluation(run: RLRun) -> dict[str, dict[str, float]]:
         with unless_full(path):
             write_whole(path, json.dumps(before))
     return before
+
+
+def write_results(
+    folder: Path, seed: int, before: dict[str, dict[str, float]], after: dict[str, Evaluation], stages: Stopwatch
+) -> None:
+    """results.json (every figure), summary.json (accuracy before and after, seconds by stage) and a table."""
+    results = {"before": before, "after": {name: dataclasses.asdict(result) for name, result in after.items()}}
+    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    keep = ("accuracy", "tokens_per_forward")
+    short = {
+        moment: {name: {key: round(row[key], 4) for key in keep} for name, row in rows.items()}
+        for moment, rows in results.items()
+    }
+    seconds = {stage: round(value, 2) for stage, value in stages.seconds.items()}
+    seconds["total"] = round(stages.total(), 2)
+    (folder / "summary.json").write_text(json.dumps({"seed": seed} | short | {"seconds": seconds}, indent=2))
+    rows = []
+    for name, now in short["after"].items():
+        then = short["before"][name]
+        rows.append(
+            {
+                "sampling": name,
+                "tasks": after[name].tasks,
+                "accuracy before": f"{100 * then['accuracy']:.1f} %",
+                "after": f"{100 * now['accuracy']:.1f} %",
+                "gain": f"{100 * (now['accuracy'] - then['accuracy']):+.1f}",
+                "tokens/forward before": f"{then['tokens_per_forward']:.2f}",
+                "tokens/forward after": f"{now['tokens_per_forward']:.2f}",
+            }
+        )
+    print_table(rows, title=f"held-out tasks, {folder}")
+    console.print("seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items()))

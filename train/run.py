@@ -36,7 +36,7 @@ from train.learner_state import (
     write_adapter,
     write_network,
 )
-from train.networks import mixed_precision
+from train.loading import mixed_precision
 
 
 @dataclass
@@ -109,13 +109,8 @@ def open_records(config: RLConfig | SFTConfig, folder: Path) -> tuple[MetricsLog
         (folder / "config.yaml").write_text(dump_config(config))
     checkpoints = [] if experiment.start_from_scratch else step_folders(folder / "ckpt")
     step, checkpoint = checkpoints[-1] if checkpoints else (-1, None)
-    metrics = open_metrics(
-        folder,
-        experiment.trackers,
-        experiment.project,
-        dataclasses.asdict(config),
-        resume_step=None if experiment.start_from_scratch else step,
-    )
+    resume_step = None if experiment.start_from_scratch else step
+    metrics = open_metrics(folder, experiment.trackers, experiment.project, dataclasses.asdict(config), resume_step)
     state = {} if checkpoint is None else json.loads((checkpoint / "trainer.json").read_text())
     return metrics, checkpoint, state
 

@@ -8,7 +8,7 @@ positions, given the clean blocks before it; tokens of the prompt's remainder in
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from common.errors import UserError, load_function
 from common.schema import RLTrainingConfig, SFTTrainingConfig, TrainingBase
 from common.trajectory import Trajectory
-from models.family import LoadedModel
+from models.family import FAMILIES, Family, LoadedModel
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Views:
     predict: np.ndarray  # (views, width) bool
     response_index: np.ndarray  # (views, width) index into the response, negative in the prompt
     step: np.ndarray  # (views, width) the trace's step, the first of those merged; without a trace, the noising
-    weight: np.ndarray | None = None  # (views, width) of each prediction in the loss of finetuning; None: 1
+    weight: np.ndarray | None = None  # (views, width) of each prediction in finetuning's loss, or in its term; None: 1
+    prompt: np.ndarray | None = None  # (views, prompt) ids, masked where noised; None: the prompt as it is
     causal: bool = False  # each token sees those before it, and nothing is masked
 
     def __len__(self) -> int:
@@ -111,19 +112,18 @@ def trace_views(example: Example | Trajectory, layout: Layout, shrink: int = 1, 
     stay masks.
     """
     grid = block_grid(example.prompt_ids, example.response_ids, layout.block_size)
-    trace = _trace_on(grid, example.step_map)
-    drawn = grid.in_response & (trace >= 0)
-    pairs = np.unique(np.stack([np.nonzero(drawn)[0], trace[drawn]], 1), axis=0)  # (distinct steps, 2): block, step
+    trace = _trace_on(grid, example.step_map)  # (blocks, width)
+    block, offset = np.nonzero(trace >= 0)
+    pairs = np.unique(np.stack([block, trace[block, offset]], 1), axis=0)  # (distinct steps, 2): block, step
     rank = np.arange(len(pairs)) - np.searchsorted(pairs[:, 0], pairs[:, 0], side="left")  # of a step in its block
     start = np.nonzero(rank % shrink == 0)[0]  # where each view's steps begin in `pairs`
     row = pairs[start, 0]
     first_step, last_step = pairs[start, 1], pairs[np.append(start[1:], len(pairs)) - 1, 1]
-    view_trace, view_drawn = trace[row], drawn[row]  # (views, width)
-    masked = (view_drawn & (view_trace >= first_step[:, None])) | (grid.in_response & ~drawn)[row]
-    predict = masked & view_drawn & (view_trace <= last_step[:, None])
+    not_earlier = trace[row] >= first_step[:, None]  # (views, width)
+    masked = not_earlier | (grid.in_response & (trace < 0))[row]
+    predict = not_earlier & (trace[row] <= last_step[:, None])
     predict &= grid.response_index[row] < example.length + post_num
-    step = np.broadcast_to(first_step[:, None], predict.shape)
-    return _views(grid, row, masked, predict, step, layout.mask_id)
+    return _views(grid, row, masked, predict, layout.mask_id, step=first_step[:, None])
 
 
 def replayed_trace(
@@ -135,33 +135,135 @@ def replayed_trace(
 
 # ---- random views of reinforcement learning
 
+# A noised copy of a response: what of it is masked, (blocks, width) bool, and the coefficient of its predictions in a
+# term of several copies, one for each block, (blocks, 1), or for all. None: predictions are terms of their own.
+Noising = tuple[np.ndarray, np.ndarray | float | None]
+Noise = Callable[[np.ndarray, RLTrainingConfig, np.random.Generator], list[Noising]]
+# nodes and weights of Gauss and Legendre for the integral from 0 to 1
+QUADRATURE = [(0.5 - 0.6**0.5 / 2, 5 / 18), (0.5, 8 / 18), (0.5 + 0.6**0.5 / 2, 5 / 18)]
+
+
+def bernoulli(
+    predictable: np.ndarray, training: RLTrainingConfig, rng: np.random.Generator, coupled: bool = False
+) -> list[Noising]:
+    """Copies with a t ~ U(lower_p, upper_p) each, every token masked with probability t; `coupled`: with complements.
+
+    A pair predicts every predictable token exactly once.
+    """
+    noisings: list[Noising] = []
+    for _ in range(training.mask_times_per_sample):
+        share = rng.uniform(training.lower_p, training.upper_p)
+        masked = predictable & (rng.uniform(size=predictable.shape) < share)
+        noisings.append((masked, None))
+        if coupled:
+            noisings.append((predictable & ~masked, None))
+    return noisings
+
+
+def coupled_whole(predictable: np.ndarray, training: RLTrainingConfig, rng: np.random.Generator) -> list[Noising]:
+    """A coupled pair, and the whole response masked (coupled-GRPO of DiffuCoder).
+
+    The estimate at a position is ½ (logp where all is masked + logp in the copy that masks it / its probability of
+    being masked there, t or 1 − t); of several pairs the mean.
+    """
+    times = training.mask_times_per_sample
+    noisings: list[Noising] = [(predictable, 1 / 2)]
+    for _ in range(times):
+        share = rng.uniform(training.lower_p, training.upper_p)
+        masked = predictable & (rng.uniform(size=predictable.shape) < share)
+        noisings += [(masked, 1 / (2 * share * times)), (predictable & ~masked, 1 / (2 * (1 - share) * times))]
+    return noisings
+
+
+def whole(predictable: np.ndarray, training: RLTrainingConfig, rng: np.random.Generator) -> list[Noising]:
+    """The whole response masked (diffu-GRPO of d1); copies differ in the prompt's noise (`prompt_mask`)."""
+    return [(predictable, None)] * training.mask_times_per_sample
+
+
+def counts(predictable: np.ndarray, training: RLTrainingConfig, rng: np.random.Generator) -> list[Noising]:
+    """Pairs of a copy that masks l of the L tokens, l uniform on 0…L, and its complement (ESPO).
+
+    A copy estimates the ELBO by L/l times the sum of its logp, per token by their mean; the estimates are averaged. One
+    that masks nothing estimates nothing, and its complement stands for both.
+    """
+    noisings: list[Noising] = []
+    for _ in range(training.mask_times_per_sample):
+        count = int(rng.integers(0, predictable.sum() + 1))
+        masked = _some(predictable, count, rng)
+        pair = [one for one in (masked, predictable & ~masked) if one.any()]
+        noisings += [(one, 1 / (one.sum() * len(pair) * training.mask_times_per_sample)) for one in pair]
+    return noisings
+
+
+def quadrature(predictable: np.ndarray, training: RLTrainingConfig, rng: np.random.Generator) -> list[Noising]:
+    """A copy at each of three levels t that masks ⌊tL⌋ of the L tokens, at least one (GDPO).
+
+    The ELBO per token is the quadrature of 1/t · Σ logp over t, divided by L.
+    """
+    total, times = int(predictable.sum()), training.mask_times_per_sample
+    return [
+        (_some(predictable, max(1, int(t * total)), rng), weight / (t * total * times))
+        for _ in range(times)
+        for t, weight in QUADRATURE
+    ]
+
+
+def stratified(predictable: np.ndarray, training: RLTrainingConfig, rng: np.random.Generator) -> list[Noising]:
+    """Copies in which every block of n tokens has ⌊tn⌋ + 1 masks, t in another of as many strata each time (EBPO).
+
+    A block's logp is weighed by n / masks, so that each copy estimates the whole response's ELBO; copies are averaged.
+    """
+    size, times = predictable.sum(1), training.mask_times_per_sample
+    stratum = rng.permuted(np.tile(np.arange(times), (len(size), 1)), axis=1)
+    level = (stratum + rng.uniform(size=stratum.shape)) / times  # (blocks, times)
+    noisings: list[Noising] = []
+    for share in level.T:
+        masks = np.minimum((share * size).astype(int) + 1, size)
+        masked = np.stack([_some(block, mask, rng) for block, mask in zip(predictable, masks)])
+        noisings.append((masked, (size / np.maximum(masks, 1) / times)[:, None]))
+    return noisings
+
+
+def _some(maskable: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` of the maskable tokens, bool of the same shape."""
+    chosen = np.zeros_like(maskable)
+    chosen.flat[rng.choice(np.flatnonzero(maskable), count, replace=False)] = True
+    return chosen
+
+
+def noised_views(
+    example: Example | Trajectory, layout: Layout, training: RLTrainingConfig, rng: np.random.Generator, noise: Noise
+) -> Views:
+    """Noised copies of the whole response, in each of which what is masked is predicted.
+
+    What lies behind the response's end (plus `post_num`) is masked in all of them: left clean it would give the length
+    away. The prompt's tokens are masked with probability `prompt_mask` (full attention).
+    """
+    grid = block_grid(example.prompt_ids, example.response_ids, layout.block_size)
+    drawn = _trace_on(grid, example.step_map) >= 0
+    predictable = drawn & (grid.response_index < example.length + training.post_num)
+    noisings = noise(predictable, training, rng) if predictable.any() else [(predictable, None)]
+    predict = np.concatenate([masked for masked, _ in noisings])  # (noisings × blocks, width)
+    known = all(coefficient is not None for _, coefficient in noisings)
+    weight = np.concatenate([np.broadcast_to(one, (len(drawn), 1)) for _, one in noisings]) if known else None
+    noising, row = np.divmod(np.arange(len(predict)), len(grid.block))
+    masked = predict | (grid.in_response & ~predictable)[row]
+    views = _views(grid, row, masked, predict, layout.mask_id, step=noising[:, None], weight=weight)
+    if training.prompt_mask == 0:
+        return views
+    noised = rng.uniform(size=(len(views), len(example.prompt_ids))) < training.prompt_mask
+    return replace(views, prompt=np.where(noised, layout.mask_id, example.prompt_ids))
+
 
 def random_views(
     example: Example | Trajectory,
     layout: Layout,
-    training: TrainingBase,
+    training: RLTrainingConfig,
     rng: np.random.Generator,
     coupled: bool = False,
 ) -> Views:
-    """`mask_times_per_sample` noisings of the whole response, each with its own t ~ U(lower_p, upper_p).
-
-    Every token is masked with probability t. `coupled` adds each noising's complement: the pair predicts every
-    predictable token exactly once.
-    """
-    grid = block_grid(example.prompt_ids, example.response_ids, layout.block_size)
-    drawn = grid.in_response & (_trace_on(grid, example.step_map) >= 0)
-    predictable = drawn & (grid.response_index < example.length + training.post_num)
-    noisings = []
-    for _ in range(training.mask_times_per_sample):
-        share = rng.uniform(training.lower_p, training.upper_p)
-        masked = drawn & (rng.uniform(size=drawn.shape) < share)
-        noisings += [masked, drawn & ~masked] if coupled else [masked]
-    blocks = len(grid.block)
-    masked = np.concatenate(noisings)  # (noisings × blocks, width)
-    row = np.tile(np.arange(blocks), len(noisings))
-    noising = np.repeat(np.arange(len(noisings)), blocks)[:, None] + np.zeros_like(grid.ids)[row]
-    predict = masked & predictable[row]
-    return _views(grid, row, masked | (grid.in_response & ~drawn)[row], predict, noising, layout.mask_id)
+    """`noised_views` of `bernoulli`."""
+    return noised_views(example, layout, training, rng, partial(bernoulli, coupled=coupled))
 
 
 # ---- views of finetuning
@@ -177,10 +279,8 @@ def random_block_views(
     """
     grid = block_grid(example.prompt_ids, example.response_ids, layout.block_size)
     predictable = grid.in_response & (grid.response_index < example.length + training.post_num)
-    rows = np.repeat(np.nonzero(predictable.any(1))[0], training.mask_times_per_sample)
-    noised, weight = _noise_blocks(grid.in_response[rows], predictable[rows], training, rng)
-    steps = np.zeros_like(grid.ids)[rows]
-    return _views(grid, rows, noised, noised & predictable[rows], steps, layout.mask_id, weight)
+    row, masked, predict, weight = _noise_blocks(grid.in_response, predictable, training, rng)
+    return _views(grid, row, masked, predict, layout.mask_id, weight=weight)
 
 
 def random_response_views(
@@ -199,38 +299,29 @@ def random_response_views(
     width = len(example.response_ids)
     size = training.block_size if by_block else width
     assert width % size == 0, f"a canvas of {width} tokens is no whole number of blocks of {size}"
-    index = np.arange(width).reshape(-1, size)  # (blocks, size)
-    predictable = index < example.length + training.post_num
-    rows = np.repeat(np.nonzero(predictable.any(1))[0], training.mask_times_per_sample)
-    noised, weight = _noise_blocks(np.ones_like(predictable)[rows], predictable[rows], training, rng)
-    masked = np.arange(width) >= (rows[:, None] + 1) * size  # later blocks
-    predict = np.zeros_like(masked)
-    for view, block in enumerate(rows):
-        masked[view, index[block]] = noised[view]
-        predict[view, index[block]] = noised[view] & predictable[block]
-    whole = np.zeros(len(rows), dtype=np.int64)
-    return _views(grid, whole, masked, predict, np.zeros_like(masked, dtype=np.int64), layout.mask_id, weight)
+    index = np.arange(width)
+    predictable = (index < example.length + training.post_num).reshape(-1, size)  # (blocks, size)
+    block, noised, predicted, weight = _noise_blocks(np.ones_like(predictable), predictable, training, rng)
+    own = index // size == block[:, None]  # (views, width)
+    masked = index // size > block[:, None]  # later blocks
+    predict = np.zeros_like(own)
+    masked[own], predict[own] = noised.ravel(), predicted.ravel()
+    return _views(grid, np.zeros_like(block), masked, predict, layout.mask_id, weight=weight)
 
 
 def next_token_views(example: Example, layout: Layout, training: SFTTrainingConfig, rng: object) -> Views:
     """Autoregressive: the response as it is, every token of it predicted from those before it."""
     width = min(example.length + training.post_num, len(example.response_ids))
-    ids = np.array(example.response_ids[:width], dtype=np.int64)[None]
-    index, zeros = np.arange(width)[None], np.zeros_like(ids)
-    return Views(True, np.zeros(1, dtype=np.int64), ids, ids, np.ones_like(ids, dtype=bool), index, zeros, causal=True)
+    grid = block_grid(example.prompt_ids, example.response_ids[:width], None)
+    everywhere = np.ones_like(grid.ids, dtype=bool)
+    views = _views(grid, np.zeros(1, dtype=np.int64), ~everywhere, everywhere, layout.mask_id)
+    return replace(views, causal=True)
 
 
 def join_views(parts: Sequence[Views]) -> Views:
     """The views of several responses whose clean tokens are one sequence, in its order."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def joined(name: str) -> np.ndarray | None:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else np.concatenate(values)
-
-    arrays = ("block", "inputs", "targets", "predict", "response_index", "step", "weight")
-    return Views(whole=parts[0].whole, causal=parts[0].causal, **{name: joined(name) for name in arrays})
+    arrays = [field.name for field in fields(Views) if isinstance(getattr(parts[0], field.name), np.ndarray)]
+    return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays})
 
 
 # ---- the methods by name
@@ -239,6 +330,18 @@ RL_METHODS: dict[str, ViewMethod] = {
     "TraceRL": replayed_trace,
     "random_masking": random_views,
     "coupled": partial(random_views, coupled=True),
+    "coupled_whole": partial(noised_views, noise=coupled_whole),
+    "whole": partial(noised_views, noise=whole),
+    "counts": partial(noised_views, noise=counts),
+    "quadrature": partial(noised_views, noise=quadrature),
+    "stratified": partial(noised_views, noise=stratified),
+}
+NEEDS = {  # the attention that a method's views are of; the others suit both
+    "coupled_whole": "full",
+    "whole": "full",
+    "counts": "full",
+    "quadrature": "full",
+    "stratified": "block",
 }
 SFT_METHODS: dict[str, dict[str, ViewMethod]] = {  # by the family's attention
     "block": {"semi-ar": random_block_views, "trace": replayed_trace},
@@ -249,6 +352,21 @@ SFT_METHODS: dict[str, dict[str, ViewMethod]] = {  # by the family's attention
         "ar": next_token_views,  # of networks that predict position i at i - 1
     },
 }
+
+
+def check_views(training: RLTrainingConfig, family: Family) -> None:
+    """UserError where the configured views are of another attention than the family's, in a line that names who has it.
+
+    Also where there is no such method.
+    """
+    view_method(training.method)
+    needed = NEEDS.get(training.method) or ("full" if training.prompt_mask else None)
+    if needed not in (None, family.attention):
+        key = f"method={training.method}" if training.method in NEEDS else f"prompt_mask={training.prompt_mask}"
+        others = ", ".join(sorted(name for name, one in FAMILIES.items() if one.attention == needed))
+        raise UserError(
+            f"training.{key} is of {needed} attention, which model.model_base={family.name} does not have; {others} do"
+        )
 
 
 def view_method(method: str) -> ViewMethod:
@@ -266,9 +384,7 @@ def view_method(method: str) -> ViewMethod:
     except TypeError:
         older = True
 
-    def checked(
-        example: Example | Trajectory, layout: Layout, training: TrainingBase, rng: np.random.Generator
-    ) -> Views:
+    def checked(example: Trajectory, layout: Layout, training: TrainingBase, rng: np.random.Generator) -> Views:
         arguments = (layout.block_size, layout.mask_id) if older else (layout,)
         views = function(example, *arguments, training, rng)
         if not isinstance(views, Views):
@@ -288,21 +404,25 @@ def _trace_on(grid: BlockGrid, step_map: list[int]) -> np.ndarray:
 
 
 def _noise_blocks(
-    maskable: np.ndarray, predictable: np.ndarray, training: TrainingBase, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mask each block's tokens with its own t, again until a token to predict is masked.
+    maskable: np.ndarray, predictable: np.ndarray, training: SFTTrainingConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Mask the tokens of each block that has some to predict, with a t of its own; again until one of them is masked.
 
-    Returns who is masked, (blocks, width) bool, and the blocks' ELBO weights, (blocks, 1).
+    maskable and predictable (blocks, width) bool. Every such block comes `mask_times_per_sample` times. Returns its
+    index (views,), what is masked and what of that is predicted, (views, width) bool, and the ELBO's weight (views, 1).
     """
     lower_p, upper_p = training.lower_p, training.upper_p
+    block = np.repeat(np.flatnonzero(predictable.any(1)), training.mask_times_per_sample)
+    maskable, predictable = maskable[block], predictable[block]
     masked = np.zeros_like(maskable)
-    shares = np.zeros((len(maskable), 1))
-    empty = np.arange(len(maskable))
+    shares = np.zeros((len(block), 1))
+    empty = np.arange(len(block))
     while len(empty):
         shares[empty] = share = rng.uniform(lower_p, upper_p, size=(len(empty), 1))
         masked[empty] = (rng.uniform(size=(len(empty), maskable.shape[1])) < share) & maskable[empty]
         empty = empty[~(masked[empty] & predictable[empty]).any(1)]
-    return masked, elbo_weight(shares, predictable.sum(1, keepdims=True), lower_p, upper_p)
+    weight = elbo_weight(shares, predictable.sum(1, keepdims=True), lower_p, upper_p)
+    return block, masked, masked & predictable, weight
 
 
 def elbo_weight(share: np.ndarray, count: np.ndarray, lower_p: float, upper_p: float) -> np.ndarray:
@@ -322,23 +442,23 @@ def elbo_weight(share: np.ndarray, count: np.ndarray, lower_p: float, upper_p: f
 def _views(
     grid: BlockGrid,
     row: np.ndarray,  # (views,) of the grid
-    masked: np.ndarray,  # (views, width), as predict and step
+    masked: np.ndarray,  # (views, width), as predict
     predict: np.ndarray,
-    step: np.ndarray,
     mask_id: int,
+    step: np.ndarray | int = 0,  # (views, 1), or of all
     weight: np.ndarray | None = None,  # (views, 1)
 ) -> Views:
     """Views of the grid's rows; those that predict nothing are left out."""
+    step = np.broadcast_to(step, predict.shape)
     keep = predict.any(1)
-    row, masked, predict, step = row[keep], masked[keep], predict[keep], step[keep]
-    targets = grid.ids[row]
+    row, targets = row[keep], grid.ids[row[keep]]
     return Views(
         whole=grid.whole,
         block=grid.block[row],
-        inputs=np.where(masked, mask_id, targets),
+        inputs=np.where(masked[keep], mask_id, targets),
         targets=targets,
-        predict=predict,
+        predict=predict[keep],
         response_index=grid.response_index[row],
-        step=step,
+        step=step[keep],
         weight=None if weight is None else np.broadcast_to(weight[keep], targets.shape),
     )

@@ -53,9 +53,9 @@ def value_learner(config: RLConfig, updates: int) -> Learner:
     if config.training.gradient_checkpointing_enable:
         value.network.gradient_checkpointing_enable()
     params, precision = config.optimizer.params, mixed_precision(config.model.dtype)
-    return make_learner(
-        Critic(value), params, config.lr_scheduler, updates, config.training, precision, params.value_learning_rate
-    )
+    if params.value_learning_rate is not None:
+        params = dataclasses.replace(params, learning_rate=params.value_learning_rate)
+    return make_learner(Critic(value), params, config.lr_scheduler, updates, config.training, precision)
 
 
 def load_untrained(model_config: ModelConfig, accelerator: Accelerator) -> PreTrainedModel:
@@ -73,8 +73,8 @@ def engine_model(config: RLConfig, trained: LoadedModel, learner: Learner) -> Lo
     """
     _, dtype = device_and_dtype(config.model.dtype)
     tensor_group = config.rollout.tensor_parallel_size
-    own_dtype = next(trained.model.parameters()).dtype
-    if not learner.sharded and not config.model.lora.r and tensor_group == 1 and own_dtype == dtype:
+    same_dtype = next(trained.model.parameters()).dtype == dtype
+    if same_dtype and tensor_group == 1 and not learner.sharded and not config.model.lora.r:
         return trained
     network = load_untrained(config.model, learner.accelerator)
     shard(network, tensor_group)
