@@ -212,6 +212,25 @@ def engine_attention(model: torch.nn.Module) -> Iterator[None]:
         model.config._attn_implementation = before  # the trainer may share the network
 
 
+@contextmanager
+def sampling_kernels(device: torch.device) -> Iterator[None]:
+    """Within, CUDA's kernels are those that suit sampling; on other devices nothing changes.
+
+    Deterministic algorithms would sort the indices of every write to the cache, though a place that is written twice is
+    given the same keys, or is read by nobody. cuDNN's attention makes a plan for every new shape, which takes it long.
+    """
+    deterministic, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
 def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
     """torch's attention; query (rows, heads, length, head_dim), key and value (rows, kv_heads, keys, head_dim).
 
