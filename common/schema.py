@@ -157,6 +157,9 @@ class Sampling:
     merge_commit: bool | None = key(
         None, "block attention: a block's clean keys are computed in the next one's first forward; null: where it pays"
     )
+    compile_kernels: bool = key(
+        True, "on CUDA: each layer's rotary embedding and gate are compiled, once a process, which takes a while"
+    )
     stop_token_list: list[str] | None = key(None, "tokens that end a response too, beside the model's own")
     start_with_think: bool = key(False, "begin the assistant's turn with <think>")
 

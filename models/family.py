@@ -25,6 +25,7 @@ from common.errors import UserError, load_object
 from common.runtime import settle_threads
 from models.files import KEY, MALFORMED, TOKENIZER_FILES, check_files, read_config
 from models.mixture import MixtureNetwork, check_split_tensors
+from models.norms import fuse_norms
 from models.tokenizer import has_tokenizer, load_tokenizer, no_code_for, save_tokenizer
 
 # Instructions around a task; `{question}` is replaced by it.
@@ -156,6 +157,8 @@ def load_network(
     check_tensors(folder, family, report)
     model = model.to(device)
     check_finite(folder, family, model)
+    if torch.device(device).type == "cuda":
+        fuse_norms(model)
     return model
 
 

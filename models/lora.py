@@ -19,8 +19,8 @@ EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 def add_lora(network: torch.nn.Module, lora: LoraSettings) -> None:
     """Put adapters beside the network's linear layers `targets`, in place; all other weights are frozen.
 
-    An adapter adds nothing at first. UserError where a target is no layer of the network, or where it names layers of
-    experts by the names that only dense ones have.
+    An adapter adds nothing at first, and is float32 beside weights of any precision. UserError where a target is no
+    layer of the network, or where it names layers of experts by the names that only dense ones have.
     """
     names = {name.rsplit(".", 1)[-1] for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
     if routers(network):
@@ -38,6 +38,9 @@ def add_lora(network: torch.nn.Module, lora: LoraSettings) -> None:
     import peft  # by those alone who use it: it takes a second
 
     peft.inject_adapter_in_model(peft.LoraConfig(**peft_settings(lora)), network, adapter_name=ADAPTER)
+    for name, parameter in network.named_parameters():
+        if is_adapter(name):  # in the weights' precision an update would be lost to rounding
+            parameter.data = parameter.data.float()
 
 
 def peft_settings(lora: LoraSettings) -> dict[str, Any]:
@@ -75,9 +78,9 @@ def plain_name(name: str) -> str:
 
 
 def merged(layer: torch.nn.Module) -> Tensor:
-    """The layer's weight with what its adapter adds: W + alpha / r · B A (LoRA, eq. 3)."""
+    """The layer's weight with what its adapter adds, rounded once: W + alpha / r · B A (LoRA, eq. 3)."""
     weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
-    return (weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)).detach()
+    return (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype).detach()
 
 
 def save_adapter(lora: LoraSettings, base: str, weights: dict[str, Tensor], folder: Path) -> None:

@@ -289,8 +289,8 @@ class Engine:
         else:
             self.cache.resize(room.width(1), rows=0)
         self.free(slice(None))
-        network = Network(self.model, self.slots.tokens.shape[1], self.flash)
         settings, fixed = self.settings, self.graphs is not None
+        network = Network(self.model, self.slots.tokens.shape[1], self.flash, settings.compile_kernels and fixed)
         self.denoise = self.step_class(
             network, self.slots, self.cache, settings, self.mask_id, self.stop_ids, rows, fixed
         )

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer
 from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb as rotate_part
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 from models.family import family_of_network
 from sample.cache import KeyValueCache
+from sample.kernels import PLAIN, Kernels, compiled
+from sample.parallel import tensor_group_of
 
 NAME = "engine"  # under which transformers knows `attend`
 NORMED_HEADS = (Qwen3DecoderLayer, Qwen3MoeDecoderLayer, Glm4MoeDecoderLayer)
@@ -145,22 +148,35 @@ def bias_of(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Network:
-    """transformers' network with its rotary tables computed once, for positions below `positions`."""
+    """transformers' network with its rotary tables computed once, for positions below `positions`.
 
-    def __init__(self, model: torch.nn.Module, positions: int, flash: bool = False):
+    `compile_kernels`: the small operations of the layers that `by_parts` knows are compiled, at the first forward.
+    """
+
+    def __init__(self, model: torch.nn.Module, positions: int, flash: bool = False, compile_kernels: bool = False):
         weight, family = next(model.parameters()), family_of_network(model)
         self.model, self.flash = model, flash  # whether flash-attn denoises blocks
         self.dtype, self.device = weight.dtype, weight.device
         self.full_attention, self.logit_offset = family.attention == "full", family.logit_offset
         tables = model.model.rotary_emb(weight, torch.arange(positions, device=weight.device)[None])
         self.cosine, self.sine = (table[0] for table in tables)  # (positions, the width of a head that is rotated)
+        self.compile_kernels = compile_kernels and tensor_group_of(model) == 1  # a divided network has other sizes
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        """The layers' small operations. Compiled not before they are used: what torch is set to then is compiled in."""
+        if not self.compile_kernels:
+            return PLAIN
+        own, mlp = self.model.config, self.model.config.intermediate_size
+        heads = (own.num_attention_heads, own.num_key_value_heads, self.cosine.shape[-1])
+        return compiled(*heads, mlp, self.device, self.dtype) or PLAIN
 
     def forward(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Hidden states before the final norm, (lines, length, width); ids and positions (lines, length)."""
         hidden, tables = self.model.model.embed_tokens(ids), (self.cosine[positions], self.sine[positions])
         for layer in self.model.model.layers:
             if isinstance(layer, PRE_NORM):
-                hidden = by_parts(layer, hidden, tables, attention)
+                hidden = by_parts(layer, hidden, tables, attention, self.kernels)
             else:
                 hidden = layer(
                     hidden, attention_mask=None, position_ids=positions, position_embeddings=tables, attention=attention
@@ -172,18 +188,22 @@ class Network:
         return self.model.lm_head(self.model.model.norm(hidden))
 
 
-def by_parts(layer: torch.nn.Module, hidden: Tensor, tables: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+def by_parts(
+    layer: torch.nn.Module, hidden: Tensor, tables: tuple[Tensor, Tensor], attention: Attention, kernels: Kernels
+) -> Tensor:
     """The layer's output, by its own parts: its `forward`'s numbers, on a CPU in three quarters of the time."""
     own, normed = layer.self_attn, layer.input_layernorm(hidden)
     heads = (*hidden.shape[:2], -1, own.head_dim)
     query, key, value = own.q_proj(normed).view(heads), own.k_proj(normed).view(heads), own.v_proj(normed).view(heads)
     if isinstance(layer, NORMED_HEADS):
         query, key = own.q_norm(query), own.k_norm(key)
-    rotate = apply_rotary_pos_emb if tables[0].shape[-1] == own.head_dim else rotate_part
-    query, key = rotate(query, key, *tables, unsqueeze_dim=2)
+    if tables[0].shape[-1] == own.head_dim:
+        query, key = kernels.rotate(query, key, *tables)
+    else:
+        query, key = rotate_part(query, key, *tables, unsqueeze_dim=2)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     hidden = hidden + own.o_proj(attention.attend(own.layer_idx, query, key, value, own.scaling))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden + kernels.feed_forward(layer.mlp, layer.post_attention_layernorm(hidden))
 
 
 def attend(

@@ -27,7 +27,7 @@ OBJECTIVES: list[dict[str, Any]] = [
     {"shrink": 2, "loss_norm": "step", "eps_high": 0.3},
     {"method": "random_masking", "loss_norm": "length"},
     {"method": "coupled", "use_kl_estimator_k3": False},
-    {"ratio_level": "sequence", "method": "coupled"},
+    {"term": "sequence", "method": "coupled"},
     {"updates_per_step": 2, "old_logp": "recompute", "tis_cap": 2.0},
     {"kl_reference": "initial", "beta": 0.1, "old_logp": "detach"},
 ]

@@ -267,6 +267,9 @@ def switch_on() -> None:
     """Patch torch for the rest of the process; before the project is imported, which holds functions by name."""
     assert not {"sample", "train"} & {name.partition(".")[0] for name in sys.modules}, "the project is imported"
     _device_constructors()  # is kept: `with torch.device(…)` goes on to know torch's own functions
+    made = torch.empty  # memory is never pinned here
+    torch.empty = lambda *size, pin_memory=False, **named: made(*size, **named)
+    torch.compile = lambda function, **_: function
     for name, stand_in in STAND_INS.items():
         setattr(torch.cuda, name, stand_in)
     Tensor.to = to
