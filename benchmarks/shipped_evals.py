@@ -48,6 +48,7 @@ def tiny_arguments(path: Path) -> list[str]:
         values["dataset.prompt_style"] = "template"  # the tiny tokenizers lack the marks of their published turns
     if find_family(config.model_base).attention == "block":
         values |= {"dataset.eval_dataset": "arithmetic_4_test", "rollout.max_token": 40}
+        values |= {"rollout.block_size": 4, "rollout.denoising_steps_per_block": 4}  # the tiny models'
     else:
         whole = config.rollout.block_size == config.rollout.max_token
         values |= {"dataset.eval_dataset": "arithmetic_3_test", "rollout.max_token": 20, "rollout.steps": 20}

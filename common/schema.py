@@ -23,6 +23,7 @@ Function = NewType("Function", str)  # module:function, of the user's own
 STRATEGIES, KINDS = get_args(Strategy), get_args(Kind)
 # Sampling keys that may be lists in an evaluation: entry i of each makes setting i.
 SETTINGS = ("block_size", "temperature", "top_k", "top_p", "remasking_strategy", "dynamic_threshold")
+FAMILIES_HELP = "the family: sdar, trado, sdar_moe, dream, llada, mmada, llada2, or my_module:MY_FAMILY"
 LONG_TASKS = "tasks with longer prompts are not drawn and count as wrong"
 
 
@@ -294,6 +295,12 @@ class TrainingBase:
         3, "updates in a row whose loss or gradient is not finite: they are skipped, so many end the run", low=1
     )
     gradient_checkpointing_enable: bool = key(False, "recompute activations in the backward pass: less memory")
+    freeze_router: bool = key(False, "mixtures of experts: what gives tokens to experts is not trained")
+    expert_bias_rate: float = key(
+        0.0,
+        "llada2: by how much an update moves the biases of experts towards equal use (2408.15664); 0: they stay",
+        low=0,
+    )
     lower_p: float = key(0.1, "lowest masking probability of a random view", low=0, high=1)
     upper_p: float = key(0.9, "highest masking probability of a random view", low=0.01, high=1)
     mask_times_per_sample: int = key(1, "random masking: noised copies of each response", low=1)
@@ -502,14 +509,15 @@ class LoraSettings:
     r: int = key(0, "rank of the adapters; 0 trains the weights themselves", low=0)
     alpha: float = key(32.0, "what an adapter adds is scaled by alpha / r", low=0)
     targets: list[str] = key(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "layers that get one, by name"
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "layers that get one, by name; experts: all of a mixture's, each its own",
     )
 
 
 @dataclass
 class ModelConfig:
     pretrained_model: str = key("", "folder or hub id of the model; `tiny`: a new small network (SFT only)")
-    model_base: str = key("sdar", "the family: sdar, trado, dream, llada, mmada, or my_module:MY_FAMILY")
+    model_base: str = key("sdar", FAMILIES_HELP)
     optimized_name: str = key("optimized", "folder of the trained model under ckpt/")
     dtype: Dtype = key("auto", "of the weights: auto (bfloat16 on a GPU, float32 elsewhere), float32, bfloat16")
     lora: LoraSettings = section(LoraSettings)
@@ -675,7 +683,7 @@ class EvalConfig(JobConfig):
 
     experiment: EvalExperimentConfig = section(EvalExperimentConfig)
     model: str = key("", "folder or hub id of the model")
-    model_base: str = key("sdar", "the family: sdar, trado, dream, llada, mmada, or my_module:MY_FAMILY")
+    model_base: str = key("sdar", FAMILIES_HELP)
     made_by: str | None = key(None, "an SFT config that makes the model where that folder is missing")
     dtype: Dtype = key("auto", "of the weights: auto, float32, bfloat16")
     seed: int = key(10086, "of the draws", low=0)

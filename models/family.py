@@ -24,6 +24,7 @@ from transformers.core_model_loading import WeightRenaming
 from common.errors import UserError, load_object
 from common.runtime import settle_threads
 from models.files import KEY, MALFORMED, TOKENIZER_FILES, check_files, read_config
+from models.mixture import MixtureNetwork, check_split_tensors
 from models.norms import fuse_norms
 from models.tokenizer import has_tokenizer, load_tokenizer, no_code_for, save_tokenizer
 
@@ -38,7 +39,7 @@ SHARED = {
     "option": "This is the problem:\n{question}\nYou need to think step by step and put the final option "
     "(A, B, C, or D only—no other character) in \\boxed{}. ",
 }
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|role_end|>")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Family:
     instructions: dict[str, str]  # kind: text around {question}; kind_think: where the answer begins with a thought
     published_turn: str = ""  # the whole prompt around the user's {turn} in its published evaluation; empty: none
     sampling: dict[str, Any] = field(default_factory=dict)  # keys of `Sampling` where a config says nothing
+    block_size: int | None = None  # of checkpoints whose config.json names none
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class LoadedModel:
     family: Family
     mask_id: int
     stop_ids: tuple[int, ...]  # ascending
-    block_size: int | None = None  # None: config.json names none
+    block_size: int | None = None  # None: neither config.json nor the family names one
 
 
 FAMILIES: dict[str, Family] = {}
@@ -79,7 +81,8 @@ def register(family: Family) -> None:
     for auto_class in (AutoModel, AutoModelForCausalLM):
         auto_class.register(family.config_class, family.model_class, exist_ok=True)
     renamings = [WeightRenaming(re.escape(theirs), re.escape(ours)) for theirs, ours in family.model_class.tensor_names]
-    register_checkpoint_conversion_mapping(family.model_type, renamings, overwrite=True)
+    conversions = [*family.model_class.tensor_joins, *renamings]
+    register_checkpoint_conversion_mapping(family.model_type, conversions, overwrite=True)
     no_code_for(family.model_type)
 
 
@@ -128,6 +131,8 @@ def load_network(
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its report on loading is a table of what is told below in one line
     try:
+        if issubclass(family.model_class, MixtureNetwork):
+            check_split_tensors(folder, family)
         model, report = family.model_class.from_pretrained(
             str(folder),
             dtype=dtype,
@@ -218,8 +223,11 @@ def family_of(path: str | Path) -> str:
 
 
 def own_block_size(folder: Path, family: Family) -> int | None:
-    """The block size that a checkpoint's config.json names, where its family attends by blocks; UserError if unfit."""
-    size = read_config(folder).get("block_size") if family.attention == "block" else None
+    """The block size that a checkpoint's config.json names, else the family's; UserError if unfit.
+
+    None where there is none, or the family does not attend by blocks.
+    """
+    size = read_config(folder).get("block_size", family.block_size) if family.attention == "block" else None
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise UserError(f"{KEY}: {folder}/config.json: block_size: {size!r} is no whole number above 0; mend it")
     return size
@@ -274,11 +282,27 @@ def check_finite(folder: Path, family: Family, model: PreTrainedModel) -> None:
 
 
 def find_mask_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: Family) -> int:
-    """Return the id of the mask token by tokenizer, then config; UserError if neither has one that the network has."""
+    """Return the id of the mask token by tokenizer, then config.
+
+    UserError if neither has one that the network has, or if it is that of another token.
+    """
+    where = f"{KEY}: {model.config.name_or_path}"
     mask_id = tokenizer.mask_token_id
     if mask_id is None:
-        mask_id = tokenizer.get_vocab().get(family.mask_token, getattr(model.config, "mask_token_id", None))
-    where = f"{KEY}: {model.config.name_or_path}"
+        mask_id = tokenizer.get_vocab().get(family.mask_token)
+    if mask_id is None:
+        mask_id = getattr(model.config, "mask_token_id", None)
+        named = None if mask_id is None else tokenizer.convert_ids_to_tokens(mask_id)
+        if named is not None:
+            raise UserError(
+                f"{where}: mask_token_id {mask_id} of config.json is the tokenizer's {named!r}; set mask_token in "
+                f"tokenizer_config.json ({family.name}'s is {family.mask_token}; {named!r} if it is that one)"
+            )
+    elif mask_id in find_stop_ids(model, tokenizer):
+        raise UserError(
+            f"{where}: the tokenizer's mask token {tokenizer.convert_ids_to_tokens(mask_id)!r} is also one that ends a "
+            f"response; set mask_token in tokenizer_config.json ({family.name}'s is {family.mask_token})"
+        )
     if mask_id is None:
         raise UserError(
             f"{where}: the tokenizer has no mask token; set mask_token in tokenizer_config.json "

@@ -57,6 +57,18 @@ def check_files(folder: Path) -> None:
                     raise UserError(f"{KEY}: tensor {name} of {file} is of type {kind}; {way_out}")
 
 
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in a checkpoint's safetensors files, by name; none where it has no such files.
+
+    A file that is damaged is passed over: that is told when it is read.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with contextlib.suppress(SafetensorError), safe_open(file, "pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.offset_keys()}
+    return shapes
+
+
 def check_texts(folder: Path) -> None:
     """UserError for the first file of config or tokenizer that is not what its name says."""
     names = ("config.json", "generation_config.json", *TOKENIZER_FILES, *INDEXES)

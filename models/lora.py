@@ -1,6 +1,7 @@
 """Low-rank adapters by peft: trained in place of the network's own weights, merged for sampling, saved both ways."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -8,28 +9,48 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.schema import LoraSettings
+from models.mixture import routers
 
 ADAPTER = "default"
+EXPERTS = "experts"  # among targets: the joined weights of a mixture's experts
+EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def add_lora(network: torch.nn.Module, lora: LoraSettings) -> None:
     """Put adapters beside the network's linear layers `targets`, in place; all other weights are frozen.
 
     An adapter adds nothing at first, and is float32 beside weights of any precision. UserError where a target is no
-    layer of the network.
+    layer of the network, or where it names layers of experts by the names that only dense ones have.
     """
     names = {name.rsplit(".", 1)[-1] for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
+    if routers(network):
+        names.add(EXPERTS)
+        dense = [target for target in lora.targets if target in ("gate_proj", "up_proj", "down_proj")]
+        if dense and EXPERTS not in lora.targets:
+            raise UserError(
+                f"model.lora.targets: {', '.join(dense)} would adapt no expert of the mixture; write {EXPERTS} in "
+                "their place, or leave them out: [q_proj,k_proj,v_proj,o_proj] adapts attention alone"
+            )
     for target in lora.targets:
         if target not in names:
             known = ", ".join(sorted(names))
             raise UserError(f"model.lora.targets: {target!r} is no layer of the model; there are {known}")
     import peft  # by those alone who use it: it takes a second
 
-    config = peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=list(lora.targets))
-    peft.inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+    peft.inject_adapter_in_model(peft.LoraConfig(**peft_settings(lora)), network, adapter_name=ADAPTER)
     for name, parameter in network.named_parameters():
         if is_adapter(name):  # in the weights' precision an update would be lost to rounding
             parameter.data = parameter.data.float()
+
+
+def peft_settings(lora: LoraSettings) -> dict[str, Any]:
+    """The adapters in peft's words."""
+    return {
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "target_modules": [target for target in lora.targets if target != EXPERTS],
+        "target_parameters": EXPERT_PARAMETERS if EXPERTS in lora.targets else None,
+    }
 
 
 def is_adapter(name: str) -> bool:
@@ -38,19 +59,27 @@ def is_adapter(name: str) -> bool:
 
 
 def adapted_layer(network: torch.nn.Module, name: str) -> torch.nn.Module | None:
-    """The adapted layer whose own weight has that name; None for other parameters."""
-    prefix, found, rest = name.rpartition(".base_layer.")
-    return network.get_submodule(prefix) if found and rest == "weight" else None
+    """The adapter's layer for the weight of that name; None for other parameters.
+
+    Experts have several adapted weights, and as many layers one around another.
+    """
+    prefix, found, weight = name.rpartition(".base_layer.")
+    while found:
+        layer = network.get_submodule(prefix)
+        if getattr(layer, "parameter_name", "weight") == weight:
+            return layer
+        prefix, found, _ = prefix.rpartition(".base_layer")
+    return None
 
 
 def plain_name(name: str) -> str:
     """The name that a parameter has without adapters."""
-    return name.replace(".base_layer.", ".")
+    return name.replace(".base_layer", "")
 
 
 def merged(layer: torch.nn.Module) -> Tensor:
     """The layer's weight with what its adapter adds, rounded once: W + alpha / r · B A (LoRA, eq. 3)."""
-    weight = layer.base_layer.weight
+    weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
     return (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype).detach()
 
 
@@ -58,10 +87,7 @@ def save_adapter(lora: LoraSettings, base: str, weights: dict[str, Tensor], fold
     """Write the adapter as peft does, for PeftModel.from_pretrained(network, folder). weights: by parameter name."""
     import peft
 
-    config = peft.LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, target_modules=list(lora.targets), base_model_name_or_path=base
-    )
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
+    peft.LoraConfig(**peft_settings(lora), base_model_name_or_path=base).save_pretrained(folder)
     named = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor for name, tensor in weights.items()}
     save_file(named, folder / "adapter_model.safetensors")

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.core_model_loading import WeightConverter
 from transformers.utils import logging
 
 from common.errors import UserError
@@ -83,9 +84,11 @@ class DiffusionNetwork:
     """Mix-in, named before a transformers causal language model.
 
     `tensor_names` pairs a part of the publisher's tensor names with transformers' part, in the order of replacement.
+    `tensor_joins` make tensors of the publisher's into transformers' where that takes more than a name.
     """
 
     tensor_names: ClassVar[tuple[tuple[str, str], ...]] = ()
+    tensor_joins: ClassVar[tuple[WeightConverter, ...]] = ()
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)

@@ -9,9 +9,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from models.family import Family, find_family
 from models.llada import LLAMA_SHAPE, LLaDAConfig
+from models.llada2 import LLADA2_SHAPE, LLaDA2MoeConfig
+from models.mixture import MixtureNetwork
+from models.sdar_moe import SDARMoeConfig
 
 WIDTH, LAYERS, HEADS, KV_HEADS = 128, 4, 4, 2
 MLP_RATIO = 3  # width of the feed-forward over that of the network
+EXPERTS, ACTIVE = 8, 2  # of a mixture; together they are as wide as a dense feed-forward
 MAX_LENGTH = 512
 BOXED = "\\boxed{"
 CHARACTERS = "0123456789+-*/=;}{()[]<>,.?:^% \n"
@@ -102,6 +106,16 @@ def published_config(family: Family, ids: dict[str, int], width: int) -> dict[st
         own |= {"sliding_window": None, "use_sliding_window": False}
         if family.attention == "block":
             own |= {"attention_bias": False, "block_size": 4, "head_dim": width // HEADS}
+        if issubclass(family.model_class, MixtureNetwork):
+            own |= {"moe_intermediate_size": MLP_RATIO * width // EXPERTS, "norm_topk_prob": True}
+            own |= {"num_experts": EXPERTS, "num_experts_per_tok": ACTIVE}
+        if issubclass(family.config_class, SDARMoeConfig):
+            own |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+        if issubclass(family.config_class, LLaDA2MoeConfig):
+            own |= {key: allowed[0] for key, allowed in LLADA2_SHAPE.items()}
+            own |= {"first_k_dense_replace": 1, "num_shared_experts": 1, "use_qk_norm": True}
+            own |= {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+            own |= {"partial_rotary_factor": 0.5, "rotary_dim": width // HEADS // 2}
     names = {ours: theirs for theirs, ours in family.config_class.attribute_map.items()}
     kind = {"architectures": [family.model_class.__name__], "model_type": family.model_type, "torch_dtype": "float32"}
     return kind | {names.get(key, key): value for key, value in sizes.items()} | own

@@ -16,6 +16,7 @@ from common.runtime import console
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from models.family import end_of_sequence_ids, family_of_network, longest_sequence
+from models.mixture import named_weights
 from sample import block_attention
 from sample.cache import KeyValueCache, Room, affordable_tokens, rounded
 from sample.network import Network, engine_attention, has_flash, sampling_kernels
@@ -199,7 +200,7 @@ class Engine:
     @torch.no_grad()
     def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Copy weights into the model in place; a tensor that already is the model's own costs nothing."""
-        own = dict(self.model.named_parameters())
+        own = named_weights(self.model)
         tied = self.model.config.tie_word_embeddings and "lm_head.weight" in own  # divided, and so a copy
         for name, tensor in named:
             copy_into(own[name], tensor)

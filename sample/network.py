@@ -17,9 +17,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer
+from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb as rotate_part
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 from models.family import family_of_network
 from sample.cache import KeyValueCache
@@ -27,7 +30,8 @@ from sample.kernels import PLAIN, Kernels, compiled
 from sample.parallel import tensor_group_of
 
 NAME = "engine"  # under which transformers knows `attend`
-PRE_NORM = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)  # layers that `by_parts` knows
+NORMED_HEADS = (Qwen3DecoderLayer, Qwen3MoeDecoderLayer, Glm4MoeDecoderLayer)
+PRE_NORM = (LlamaDecoderLayer, Qwen2DecoderLayer, *NORMED_HEADS)  # layers that `by_parts` knows
 FOLD_FROM = 8  # rows on the CPU, see docs/performance.md
 
 
@@ -155,7 +159,7 @@ class Network:
         self.dtype, self.device = weight.dtype, weight.device
         self.full_attention, self.logit_offset = family.attention == "full", family.logit_offset
         tables = model.model.rotary_emb(weight, torch.arange(positions, device=weight.device)[None])
-        self.cosine, self.sine = (table[0] for table in tables)  # (positions, head_dim)
+        self.cosine, self.sine = (table[0] for table in tables)  # (positions, the width of a head that is rotated)
         self.compile_kernels = compile_kernels and tensor_group_of(model) == 1  # a divided network has other sizes
 
     @cached_property
@@ -191,9 +195,12 @@ def by_parts(
     own, normed = layer.self_attn, layer.input_layernorm(hidden)
     heads = (*hidden.shape[:2], -1, own.head_dim)
     query, key, value = own.q_proj(normed).view(heads), own.k_proj(normed).view(heads), own.v_proj(normed).view(heads)
-    if isinstance(layer, Qwen3DecoderLayer):
+    if isinstance(layer, NORMED_HEADS):
         query, key = own.q_norm(query), own.k_norm(key)
-    query, key = kernels.rotate(query, key, *tables)
+    if tables[0].shape[-1] == own.head_dim:
+        query, key = kernels.rotate(query, key, *tables)
+    else:
+        query, key = rotate_part(query, key, *tables, unsqueeze_dim=2)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     hidden = hidden + own.o_proj(attention.attend(own.layer_idx, query, key, value, own.scaling))
     return hidden + kernels.feed_forward(layer.mlp, layer.post_attention_layernorm(hidden))

@@ -8,6 +8,7 @@ from transformers.integrations.tensor_parallel import apply_tensor_parallelism, 
 
 from common import ranks
 from common.errors import UserError
+from models.mixture import MixtureNetwork
 
 
 def shard(model: torch.nn.Module, size: int) -> int:
@@ -30,6 +31,8 @@ def shard(model: torch.nn.Module, size: int) -> int:
         raise UserError(f"rollout.tensor_parallel_size: {size} does not divide the model's {key_heads} key-value heads")
     if size == 1:
         return ranks.rank() if world > 1 else 0
+    if isinstance(model, MixtureNetwork):
+        raise UserError(f"rollout.tensor_parallel_size: {size}, but mixtures of experts are sampled whole; set it to 1")
     mesh = init_device_mesh(model.device.type, (world // size, size), mesh_dim_names=("group", "tensor"))
     head, embedding = model.lm_head, model.model.embed_tokens
     if head.weight is embedding.weight:  # the head is divided, the embedding is not

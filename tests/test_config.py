@@ -328,7 +328,7 @@ def test_command_line():
 
 
 ENTRY = [*(f"{name}.py" for name in ("eval", "generate", "multinode_eval", "multinode_rl", "rl", "serve"))]
-ENTRY += [*(f"train/sft_{family}.py" for family in ("sdar", "trado", "dream", "llada", "mmada"))]
+ENTRY += [*(f"train/sft_{family}.py" for family in ("sdar", "trado", "sdar_moe", "dream", "llada", "mmada", "llada2"))]
 ENTRY += ["sample/get_trace_viewer.py", "reward/__main__.py", "common/config.py", "common/doctor.py"]
 HELP = """
 import atexit, runpy, sys

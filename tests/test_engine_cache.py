@@ -246,7 +246,7 @@ def test_the_network_attends_as_before_when_the_engine_is_done(tiny: LoadedModel
 # ---- the network's layers
 
 
-@pytest.mark.parametrize("family", ["sdar", "dream", "llada"])
+@pytest.mark.parametrize("family", ["sdar", "dream", "llada", "sdar_moe", "llada2"])
 def test_a_layer_by_its_parts_is_the_layer(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit; and a layer of a class that is not known is called as it is."""
     build_tiny(family, tmp_path, seed=5)
@@ -257,9 +257,9 @@ def test_a_layer_by_its_parts_is_the_layer(family: str, tmp_path: Path, monkeypa
     ids, positions = torch.randint(0, 30, (9, 12)), torch.arange(12).expand(9, -1)
     attention = sample.network.OwnKeys(sample.network.bias_of(torch.rand(9, 1, 12, 12) > 0.3, torch.float32))
     network = Network(model, positions=12)
-    assert isinstance(model.model.layers[0], sample.network.PRE_NORM)
     with torch.inference_mode(), sample.network.engine_attention(model):
         parts = network.forward(ids, positions, attention)
+        assert all(isinstance(layer, sample.network.PRE_NORM) for layer in model.model.layers)
         monkeypatch.setattr(sample.network, "PRE_NORM", ())
         whole = network.forward(ids, positions, attention)
     assert torch.equal(parts, whole)

@@ -55,6 +55,8 @@ def main(folder: Path, other: Path) -> None:
     model = load_model(folder, "sdar").model
     with pytest.raises(UserError, match=r"tensor_parallel_size: 3 does not divide the 2 devices"):
         shard(model, 3)
+    with pytest.raises(UserError, match=r"tensor_parallel_size: 2, but mixtures of experts are sampled whole"):
+        shard(load_model(folder / "mixture", "sdar_moe").model, 2)
     model.config.num_key_value_heads = 1
     with pytest.raises(UserError, match=r"tensor_parallel_size: 2 does not divide the model's 1 key-value heads"):
         shard(model, 2)
@@ -72,6 +74,7 @@ def test_two_processes_draw_what_one_draws(tmp_path: Path) -> None:
     folder, other = tmp_path / "one", tmp_path / "other"
     build_tiny("sdar", folder, seed=3)
     build_tiny("sdar", other, seed=4)
+    build_tiny("sdar_moe", folder / "mixture", seed=4)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -29,8 +29,8 @@ from models.sdar import SDARConfig
 from models.tiny import build_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
-GOLDEN_FAMILIES = ("sdar", "dream", "llada", "mmada")
-FAMILIES = ("sdar", "trado", "dream", "llada", "mmada")
+GOLDEN_FAMILIES = ("sdar", "dream", "llada", "mmada")  # tests/test_mixture.py has the mixtures
+FAMILIES = ("sdar", "trado", "sdar_moe", "dream", "llada", "mmada", "llada2")
 ARITHMETIC = "4+2=6;6+8=14;14+1=15;\\boxed{15}"
 
 
@@ -405,7 +405,7 @@ def test_errors_of_name_and_folder(tmp_path: Path) -> None:
     edit_json(wrong / "config.json", hidden_size="wide")
     assert "config.json does not fit sdar" in fails(models.load_network, wrong, "sdar")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    assert "no family of sdar, trado, dream, llada, mmada" in fails(models.load_network, tmp_path, "sdar")
+    assert f"no family of {', '.join(FAMILIES)} reads" in fails(models.load_network, tmp_path, "sdar")
 
 
 @pytest.mark.parametrize(
@@ -452,9 +452,13 @@ def test_where_the_mask_id_comes_from(tiny: dict[str, Path], tmp_path: Path) -> 
     assert models.load_model(folder, "sdar").mask_id == 38  # the tokenizer's mask_token
     edit_json(folder / "tokenizer_config.json", mask_token=None)
     assert models.load_model(folder, "sdar").mask_id == 38  # the family's, in the vocabulary
-    text = (folder / "tokenizer.json").read_text().replace("<|MASK|>", "<|other|>")
-    (folder / "tokenizer.json").write_text(text)
-    assert models.load_model(folder, "sdar").mask_id == 5  # the config's
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    del tokenizer["model"]["vocab"]["<|MASK|>"]
+    tokenizer["added_tokens"].pop()
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "mask_token_id 5 of config.json is the tokenizer's '5'" in fails(models.load_model, folder, "sdar")
+    edit_json(folder / "config.json", mask_token_id=38)
+    assert models.load_model(folder, "sdar").mask_id == 38  # the config's, which the tokenizer calls nothing else
 
 
 def test_where_the_stop_ids_come_from(tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -540,8 +544,10 @@ def test_the_rows() -> None:
     assert {row.name: (row.attention, row.logit_offset) for row in models.FAMILIES.values()} == {
         "sdar": ("block", 0),
         "trado": ("block", 0),
+        "sdar_moe": ("block", 0),
         "dream": ("full", -1),
         "llada": ("full", 0),
         "mmada": ("full", 0),
+        "llada2": ("block", 0),
     }
     assert issubclass(models.FAMILIES["trado"].config_class, SDARConfig)

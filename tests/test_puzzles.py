@@ -84,7 +84,7 @@ def test_countdown_splits_share_no_task_in_any_order() -> None:
 
 def test_countdown_depends_on_its_seed_alone() -> None:
     once = countdown_tasks(4, "dev", 30)
-    countdown._tasks.cache_clear()
+    countdown._tasks.cache_clear()  # the public function has no cache of its own to empty
     assert once == countdown_tasks(4, "dev", 30) != countdown_tasks(4, "dev", 30, seed=1)
 
 

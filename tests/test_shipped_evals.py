@@ -12,7 +12,7 @@ from common.config import load_config, settings_of
 
 def test_every_family_has_its_evaluations() -> None:
     found = {path.stem: yaml.safe_load(path.read_text())["model_base"] for path in shipped_configs()}
-    assert set(found.values()) == {"sdar", "trado", "dream", "llada", "mmada"}
+    assert set(found.values()) == {"sdar", "trado", "sdar_moe", "dream", "llada", "mmada", "llada2"}
     published = {name for name in found if name.endswith("_published")}
     assert published == {f"{name}_eval_published" for name in ("llada", "dream", "diffucoder", "mmada")}
 

@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -21,9 +21,11 @@ from common.runtime import console
 from common.schema import OptimizerParams, SchedulerConfig, TrainingBase
 from common.stop import beat
 from models.lora import adapted_layer, is_adapter, merged, plain_name
+from models.mixture import expert_biases
 from train.attention import TILE
 from train.network import Head
 from train.packing import PackedBatch, Row, pack
+from train.routing import Routing
 
 MOST_PADDING = 0.2  # of a micro-batch where a dense mask forbids long rows; benchmarks/finetuning.py compares
 
@@ -40,6 +42,7 @@ class Learner:
     max_bad_steps: int = 1
     bad_in_a_row: int = 0
     deepspeed: torch.nn.Module | None = None  # its engine around the network, where DeepSpeed shards what belongs to it
+    routing: Routing | None = None  # of a mixture of experts
 
     @property
     def sharded(self) -> bool:
@@ -67,6 +70,7 @@ class Update:
     loss: float  # the sum over its micro-batches
     grad_norm: float  # before clipping
     taken: bool  # False: one of the two was not finite; weights, optimizer and schedule are as they were
+    routing: dict[str, float] = field(default_factory=dict)  # train.routing.FIGURES of a mixture
 
 
 def make_learner(
@@ -185,7 +189,9 @@ def update(
     learner.network.train()  # without it transformers ignores gradient checkpointing
     try:
         for number, batch in enumerate(share, 1):
-            part = loss(batch.to(learner.accelerator.device))
+            batch = batch.to(learner.accelerator.device)
+            with learner.routing.counting(batch) if learner.routing else contextlib.nullcontext():
+                part = loss(batch)
             total += part.detach().double().cpu()
             last = number == len(share)
             if last and not math.isfinite(ranks.add_up(total)):
@@ -197,6 +203,7 @@ def update(
         before_step()
     norm = optimizer_step(learner)
     taken = math.isfinite(norm)
+    routing = learner.routing.end_update(taken) if learner.routing else {}
     if taken:
         learner.scheduler.step()
         learner.bad_in_a_row = 0
@@ -209,7 +216,7 @@ def update(
             "is not finite; lower the learning rate, or resume from the last checkpoint "
             "(experiment.start_from_scratch=False)"
         )
-    return Update(float(total), norm, taken)
+    return Update(float(total), norm, taken, routing)
 
 
 def optimizer_step(learner: Learner) -> float:
@@ -277,6 +284,8 @@ def whole_weights(network: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         elif not is_adapter(name):
             with whole(parameter):
                 yield plain_name(name), parameter.data
+    for name, bias in expert_biases(network):
+        yield plain_name(name), bias
 
 
 def whole(*parameters: torch.nn.Parameter, changed: bool = False) -> contextlib.AbstractContextManager:

@@ -20,7 +20,8 @@ from common import ranks
 from common.checkpoint import Writer, write_folder
 from common.schema import ModelConfig
 from models import save_model
-from models.lora import is_adapter, save_adapter
+from models.lora import is_adapter, plain_name, save_adapter
+from models.mixture import expert_biases
 from models.value import ValueNetwork, save_value
 from train.learner import Learner, whole, whole_weights
 
@@ -75,6 +76,8 @@ def load_learner(learner: Learner, folder: Path, weights: dict[str, Tensor]) -> 
         keys = {key: f"{name}:{key}" for key in ("weight", *MOMENTS) if f"{name}:{key}" in file_of}
         saved = {key: file_of[full].get_tensor(full) for key, full in keys.items()}
         set_state(learner, parameter, saved.pop("weight", weights.get(name)), saved)
+    for name, bias in expert_biases(learner.network.saved):
+        bias.copy_(weights[plain_name(name)])
     learner.scheduler.load_state_dict(counts["scheduler"] | {"lr_lambdas": [None]})
     for group, rate in zip(learner.optimizer.param_groups, learner.scheduler.get_last_lr()):
         group["lr"] = rate

@@ -12,11 +12,13 @@ from common.runtime import device_and_dtype
 from common.schema import ModelConfig, RLConfig, SFTConfig, TrainingBase
 from models import LoadedModel, load_model, load_network
 from models.lora import add_lora
+from models.mixture import named_weights, routers
 from models.norms import fuse_norms
 from models.value import load_value
 from sample.parallel import shard
 from train.learner import Learner, make_learner, whole_networks, whole_weights
 from train.network import Critic, Policy
+from train.routing import Routing, prepare_routers
 
 
 def mixed_precision(dtype: str) -> str:
@@ -33,6 +35,7 @@ def load_trained(model_config: ModelConfig, training: TrainingBase, path: str | 
     loaded = load_model(path, model_config.model_base, dtype if model_config.lora.r else torch.float32, device)
     if model_config.lora.r:
         add_lora(loaded.model, model_config.lora)
+    prepare_routers(loaded.model, training)
     if training.gradient_checkpointing_enable:
         loaded.model.gradient_checkpointing_enable()
     return loaded
@@ -41,7 +44,10 @@ def load_trained(model_config: ModelConfig, training: TrainingBase, path: str | 
 def policy_learner(config: RLConfig | SFTConfig, loaded: LoadedModel, updates: int) -> Learner:
     """The policy over a loaded model, with its optimizer and a schedule of `updates` updates."""
     policy, precision = Policy(loaded.model, loaded.mask_id), mixed_precision(config.model.dtype)
-    return make_learner(policy, config.optimizer.params, config.lr_scheduler, updates, config.training, precision)
+    learner = make_learner(policy, config.optimizer.params, config.lr_scheduler, updates, config.training, precision)
+    if routers(loaded.model):
+        learner.routing = Routing(loaded.model, config.training.expert_bias_rate)
+    return learner
 
 
 def value_learner(config: RLConfig, updates: int) -> Learner:
@@ -99,7 +105,7 @@ def whole_model(loaded: LoadedModel, learner: Learner) -> LoadedModel:
     network = network.to(loaded.model.device, loaded.model.dtype).eval()
     if loaded.model.device.type == "cuda":
         fuse_norms(network)
-    own = dict(network.named_parameters())
+    own = named_weights(network)
     with torch.no_grad():
         for name, tensor in whole_weights(loaded.model):
             own[name].copy_(tensor)

@@ -29,6 +29,7 @@ from train.objectives import (
     value_targets,
 )
 from train.packing import PackedBatch, Row, make_rows
+from train.routing import FIGURES as ROUTING_FIGURES
 from train.views import Layout, trace_views, view_method
 
 RATIO_TOLERANCE = 1e-4  # fp32: rounding stays under 2e-5, a wrong replay or stale weights move it above 1e-2
@@ -337,6 +338,7 @@ def policy_figures(totals: Counter) -> dict[str, float]:
         "entropy": totals["entropy"] / totals["tokens"],
         "grad_norm": totals["grad_norm"] / totals["updates"],
         "predicted_tokens": totals["tokens"],
+        **{name: totals[name] / totals["updates"] for name in ROUTING_FIGURES if name in totals},
     }
 
 
@@ -360,7 +362,7 @@ def counted_update(
     done = update(learner, batches, summed, before_step)
     if not done.taken:
         return Counter(bad_steps=1)
-    total = Counter(updates=1, grad_norm=done.grad_norm)
+    total = Counter(updates=1, grad_norm=done.grad_norm, **done.routing)
     for of_rank in ranks.gather(sums):
         total.update(of_rank)
     return total

@@ -262,7 +262,7 @@ def sft_update(
 
     done = update(learner, micro_batches(rows, token_budget), loss)
     figures = {"loss": done.loss, "grad_norm": done.grad_norm} if done.taken else {}
-    return figures | {"predicted_tokens": count, "bad_steps": int(not done.taken)}
+    return figures | done.routing | {"predicted_tokens": count, "bad_steps": int(not done.taken)}
 
 
 def report_line(run: SFTRun, figures: dict[str, float]) -> str:

@@ -1,0 +1,89 @@
+"""Which experts a mixture's tokens are given to in training: counted, kept fixed, and evened out by their biases."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common import ranks
+from common.errors import UserError
+from common.schema import TrainingBase
+from models.mixture import expert_biases, routers
+from train.packing import PackedBatch
+
+FIGURES = ("expert_tokens", "expert_tokens_least", "busiest_expert", "routing_entropy")
+
+
+def prepare_routers(network: torch.nn.Module, training: TrainingBase) -> None:
+    """Freeze the routers where the config says so; UserError where it asks for what the network does not have."""
+    found = routers(network)
+    if training.freeze_router and not found:
+        raise UserError("training.freeze_router: the model has no experts to route to; leave it out")
+    if training.expert_bias_rate and not list(expert_biases(network)):
+        raise UserError("training.expert_bias_rate: the model's routers have no biases (llada2's have); leave it out")
+    for router in found if training.freeze_router else ():
+        router.weight.requires_grad_(False)
+
+
+@dataclass(eq=False)
+class Routing:
+    """What the forwards of an update gave to each expert, on this rank; padding is not counted."""
+
+    network: torch.nn.Module
+    bias_rate: float
+    tokens: float = 0.0  # of all forwards
+    entropy: float = 0.0  # summed over layers and tokens
+
+    def __post_init__(self) -> None:
+        self.routers = routers(self.network)
+        self.counts = torch.zeros(len(self.routers), self.routers[0].num_experts, dtype=torch.float64)
+
+    @contextmanager
+    def counting(self, batch: PackedBatch) -> Iterator[None]:
+        """Within it the forward of the batch is counted; not where nothing is predicted, which fills ranks up."""
+        if not len(batch.predict_at):
+            yield
+            return
+        real = (batch.trajectory >= 0).flatten()  # (tokens,)
+        self.tokens += float(real.sum())
+        handles = [
+            router.register_forward_hook(lambda _, inputs, output, layer=layer: self.count(layer, real, *output))
+            for layer, router in enumerate(self.routers)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def count(self, layer: int, real: Tensor, logits: Tensor, weights: Tensor, experts: Tensor) -> None:
+        """Add one layer's choices: real (tokens,), logits (tokens, experts), weights and experts (tokens, chosen)."""
+        chosen = experts[real].flatten()
+        self.counts[layer] += torch.bincount(chosen, minlength=logits.shape[1]).double().cpu()
+        logits = logits[real].float()
+        scores = logits.sigmoid() if hasattr(self.routers[layer], "e_score_correction_bias") else logits.softmax(-1)
+        self.entropy += float(torch.special.entr(scores / scores.sum(-1, keepdim=True)).sum())
+
+    @torch.no_grad()
+    def end_update(self, taken: bool) -> dict[str, float]:
+        """The update's figures over all ranks; the biases take their step where it was `taken`. All ranks call it.
+
+        A bias of an expert that got fewer tokens than its layer's mean rises by the rate, else it falls by as much
+        (auxiliary-loss-free load balancing, arXiv 2408.15664, algorithm 1).
+        """
+        counts = ranks.add_up(self.counts.clone())
+        tokens, entropy = ranks.add_up(torch.tensor([self.tokens, self.entropy], dtype=torch.float64)).tolist()
+        self.counts.zero_()
+        self.tokens = self.entropy = 0.0
+        if self.bias_rate and taken:
+            for (_, bias), layer in zip(expert_biases(self.network), counts, strict=True):
+                bias += self.bias_rate * torch.sign(layer.mean() - layer).to(bias)
+        return {
+            "expert_tokens": float(counts.mean()),
+            "expert_tokens_least": float(counts.min()),
+            "busiest_expert": float((counts.amax(1) / counts.sum(1)).max()),
+            "routing_entropy": entropy / tokens / len(counts),
+        }
