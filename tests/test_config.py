@@ -244,7 +244,7 @@ def test_broken_files(load, text, told):
 
 
 def test_missing_config():
-    with pytest.raises(UserError, match=r"config= is missing; for rl.py choose one of: .*configs/rl_trado.yaml"):
+    with pytest.raises(UserError, match=r"config= is missing; for rl.py choose one of: .*configs/rl_llada.yaml"):
         load_config("rl", ["training.seed=1"])
     with pytest.raises(
         UserError, match=r"config=configs/rl_tradoo.yaml: no such file; .* config=configs/rl_trado.yaml\?"
