@@ -117,7 +117,7 @@ FORGERIES = {
     "the tests' own code run by the program": (
         "function",
         "import os, sys\nsys.path.append('/inside')\nimport programs\n"
-        "try: programs.run_tests({'prefix': '', 'tests': [], 'entry_point': None})\nexcept BaseException: pass" + F,
+        "try: programs.run_tests({'setup': '', 'tests': [], 'entry_point': None})\nexcept BaseException: pass" + F,
         STOPPED,
     ),
     "the channel closed": ("function", "import os\nos.close(3)" + F, WRONG),

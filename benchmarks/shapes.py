@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.schema import Sampling
 from models import load_model
+from models.norms import fuse_norms
 from models.sdar import SDARConfig, SDARForCausalLM
 from models.tiny import build_tiny
 from sample.cache import bytes_per_token
@@ -43,6 +44,8 @@ def make_network(shape: str, device: torch.device) -> tuple[torch.nn.Module, int
         torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.tie_weights()
+    if device.type == "cuda":
+        fuse_norms(model)
     return model.eval(), MASK_ID
 
 

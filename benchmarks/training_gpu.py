@@ -22,6 +22,7 @@ from benchmarks.made_trajectories import LAYOUT, MASK, PROMPT, make_trajectories
 from common.metrics import print_table
 from common.schema import RLTrainingConfig
 from common.trajectory import Score, ScoredTrajectory, Task
+from models.norms import fuse_norms
 from models.sdar import SDARConfig, SDARForCausalLM
 from train.learner import Learner, micro_batches
 from train.network import Policy
@@ -102,6 +103,7 @@ def make_model(name: str) -> torch.nn.Module:
     with torch.device("cuda"):
         model = SDARForCausalLM(config)
     torch.set_default_dtype(torch.float32)
+    fuse_norms(model)
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS), model)
     for parameter in model.parameters():

@@ -25,7 +25,7 @@ class Usage:
     """What a list of tests takes from where, and whether it can fail."""
 
     program: tuple[str, ...]  # names that the program defines
-    shadowing: tuple[str, ...]  # those among them that Python or the prefix defines too
+    shadowing: tuple[str, ...]  # those among them that Python or the setup defines too
     modules: tuple[str, ...]  # of the standard library, used without an import
     problem: str  # why the tests test nothing, empty where they do
 
@@ -37,10 +37,10 @@ def checked_usage(record: Record, where: str) -> Usage:
         raise UserError(f"{where}: `test_list` is a list written as one text; give the list itself")
     entries = (tests,) if isinstance(tests, str) else tuple(tests)
     try:
-        usage = _usage(entries, record.get("prefix") or "", record.get("entry_point") or "")
+        usage = _usage(entries, record.get("setup") or "", record.get("entry_point") or "")
     except NO_PYTHON as error:
         told = " ".join(str(error).split())
-        raise UserError(f"{where}: `test_list` or `prefix` is not valid Python: {told:.160}") from None
+        raise UserError(f"{where}: `test_list` or `setup` is not valid Python: {told:.160}") from None
     if usage.problem:
         raise UserError(f"{where}: `test_list` {usage.problem}; every program would pass")
     return usage
@@ -67,12 +67,12 @@ def _is_json_list(text: str) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _usage(tests: tuple[str, ...], prefix: str, entry_point: str) -> Usage:
+def _usage(tests: tuple[str, ...], setup: str, entry_point: str) -> Usage:
     """What these tests use, a problem among it; one of NO_PYTHON where they cannot be read."""
     with warnings.catch_warnings(action="ignore"):
         trees = [ast.parse(test) for test in tests]
-        before = ast.parse(prefix)
-        scopes = [symtable.symtable(source, "tests", "exec") for source in (*tests, prefix)]
+        before = ast.parse(setup)
+        scopes = [symtable.symtable(source, "tests", "exec") for source in (*tests, setup)]
     defined = {name for scope in scopes for name in _global_names(scope, defined=True)}
     used = dict.fromkeys(name for scope in scopes[:-1] for name in _global_names(scope, defined=False))
     free = [name for name in used if name not in defined and not hasattr(builtins, name)]

@@ -168,7 +168,7 @@ def needs(job: str, config: Any, size: Size, ranks: int, low_precision: bool) ->
 
 
 def advice(config: Any, found: dict[str, float], room: float) -> list[str]:
-    """What to change where the sum exceeds the room, the parts that are largest first."""
+    """What to change where the sum exceeds the room: activations first where they are kept, then the largest parts."""
     if sum(found.values()) <= room:
         return []
     recomputed = "activations" in found and config.training.gradient_checkpointing_enable
@@ -183,7 +183,7 @@ def advice(config: Any, found: dict[str, float], room: float) -> list[str]:
         "the first model": "training.kl_reference=old, which keeps no second model",
         "logits, training": "a smaller training.tokens_per_micro_batch",
     }
-    largest = sorted(found, key=found.__getitem__, reverse=True)
+    largest = sorted(found, key=lambda name: (name == "activations" and not recomputed, found[name]), reverse=True)
     return [f"{name} ({found[name] / GIB:.1f} GiB): {ways[name]}" for name in largest[:3] if found[name] > 0.05 * room]
 
 

@@ -105,6 +105,7 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel more for memory that is written anyway
 
 
 def prepare_run_folder(runs_dir: str, project: str, from_scratch: bool) -> Path:

@@ -18,7 +18,7 @@ RLMethod = Literal[
     "TraceRL", "random_masking", "coupled", "coupled_whole", "whole", "counts", "quadrature", "stratified"
 ]
 Dtype = Literal["auto", "float32", "bfloat16"]
-Kind = Literal["math", "code", "general"]  # of tasks; reward/score.py has a function for each
+Kind = Literal["math", "code", "general", "option"]  # of tasks; reward/score.py has a function for each
 Function = NewType("Function", str)  # module:function, of the user's own
 STRATEGIES, KINDS = get_args(Strategy), get_args(Kind)
 # Sampling keys that may be lists in an evaluation: entry i of each makes setting i.
@@ -137,6 +137,12 @@ class Sampling:
     pad_target_penalty: float = key(
         1.0, "full attention: factor by which a stop token's score is worsened when positions are ranked", low=0.01
     )
+    confidence_eos_eot_inf: bool = key(
+        False, "full attention: candidates that end a response are unmasked last, however sure (LLaDA's evaluation)"
+    )
+    logits_eos_inf: bool = key(
+        False, "the end of sequence is never drawn; a response ends by its other stop tokens (LLaDA's evaluation)"
+    )
     use_cache: bool = key(False, "full attention: keep the keys before a block from its first forward; not exact")
     further_horizon: int | None = key(
         None, "full attention, cached: positions recomputed behind the block, those beyond unseen; null: all", low=0
@@ -149,6 +155,9 @@ class Sampling:
     )
     merge_commit: bool | None = key(
         None, "block attention: a block's clean keys are computed in the next one's first forward; null: where it pays"
+    )
+    compile_kernels: bool = key(
+        True, "on CUDA: each layer's rotary embedding and gate are compiled, once a process, which takes a while"
     )
     stop_token_list: list[str] | None = key(None, "tokens that end a response too, beside the model's own")
     start_with_think: bool = key(False, "begin the assistant's turn with <think>")
@@ -192,7 +201,7 @@ class SFTEvaluationConfig(TaskSampling):
 class EvaluationConfig(SFTEvaluationConfig):
     eval_dataset: str = key("", "name, path or hub id; empty: dataset.eval_dataset")
     data_type: Kind | None = key(
-        None, "math, code or general: what decides here; null: reward.kind, or dataset.data_type"
+        None, "math, code, general or option: what decides here; null: reward.kind, or dataset.data_type"
     )
 
 
@@ -232,7 +241,6 @@ class JudgeConfig:
 class ScoringConfig:
     """How an answer is checked against the task's own."""
 
-    truncated_is_wrong: bool = key(True, "a response cut at the length limit earns nothing")
     workers: int = key(1, "processes that score beside the rollout; 0 scores in the rollout's own", low=0)
     time_limit: float = key(5.0, "code: seconds of processor time where a task has no test_time_limit", low=0.01)
     memory_mb: int = key(1024, "code: memory of a program", low=64)
@@ -247,7 +255,7 @@ class ScoringConfig:
 @dataclass
 class RewardConfig(ScoringConfig):
     kind: Literal[Kind, "judge"] | None = key(
-        None, "math, code, general or judge: what decides whether a response is correct; null: dataset.data_type"
+        None, "math, code, general, option or judge: what decides whether a response is right; null: dataset.data_type"
     )
     code_reward: Literal["all", "share"] = key(
         "all", "code: 1 where a program passes all tests, else 0 (all); or the share of the tests it passes (share)"
@@ -256,6 +264,18 @@ class RewardConfig(ScoringConfig):
         None, "my_module:my_reward, called with (response, task), returns a number or one for each token"
     )
     judge: JudgeConfig = section(JudgeConfig)
+
+
+@dataclass
+class RLRewardConfig(RewardConfig):
+    truncated_is_wrong: bool = key(
+        True, "a response cut at the length limit earns nothing; evaluations score it like any other"
+    )
+    truncated_margin: int | None = key(
+        None,
+        "a response within so many tokens of the limit counts as cut too, though it ended; null: it does not",
+        low=0,
+    )
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -499,6 +519,7 @@ class PromptsConfig:
     math: str | None = key(None, "of a maths task")
     code_function: str | None = key(None, "of a code task whose function is called")
     code_stdio: str | None = key(None, "of a code task whose program reads input and prints output")
+    option: str | None = key(None, "of a multiple choice")
     general: str | None = key(None, "of any other task")
 
 
@@ -512,7 +533,12 @@ class RLModelConfig(ModelConfig):
 @dataclass
 class EvalDatasetConfig:
     eval_dataset: str = key("", "tasks to evaluate on: a name, a path (json, jsonl, parquet) or a hub id")
-    data_type: Kind = key("math", "how answers are checked: math, code or general")
+    data_type: Kind = key("math", "how answers are checked: math, code, general or option (a letter)")
+    prompt_style: Literal["template", "published"] = key(
+        "template",
+        "what stands around a task's turn: the tokenizer's chat template, or the very text of the family's published "
+        "evaluation",
+    )
     prompts: PromptsConfig = section(PromptsConfig)
 
 
@@ -559,7 +585,7 @@ class RLConfig(JobConfig):
     model: RLModelConfig = section(RLModelConfig)
     dataset: DatasetConfig = section(DatasetConfig)
     rollout: RolloutConfig = section(RolloutConfig)
-    reward: RewardConfig = section(RewardConfig)
+    reward: RLRewardConfig = section(RLRewardConfig)
     training: RLTrainingConfig = section(RLTrainingConfig)
     optimizer: RLOptimizerConfig = section(RLOptimizerConfig)
     lr_scheduler: SchedulerConfig = section(SchedulerConfig)
@@ -716,12 +742,11 @@ class ServeConfig(OneModel):
 class RewardJobConfig(JobConfig, RewardConfig):
     """python -m reward data=TASKS responses=FILE out=FILE : a file of responses scored; `reward.` may be left out."""
 
-    truncated_is_wrong: ClassVar[bool] = False  # no key here: whether a response was cut is not known
     data: str = key("", "tasks in the project's format: a name, a path (json, jsonl, parquet) or a hub id")
     responses: str = key("", 'JSON lines {"task": index, "response": text}, index counting the tasks from 0')
     out: str = key("", "the same lines with `correct`, `reward` and `verdict` added")
     kind: Literal[Kind, "judge"] | None = key(
-        None, "math, code, general or judge; null: code for a task with a test_method, math for another"
+        None, "math, code, general, option or judge; null: code for a task with a test_method, math for another"
     )
     workers: int | None = key(None, "processes that score side by side; null: one for each processor", low=0)
 

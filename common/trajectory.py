@@ -14,6 +14,11 @@ class Task:
     ground_truth_answer: str | None = None
     record: dict[str, Any] = field(default_factory=dict)  # the data set's own record, other fields included
 
+    @property
+    def prefix(self) -> str:
+        """What begins the answer to a code task, a fence or a function's head, without its last newline."""
+        return str(self.record.get("prefix") or "").removesuffix("\n")
+
 
 @dataclass(frozen=True)
 class Request:

@@ -1,14 +1,18 @@
 """Sets by name from the hub, and publishers' own files, in the project's format.
 
-python data/download_data.py --dataset MATH500            download into data/MATH500.jsonl
-python data/download_data.py --from FILE [--out FILE]     convert a publisher's file (GSM8K, MATH, HumanEval, MBPP)
-python data/download_data.py --list                       what there is
+python data/download_data.py --dataset MATH500                       download into data/MATH500.jsonl
+python data/download_data.py --dataset MATH500 --source publisher    from the set's own publisher
+python data/download_data.py --from FILE [--out FILE]                convert a publisher's file
+python data/download_data.py --list                                  what there is, and from where
+
+By default a set comes from Gen-Verse, whose records stand behind the published figures of TraceRL.
 """
 
 import argparse
 import ast
 import difflib
 import json
+import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,70 +30,105 @@ from data.tasks import DATA_DIR, load_from_hub, load_records, load_tasks
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set lies on the hub; `convert` is found by its fields."""
+    """Where a set lies on the hub; how its records are converted is found by their fields."""
 
     hub_id: str
     split: str
-    use: str
     config: str | None = None
+    file: str | None = None  # the records' file within the repository; None: as the `datasets` library loads it
 
 
-SOURCES: dict[str, Source] = {
-    "MATH500": Source("HuggingFaceH4/MATH-500", "test", "evaluation, 500 tasks"),
-    "GSM8K": Source("openai/gsm8k", "test", "evaluation, 1,319 tasks", "main"),
-    "AIME2024": Source("HuggingFaceH4/aime_2024", "train", "evaluation, 30 tasks"),
-    "LiveCodeBench": Source("Gen-Verse/LiveCodeBench", "test", "evaluation, code"),
-    "LiveBench": Source("Gen-Verse/LiveBench", "test", "evaluation, code"),
-    "MBPP": Source("google-research-datasets/mbpp", "test", "evaluation, 500 code tasks", "full"),
-    "HumanEval": Source("openai/openai_humaneval", "test", "evaluation, 164 code tasks"),
-    "MATH_train": Source("Gen-Verse/MATH_train", "train", "training"),
-    "PrimeIntellect": Source("Gen-Verse/PrimeIntellect", "train", "training, code"),
-    "demon_openr1math": Source("Gen-Verse/demon_openr1math", "train", "training"),
+@dataclass(frozen=True)
+class Published:
+    """A published set: what it is for, and its sources by name, the default one first."""
+
+    use: str
+    sources: dict[str, Source]
+
+
+def published(name: str, split: str, use: str, publisher: Source | None = None) -> Published:
+    """A set that Gen-Verse has, and whose publisher may have it too.
+
+    Its repositories hold one file each, as in the downloads of https://github.com/Gen-Verse/dLLM-RL (data/).
+    """
+    sources = {"gen-verse": Source(f"Gen-Verse/{name}", split, file=f"{split}/{name}.json")}
+    return Published(use, sources | ({"publisher": publisher} if publisher else {}))
+
+
+SETS: dict[str, Published] = {
+    "MATH500": published("MATH500", "test", "evaluation", Source("HuggingFaceH4/MATH-500", "test")),
+    "GSM8K": published("GSM8K", "test", "evaluation", Source("openai/gsm8k", "test", "main")),
+    "AIME2024": published("AIME2024", "test", "evaluation", Source("HuggingFaceH4/aime_2024", "train")),
+    "LiveCodeBench": published("LiveCodeBench", "test", "evaluation, code"),
+    "LiveBench": published("LiveBench", "test", "evaluation, code"),
+    "MBPP": published("MBPP", "test", "evaluation, code", Source("google-research-datasets/mbpp", "test", "full")),
+    "HumanEval": published("HumanEval", "test", "evaluation, code", Source("openai/openai_humaneval", "test")),
+    # https://huggingface.co/datasets/TIGER-Lab/MMLU-Pro and https://huggingface.co/datasets/Idavidrein/gpqa: the
+    # second asks to be agreed to on its page first; it has 448 questions in gpqa_main, 198 of them in gpqa_diamond.
+    "MMLU-Pro": Published("evaluation, options", {"publisher": Source("TIGER-Lab/MMLU-Pro", "test")}),
+    "GPQA": Published("evaluation, options", {"publisher": Source("Idavidrein/gpqa", "train", "gpqa_main")}),
+    "GPQA_diamond": Published("evaluation, options", {"publisher": Source("Idavidrein/gpqa", "train", "gpqa_diamond")}),
+    "MATH_train": published("MATH_train", "train", "training"),
+    "PrimeIntellect": published("PrimeIntellect", "train", "training, code"),
+    "demon_openr1math": published("demon_openr1math", "train", "training"),
 }
 
 
 @one_line_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", help=", ".join(SOURCES))
+    parser.add_argument("--dataset", help=", ".join(SETS))
+    parser.add_argument("--source", choices=("gen-verse", "publisher"), help="whose records; see --list")
     parser.add_argument("--from", dest="file", type=Path, help="a publisher's jsonl, json or parquet, also as .gz")
     parser.add_argument("--out", type=Path, help="file to write; default data/NAME.jsonl")
     parser.add_argument("--list", action="store_true", help="list the sets")
     args = parser.parse_args()
     if args.list:
-        for name, source in SOURCES.items():
-            print(f"{name:18} {source.use:30} {source.hub_id}")
+        for name, found in SETS.items():
+            places = ", ".join(f"{source}: {place.hub_id}" for source, place in found.sources.items())
+            print(f"{name:18} {found.use:22} {places}")
     elif args.file:
         name = args.dataset or args.file.name.partition(".")[0]
         records = convert_records(load_records(str(args.file), "--from"), str(args.file))
         write(records, args.out or DATA_DIR / f"{name}.jsonl")
     elif args.dataset:
-        download(args.dataset, args.out)
+        download(args.dataset, args.source, args.out)
     else:
         parser.error("give --dataset NAME, --from FILE or --list")
 
 
-def download(name: str, out: Path | None) -> None:
-    """Fetch a set from the hub, convert and write it."""
-    if name not in SOURCES:
-        close = difflib.get_close_matches(name, SOURCES, n=1, cutoff=0.4)
-        hint = f"did you mean '{close[0]}'?" if close else f"use {', '.join(SOURCES)}"
+def download(name: str, source: str | None = None, out: Path | None = None) -> None:
+    """Fetch a set from the hub, from its first source or the named one; convert and write it."""
+    if name not in SETS:
+        close = difflib.get_close_matches(name, SETS, n=1, cutoff=0.4)
+        hint = f"did you mean '{close[0]}'?" if close else f"use {', '.join(SETS)}"
         raise UserError(f"--dataset: '{name}' is unknown; {hint} (any other hub id: dataset.train_dataset=org/name)")
-    source, out = SOURCES[name], out or DATA_DIR / f"{name}.jsonl"
+    sources = SETS[name].sources
+    source = source or next(iter(sources))
+    if source not in sources:
+        raise UserError(f"--source: '{source}' has no {name}; use --source {next(iter(sources))}")
+    place, out = sources[source], out or DATA_DIR / f"{name}.jsonl"
     try:
-        loaded = load_from_hub(source.hub_id, source.config)
-        split = source.split if source.split in loaded else next(iter(loaded))
-        rows = [dict(row) for row in loaded[split]]
+        rows = hub_records(place)
     except ImportError:
         raise UserError("--dataset needs: pip install datasets; or --from FILE converts a publisher's file") from None
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
             f"--dataset: '{name}' could not be loaded from the hub ({reason}); without a network, fetch "
-            f"https://huggingface.co/datasets/{source.hub_id} elsewhere and put its records at {out}, or convert the "
+            f"https://huggingface.co/datasets/{place.hub_id} elsewhere and put its records at {out}, or convert the "
             f"publisher's file: python data/download_data.py --from FILE --out {out}"
         ) from None
     write(convert_records(rows, name), out)
+
+
+def hub_records(place: Source) -> list[Record]:
+    """The raw records at a place on the hub; what the hub's libraries raise where it cannot be reached."""
+    if place.file:
+        import huggingface_hub
+
+        return load_records(huggingface_hub.hf_hub_download(place.hub_id, place.file, repo_type="dataset"), "--dataset")
+    return [dict(row) for row in load_from_hub(place.hub_id, place.config)[place.split]]
 
 
 def convert_records(rows: Sequence[Record], name: str = "the file") -> list[Record]:
@@ -101,7 +140,7 @@ def convert_records(rows: Sequence[Record], name: str = "the file") -> list[Reco
             found = ", ".join(map(str, row)) or "none"
             raise UserError(
                 f"{name}: record {number} has the fields {found:.200}; known are the formats of "
-                "GSM8K, MATH, AIME, HumanEval, MBPP and this project (data/README.md)"
+                "GSM8K, MATH, AIME, HumanEval, MBPP, MMLU-Pro, GPQA and this project (data/README.md)"
             )
         try:
             for field in sorted(fields):
@@ -165,7 +204,7 @@ def from_humaneval(row: Record) -> Record:
         "id": row["task_id"],
         "test_method": "function",
         "test_list": [f"{row['test']}\ncheck({name})"],
-        "prefix": prompt[:place],
+        "setup": prompt[:place],
         "entry_point": name,
         "test_time_limit": 5,
     }
@@ -178,26 +217,54 @@ def from_mbpp(row: Record) -> Record:
         raise ValueError("its `text` or its `test_list` is empty")
     defined = [node.name for node in ast.parse(row["code"]).body if isinstance(node, ast.FunctionDef)]
     called = [name for name in defined if f"{name}(" in tests[0]]
-    prefix = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""]).strip()
+    setup = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""]).strip()
     record = {
         "question": f"{question}\nYour code should satisfy this test:\n{tests[0]}",
         "id": str(row["task_id"]),
         "test_method": "function",
         "test_list": tests,
-        "prefix": prefix,
+        "setup": setup,
         "test_time_limit": 5,
     }
     return record | ({"entry_point": called[-1]} if called else {})
 
 
+def from_mmlu_pro(row: Record) -> Record:
+    """`answer` is the letter of the right one of `options`, up to ten."""
+    record = lettered(row["question"], row["options"], row["answer"])
+    return record | {"id": str(row["question_id"])} | {key: row[key] for key in ("category", "src") if key in row}
+
+
+def from_gpqa(row: Record) -> Record:
+    """The right answer stands in a column of its own: the options are shuffled, by a seed that is the question."""
+    question, right = row["Question"].strip(), row["Correct Answer"].strip()
+    options = [right, *(row[f"Incorrect Answer {number}"].strip() for number in (1, 2, 3))]
+    random.Random(question).shuffle(options)
+    record = lettered(question, options, LETTERS[options.index(right)])
+    fields = {"id": "Record ID", "category": "High-level domain", "subject": "Subdomain"}
+    return record | {field: row[column] for field, column in fields.items() if column in row}
+
+
+def lettered(question: str, options: Sequence[str], answer: str) -> Record:
+    """A question with its options below it, a line and a letter for each, and the letter of the right one."""
+    letters = LETTERS[: len(options)]
+    if len(options) != len(letters) or answer not in letters:
+        raise ValueError(f"its answer {answer!r} is none of its {len(options)} options ({letters[0]} to {letters[-1]})")
+    lines = [question.strip(), *(f"{letter}. {option}" for letter, option in zip(letters, options))]
+    return {"question": "\n".join(lines), "ground_truth_answer": answer}
+
+
+LETTERS = "ABCDEFGHIJ"  # of options, as many as answers are graded by
 # The types of fields that are not text, or may be numbers too.
-TYPES = {"test_list": list} | dict.fromkeys(
-    ("answer", "Answer", "ID", "task_id", "ground_truth_answer"), (str, int, float)
+TYPES = {"test_list": list, "options": list} | dict.fromkeys(
+    ("answer", "Answer", "ID", "task_id", "question_id", "ground_truth_answer"), (str, int, float)
 )
 # The fields that tell a format, the first that fits counts.
 CONVERTERS: dict[frozenset[str], Callable[[Record], Record]] = {
     frozenset({"question", "ground_truth_answer"}): dict,
     frozenset({"question", "test_method"}): dict,
+    frozenset({"question_id", "question", "options", "answer"}): from_mmlu_pro,
+    frozenset({"Question", "Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3))}): from_gpqa,
     frozenset({"prompt", "test", "entry_point"}): from_humaneval,
     frozenset({"code", "test_list", "task_id"}): from_mbpp,
     frozenset({"problem", "answer"}): from_math,

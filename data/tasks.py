@@ -22,6 +22,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 ARITHMETIC = re.compile(r"arithmetic_(?P<operands>\d+)(?:_(?P<largest>\d+))?_(?P<split>train|dev|test)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
+LETTERS = "ABCDEFGHIJ"  # of the options of a multiple choice
 # What a code task needs, by its `test_method`.
 TEST_FIELDS = {"function": ("test_list",), "stdio": ("test_input", "test_output")}
 
@@ -35,8 +36,12 @@ def load_tasks(name_or_path: str, key: str = "dataset.train_dataset") -> list[Ta
             raise UserError(f"{where} {fault}")
         question, answer = _text(record, "question", where), None
         if record.get("test_method") is None:
-            answer = _text(record, "ground_truth_answer", where)
+            question, answer = with_options(record, question, where)
+            answer = answer or _text(record, "ground_truth_answer", where)
+            if record.get("prefix"):
+                raise UserError(f"{where} has a `prefix`, which begins the program of a code task; leave it out")
         else:
+            record = with_setup(record)
             check_tests(record, where)
         tasks.append(Task(str(record.get("id", record.get("task_id", index))), question, answer, record))
     first: dict[str, int] = {}
@@ -153,10 +158,10 @@ def check_tests(record: Record, where: str) -> None:
         raise UserError(f"{where} has {counts}; give an output for every input")
     for number, test in enumerate(tests.get("test_list", ()), 1):
         check_python(test, f"{where}: `test_list` entry {number}")
-    for field in ("prefix", "entry_point"):
+    for field in ("prefix", "setup", "entry_point"):
         if not isinstance(record.get(field) or "", str):
             raise UserError(f"{where} has a `{field}` that is no text")
-    check_python(record.get("prefix") or "", f"{where}: `prefix`")
+    check_python(record.get("setup") or "", f"{where}: `setup`")
     if method == "function":
         checked_usage(record, where)
     else:
@@ -164,6 +169,42 @@ def check_tests(record: Record, where: str) -> None:
     limit = record.get("test_time_limit")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit <= 3600):
         raise UserError(f"{where} has the `test_time_limit` {limit!r:.40}; give seconds, above 0 and up to 3600")
+
+
+def with_options(record: Record, question: str, where: str) -> tuple[str, str | None]:
+    """Question and answer of a multiple choice in the form of MMLU and MMLU-Pro, with a line for each option.
+
+    Such a record has `options` or `choices`, and as `answer` the right one's letter or its index from 0. Any other has
+    its question, and no answer here.
+    """
+    options, answer = record.get("options") or record.get("choices"), record.get("answer")
+    if "ground_truth_answer" in record or not isinstance(options, list) or answer is None:
+        return question, None
+    letters = LETTERS[: len(options)]
+    if type(answer) is int and 0 <= answer < len(letters):
+        answer = letters[answer]
+    if len(letters) < len(options) or not isinstance(answer, str) or answer not in tuple(letters):
+        raise UserError(
+            f"{where} has the `answer` {answer!r:.40} to {len(options)} options; give the letter of one, of at most "
+            f"{len(LETTERS)}"
+        )
+    lines = [f"{letter}. {as_text(option)}" for letter, option in zip(letters, options)]
+    return "\n".join([question.strip(), *lines]), answer
+
+
+def with_setup(record: Record) -> Record:
+    """A code record as today's; in older files that download_data.py made of HumanEval and MBPP, `prefix` is `setup`.
+
+    Those are known by their questions: the one holds the prefix itself, the other ends in the first test.
+    """
+    prefix, question, tests = record.get("prefix"), str(record["question"]), record.get("test_list")
+    if not prefix or not isinstance(prefix, str) or not isinstance(tests, list) or not tests:
+        return record
+    older = question.startswith(f"Complete the following Python function.\n\n{prefix}def ")
+    older = older or question.endswith(f"\nYour code should satisfy this test:\n{tests[0]}")
+    if not older:
+        return record
+    return {"setup" if field == "prefix" else field: value for field, value in record.items()}
 
 
 def check_python(source: str, where: str) -> None:
@@ -283,7 +324,8 @@ def _nearest(name: str) -> str:
 def _ways(name: str) -> str:
     return (
         "give arithmetic_4_train (any number of operands; train, dev or test), "
-        f"a path ({', '.join(SUFFIXES)}), a hub id org/name, or put {Path(name).stem}.jsonl into data/"
+        f"a path ({', '.join(SUFFIXES)}), a hub id org/name, or put {Path(name).stem}.jsonl into data/ "
+        "(published sets: python data/download_data.py --list)"
     )
 
 

@@ -2,7 +2,7 @@
 
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from models.family import CODE, MATH_FINAL, Family
+from models.family import MATH_FINAL, SHARED, Family
 from models.original import FullAttention, OriginalConfig
 
 
@@ -26,7 +26,9 @@ DREAM = Family(
     mask_token="<|mask|>",
     config_class=DreamConfig,
     model_class=DreamModel,
-    instructions={"math": MATH_FINAL, **CODE},
+    instructions={"math": MATH_FINAL, **SHARED},
+    published_turn="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant",
     # as published for GSM8K: one block, by entropy
     sampling={
         "max_token": 256,

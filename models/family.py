@@ -24,16 +24,19 @@ from transformers.core_model_loading import WeightRenaming
 from common.errors import UserError, load_object
 from common.runtime import settle_threads
 from models.files import KEY, MALFORMED, TOKENIZER_FILES, check_files, read_config
+from models.norms import fuse_norms
 from models.tokenizer import has_tokenizer, load_tokenizer, no_code_for, save_tokenizer
 
 # Instructions around a task; `{question}` is replaced by it.
 MATH_STEPS = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 MATH_FINAL = "You need to put your final answer in \\boxed{}. This is the problem:\n{question}"
-CODE = {
+SHARED = {
     "code_function": "{question}\nPlace your code within a single Python code block ```python ```. "
     "Do not include more than one code block. ",
     "code_stdio": "This is the problem:\n{question}\nYou should put your code in ```python ```. "
     "Use input() to read input and print() to produce output in your script. ",
+    "option": "This is the problem:\n{question}\nYou need to think step by step and put the final option "
+    "(A, B, C, or D only—no other character) in \\boxed{}. ",
 }
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
 
@@ -49,7 +52,8 @@ class Family:
     mask_token: str
     config_class: type
     model_class: type
-    instructions: dict[str, str]  # data_type: text around {question}
+    instructions: dict[str, str]  # kind: text around {question}; kind_think: where the answer begins with a thought
+    published_turn: str = ""  # the whole prompt around the user's {turn} in its published evaluation; empty: none
     sampling: dict[str, Any] = field(default_factory=dict)  # keys of `Sampling` where a config says nothing
 
 
@@ -148,6 +152,8 @@ def load_network(
     check_tensors(folder, family, report)
     model = model.to(device)
     check_finite(folder, family, model)
+    if torch.device(device).type == "cuda":
+        fuse_norms(model)
     return model
 
 
@@ -171,14 +177,19 @@ def save_model(
             (folder / file.name).write_bytes(file.read_bytes())
 
 
-def local_folder(path: str | Path) -> Path:
-    """Return the folder that `path` names, downloaded first if it is a hub name; UserError if there is neither."""
+def local_folder(path: str | Path, weights: bool = True) -> Path:
+    """Return the folder that `path` names, downloaded first if it is a hub name; UserError if there is neither.
+
+    Without `weights` only config and tokenizer are downloaded.
+    """
     if Path(path).is_dir():
         return Path(path)
     way_out = "give a folder with config.json, or a hub name such as JetLM/SDAR-1.7B-Chat"
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):
         raise UserError(f"{KEY}: no folder {str(path)!r}; {way_out}")
     try:
+        if not weights:
+            return Path(snapshot_download(str(path), allow_patterns=["config.json", *TOKENIZER_FILES]))
         folder = Path(snapshot_download(str(path), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
         if not any(folder.glob("*.safetensors")):  # an older repository: torch's own format, read without its pickles
             folder = Path(snapshot_download(str(path), allow_patterns=["pytorch_model*.bin"]))
@@ -278,14 +289,20 @@ def find_mask_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fam
     return mask_id
 
 
+def end_of_sequence_ids(named: Any) -> tuple[int, ...]:
+    """The ids that a config or a tokenizer names as the end of sequence; none where it names none."""
+    value = getattr(named, "eos_token_id", None)
+    ids = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(id for id in ids if id is not None)
+
+
 def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     """Return the ids that end a response, ascending: every end of sequence named, and the chat turn's end."""
     added = tokenizer.added_tokens_decoder if tokenizer else {}
-    ids: set[int | None] = {id for id, token in added.items() if token.special and str(token) in END_OF_TURN}
+    ids = {id for id, token in added.items() if token.special and str(token) in END_OF_TURN}
     for holder in (model.generation_config, model.config, tokenizer):
-        value = getattr(holder, "eos_token_id", None)
-        ids.update(value if isinstance(value, (list, tuple)) else [value])
-    return tuple(sorted(i for i in ids if i is not None and 0 <= i < model.config.vocab_size))
+        ids.update(end_of_sequence_ids(holder))
+    return tuple(sorted(i for i in ids if 0 <= i < model.config.vocab_size))
 
 
 def stop_ids_of_network(model: PreTrainedModel) -> tuple[int, ...]:

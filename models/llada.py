@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.errors import UserError
-from models.family import CODE, MATH_FINAL, Family
+from models.family import MATH_FINAL, SHARED, Family
 from models.original import FullAttention, OriginalConfig
 
 # The published configs can describe networks that are not Llama's; the first value is written into a new config.
@@ -103,7 +103,10 @@ LLADA = Family(
     mask_token="<|mdm_mask|>",
     config_class=LLaDAConfig,
     model_class=LLaDAModelLM,
-    instructions={"math": MATH_FINAL, **CODE},
+    # its stdio wording has a blank before the last sentences
+    instructions={"math": MATH_FINAL, **SHARED, "code_stdio": SHARED["code_stdio"].replace("\nYou", "\n You")},
+    published_turn="<|startoftext|><|start_header_id|>user<|end_header_id|>{turn}<|eot_id|>"
+    "<|startoftext|><|start_header_id|>assistant<|end_header_id|>",
     # as published for GSM8K
     sampling={"max_token": 256, "block_size": 8, "temperature": 0.0, "remasking_strategy": "low_confidence_static"},
 )

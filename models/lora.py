@@ -15,7 +15,8 @@ ADAPTER = "default"
 def add_lora(network: torch.nn.Module, lora: LoraSettings) -> None:
     """Put adapters beside the network's linear layers `targets`, in place; all other weights are frozen.
 
-    An adapter adds nothing at first. UserError where a target is no layer of the network.
+    An adapter adds nothing at first, and is float32 beside weights of any precision. UserError where a target is no
+    layer of the network.
     """
     names = {name.rsplit(".", 1)[-1] for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
     for target in lora.targets:
@@ -26,6 +27,9 @@ def add_lora(network: torch.nn.Module, lora: LoraSettings) -> None:
 
     config = peft.LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=list(lora.targets))
     peft.inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+    for name, parameter in network.named_parameters():
+        if is_adapter(name):  # in the weights' precision an update would be lost to rounding
+            parameter.data = parameter.data.float()
 
 
 def is_adapter(name: str) -> bool:
@@ -45,9 +49,9 @@ def plain_name(name: str) -> str:
 
 
 def merged(layer: torch.nn.Module) -> Tensor:
-    """The layer's weight with what its adapter adds: W + alpha / r · B A (LoRA, eq. 3)."""
+    """The layer's weight with what its adapter adds, rounded once: W + alpha / r · B A (LoRA, eq. 3)."""
     weight = layer.base_layer.weight
-    return (weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)).detach()
+    return (weight.float() + layer.get_delta_weight(ADAPTER).float()).to(weight.dtype).detach()
 
 
 def save_adapter(lora: LoraSettings, base: str, weights: dict[str, Tensor], folder: Path) -> None:

@@ -1,5 +1,6 @@
-"""From a question to prompt ids, by the tokenizer's own chat template."""
+"""From a question to a prompt: by the tokenizer's own chat template, or in the very text of a published evaluation."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
-from common.schema import PromptsConfig
+from common.schema import EvalDatasetConfig, PromptsConfig
 from models.family import Family, LoadedModel
 
 
@@ -33,6 +34,50 @@ def instruction(family: Family, kind: str, own: PromptsConfig, thinking: bool = 
     if "{question}" not in words:
         raise UserError(f"dataset.prompts.{kind}: {words!r} has no place for the task; write {{question}} there")
     return words
+
+
+def task_text(
+    tokenizer: PreTrainedTokenizerBase,
+    family: Family,
+    question: str,
+    kind: str,
+    dataset: EvalDatasetConfig,
+    thinking: bool,
+    prefix: str = "",
+) -> str:
+    """The whole prompt of a task of that kind, in the style of `dataset.prompt_style`, up to where the answer begins.
+
+    `thinking` begins the answer by <think>, but for a function, whose code stands at once; `prefix`, on a line of its
+    own, begins it too. UserError where the style has no text for such a task, or holds tokens that the tokenizer lacks.
+    """
+    thinking = thinking and kind != "code_function"
+    turn = instruction(family, kind, dataset.prompts, thinking).replace("{question}", question)
+    if dataset.prompt_style == "published":
+        text = published_turn(tokenizer, family, kind, dataset.prompts, thinking).replace("{turn}", turn)
+    else:
+        text = turns_text(tokenizer, [{"role": "user", "content": turn}])
+    text += "<think>" if thinking else ""
+    return text + "\n" * (not text.endswith("\n")) + prefix if prefix else text
+
+
+def published_turn(
+    tokenizer: PreTrainedTokenizerBase, family: Family, kind: str, own: PromptsConfig, thinking: bool
+) -> str:
+    """The text around the user's {turn} in the family's published evaluation; UserError where there was none such."""
+    name, tokens = family.name, re.findall(r"<\|\w+\|>", family.published_turn)
+    unknown = [token for token in tokens if tokenizer.backend_tokenizer.token_to_id(token) is None]
+    problem = ""
+    if not family.published_turn:
+        problem = f"no prompts were published for {name}; set it to template"
+    elif not (kind in family.instructions or getattr(own, kind)):
+        problem = f"no prompt of {name} was published for {kind}; give dataset.prompts.{kind}, or set it to template"
+    elif thinking and "math_think" not in family.instructions:
+        problem = f"no prompts of {name} were published with start_with_think; set that to false, or this to template"
+    elif unknown:
+        problem = f"{tokenizer.name_or_path} has no token {unknown[0]}, as {name}'s prompts have; set it to template"
+    if problem:
+        raise UserError(f"dataset.prompt_style=published: {problem}")
+    return family.published_turn
 
 
 def encode_prompt(loaded: LoadedModel, question: str, template: str, start_with_think: bool = False) -> list[int]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from models.family import CODE, MATH_FINAL, MATH_STEPS, Family
+from models.family import MATH_FINAL, MATH_STEPS, SHARED, Family
 from models.original import DiffusionNetwork, OriginalConfig
 
 
@@ -28,7 +28,7 @@ SDAR = Family(
     mask_token="<|MASK|>",
     config_class=SDARConfig,
     model_class=SDARForCausalLM,
-    instructions={"math": MATH_STEPS, **CODE},
+    instructions={"math": MATH_STEPS, "math_think": MATH_FINAL, **SHARED},
+    published_turn="<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant",
 )
-# the thinking models were evaluated with the other wording
-TRADO = replace(SDAR, name="trado", instructions=SDAR.instructions | {"math_think": MATH_FINAL})
+TRADO = replace(SDAR, name="trado")

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.records import Record
 from common.schema import RewardConfig, ScoringConfig
 from common.trajectory import Score, Task
-from reward.extract_code import extract_code
+from reward.extract_code import extract_code, with_prefix
 from reward.sandbox import SANDBOX, Cell, Limits, Sandbox
 
 ATTEMPTS = 3  # to start a sandbox
@@ -26,15 +26,16 @@ DEFAULTS = RewardConfig()
 def code_score(response: str, task: Task, reward: RewardConfig = DEFAULTS) -> Score:
     """Reward 1 where the response's program passes every test of the task, else 0; the verdict says why.
 
-    `reward.code_reward: share` rewards by the share of the tests that are passed; the verdict is then of the first that
-    is not.
+    The program is read from the task's prefix, with which the model was given the beginning of its answer, and the
+    response. `reward.code_reward: share` rewards by the share of the tests that are passed; the verdict is then of the
+    first that is not.
     """
     record, defines, reads_input = task.record, (), False
     if record.get("test_method") == "function":
         defines = checked_usage(record, f"task '{task.id}'").program
     else:
         reads_input = any(text.strip() for text in _texts(record.get("test_input") or ()))
-    program = extract_code(response, defines, reads_input)
+    program = extract_code(with_prefix(task.prefix, response), defines, reads_input)
     if not program or not program.strip():
         return Score(0.0, False, "no_answer")
     if len(program) > MAX_PROGRAM:
@@ -102,7 +103,7 @@ def _stdio(program: str, task: Task, reward: ScoringConfig, sandbox: Sandbox) ->
     """Run the program on every input; its output is compared here."""
     record = task.record
     check_input_output(record, f"task '{task.id}'")
-    order = {"source": f"{record.get('prefix') or ''}\n{program}"}
+    order = {"source": f"{record.get('setup') or ''}\n{program}"}
     for given, wanted in zip(_texts(record["test_input"]), _texts(record["test_output"]), strict=True):
         (outcome,) = sandbox.run(Cell("program", order, _limits(record, reward), given.encode()))
         if outcome.reason in LIMITS:
@@ -118,12 +119,12 @@ def _function(program: str, task: Task, reward: ScoringConfig, sandbox: Sandbox)
     """Serve the program's functions from one cell to the tests in another; only the latter can report a pass."""
     record, limits = task.record, _limits(task.record, reward)
     usage = checked_usage(record, f"task '{task.id}'")
-    prefix = record.get("prefix") or ""
-    tests = {"prefix": prefix, "tests": _texts(record["test_list"])}
+    setup = record.get("setup") or ""
+    tests = {"setup": setup, "tests": _texts(record["test_list"])}
     tests |= {"shadowing": usage.shadowing, "modules": usage.modules}
     wall = 2 * limits.seconds + 1 + EXTRA_SECONDS
     served, tested = sandbox.run(
-        Cell("functions", {"prefix": prefix, "source": program}, replace(limits, wall=wall)),
+        Cell("functions", {"setup": setup, "source": program}, replace(limits, wall=wall)),
         Cell("tests", tests, replace(limits, seconds=limits.seconds + EXTRA_SECONDS, wall=wall + 2)),
     )
     error = served.error or tested.error

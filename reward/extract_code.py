@@ -61,6 +61,15 @@ def extract_code(response: str, defines: Sequence[str] = (), reads_input: bool =
     return texts[0]
 
 
+def with_prefix(prefix: str, response: str) -> str:
+    """The response behind the beginning that it was given; a beginning without a fence is code."""
+    if not prefix:
+        return response
+    begun = prefix if FENCE.search(prefix) else f"```python\n{prefix}"
+    ends_in_fence = FENCE.search(begun.rpartition("\n")[2])
+    return begun + "\n" * (ends_in_fence is not None and not response.startswith("\n")) + response
+
+
 def fenced_blocks(response: str) -> list[Block]:
     """The blocks of a response, in order; the last may have no end."""
     blocks: list[Block] = []

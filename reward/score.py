@@ -10,18 +10,20 @@ from dataclasses import fields, replace
 from typing import Any, Self
 
 from common.errors import UserError, load_function
-from common.schema import RewardConfig, ScoringConfig
-from common.trajectory import Response, Score, Task
+from common.schema import RewardConfig, RLRewardConfig, ScoringConfig
+from common.trajectory import Response, Score, Task, Trajectory
 from reward.code_reward import code_score
 from reward.general_reward import general_score
 from reward.judge import judged_score
 from reward.math_reward import math_score
+from reward.option_reward import LETTER, option_score
 from reward.workers import Workers
 
 KINDS: dict[str, Callable[[str, Task, RewardConfig], Score]] = {
     "math": lambda text, task, reward: math_score(text, task.ground_truth_answer or ""),
     "code": code_score,
     "general": general_score,
+    "option": lambda text, task, reward: option_score(text, task),
     "judge": lambda text, task, reward: judged_score(text, task, reward.judge),
 }
 
@@ -47,13 +49,21 @@ class RewardScorer:
         return bool(self.reward.function or self.reward.judge.base_url)
 
     def __call__(self, text: str, task: Task, truncated: bool) -> Score:
-        if truncated and self.reward.truncated_is_wrong:
+        if truncated:
             return Score(0.0, False, "truncated")
         scored = self._score(text, task, self.reward)
         if self.kind == "judge" or not self.reward.judge.base_url:
             return scored
         judged = judged_score(text, task, self.reward.judge)
         return replace(judged, correct=scored.correct, verdict=scored.verdict)
+
+    def is_truncated(self, trajectory: Trajectory, limit: int) -> bool:
+        """Whether a response earns nothing because it was cut at the limit of tokens, or is near it; in RL alone."""
+        reward = self.reward
+        if not isinstance(reward, RLRewardConfig) or not reward.truncated_is_wrong:
+            return False
+        near = reward.truncated_margin is not None and trajectory.length >= limit - reward.truncated_margin
+        return near or trajectory.finish_reason == "length"
 
     def submit(self, text: str, task: Task, truncated: bool) -> Future[Score]:
         """Have a response scored by one of `reward.workers` processes, which are kept; at once where that is 0."""
@@ -79,7 +89,7 @@ class RewardScorer:
 
 
 def make_scorer(reward: RewardConfig, data_type: str | None = None) -> RewardScorer:
-    """A scorer of (response text, task, truncated) as the config asks for it.
+    """A scorer of (response text, task, truncated: it earns nothing for its length) as the config asks for it.
 
     `reward.function` is the user's own; otherwise `reward.kind`, or else the type of the data, chooses from KINDS. A
     judge beside another kind gives the rewards, and the kind decides what is correct.
@@ -108,8 +118,13 @@ def check_tasks(scorer: RewardScorer, tasks: Sequence[Task], key: str) -> None:
         lacks = None
         if scorer.kind == "code" and not task.record.get("test_method"):
             lacks, instead = "test_method", "math or general, where answers are texts"
-        elif scorer.kind in ("math", "general") and task.ground_truth_answer is None:
+        elif scorer.kind in ("math", "general", "option") and task.ground_truth_answer is None:
             lacks, instead = "ground_truth_answer", "code, where programs are tested"
+        elif scorer.kind == "option" and not LETTER.fullmatch(task.ground_truth_answer):
+            raise UserError(
+                f"{key}: task '{task.id}' has the answer '{task.ground_truth_answer:.40}', but an option is judged by "
+                "its letter, A to J; give that, or judge by math or general"
+            )
         if lacks:
             setting = "reward.kind" if scorer.reward.kind else "dataset.data_type"
             raise UserError(

@@ -5,14 +5,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 
+from transformers import PreTrainedTokenizerBase
+
 from common.errors import UserError
 from common.ranks import Queue, any_of_tensor_group, gather, is_first_of_tensor_group, rank
 from common.runtime import Stopwatch, console, progress, timed
 from common.schema import EvalDatasetConfig, TaskSampling
 from common.stop import Stopped, beat, stop_requested
 from common.trajectory import Request, Response, Score, ScoredTrajectory, Task
-from models import LoadedModel
-from models.prompts import encode_prompt, instruction, stop_ids_of
+from models import Family, LoadedModel
+from models.prompts import stop_ids_of, task_text
 from reward.score import RewardScorer
 from sample.engine import Engine
 
@@ -23,12 +25,23 @@ UNSCORED = Score(0.0, False, "infrastructure")
 def encode_tasks(
     loaded: LoadedModel, tasks: Sequence[Task], dataset: EvalDatasetConfig, thinking: bool
 ) -> list[Prompt]:
-    """Every task with its prompt ids, within the instruction of its kind; `thinking` begins the answer by <think>."""
-    prompts = []
-    for task in tasks:
-        template = instruction(loaded.family, kind_of(task, dataset.data_type), dataset.prompts, thinking)
-        prompts.append((task, encode_prompt(loaded, task.question, template, thinking)))
-    return prompts
+    """Every task with its prompt ids, worded as its kind asks for; `thinking` begins the answer by <think>."""
+    texts = prompt_texts(loaded.tokenizer, loaded.family, tasks, dataset, thinking)
+    return [(task, loaded.tokenizer.encode(text, add_special_tokens=False)) for task, text in zip(tasks, texts)]
+
+
+def prompt_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    family: Family,
+    tasks: Sequence[Task],
+    dataset: EvalDatasetConfig,
+    thinking: bool,
+) -> list[str]:
+    """The whole prompt of every task, as `encode_tasks` encodes it."""
+    return [
+        task_text(tokenizer, family, task.question, kind_of(task, dataset.data_type), dataset, thinking, task.prefix)
+        for task in tasks
+    ]
 
 
 def kind_of(task: Task, data_type: str) -> str:
@@ -99,7 +112,8 @@ def collect(
                 if scorer.needs_tokens:
                     ids = trajectory.response_ids[: trajectory.length]
                     text = Response.of(text, loaded.tokenizer.batch_decode([[token] for token in ids]))
-                scoring.append((response, scorer.submit(text, response.task, trajectory.finish_reason == "length")))
+                truncated = scorer.is_truncated(trajectory, settings.max_token)
+                scoring.append((response, scorer.submit(text, response.task, truncated)))
                 while scoring and scoring[0][1].done():
                     take_score()
     with progress("scoring", len(scoring)) as advance, watch("reward"):

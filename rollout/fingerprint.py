@@ -13,7 +13,7 @@ from common.runtime import device_and_dtype, versions
 from common.schema import EvalConfig, Sampling
 from models import LoadedModel
 from models.family import local_folder
-from models.prompts import instruction
+from models.prompts import instruction, task_text
 from rollout.collect import Prompt, kind_of
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -33,7 +33,11 @@ def fingerprint_of(
     """
     device, dtype = device_and_dtype(config.dtype)
     tasks = [task for task, _ in prompts]
-    kind = kind_of(tasks[0], config.dataset.data_type)
+    dataset, thinking = config.dataset, config.rollout.start_with_think
+    kind = kind_of(tasks[0], dataset.data_type)
+    words = instruction(loaded.family, kind, dataset.prompts, thinking)
+    if dataset.prompt_style == "published":
+        words = task_text(loaded.tokenizer, loaded.family, "{question}", kind, dataset, thinking)
     fingerprint: Fingerprint = {
         "model": {
             "name": config.model,
@@ -47,7 +51,7 @@ def fingerprint_of(
             "sha256": hash_json([[task.id, task.question, task.ground_truth_answer, task.record] for task in tasks]),
         },
         "prompts": {
-            "template": instruction(loaded.family, kind, config.dataset.prompts, config.rollout.start_with_think),
+            "template": words,
             "max_prompt_len": config.max_prompt_len,
             "sha256": hash_json([ids for _, ids in prompts]),
         },

@@ -13,6 +13,7 @@ from common.boxed import extract_boxed
 from common.trajectory import ScoredTrajectory, Task
 from models import LoadedModel
 from reward.general_reward import extract_answer
+from reward.option_reward import extract_option
 from reward.score import RewardScorer
 from rollout.fingerprint import Fingerprint
 from rollout.statistics import majority_at_k, mean_and_error, pass_at_k, shown_ks
@@ -21,7 +22,11 @@ from sample.traces import Trace, trace_of
 # Fields of a task's record by whose values accuracy is broken down, where a data set has them.
 CATEGORY_FIELDS = ("level", "subject", "category", "type", "difficulty")
 # How the answer is read from a response, for majority@k; kinds of task that are absent have no vote.
-ANSWERS: dict[str, Callable[[str], str | None]] = {"math": extract_boxed, "general": extract_answer}
+ANSWERS: dict[str, Callable[[str], str | None]] = {
+    "math": extract_boxed,
+    "general": extract_answer,
+    "option": extract_option,
+}
 SHOWN = 4  # right responses of each setting on the trace page, and as many others
 
 

@@ -9,7 +9,7 @@ second line of tokens of the same sequence.
 import torch
 from torch import Tensor
 
-from sample.cache import KeyValueCache
+from sample.cache import KeyValueCache, rounded
 from sample.network import CachedKeys, CommitEvery, CommitSome, FlashKeys, Network, OwnKeys, bias_of
 from sample.slots import Slots
 
@@ -42,7 +42,7 @@ def prefill(
             missing.append(prefix)
     missing = sorted(filter(None, missing), key=len)
     while missing:
-        longest = len(missing[-1])
+        longest = min(rounded(len(missing[-1]), network.device), cache.width)
         count = max(1, min(len(missing), PREFILL_TOKENS // longest))  # the longest come first
         chunk, missing = missing[-count:], missing[:-count]
         ids = torch.tensor([[*prefix, *[0] * (longest - len(prefix))] for prefix in chunk], device=network.device)

@@ -42,12 +42,10 @@ class KeyValueCache:
 
     def cut(self, width: int) -> None:
         """See the pool as slots of that width: `slots` holds each layer's keys and values."""
-        self.width, count = width, self.tokens // width
-        shape = (count, width, *self.keys[0].shape[1:])
+        self.width, self.count = width, self.tokens // width
+        shape, end = (self.count, width, *self.keys[0].shape[1:]), self.count * width
         pairs = zip(self.keys, self.values)
-        self.slots = [
-            (keys[: count * width].view(shape), values[: count * width].view(shape)) for keys, values in pairs
-        ]
+        self.slots = [(keys[:end].view(shape), values[:end].view(shape)) for keys, values in pairs]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot over another's."""
@@ -70,6 +68,11 @@ def heads_and_width(model: torch.nn.Module) -> tuple[int, int]:
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return local(model.model.layers[0].self_attn.k_proj.weight).shape[0] // width, width
+
+
+def rounded(keys: int, device: torch.device) -> int:
+    """A number of keys, rounded up on CUDA: its attention copies every bias over a number that 16 does not divide."""
+    return keys + -keys % 16 if device.type == "cuda" else keys
 
 
 def bytes_per_token(model: torch.nn.Module) -> int:

@@ -69,25 +69,33 @@ def _shift_right(value: Tensor, bits: int) -> Tensor:
     return (value >> bits) & ((1 << (64 - bits)) - 1)  # logical, where torch's shift keeps the sign
 
 
-def draw(logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Sampling) -> Candidates:
+def draw(
+    logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Sampling, barred: Tensor | None = None
+) -> Candidates:
     """Draw a token per position by the inverse CDF in id order; temperature 0 or top_k 1 takes the argmax.
 
     logits (…, vocab), uniform (…), unused where the draw is greedy. The mask token is never drawn. Temperature
     comes before top-k and top-p. Confidence under `raw` is that of the untouched softmax over the whole
     vocabulary, and so is entropy; under `sampled` they are of what is drawn from. Entropy and margin are 0 where the
     settings name nothing that reads them.
+
+    Ids that are `barred` (n,) are never drawn either: their logits are minus infinity for the draw, confidence, margin
+    and entropy. Log-probabilities are the network's, in which they have their share; `kept_mass` says what is left.
     """
     logits = logits.float()
+    allowed = logp = token_logp(logits, mask_id, rollout_temperature(settings))
+    if barred is not None:
+        logits, allowed = (values.index_fill(-1, barred, float("-inf")) for values in (logits, logp))
     total = logits.logsumexp(-1)  # of the raw softmax
-    logp = token_logp(logits, mask_id, rollout_temperature(settings))
-    raw, filtered = settings.confidence_from == "raw", settings.top_k > 0 or settings.top_p < 1
+    raw = settings.confidence_from == "raw"
+    filtered = settings.top_k > 0 or settings.top_p < 1 or barred is not None
     reads_entropy = settings.remasking_strategy not in BY_CONFIDENCE or settings.target == "neg_entropy"
     raw_entropy = settings.entropy_from == "raw" or not reads_entropy
     if is_greedy(settings) and raw and raw_entropy and not filtered:
         kept, tokens, kept_mass = None, logp.argmax(-1), torch.ones_like(total)
     else:
-        kept = filter_top(logp.exp(), settings.top_k, settings.top_p, settings.filter_order)
-        tokens = logp.argmax(-1) if is_greedy(settings) else inverse_cdf(kept, uniform)
+        kept = filter_top(allowed.exp(), settings.top_k, settings.top_p, settings.filter_order)
+        tokens = allowed.argmax(-1) if is_greedy(settings) else inverse_cdf(kept, uniform)
         kept_mass = kept.sum(-1)
 
     def at_token(values: Tensor) -> Tensor:
@@ -101,6 +109,8 @@ def draw(logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Samplin
         entropy = torch.special.entr(kept / kept_mass[..., None]).sum(-1)
     elif reads_entropy:
         raw_logp = logits - total[..., None]
+        if barred is not None:
+            raw_logp = raw_logp.index_fill(-1, barred, torch.finfo(torch.float32).min)  # p log p is 0, not NaN
         entropy = -(raw_logp.exp() * raw_logp).sum(-1)
     return Candidates(
         tokens=tokens,

@@ -15,10 +15,10 @@ from common.ranks import Queue
 from common.runtime import console
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
-from models.family import family_of_network, longest_sequence
+from models.family import end_of_sequence_ids, family_of_network, longest_sequence
 from sample import block_attention
-from sample.cache import KeyValueCache, Room, affordable_tokens
-from sample.network import Network, engine_attention, has_flash
+from sample.cache import KeyValueCache, Room, affordable_tokens, rounded
+from sample.network import Network, engine_attention, has_flash, sampling_kernels
 from sample.parallel import copy_into, tensor_group_of
 from sample.slots import Finished, Progress, Refusal, Sequence, Slots, Watch, refusal_of, trajectory_of
 from sample.step import Graphs, Step
@@ -100,7 +100,7 @@ class Engine:
         cached = settings.use_cache or not self.full_attention
         rows = min(settings.max_active, expected.share())
         ends = [self.sequence(0, request).canvas_end for request in expected]
-        wanted = rows * min(max(ends), self.positions)
+        wanted = rows * rounded(min(max(ends), self.positions), self.device)
         tokens = self.cache_tokens(wanted) if cached else wanted
         known = [end for end in ends if end <= self.positions]
         fitting = [end for end in known if end <= tokens]
@@ -114,7 +114,7 @@ class Engine:
                 f"{len(known) - len(fitting)} requests refused: with its response one comes to {max(known)} tokens, "
                 f"and the cache holds {tokens} (rollout.cache_tokens)"
             )
-        longest = max(fitting, default=1)
+        longest = min(rounded(max(fitting, default=1), self.device), max(tokens, 1))
         self.room = Room(min(tokens, rows * longest), rows, longest)
         if fitting:
             self.reserve(cached)
@@ -155,7 +155,7 @@ class Engine:
 
         False where no forward was made: nobody is there, or it failed for a sequence, which it ended.
         """
-        with engine_attention(self.model):
+        with engine_attention(self.model), sampling_kernels(self.device):
             self.admit()
             if not self.active:
                 return False
@@ -238,6 +238,8 @@ class Engine:
             raise UserError(f"rollout.max_token: {settings.max_token} leaves no room for a response; give at least 1")
         if self.full_attention and any(not request.prompt_ids for request in requests):
             raise UserError("the prompt is empty: full attention needs at least one token before the response")
+        if settings.logits_eos_inf and not end_of_sequence_ids(self.model.config):
+            raise UserError("rollout.logits_eos_inf: the model's config.json names no eos_token_id; set it to false")
         if self.full_attention and settings.max_token % block:
             self.say_once(
                 f"max_token {settings.max_token} is no multiple of block_size {block}: responses are drawn on a "
@@ -277,15 +279,17 @@ class Engine:
         if self.slots is None or self.slots.tokens.shape[0] < rows or self.slots.tokens.shape[1] < room.longest:
             self.forget_graphs()
             self.slots = Slots.empty(rows, room.longest, self.device)
-        if cached and (self.cache is None or self.cache.tokens < room.tokens):
+        if not cached:
+            self.cache = None  # one of an earlier use may be too small for these sequences
+        elif self.cache is None or self.cache.tokens < room.tokens:
             self.forget_graphs()
             self.cache = None  # the old one is freed before the new one is made
             self.cache = self.cache_class(self.model, room.tokens, room.width(1))
-        elif cached:
+        else:
             self.cache.resize(room.width(1), rows=0)
-        self.slots.finished.fill_(True)
-        network = Network(self.model, room.longest, self.flash)
+        self.free(slice(None))
         settings, fixed = self.settings, self.graphs is not None
+        network = Network(self.model, self.slots.tokens.shape[1], self.flash, settings.compile_kernels and fixed)
         self.denoise = self.step_class(
             network, self.slots, self.cache, settings, self.mask_id, self.stop_ids, rows, fixed
         )
@@ -426,9 +430,14 @@ class Engine:
             if self.cache is not None:
                 self.cache.copy(last, row, min(self.active[last].reach, self.cache.width))
             self.active[row] = self.active[last]
-        self.slots.finished[last] = True
+        self.free(last)
         self.active.pop()
         self.watch.forget()
+
+    def free(self, rows: int | slice) -> None:
+        """Take rows out of use: they stand at the first block that a sequence could have."""
+        start = int(self.full_attention)  # where logits are shifted, a prediction is read one position earlier
+        self.slots.free(rows, start, start + self.settings.block_size)
 
     def forget_graphs(self) -> None:
         """Drop what speaks of memory that is about to go."""

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from models.family import family_of_network
 from sample.cache import KeyValueCache
+from sample.kernels import PLAIN, Kernels, compiled
+from sample.parallel import tensor_group_of
 
 NAME = "engine"  # under which transformers knows `attend`
 PRE_NORM = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)  # layers that `by_parts` knows
@@ -141,22 +144,35 @@ def bias_of(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Network:
-    """transformers' network with its rotary tables computed once, for positions below `positions`."""
+    """transformers' network with its rotary tables computed once, for positions below `positions`.
 
-    def __init__(self, model: torch.nn.Module, positions: int, flash: bool = False):
+    `compile_kernels`: the small operations of the layers that `by_parts` knows are compiled, at the first forward.
+    """
+
+    def __init__(self, model: torch.nn.Module, positions: int, flash: bool = False, compile_kernels: bool = False):
         weight, family = next(model.parameters()), family_of_network(model)
         self.model, self.flash = model, flash  # whether flash-attn denoises blocks
         self.dtype, self.device = weight.dtype, weight.device
         self.full_attention, self.logit_offset = family.attention == "full", family.logit_offset
         tables = model.model.rotary_emb(weight, torch.arange(positions, device=weight.device)[None])
         self.cosine, self.sine = (table[0] for table in tables)  # (positions, head_dim)
+        self.compile_kernels = compile_kernels and tensor_group_of(model) == 1  # a divided network has other sizes
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        """The layers' small operations. Compiled not before they are used: what torch is set to then is compiled in."""
+        if not self.compile_kernels:
+            return PLAIN
+        own, mlp = self.model.config, self.model.config.intermediate_size
+        heads = (own.num_attention_heads, own.num_key_value_heads, self.cosine.shape[-1])
+        return compiled(*heads, mlp, self.device, self.dtype) or PLAIN
 
     def forward(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Hidden states before the final norm, (lines, length, width); ids and positions (lines, length)."""
         hidden, tables = self.model.model.embed_tokens(ids), (self.cosine[positions], self.sine[positions])
         for layer in self.model.model.layers:
             if isinstance(layer, PRE_NORM):
-                hidden = by_parts(layer, hidden, tables, attention)
+                hidden = by_parts(layer, hidden, tables, attention, self.kernels)
             else:
                 hidden = layer(
                     hidden, attention_mask=None, position_ids=positions, position_embeddings=tables, attention=attention
@@ -168,17 +184,19 @@ class Network:
         return self.model.lm_head(self.model.model.norm(hidden))
 
 
-def by_parts(layer: torch.nn.Module, hidden: Tensor, tables: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+def by_parts(
+    layer: torch.nn.Module, hidden: Tensor, tables: tuple[Tensor, Tensor], attention: Attention, kernels: Kernels
+) -> Tensor:
     """The layer's output, by its own parts: its `forward`'s numbers, on a CPU in three quarters of the time."""
     own, normed = layer.self_attn, layer.input_layernorm(hidden)
     heads = (*hidden.shape[:2], -1, own.head_dim)
     query, key, value = own.q_proj(normed).view(heads), own.k_proj(normed).view(heads), own.v_proj(normed).view(heads)
     if isinstance(layer, Qwen3DecoderLayer):
         query, key = own.q_norm(query), own.k_norm(key)
-    query, key = apply_rotary_pos_emb(query, key, *tables, unsqueeze_dim=2)
+    query, key = kernels.rotate(query, key, *tables)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     hidden = hidden + own.o_proj(attention.attend(own.layer_idx, query, key, value, own.scaling))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden + kernels.feed_forward(layer.mlp, layer.post_attention_layernorm(hidden))
 
 
 def attend(
@@ -205,6 +223,25 @@ def engine_attention(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = before  # the trainer may share the network
+
+
+@contextmanager
+def sampling_kernels(device: torch.device) -> Iterator[None]:
+    """Within, CUDA's kernels are those that suit sampling; on other devices nothing changes.
+
+    Deterministic algorithms would sort the indices of every write to the cache, though a place that is written twice is
+    given the same keys, or is read by nobody. cuDNN's attention makes a plan for every new shape, which takes it long.
+    """
+    deterministic, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:

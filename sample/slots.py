@@ -91,6 +91,14 @@ class Slots:
             store, value = getattr(self, field.name)[row], getattr(state, field.name)[0]
             (store[: len(value)] if value.dim() else store).copy_(value)
 
+    def free(self, rows: int | slice, start: int, end: int) -> None:
+        """Take rows out of use. Steps may go on to compute them, so they are put where every room has positions."""
+        for store in (self.prompt_end, self.block_start, self.cached):
+            store[rows] = start
+        for store in (self.response_end, self.canvas_end):
+            store[rows] = end
+        self.finished[rows] = True
+
     def move(self, source: int, target: int) -> None:
         """Copy one row over another."""
         for field in fields(self):

@@ -3,13 +3,14 @@
 Nothing in a step waits for the host.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from common.runtime import console
 from common.schema import Sampling
+from models.family import end_of_sequence_ids
 from sample import block_attention, full_attention
 from sample.cache import KeyValueCache
 from sample.draw import Candidates, draw, is_greedy, uniforms
@@ -41,6 +42,8 @@ class Step:
             self.merge = device.type == "cpu" or 2 * self.rows * size <= MERGE_UP_TO
         self.strategy = find_strategy(self.settings.remasking_strategy)
         self.stops = torch.tensor(self.stop_ids, dtype=torch.long, device=device)
+        barred = end_of_sequence_ids(config) if self.settings.logits_eos_inf else ()
+        self.barred = torch.tensor(barred, dtype=torch.long, device=device) if barred else None
         # a small head costs less at all positions than finding the masked ones
         self.sparse = not self.fixed and config.vocab_size > config.hidden_size
         self.block = torch.arange(size, device=device)
@@ -96,11 +99,11 @@ class Step:
         """A candidate for every masked position of the current blocks, (rows, block); nothing is said of the others."""
         uniform = None if is_greedy(self.settings) else uniforms(slots.key, positions, slots.step, "token")
         if not self.sparse:
-            return draw(self.network.logits(hidden), uniform, self.mask_id, self.settings)
+            return draw(self.network.logits(hidden), uniform, self.mask_id, self.settings, self.barred)
         where = masked.flatten().nonzero()[:, 0]
         logits = self.network.logits(hidden.flatten(0, 1)[where])  # (masked positions, vocab)
         uniform = None if uniform is None else uniform.flatten()[where]
-        return draw(logits, uniform, self.mask_id, self.settings).spread(where, masked.shape)
+        return draw(logits, uniform, self.mask_id, self.settings, self.barred).spread(where, masked.shape)
 
     def choose(self, slots: Slots, candidates: Candidates, positions: Tensor, masked: Tensor) -> Tensor:
         """What the strategy unmasks, bool (rows, block)."""
@@ -115,7 +118,10 @@ class Step:
             blocks = (slots.canvas_end - slots.prompt_end) // size
             steps = even_split(settings.steps, blocks, number).clamp(min=1)
             gumbel = uniforms(slots.key, positions, slots.step, "alg_temp") if settings.alg_temp > 0 else None
-            score = rank_score(candidates, uniform, gumbel, self.stop(candidates.tokens), settings)
+            ends = self.stop(candidates.tokens)
+            score = rank_score(candidates, uniform, gumbel, ends, settings)
+            if settings.confidence_eos_eot_inf:  # no threshold is reached either
+                candidates = replace(candidates, probability=candidates.probability.masked_fill(ends, float("-inf")))
         k = even_split(size, steps, slots.block_step)
         if self.network.full_attention and settings.remasking_strategy == "low_confidence_dynamic":
             k = torch.ones_like(k)  # where no candidate is sure, one position is unmasked
@@ -165,8 +171,10 @@ class Graphs:
     """A graph for each shape of a step: rows in use, rounded up to a power of two, and how far their blocks reach.
 
     A step reads and writes only memory that stays where it is (weights, slots, cache), so that a graph stays valid
-    until that memory is given back.
+    until that memory is given back, or `most` others were used since.
     """
+
+    most = 64
 
     def __init__(self) -> None:
         self.usable = True  # until a step cannot be recorded
@@ -174,7 +182,7 @@ class Graphs:
 
     def forget(self) -> None:
         """Drop all graphs: the memory they speak of goes away."""
-        self.met: set[tuple] = set()  # shapes that have been run once
+        self.met: dict[tuple, None] = {}  # shapes that have been run once
         # shape → its graph, and the step, kept because the graph reads its tensors
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Step]] = {}
         self.pool: tuple[int, int] | None = None
@@ -182,27 +190,40 @@ class Graphs:
     def run(self, step: Step, rows: int, seen: int) -> None:
         """The step, by its graph; the first one of a shape is run plainly, and the second recorded."""
         limit = step.cache.width if step.cache is not None else step.slots.tokens.shape[1]
-        rows = min(1 << (rows - 1).bit_length(), len(step.slots.finished))
+        slots = len(step.slots.finished) if step.cache is None else min(len(step.slots.finished), step.cache.count)
+        rows = min(1 << (rows - 1).bit_length(), slots)
         seen = min(-(-seen // SEEN) * SEEN, limit)
         shape = (rows, seen, limit, *step.variant)
         if shape in self.met and shape not in self.graphs and self.usable:
             self.record(shape, step, rows, seen)
         if shape in self.graphs and self.usable:
+            self.graphs[shape] = self.graphs.pop(shape)  # they stand in the order of their last use
             self.graphs[shape][0].replay()
             return
         step(rows, seen)
         if not (step.network.full_attention and step.settings.use_cache):  # a prefix cache sorts its rows on the host
-            self.met.add(shape)
+            self.met[shape] = None
+            keep_last(self.met, 4 * self.most)
 
     def record(self, shape: tuple, step: Step, rows: int, seen: int) -> None:
         """Keep the graph of a step, which is not carried out. Where it cannot be recorded, nothing is any more."""
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        # a capture that fails leaves its stream the current one; what other threads do meanwhile is no part of it
+        here, capture = torch.cuda.current_stream(), {"pool": self.pool, "capture_error_mode": "thread_local"}
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.stream(here), torch.cuda.graph(graph, **capture):
                 step(rows, seen)
         except RuntimeError as error:
+            torch.cuda.synchronize()  # raises where it is the device that failed
             self.usable = False
             console.print(f"steps are launched one kernel at a time: no CUDA graph ({str(error).splitlines()[0]})")
             return
         self.graphs[shape] = graph, step
+        keep_last(self.graphs, self.most)
+
+
+def keep_last(table: dict, most: int) -> None:
+    """Drop the first entries of a table that has more than `most`."""
+    while len(table) > most:
+        del table[next(iter(table))]

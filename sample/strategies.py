@@ -99,8 +99,9 @@ def rank_score(
 ) -> Tensor:
     """The score by which full attention ranks positions, (batch, block), as `target` says.
 
-    Candidates that end the response (`stop`) have theirs worsened by the factor `pad_target_penalty`. `alg_temp` adds
-    Gumbel noise: the k best are then a draw without replacement with probabilities softmax(score / alg_temp).
+    Candidates that end the response (`stop`) have theirs worsened by the factor `pad_target_penalty`, or come last of
+    all masked positions where `confidence_eos_eot_inf` is set. `alg_temp` adds Gumbel noise: the k best are then a draw
+    without replacement with probabilities softmax(score / alg_temp).
     """
     targets = {
         "confidence": candidates.probability,
@@ -114,6 +115,8 @@ def rank_score(
     if settings.alg_temp > 0:
         gumbel = -torch.log(-torch.log(gumbel_uniform.clamp(1e-7, 1 - 1e-7)))
         score = score / settings.alg_temp + gumbel
+    if settings.confidence_eos_eot_inf:
+        score = score.masked_fill(stop, torch.finfo(score.dtype).min)  # above the minus infinity of what is not masked
     return score
 
 

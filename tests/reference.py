@@ -6,6 +6,7 @@ is their definition; `uniform` below spells that hash out in Python's own intege
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -101,21 +102,26 @@ def block_logits(model: torch.nn.Module, canvas: list[int], block: int) -> np.nd
     return logits[0, -block:].float().numpy()
 
 
-def draw_one(logits: np.ndarray, u: float, mask_id: int, settings: Sampling) -> Candidate:
-    """Draw one token from its logits (vocab,): the mask token's is minus infinity, temperature, top-k, top-p."""
+def draw_one(logits: np.ndarray, u: float, mask_id: int, settings: Sampling, barred: Sequence[int] = ()) -> Candidate:
+    """Draw one token from its logits (vocab,): the mask token's is minus infinity, temperature, top-k, top-p.
+
+    What is barred is not drawn, and confidence and entropy are without it; logp and kept mass are with it.
+    """
     greedy = settings.temperature == 0 or settings.top_k == 1
-    raw = softmax(logits)
+    raw = softmax(without(logits, barred))
     allowed = logits.copy()
     allowed[mask_id] = -np.inf
     probability = softmax(allowed / np.float32(1.0 if greedy else settings.temperature))
+    allowed = probability.copy()
+    allowed[list(barred)] = 0
     if settings.filter_order == "top_k_first":
-        kept = keep(probability, settings.top_k, settings.top_p)
+        kept = keep(allowed, settings.top_k, settings.top_p)
     else:
-        kept = keep(probability, 0, settings.top_p) & keep(probability, settings.top_k, 1.0)
-    token = int(probability.argmax()) if greedy else inverse_cdf(probability, kept, u)
-    total = sum(probability[i] for i in sorted(kept))
-    sampled = probability[token] / total
-    of = raw.tolist() if settings.entropy_from == "raw" else [probability[i] / total for i in sorted(kept)]
+        kept = keep(allowed, 0, settings.top_p) & keep(allowed, settings.top_k, 1.0)
+    token = int(allowed.argmax()) if greedy else inverse_cdf(allowed, kept, u)
+    total = sum(allowed[i] for i in sorted(kept))
+    sampled = allowed[token] / total
+    of = raw.tolist() if settings.entropy_from == "raw" else [allowed[i] / total for i in sorted(kept)]
     return Candidate(
         token=token,
         confidence=float(raw[token] if settings.confidence_from == "raw" else sampled),
@@ -123,6 +129,13 @@ def draw_one(logits: np.ndarray, u: float, mask_id: int, settings: Sampling) -> 
         entropy=float(-sum(p * math.log(p) for p in of if p > 0)),
         kept_mass=float(total),
     )
+
+
+def without(logits: np.ndarray, barred: Sequence[int]) -> np.ndarray:
+    """Logits in which those of `barred` ids are minus infinity."""
+    logits = logits.copy()
+    logits[list(barred)] = -np.inf
+    return logits
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

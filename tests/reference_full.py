@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from common.schema import Sampling
 from common.trajectory import Request
 from models.family import family_of_network
-from tests.reference import Trace, choose, draw_one, softmax, static_k, uniform_of
+from tests.reference import Trace, choose, draw_one, softmax, static_k, uniform_of, without
 
 
 def sample_full_attention(
@@ -21,6 +21,7 @@ def sample_full_attention(
 ) -> Trace:
     """The response to one request."""
     offset = family_of_network(model).logit_offset
+    barred = [model.config.eos_token_id] if settings.logits_eos_inf else []
     prompt, size = len(request.prompt_ids), settings.block_size
     blocks = math.ceil(settings.max_token / size)
     canvas = request.prompt_ids + [mask_id] * (blocks * size)
@@ -40,10 +41,12 @@ def sample_full_attention(
             for position in masked:
                 row = logits[position + offset]
                 u = uniform_of(request, position, trace.steps, "token")
-                candidates[position] = draw_one(row, u, mask_id, settings)
+                candidates[position] = draw_one(row, u, mask_id, settings, barred)
+                row = without(row, barred)
                 scores[position] = score(request, position, trace.steps, candidates[position], row, settings, stop_ids)
             k = static_k(size, steps_of_block[block], block_step)
-            for position in choose_by_score(candidates, scores, k, settings):
+            ends = {i for i in masked if candidates[i].token in stop_ids} if settings.confidence_eos_eot_inf else set()
+            for position in choose_by_score(candidates, scores, k, settings, ends):
                 canvas[position] = candidates[position].token
                 step_map[position - prompt] = trace.steps
                 drawn[position] = candidates[position]
@@ -114,15 +117,17 @@ def score(
     if settings.alg_temp > 0:
         u = uniform_of(request, position, step, "alg_temp")
         value = value / settings.alg_temp - math.log(-math.log(min(max(u, 1e-7), 1 - 1e-7)))
-    return value
+    return -math.inf if settings.confidence_eos_eot_inf and candidate.token in stop_ids else value
 
 
-def choose_by_score(candidates: dict, scores: dict[int, float], k: int, settings: Sampling) -> list[int]:
-    """The positions unmasked: by score where confidence decides under block attention."""
+def choose_by_score(
+    candidates: dict, scores: dict[int, float], k: int, settings: Sampling, ends: set[int]
+) -> list[int]:
+    """The positions unmasked: by score where confidence decides under block attention; `ends` are never sure."""
     best = sorted(scores, key=lambda i: (-scores[i], i))
     if settings.remasking_strategy == "low_confidence_static":
         return best[:k]
     if settings.remasking_strategy == "low_confidence_dynamic":
-        sure = [i for i in candidates if candidates[i].confidence >= settings.dynamic_threshold]
+        sure = [i for i in candidates if i not in ends and candidates[i].confidence >= settings.dynamic_threshold]
         return sure or best[:1]
     return choose(candidates, k, settings)

@@ -464,16 +464,42 @@ def test_every_test_counts():
     assert run_tests("def f(x): return x if x < 3 else 4", function(*tests)) == "passed"
 
 
-def test_the_prefix_is_the_tests_own():
-    """What the prefix defines is trusted: a program cannot replace a helper that its tests use."""
-    prefix = "import math\ndef distance(x): return abs(x - 7)\n"
-    task = function("assert distance(f()) < 1e-9 and math.fabs(f() - 7) < 1e-9", prefix=prefix)
+def test_the_setup_is_the_tests_own():
+    """What the setup defines is trusted: a program cannot replace a helper that its tests use."""
+    setup = "import math\ndef distance(x): return abs(x - 7)\n"
+    task = function("assert distance(f()) < 1e-9 and math.fabs(f() - 7) < 1e-9", setup=setup)
     assert run_tests("def f(): return 7.0", task) == "passed"
     lie = "def distance(x): return 0\nclass math:\n    fabs = staticmethod(lambda x: 0)\ndef f(): return 1"
     assert run_tests(lie, task) == "failed"
     assert run_tests("def f(): return distance(0) + math.floor(0.5)", task) == "passed"
-    stub = function("assert f() == 1", prefix="def f(): pass", entry_point="f")
+    stub = function("assert f() == 1", setup="def f(): pass", entry_point="f")
     assert run_tests("def f(): return 1", stub) == "passed"
+
+
+HEAD = 'from typing import List\n\n\ndef add_all(numbers: List[int]) -> int:\n    """Their sum.\n    >>> add_all([1, 2])\n    3\n    """\n'
+BODY = "\n    total = 0\n    for number in numbers:\n        total += number\n    return total"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "response"),
+    [
+        (f"```python\n{HEAD}", f"{BODY}\n```"),
+        (f"```python\n{HEAD}", BODY),
+        (f"```python\n{HEAD}", f"{BODY}\n```\nIt adds them up, as `add_all([1])` shows."),
+        (HEAD, BODY),
+        (HEAD, f"{BODY}\n```\nThat is all."),
+        (HEAD, f"\n    pass\n```\nBetter:\n```python\n{HEAD}{BODY}\n```"),
+        ("```python\n", f"{HEAD}{BODY}\n```"),
+        ("Here is my solution:\n", f"\n```python\n{HEAD}{BODY}\n```"),
+    ],
+)
+def test_the_program_goes_on_from_the_prefix(prefix, response):
+    """As in records of HumanEval and MBPP whose prefix is given to the model as the beginning of its answer."""
+    task = function("assert add_all([1, 2, 4]) == 7", prefix=prefix)
+    assert code_score(response, task).verdict == "passed"
+    assert code_score(response.replace("+=", "-="), task).verdict == "failed"
+    alone = function("assert add_all([1, 2, 4]) == 7")
+    assert not code_score(BODY, alone).correct
 
 
 def test_verdicts_of_functions():

@@ -366,7 +366,8 @@ def test_finetuning_configs_carry_the_published_numbers(load, monkeypatch):
         theirs = load("sft", text=yaml.safe_dump(content).replace("{family}", family))
         ours = load_config("sft", [f"config={ROOT}/configs/sft_{family}.yaml"])
         assert theirs.training.batch_size == ours.training.batch_size == 128
-        assert vars(ours.training) == vars(theirs.training) | {"eval_every": ours.training.eval_every}, family
+        own = {"eval_every": ours.training.eval_every, "gradient_checkpointing_enable": True}  # memory, not the update
+        assert vars(ours.training) == vars(theirs.training) | own, family
         assert (ours.optimizer, ours.lr_scheduler) == (theirs.optimizer, theirs.lr_scheduler)
     dream = load_config("sft", [f"config={ROOT}/configs/sft_dream.yaml"]).training
     assert (dream.method, dream.block_size, dream.max_gen_length, dream.post_num) == ("semi-ar", 16, 1024, 0)

@@ -203,7 +203,7 @@ def test_whole_characters_and_long_numbers_are_read(tmp_path):
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_empty_fields_are_none(tmp_path, suffix):
     """A table has every column in every row: kinds of tasks mix, and what is empty is as if it were not there."""
-    columns = {"question": None, "ground_truth_answer": None, "test_method": None, "test_list": None, "prefix": None}
+    columns = {"question": None, "ground_truth_answer": None, "test_method": None, "test_list": None, "setup": None}
     code = {"question": "f", "test_method": "function", "test_list": ["assert f(1) == 1"]}
     answer, program = load_tasks(write(tmp_path / f"x{suffix}", [columns | GOOD, columns | code]))
     assert (answer.ground_truth_answer, answer.record) == ("4", GOOD)

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from data import download_data
 from data.check import check_file
-from data.download_data import SOURCES, convert_records
+from data.download_data import SETS, convert_records, download
 from data.tasks import load_records, load_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT.parent / "shared" / "data"
-NAMES = "MATH500 GSM8K AIME2024 LiveCodeBench LiveBench MBPP HumanEval MATH_train PrimeIntellect demon_openr1math"
+EVALUATION = ["MATH500", "GSM8K", "AIME2024", "LiveCodeBench", "LiveBench", "MBPP", "HumanEval"]
+TRAINING = ["MATH_train", "PrimeIntellect", "demon_openr1math"]
+OPTIONS = ["MMLU-Pro", "GPQA", "GPQA_diamond"]
 CODE = {"question": "q", "test_method": "function", "test_list": ["assert f(1) == 1"]}
 STDIO = {"question": "q", "test_method": "stdio", "test_input": ["1", "2"], "test_output": ["1", "2"]}
 MBPP = {
@@ -35,17 +38,90 @@ def script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("folder", [".", "data"])
-def test_without_a_network_one_line_says_what_to_put_where(folder):
+@pytest.mark.parametrize(
+    ("source", "hub_id"), [((), "Gen-Verse/AIME2024"), (("--source", "publisher"), "HuggingFaceH4/aime_2024")]
+)
+def test_without_a_network_one_line_says_what_to_put_where(folder, source, hub_id):
     path = "data/download_data.py" if folder == "." else "download_data.py"
-    done = script(path, "--dataset", "AIME2024", cwd=ROOT / folder)
+    done = script(path, "--dataset", "AIME2024", *source, cwd=ROOT / folder)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert "huggingface.co/datasets/HuggingFaceH4/aime_2024" in line and "data/AIME2024.jsonl" in line
+    assert f"huggingface.co/datasets/{hub_id} " in line and "data/AIME2024.jsonl" in line
     assert "Traceback" not in done.stderr
 
 
-def test_every_set_is_named():
-    assert list(SOURCES) == NAMES.split()
+def test_every_set_is_listed_with_its_sources():
+    assert list(SETS) == [*EVALUATION, *OPTIONS, *TRAINING]
+    lines = script("data/download_data.py", "--list").stdout.splitlines()
+    listed = {line.split()[0]: line for line in lines}
+    assert list(listed) == list(SETS)
+    assert "gen-verse: Gen-Verse/GSM8K, publisher: openai/gsm8k" in listed["GSM8K"]
+    assert "gen-verse: Gen-Verse/LiveBench" in listed["LiveBench"] and "publisher" not in listed["LiveBench"]
+    assert "publisher: TIGER-Lab/MMLU-Pro" in listed["MMLU-Pro"] and "Gen-Verse" not in listed["MMLU-Pro"]
+
+
+@pytest.mark.parametrize("name", [*EVALUATION, *TRAINING])
+def test_the_published_records_are_the_file_of_that_name(tmp_path, monkeypatch, name):
+    """The hub stands behind a double that has these files and no others."""
+    split = "train" if name in TRAINING else "test"
+    records = [CODE | {"prefix": "import math"}, {"question": "q", "ground_truth_answer": "4", "level": 3}]
+    (tmp_path / "hub.json").write_text(json.dumps(records))
+
+    def hf_hub_download(repo_id, filename, repo_type):
+        assert (repo_id, filename, repo_type) == (f"Gen-Verse/{name}", f"{split}/{name}.json", "dataset")
+        return str(tmp_path / "hub.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    download(name, out=tmp_path / "out.jsonl")
+    assert [task.record for task in load_tasks(str(tmp_path / "out.jsonl"))] == records
+
+
+def test_a_publishers_own_set(tmp_path, monkeypatch):
+    """Where a publisher has the set, its own records are converted; where it has not, one line says who has."""
+    asked = []
+
+    def load_from_hub(*names):
+        asked.append(names)
+        return {"train": [], "test": [{"question": "q", "answer": "so\n#### 7"}]}
+
+    monkeypatch.setattr(download_data, "load_from_hub", load_from_hub)
+    download("GSM8K", "publisher", tmp_path / "gsm.jsonl")
+    assert asked == [("openai/gsm8k", "main")]
+    assert [task.ground_truth_answer for task in load_tasks(str(tmp_path / "gsm.jsonl"))] == ["7"]
+    with pytest.raises(UserError, match="--source: 'publisher' has no LiveBench; use --source gen-verse"):
+        download("LiveBench", "publisher")
+    with pytest.raises(UserError, match="--source: 'gen-verse' has no GPQA; use --source publisher"):
+        download("GPQA", "gen-verse")
+
+
+MMLU = {"question_id": 70, "question": "Which?", "options": ["x", "y", "z"], "answer": "C", "answer_index": 2}
+GPQA = {"Question": "Why?\n", "Correct Answer": "right", "Record ID": "rec1", "High-level domain": "Physics"}
+GPQA |= {f"Incorrect Answer {number}": f"wrong {number}" for number in (1, 2, 3)}
+
+
+def test_options_are_lettered(tmp_path):
+    (record,) = convert_records([MMLU | {"category": "law"}])
+    assert record == {"question": "Which?\nA. x\nB. y\nC. z", "ground_truth_answer": "C", "id": "70", "category": "law"}
+    ten = MMLU | {"options": list("abcdefghij"), "answer": "J"}
+    assert convert_records([ten])[0]["question"].endswith("\nI. i\nJ. j")
+    for bad in ({"answer": "D"}, {"options": list("abcdefghijk"), "answer": "A"}):
+        with pytest.raises(UserError, match=r"record 1 cannot be converted: its answer .* is none of its"):
+            convert_records([MMLU | bad])
+
+
+def test_the_right_option_of_gpqa_is_anywhere_and_always_in_the_same_place():
+    rows = [GPQA | {"Question": f"Why {number}?", "Record ID": f"rec{number}"} for number in range(200)]
+    records = convert_records(rows)
+    assert records == convert_records(rows)  # whatever was converted before
+    assert records[7:9] == convert_records(rows[7:9])
+    for row, record in zip(rows, records):
+        question, *lines = record["question"].split("\n")
+        assert question == row["Question"] and record["category"] == "Physics" and record["id"] == row["Record ID"]
+        assert f"{record['ground_truth_answer']}. right" in lines
+        assert sorted(line[:3] for line in lines) == ["A. ", "B. ", "C. ", "D. "]
+        assert sorted(line[3:] for line in lines) == ["right", "wrong 1", "wrong 2", "wrong 3"]
+    letters = [record["ground_truth_answer"] for record in records]
+    assert all(30 <= letters.count(letter) <= 70 for letter in "ABCD")
 
 
 def test_a_wrong_name_is_told():
@@ -83,8 +159,52 @@ def test_math_records():
 
 def test_mbpp_records():
     (record,) = convert_records([MBPP])
-    assert record["entry_point"] == "sum" and record["prefix"] == "import math" and len(record["test_list"]) == 2
+    assert record["entry_point"] == "sum" and record["setup"] == "import math" and len(record["test_list"]) == 2
     assert "assert sum(10, 15) == 6" in record["question"] and "== 93" not in record["question"]
+
+
+def test_a_prefix_need_not_be_python_by_itself(tmp_path):
+    """It begins the assistant's turn. What stood in that field of older files goes before the tests, as today's."""
+    prefixes = ["```python\ndef f(x):\n", "def f(x):", "```python\n", "import math\n"]
+    tasks = loaded_from(tmp_path, [CODE | {"prefix": prefix} for prefix in prefixes])
+    assert [task.prefix for task in tasks] == ["```python\ndef f(x):", "def f(x):", "```python", "import math"]
+    assert [task.record["prefix"] for task in tasks] == prefixes and "setup" not in tasks[3].record
+    assert [task.prefix for task in loaded_from(tmp_path, [CODE])] == [""]
+
+
+def test_older_files_kept_the_setup_in_the_prefix(tmp_path):
+    humaneval = {"task_id": "HumanEval/0", "prompt": "import math\n\n\ndef f(x):\n", "entry_point": "f"}
+    records = convert_records([MBPP, humaneval | {"test": "def check(g):\n    assert g(1) == 1"}])
+    assert [record["setup"] for record in records] == ["import math", "import math\n\n\n"]
+    older = [{"prefix" if key == "setup" else key: value for key, value in record.items()} for record in records]
+    for now, before in zip(loaded_from(tmp_path, records), loaded_from(tmp_path, older)):
+        assert before == now and before.prefix == "" and before.record["setup"].strip() == "import math"
+
+
+def test_multiple_choices_as_mmlu_and_mmlu_pro_have_them(tmp_path):
+    records = [
+        {"question": "2+2?\n", "options": ["3", 4, "5"], "answer": "B", "answer_index": 1, "category": "math"},
+        {"question": "2+2?", "choices": ["4", "5"], "answer": 0},
+        {"question": "Which?\nA. this\nB. that", "ground_truth_answer": "A"},
+    ]
+    tasks = loaded_from(tmp_path, records)
+    assert [(task.question, task.ground_truth_answer) for task in tasks] == [
+        ("2+2?\nA. 3\nB. 4\nC. 5", "B"),
+        ("2+2?\nA. 4\nB. 5", "A"),
+        ("Which?\nA. this\nB. that", "A"),
+    ]
+    assert tasks[0].record["category"] == "math"
+    for answer in (2, "C", "AB", "", True, ["A"]):
+        with pytest.raises(UserError, match=r"record 1 of .* has the `answer` .* to 2 options; give the letter of one"):
+            loaded_from(tmp_path, [records[1] | {"answer": answer}])
+    with pytest.raises(UserError, match="to 11 options; give the letter of one, of at most 10"):
+        loaded_from(tmp_path, [{"question": "q", "options": list(range(11)), "answer": "A"}])
+
+
+def loaded_from(folder, records):
+    path = folder / "tasks.json"
+    path.write_text(json.dumps(records))
+    return load_tasks(str(path))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +250,12 @@ BAD = {
     "test_list without the program": (CODE | {"test_list": ["assert 1 + 1 == 2"]}, "uses nothing of the program's"),
     "test_output empty": (STDIO | {"test_output": ["", " \n"]}, "`test_output` is empty everywhere"),
     "lists as texts": (STDIO | {"test_input": '["1"]', "test_output": '["2"]'}, "are lists written as one text"),
-    "prefix not Python": (CODE | {"prefix": "import"}, "`prefix` is not valid Python"),
+    "setup not Python": (CODE | {"setup": "import"}, "`setup` is not valid Python"),
+    "prefix no text": (CODE | {"prefix": ["import"]}, "`prefix` that is no text"),
+    "prefix of an answer": (
+        {"question": "q", "ground_truth_answer": "1", "prefix": "It is"},
+        "has a `prefix`, which begins the program of a code task; leave it out",
+    ),
     "entry_point": (CODE | {"entry_point": 3}, "`entry_point` that is no text"),
     "test_output": (STDIO | {"test_output": ["1"]}, "2 `test_input` but 1 `test_output`"),
     "test_time_limit": (CODE | {"test_time_limit": "1s"}, "`test_time_limit` '1s'"),

@@ -43,6 +43,15 @@ def test_advice_names_the_largest_parts() -> None:
     assert advice(config, found, room=1e15) == []
 
 
+def test_activations_that_are_kept_are_named_first() -> None:
+    config = load_config("rl", RL)
+    found = {"keys and values": 9.0, "weights, sampling": 8.0, "weights, gradients, Adam": 7.0, "activations": 1.0}
+    lines = advice(config, found, room=10.0)
+    assert lines[0].endswith("training.gradient_checkpointing_enable=True") and len(lines) == 3
+    config.training.gradient_checkpointing_enable = True
+    assert not any(line.startswith("activations") for line in advice(config, found, room=10.0))
+
+
 def test_the_report(tiny_sdar: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version_of", lambda package: None if package == "deepspeed" else "1.0")
     main(["config=configs/eval_tiny.yaml", f"model={tiny_sdar}"])

@@ -281,6 +281,29 @@ def test_kept_mass_is_what_the_filters_left() -> None:
     assert drawn(logits, top_k=2).kept_mass.item() == pytest.approx(5 / 6, abs=1e-6)
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.6}], ids=str)
+def test_what_is_barred_is_never_drawn_and_keeps_its_share_of_logp(sampling: dict) -> None:
+    """A planted end of sequence of 60 % at id 1; ids 0 and 2 have 25 and 10 %, the mask token 5 %."""
+    logits, barred = logits_of(0.25, 0.6, 0.1, 0.05), torch.tensor([1])
+    for u in (0.0, 0.3, 0.72, LAST_UNIFORM):
+        uniform = torch.full((1, 1), u)
+        settings = Sampling(remasking_strategy="entropy_bounded", target="margin_confidence", **sampling)
+        got = draw(logits, uniform, MASK, settings, barred)
+        alone = sampling.get("temperature") == 0.0 or "top_p" in sampling  # 0.25 of 0.35 crosses 0.6
+        token = 0 if alone or u < 25 / 35 else 2
+        share = {0: 0.25, 2: 0.1}[token]
+        assert got.tokens.item() == token
+        assert got.probability.item() == pytest.approx(share / 0.4, abs=1e-6)  # the softmax without it
+        assert got.margin.item() == pytest.approx(0.15 / 0.4, abs=1e-6)
+        assert got.logp.item() == pytest.approx(
+            math.log(share / 0.95), abs=1e-6
+        )  # the network's, without the mask alone
+        left = 0.25 if "top_p" in sampling else 0.35
+        assert got.kept_mass.item() == pytest.approx(left / 0.95, abs=1e-6)
+        parts = [0.25 / 0.4, 0.1 / 0.4, 0.05 / 0.4]
+        assert got.entropy.item() == pytest.approx(-sum(part * math.log(part) for part in parts), abs=1e-6)
+
+
 def test_logits_of_low_precision_are_read_in_float32() -> None:
     logits = (torch.randn(1, 2, 50, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
     low, full = drawn(logits, 0.3), drawn(logits.float(), 0.3)

@@ -37,7 +37,6 @@ def run_arguments(runs: Path, **changes: object) -> list[str]:
         "rollout.max_token": 12,
         # right or wrong by a coin, so that an untrained network has an accuracy
         "reward.function": "benchmarks.coin_flip:coin_flip",
-        "reward.truncated_is_wrong": False,
     }
     return [f"{key}={value}" for key, value in (values | changes).items()]
 
@@ -240,7 +239,7 @@ def test_names_of_settings() -> None:
     assert list(named)[1] == "dynamic-dynamic_threshold=0.5"
 
 
-ALL_RIGHT = make_scorer(RewardConfig(workers=0, truncated_is_wrong=False, function="tests.scored:all_right"))
+ALL_RIGHT = make_scorer(RewardConfig(workers=0, function="tests.scored:all_right"))
 
 
 @pytest.mark.parametrize("limit", [{"max_prompt_len": 9}, {"cache_tokens": 16}], ids=["prompt", "cache"])
@@ -280,7 +279,7 @@ def test_all_prompts_too_long(tiny_sdar: Path) -> None:
         evaluate(engine, loaded, tasks, [TaskSampling()], ALL_RIGHT, EvalDatasetConfig(), 3, seed=1)
 
 
-REWARD = ("time_limit=9", "memory_mb=99", "match=fuzzy", "workers=3", "truncated_is_wrong=False")
+REWARD = ("time_limit=9", "memory_mb=99", "match=fuzzy", "workers=3")
 JUDGE = ("reward.judge.base_url=http://127.0.0.1:1/v1", "reward.judge.model=judge")
 DECIDED_BY = [  # job, keys, what decides whether a held-out answer is right, the kind of its prompt
     ("rl", [], "math", "math"),
@@ -329,5 +328,6 @@ def test_evaluation_during_training_obeys_the_config(
     ((_, _, _, _, scorer, dataset, longest, _),) = given
     reward = scorer.reward
     assert (reward.time_limit, reward.memory_mb, reward.match, reward.workers) == (9, 99, "fuzzy", 3)
-    assert not reward.truncated_is_wrong and reward.function is None and not reward.judge.base_url
+    cut = Trajectory("0", 0, [], [1], [0], [0.0], [0.0], 1.0, "length", 1, 1, 1, 1.0)
+    assert not scorer.is_truncated(cut, 1) and reward.function is None and not reward.judge.base_url
     assert (scorer.data_type, reward.kind, dataset.data_type, longest) == (decides, None, asked, 77)

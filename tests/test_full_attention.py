@@ -1,6 +1,8 @@
 """Sampling with full attention against the plain loop of tests/reference_full.py, for every family that has it."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,56 @@ def test_strategies(tiny, family, strategy, cache):
 def test_targets(tiny, target, extra):
     settings = Sampling(**BASE, remasking_strategy="low_confidence_static", target=target, **extra)
     check_against_reference(tiny["dream"], settings, stops=(1, 2, 3, 4, 5, 6, 7, 8))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("key", ["confidence_eos_eot_inf", "logits_eos_inf"])
+@pytest.mark.parametrize("draw", [{"temperature": 0.0}, {"temperature": 0.9, "top_k": 9, "top_p": 0.9}], ids=str)
+def test_ends_that_wait_or_are_not_drawn(tiny, strategy, key, draw):
+    """A third of all tokens end the response, the end of sequence among them: whatever is drawn meets the rule."""
+    loaded = tiny["llada"]
+    stops = tuple(sorted({*range(0, loaded.model.config.vocab_size, 3), loaded.model.config.eos_token_id}))
+    settings = Sampling(**BASE, **draw, remasking_strategy=strategy, **{key: True})
+    check_against_reference(loaded, settings, stops)
+
+
+@pytest.fixture
+def ending(tiny) -> tuple[LoadedModel, torch.Tensor]:
+    """A model with a planted end of sequence, its likeliest token by far everywhere; and that token's id (1,)."""
+    loaded = replace(tiny["llada"], model=copy.deepcopy(tiny["llada"].model))
+    end = torch.tensor([loaded.model.config.eos_token_id])
+    loaded.model.lm_head.register_forward_hook(lambda module, given, logits: logits.index_fill(-1, end, 30.0))
+    return loaded, end
+
+
+def test_a_sure_end_reaches_no_threshold_where_its_confidence_is_infinitely_low(ending):
+    """All candidates of the first block are sure ends: unmasked at once, or one by one from the left."""
+    loaded, end = ending
+    settings = Sampling(**BASE, remasking_strategy="low_confidence_dynamic")
+    free = run(loaded, [Request("a", prompt(5))], settings, (int(end),))["a"]
+    late = run(loaded, [Request("a", prompt(5))], replace(settings, confidence_eos_eot_inf=True), (int(end),))["a"]
+    assert free.step_map[:8] == [0] * 8 and late.step_map[:8] == list(range(8))
+    assert late.confidence[:8] == pytest.approx([1] * 8)  # what is recorded is the probability
+
+
+def test_a_planted_end_of_sequence_is_not_drawn(ending):
+    """Where it is the likeliest token everywhere, the response is nothing else, and the second likeliest if barred."""
+    loaded, end = ending
+    settings = Sampling(**BASE, temperature=0)
+    free = run(loaded, [Request("a", prompt(5))], settings)["a"]
+    assert free.response_ids == [int(end)] * 16
+    barred = run(loaded, [Request("a", prompt(5))], replace(settings, logits_eos_inf=True))["a"]
+    assert int(end) not in barred.response_ids and loaded.mask_id not in barred.response_ids
+    assert max(barred.logp) < -20 < -1 < free.logp[0]  # by the network, all but impossible
+    assert barred.kept_mass < 1e-6 and min(barred.confidence) > 1e-3
+
+
+def test_a_model_without_an_end_of_sequence_has_none_to_bar(tiny):
+    loaded = replace(tiny["llada"], model=copy.deepcopy(tiny["llada"].model))
+    loaded.model.config.eos_token_id = None
+    settings = Sampling(**BASE, logits_eos_inf=True)
+    with pytest.raises(UserError, match=r"rollout\.logits_eos_inf: the model's config\.json names no eos_token_id"):
+        run(loaded, [Request("a", prompt(5))], settings)
 
 
 @pytest.mark.parametrize("draw", [{"temperature": 0.0}, {"temperature": 0.7, "top_k": 6, "top_p": 0.8}], ids=str)

@@ -1,18 +1,22 @@
 """LoRA: adapters are what is trained, the engine has them merged, and both forms of the result load."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from test_rl import rows_of, run_rl
 from test_sft import RECORDS, finetune, sft_config
 
 from common.errors import UserError
 from common.schema import LoraSettings
 from models import load_network
-from models.lora import add_lora
+from models.lora import add_lora, is_adapter, plain_name
+from train import rl_trainer
 from train.learner import whole_weights
+from train.run import export
 
 LORA = LoraSettings(r=4, alpha=8.0)
 
@@ -61,6 +65,41 @@ def test_a_run_saves_both_forms_and_resumes_exactly(tiny_sdar: Path, tmp_path: P
     adapted = peft.PeftModel.from_pretrained(first, whole / "ckpt" / "optimized_adapter").merge_and_unload()
     for name, parameter in merged.named_parameters():
         assert torch.allclose(adapted.get_parameter(name), parameter, atol=1e-6), name
+
+
+@pytest.fixture
+def own_arithmetic() -> Iterator[None]:
+    """accelerate keeps the first run's precision for the whole process."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("own_arithmetic")
+def test_frozen_weights_are_kept_in_the_dtype_that_is_drawn_in(tiny_sdar: Path, tmp_path: Path) -> None:
+    """Two steps under bfloat16: only the adapters move, in float32; what is saved and goes to the engine is W + BA."""
+    changes = {"model__lora__r": 4, "model__dtype": "bfloat16", "optimizer__params__learning_rate": 1e-3}
+    changes |= {"experiment__total_step": 2, "experiment__eval_every": 0, "evaluation__num_task": 2}
+    runs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl_trainer, "export", lambda run: runs.append(run) or export(run))
+        whole = run_rl(tiny_sdar, tmp_path / "whole", **changes)
+    run_rl(tiny_sdar, tmp_path / "parts", **changes | {"experiment__total_step": 1})
+    parts = run_rl(tiny_sdar, tmp_path / "parts", **changes, experiment__start_from_scratch=False)
+    learned, engine = runs[0].learner.network.saved, dict(runs[0].engine.model.named_parameters())
+    first = dict(load_network(tiny_sdar, "sdar").named_parameters())
+    for name, parameter in learned.named_parameters():
+        assert parameter.dtype == (torch.float32 if is_adapter(name) else torch.bfloat16), name
+        assert is_adapter(name) or torch.equal(parameter, first[plain_name(name)].bfloat16()), name
+    merged = dict(load_network(whole / "ckpt" / "optimized", "sdar", "auto").named_parameters())
+    again = dict(load_network(parts / "ckpt" / "optimized", "sdar", "auto").named_parameters())
+    for name, parameter in merged.items():
+        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, again[name]), name
+        assert torch.equal(parameter, engine[name]), name
+    layer = learned.model.layers[0].self_attn.q_proj
+    wanted = first["model.layers.0.self_attn.q_proj.weight"].bfloat16().float() + layer.get_delta_weight("default")
+    assert torch.equal(merged["model.layers.0.self_attn.q_proj.weight"], wanted.bfloat16())
+    assert not torch.equal(wanted, wanted.bfloat16().float())  # else nothing was rounded
 
 
 def test_finetuning_trains_adapters_alone(tmp_path: Path) -> None:

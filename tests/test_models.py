@@ -527,7 +527,7 @@ def test_tiny_chat_template(tiny: dict[str, Path]) -> None:
 
 def test_instructions_hold_the_question() -> None:
     for family in models.FAMILIES.values():
-        assert {"math", "code_function", "code_stdio"} <= family.instructions.keys()
+        assert {"math", "code_function", "code_stdio", "option"} <= family.instructions.keys()
         for instruction in family.instructions.values():
             assert "{1+1}?" in instruction.replace("{question}", "{1+1}?")
         assert "\\boxed{}." in family.instructions["math"]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from models import load_model, load_network
 from sample.engine import Engine
 from train.attention import visible
 from train.learner import Learner, batch_logp, make_learner, rate_factor, update
-from train.network import Policy
+from train.network import Policy, chunk_positions
 from train.objectives import loss_weights, policy_loss, tokens_of
 from train.packing import PackedBatch, Row, make_rows, pack
 from train.rl_step import learn, sample_rows
@@ -156,6 +157,53 @@ def test_logits_in_chunks_are_the_same(network: Network, monkeypatch: pytest.Mon
         results.append((logp.detach(), gradients(network, logp.sum())))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=2e-6)
     assert_same_gradients(results[1][1], results[0][1], network, 1e-5)
+
+
+def test_chunks_of_the_head_are_larger_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chunk_positions(151_936, torch.device("cpu")) == 256 and chunk_positions(4096, torch.device("cpu")) == 2048
+    found = []
+    for gib in (141, 79, 40, 16):
+        properties = SimpleNamespace(total_memory=gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, properties=properties: properties)
+        found.append(chunk_positions(151_936, torch.device("cuda")))
+    assert found == [2048, 2048, 1024, 1024]
+
+
+# ---- to the device
+
+
+@pytest.mark.parametrize("record", ["batch", "tokens"])
+def test_a_record_goes_to_the_device_in_one_copy(record: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(torch.nn.Identity(), 7, 40, ())
+    trajectories = [
+        replace(one, logp=[-0.5] * len(one.response_ids)) for one in random_trajectories(network, 3, seed=2)
+    ]
+    rows = packed_rows(network, trajectories)
+    (batch,) = pack(rows, 10**6)
+    tokens = tokens_of(rows, [scored(one, 0.5) for one in trajectories])[np.arange(7)]  # an odd number, and two dtypes
+    assert {tokens.advantage.dtype, tokens.trajectory.dtype} == {torch.float32, torch.int64}
+    copies: list[tuple] = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *to, **named: copies.append((to, named)) or self.clone())
+    given = batch if record == "batch" else tokens
+    there = given.to(torch.device("meta"))  # any but the host's: what is copied stays readable
+    assert copies == [((torch.device("meta"),), {"non_blocking": True})]
+    for name, one in vars(given).items():
+        other = getattr(there, name)
+        if not isinstance(one, torch.Tensor):
+            assert other is one
+            continue
+        assert other.dtype == one.dtype and torch.equal(other, one), name
+        assert other.data_ptr() % 16 == 0 and other.is_contiguous()
+
+
+def test_joined_rows_are_whole_tiles_and_the_padding_says_nothing(network: Network) -> None:
+    rows = packed_rows(network, random_trajectories(network, 6, seed=5))
+    plain, padded = pack(rows, 150, together=True), pack(rows, 150, together=True, multiple=32)
+    assert max(map(len, rows)) < 128 and len(padded) > 1 and any(batch.ids.shape[1] % 32 for batch in plain)
+    assert all(batch.ids.shape[1] % 32 == 0 and batch.ids.shape[1] <= 128 for batch in padded)
+    learner, _ = recording_learner(network)
+    wanted, found = batch_logp(learner, plain, 1.0), batch_logp(learner, padded, 1.0)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-5)
 
 
 # ---- gradients

@@ -12,11 +12,11 @@ import pytest
 from benchmarks.coin_flip import coin_flip
 from common.boxed import extract_boxed
 from common.errors import UserError
-from common.schema import RewardConfig
-from common.trajectory import Score, Task
+from common.schema import RewardConfig, RLRewardConfig
+from common.trajectory import Score, Task, Trajectory
 from reward import math_reward
 from reward.math_reward import MATH_VERIFY, MathVerify, answers_equal, math_score
-from reward.score import make_scorer
+from reward.score import check_tasks, make_scorer
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT.parent / "shared" / "data"
@@ -374,8 +374,26 @@ def test_make_scorer_math():
     scorer = make_scorer(RewardConfig(), "math")
     assert scorer(r"\boxed{15}", TASK, False) == Score(1.0, True, "passed")
     assert scorer(r"\boxed{15}", TASK, True) == Score(0.0, False, "truncated")
-    lenient = make_scorer(RewardConfig(truncated_is_wrong=False), "math")
-    assert lenient(r"\boxed{15}", TASK, True) == Score(1.0, True, "passed")
+
+
+@pytest.mark.parametrize(
+    ("reward", "lengths"),
+    [
+        (RewardConfig(), []),  # evaluations and `python -m reward`
+        (RLRewardConfig(truncated_is_wrong=False, truncated_margin=5), []),
+        (RLRewardConfig(), ["20 cut"]),
+        (RLRewardConfig(truncated_margin=0), ["20 cut", "20"]),
+        (RLRewardConfig(truncated_margin=5), ["20 cut", "20", "16", "15"]),  # the original's rule: length ≥ limit − 5
+    ],
+)
+def test_what_counts_as_truncated_of_twenty_tokens(reward, lengths):
+    scorer = make_scorer(reward, "math")
+    drawn = {"20 cut": (20, "length"), "20": (20, "stop"), "16": (16, "stop"), "15": (15, "stop"), "14": (14, "stop")}
+    trajectories = {
+        name: Trajectory("1", 0, [], [], [], [], [], 1.0, reason, length, 1, 1, 1.0)
+        for name, (length, reason) in drawn.items()
+    }
+    assert [name for name, one in trajectories.items() if scorer.is_truncated(one, 20)] == lengths
 
 
 def test_unknown_kinds_are_told():
@@ -444,3 +462,31 @@ def test_coin_flip_is_fair_and_stable():
     assert flips[:8] == [coin_flip(f"response {n}", TASK) for n in range(8)] == [1, 0, 0, 1, 0, 0, 1, 1]
     other = [coin_flip(f"response {n}", Task("8", "", "")) for n in range(64)]
     assert other != flips[:64]
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    ("box", "right"),
+    [(text, True) for text in ("C", "(C)", "C.", "c", "\\text{C}", "\\textbf{(C)}", "$C$", "C: 4", "C) four", "**C**")]
+    + [(text, False) for text in ("B", "4", "C, D", "C and D", "CD", "(B) not C", "C. red and D. blue", "Cat")],
+)
+def test_an_option_is_right_by_its_letter(box, right):
+    scorer = make_scorer(RewardConfig(), "option")
+    expected = Score(1.0, True, "passed") if right else Score(0.0, False, "failed")
+    assert scorer(f"It is \\boxed{{{box}}}.", Task("1", "q", "C"), False) == expected
+
+
+def test_a_letter_outside_a_box_is_no_answer():
+    assert make_scorer(RewardConfig(), "option")("The answer is C", Task("1", "q", "C"), False).verdict == "no_answer"
+
+
+def test_options_are_judged_by_a_letter():
+    scorer = make_scorer(RewardConfig(), "option")
+    check_tasks(scorer, [Task("1", "q", "A"), Task("2", "q", "J")], "data")
+    for answer in ("4", "K", "AB"):
+        with pytest.raises(UserError, match=f"data: task '3' has the answer '{answer}', but an option is judged by"):
+            check_tasks(scorer, [Task("3", "q", answer)], "data")
+    with pytest.raises(UserError, match="data: task '4' has no `ground_truth_answer`"):
+        check_tasks(scorer, [Task("4", "q")], "data")

@@ -134,6 +134,24 @@ def test_metrics_of_a_run(runs: Runs) -> None:
     assert all("eval/dynamic/tokens_per_forward" in row for row in evaluations)
 
 
+def test_a_prefix_is_prompt_and_never_learned(tiny_sdar: Path, tmp_path: Path) -> None:
+    tests = {"test_method": "function", "test_list": ["assert f(1) == 1"], "prefix": "12:+3\n"}
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps({"question": f"{n}+1", "id": n} | tests) + "\n" for n in range(4)))
+    sets = {"dataset__train_dataset": tasks, "dataset__eval_dataset": tasks, "dataset__data_type": "code"}
+    code = {"dataset__prompts__code_function": "{question}", "experiment__eval_every": 0, "experiment__total_step": 1}
+    folder = run_rl(tiny_sdar, tmp_path, **sets, **code)
+    tokenizer, lines = load_model(tiny_sdar, "sdar").tokenizer, lines_of(folder / "rollouts" / "step-0001.jsonl")
+    for line in lines:
+        assert tokenizer.decode(line["prompt_ids"]).endswith(f"{line['task_id']}+1<|assistant|>\n12:+3")
+        assert line["prefix"] == "12:+3" and line["text"] == tokenizer.decode(
+            line["response_ids"][: line["length"]], skip_special_tokens=True
+        )
+    (step,) = steps_of(folder)
+    assert step["predicted_tokens"] == sum(line["length"] for line in lines) and step["logp_diff_max"] <= 2e-5
+    assert "12:+3" in (folder / "trace.html").read_text()
+
+
 def test_rollouts_hold_what_the_metrics_count(runs: Runs) -> None:
     steps = steps_of(runs.first)
     for number, row in enumerate(steps, 1):

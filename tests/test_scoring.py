@@ -14,7 +14,7 @@ import pytest
 
 from common.errors import UserError
 from common.runtime import Stopwatch
-from common.schema import JudgeConfig, PromptsConfig, RewardConfig, TaskSampling
+from common.schema import JudgeConfig, PromptsConfig, RewardConfig, RLRewardConfig, TaskSampling
 from common.trajectory import Response, Score, Task
 from models.prompts import instruction
 from reward.score import RewardScorer, check_tasks, make_scorer
@@ -179,7 +179,7 @@ def test_the_reward_command(tmp_path):
         (
             '{"task": 0, "response": "x"}',
             ["kind=maths"],
-            "kind=maths: expected math, code, general, judge; did you mean math",
+            "kind=maths: expected math, code, general, option, judge; did you mean math",
         ),
         ('{"task": 0, "response": "x"}', ["memory_mb=1"], "memory_mb=1: must be at least 64"),
         ('{"task": 0, "response": "x"}', ["workers=x"], "workers=x: expected a whole number"),
@@ -277,6 +277,11 @@ def test_a_rollout_is_scored_beside_and_in_order(own):
     groups = collect(engine, loaded, prompts, settings, scorer, Stopwatch(), seed=0)
     assert [[one.score.token_rewards for one in group] for group in groups] == [[[1, 2, 3], [6]], [[4, 5], [7, 8]]]
     assert [[one.trajectory.text for one in group] for group in groups] == [["123", "6"], ["45", "78"]]
+    scorer.reward = RLRewardConfig(**vars(scorer.reward), truncated_margin=1)
+    settings.max_token = 4
+    groups = collect(engine, loaded, prompts, settings, scorer, Stopwatch(), seed=0)
+    verdicts = [[one.score.verdict for one in group] for group in groups]
+    assert verdicts == [["truncated", "passed"], ["passed", "passed"]], "3 tokens are within 1 of the limit"
 
 
 def test_instructions_by_kind_of_task():

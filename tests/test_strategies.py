@@ -16,7 +16,7 @@ from common.trajectory import Request
 from models import load_model
 from sample.draw import Candidates
 from sample.engine import Engine
-from sample.strategies import STRATEGIES, BlockState, even_split, find_strategy, top_k_masked
+from sample.strategies import STRATEGIES, BlockState, even_split, find_strategy, rank_score, top_k_masked
 from tests import reference
 
 examples = settings(deadline=None, database=None, derandomize=True, max_examples=100)
@@ -145,6 +145,25 @@ def test_many_equals_go_to_the_lower_positions() -> None:
     masked[1, ::2] = False
     chosen = top_k_masked(score, masked, torch.tensor([5, 3]))
     assert [row.nonzero()[:, 0].tolist() for row in chosen] == [[0, 1, 2, 3, 4], [1, 3, 5]]
+
+
+@pytest.mark.parametrize("target", ["confidence", "margin_confidence", "neg_entropy", "random"])
+@pytest.mark.parametrize("alg_temp", [0.0, 0.01])
+def test_candidates_that_end_the_response_come_last_of_the_masked(target: str, alg_temp: float) -> None:
+    """Planted: the two that end (0, 3) are the best by every target; position 1 is not masked."""
+    best = torch.tensor([[0.9, 0.99, 0.2, 0.8, 0.3]])
+    candidates = Candidates(best.long(), best, best, 1 - best, best, best)
+    stop, masked = torch.tensor([[True, False, False, True, False]]), torch.tensor([[True, False, True, True, True]])
+    noise = torch.full_like(best, 0.5)
+
+    def chosen(k: int, **sampling: object) -> list[int]:
+        settings = Sampling(target=target, alg_temp=alg_temp, **sampling)
+        score = rank_score(candidates, best, noise, stop, settings)
+        return top_k_masked(score, masked, torch.tensor([k]))[0].nonzero()[:, 0].tolist()
+
+    assert [chosen(k) for k in (1, 2)] == [[0], [0, 3]]
+    ranked = [chosen(k, confidence_eos_eot_inf=True) for k in (1, 2, 3, 4)]
+    assert ranked == [[4], [2, 4], [0, 2, 4], [0, 2, 3, 4]]  # where nothing else is left they are unmasked
 
 
 @pytest.mark.parametrize("block", [1, 4, 8, 10])

@@ -105,8 +105,11 @@ def flex_or_sdpa(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' FlexAttention or SDPA, by the mask's kind; output (batch, length, heads, width)."""
-    forward = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward
-    return forward(module, query, key, value, attention_mask, **kwargs)
+    if not isinstance(attention_mask, BlockMask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    # under autocast norms and rotary tables make float32 of queries and keys; FlexAttention's backward takes one dtype
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def take_block_masks(model: PreTrainedModel) -> None:

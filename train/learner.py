@@ -21,6 +21,7 @@ from common.runtime import console
 from common.schema import OptimizerParams, SchedulerConfig, TrainingBase
 from common.stop import beat
 from models.lora import adapted_layer, is_adapter, merged, plain_name
+from train.attention import TILE
 from train.network import Head
 from train.packing import PackedBatch, Row, pack
 
@@ -149,10 +150,11 @@ def rate_factor(schedule: SchedulerConfig, done: int, updates: int) -> float:
 def micro_batches(rows: Sequence[Row], token_budget: int) -> list[PackedBatch]:
     """The rows of an update as micro-batches, the same on every rank; one for each at least, where rows are enough.
 
-    Packed as suits the device: joined where attention skips what is not visible, else side by side.
+    Packed as suits the device: joined, in whole tiles, where attention skips what is not visible, else side by side.
     """
     joined = torch.cuda.is_available()
-    return pack(rows, token_budget, at_least=ranks.world(), together=joined, most_padding=MOST_PADDING)
+    multiple = TILE if joined else 1
+    return pack(rows, token_budget, ranks.world(), together=joined, most_padding=MOST_PADDING, multiple=multiple)
 
 
 def for_this_rank(batches: Sequence[PackedBatch]) -> list[PackedBatch]:

@@ -12,6 +12,7 @@ from common.runtime import device_and_dtype
 from common.schema import ModelConfig, RLConfig, SFTConfig, TrainingBase
 from models import LoadedModel, load_model, load_network
 from models.lora import add_lora
+from models.norms import fuse_norms
 from models.value import load_value
 from sample.parallel import shard
 from train.learner import Learner, make_learner, whole_networks, whole_weights
@@ -24,9 +25,12 @@ def mixed_precision(dtype: str) -> str:
 
 
 def load_trained(model_config: ModelConfig, training: TrainingBase, path: str | Path) -> LoadedModel:
-    """The model to train: float32 weights, which ZeRO-3 shards as they are loaded, and adapters where asked for."""
-    device, _ = device_and_dtype(model_config.dtype)
-    loaded = load_model(path, model_config.model_base, torch.float32, device)
+    """The model to train: float32 weights, which ZeRO-3 shards as they are loaded, and adapters where asked for.
+
+    Beside adapters nothing else is trained: those weights are kept in the dtype that responses are drawn in.
+    """
+    device, dtype = device_and_dtype(model_config.dtype)
+    loaded = load_model(path, model_config.model_base, dtype if model_config.lora.r else torch.float32, device)
     if model_config.lora.r:
         add_lora(loaded.model, model_config.lora)
     if training.gradient_checkpointing_enable:
@@ -93,6 +97,8 @@ def whole_model(loaded: LoadedModel, learner: Learner) -> LoadedModel:
     with whole_networks(learner.accelerator):
         network = type(loaded.model)(loaded.model.config)
     network = network.to(loaded.model.device, loaded.model.dtype).eval()
+    if loaded.model.device.type == "cuda":
+        fuse_norms(network)
     own = dict(network.named_parameters())
     with torch.no_grad():
         for name, tensor in whole_weights(loaded.model):

@@ -9,11 +9,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from models.value import ValueNetwork
-from train.attention import attention_mask, take_block_masks
+from train.attention import TILE, attention_mask, take_block_masks
 from train.packing import PackedBatch
 
-CHUNK_ELEMENTS = 1 << 23  # of a (positions, vocab) float32 tensor: 32 MiB
-LEAST_POSITIONS = 256  # in a chunk: fewer leave a GPU waiting for the head's weights
+CHUNK_ELEMENTS = 1 << 23  # of a (positions, vocab) float32 tensor on the CPU: 32 MiB
+LEAST_POSITIONS = 256  # in a chunk there
+CUDA_POSITIONS = (1024, 2048)  # fewer leave a GPU waiting for the head's weights, more win nothing
+CUDA_SHARE = 16  # of the device's memory, the part that a chunk of more than the fewest may take
+CHUNK_BYTES = 16  # an element at the backward's peak: logits and their gradient in half precision, three in float32
 
 
 class Policy(torch.nn.Module):
@@ -55,10 +58,19 @@ class Head(torch.nn.Module):
         def of_chunk(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
             return TargetLogp.apply(self.lm_head(states), ids, self.mask_id, temperature)
 
-        size = max(LEAST_POSITIONS, CHUNK_ELEMENTS // self.lm_head.out_features)
+        size = chunk_positions(self.lm_head.out_features, hidden.device)
         chunks = zip(hidden.split(size), target.split(size))
         logp, entropy = zip(*(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks))
         return torch.cat(logp), torch.cat(entropy)
+
+
+def chunk_positions(vocabulary: int, device: torch.device) -> int:
+    """How many positions' logits there are at a time; the same on every call, so that runs repeat."""
+    if device.type != "cuda":
+        return max(LEAST_POSITIONS, CHUNK_ELEMENTS // vocabulary)
+    fewest, most = CUDA_POSITIONS
+    memory = torch.cuda.get_device_properties(device).total_memory // CUDA_SHARE
+    return min(most, max(fewest, memory // (CHUNK_BYTES * vocabulary) // TILE * TILE))
 
 
 class TargetLogp(torch.autograd.Function):

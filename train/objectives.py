@@ -15,7 +15,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.schema import RLTrainingConfig
 from common.trajectory import ScoredTrajectory
-from train.packing import Row
+from train.packing import Row, moved
 
 ROUNDING = 1e-12  # of a reward, relative
 LARGEST_REWARD = 1e15  # summed over ten thousand tokens and squared it is still a float32
@@ -53,7 +53,8 @@ class Tokens:
         return self._each(lambda column: column[torch.from_numpy(index)])
 
     def to(self, device: torch.device) -> "Tokens":
-        return self._each(lambda column: column.to(device))
+        columns = {name: column for name, column in vars(self).items() if column is not None}
+        return replace(self, **moved(columns, device))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
         columns = {name: function(column) for name, column in vars(self).items() if column is not None}

@@ -15,9 +15,12 @@ from itertools import accumulate
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from train.views import Views
+
+ALIGNMENT = 16  # bytes; what compiled kernels ask of their inputs
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Rows of one micro-batch, padded to the longest; `predicted` says which of the update's tokens they hold."""
+    """Rows of one micro-batch, padded to one length; `predicted` says which of the update's tokens they hold."""
 
     ids: Tensor  # (rows, tokens)
     position: Tensor  # (rows, tokens)
@@ -53,8 +56,24 @@ class PackedBatch:
     predicted: np.ndarray  # (predicted,) index into the update's predicted tokens, in the order of its rows
 
     def to(self, device: torch.device) -> "PackedBatch":
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)
+        return replace(
+            self, **moved({name: one for name, one in vars(self).items() if isinstance(one, Tensor)}, device)
+        )
+
+
+def moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of the host on a device, in one copy that the host does not wait for; there they are one's parts.
+
+    Each begins at a multiple of `ALIGNMENT` bytes. On the host they are given back as they are.
+    """
+    if device.type == "cpu":
+        return tensors
+    sizes = [-(-one.nbytes // ALIGNMENT) * ALIGNMENT for one in tensors.values()]
+    packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for part, one in zip(packed.split(sizes), tensors.values()):
+        part[: one.nbytes].view(one.dtype).view(one.shape).copy_(one)
+    parts = zip(packed.to(device, non_blocking=True).split(sizes), tensors.items())
+    return {name: part[: one.nbytes].view(one.dtype).view(one.shape) for part, (name, one) in parts}
 
 
 def make_rows(
@@ -98,21 +117,27 @@ def _predictions(views: Views, chosen: slice, start: int) -> dict[str, np.ndarra
 
 
 def pack(
-    rows: Sequence[Row], token_budget: int, at_least: int = 1, together: bool = False, most_padding: float = 1.0
+    rows: Sequence[Row],
+    token_budget: int,
+    at_least: int = 1,
+    together: bool = False,
+    most_padding: float = 1.0,
+    multiple: int = 1,
 ) -> list[PackedBatch]:
     """Cut rows into micro-batches of at most `token_budget` padded tokens; a longer row is one of its own.
 
-    `together` puts rows one after another into long ones that the budget bounds, without padding: for attention whose
-    cost follows what is visible. Otherwise rows of like length go side by side, and a further micro-batch begins
-    where padding would exceed the share `most_padding` of one: a dense mask costs the square of a row's length. A
-    smaller budget is taken where that makes about `at_least` micro-batches.
+    `together` puts rows one after another into long ones that the budget bounds, padded to a `multiple` of tokens: for
+    attention whose cost follows what is visible. Otherwise rows of like length go side by side, and a further
+    micro-batch begins where padding would exceed the share `most_padding` of one: a dense mask costs the square of a
+    row's length. A smaller budget is taken where that makes about `at_least` micro-batches.
     """
     if at_least > 1:
         token_budget = min(token_budget, -(-sum(len(row) for row in rows) // at_least))
     offsets = np.cumsum([0] + [len(row.target) for row in rows])
     lengths = [len(row) for row in rows]
     if together:
-        return [_batch(rows, [line], offsets) for line in fill_lines(lengths, token_budget)]
+        token_budget = max(multiple, token_budget // multiple * multiple)
+        return [_batch(rows, [line], offsets, multiple) for line in fill_lines(lengths, token_budget)]
     batches: list[list[int]] = []
     tokens = 0
     for index in sorted(range(len(rows)), key=lambda index: lengths[index]):
@@ -142,16 +167,17 @@ def fill_lines(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return lines
 
 
-def _batch(rows: Sequence[Row], lines: Sequence[Sequence[int]], offsets: np.ndarray) -> PackedBatch:
-    """The micro-batch whose lines hold the rows of those indices, one after another."""
+def _batch(rows: Sequence[Row], lines: Sequence[Sequence[int]], offsets: np.ndarray, multiple: int = 1) -> PackedBatch:
+    """The micro-batch whose lines hold the rows of those indices, one after another, padded to a multiple of tokens."""
     lengths = [[len(rows[index]) for index in line] for line in lines]
-    width = max(sum(line) for line in lengths)
+    longest = max(sum(line) for line in lengths)
+    width = -(-longest // multiple) * multiple
     starts = [n * width + start for n, line in enumerate(lengths) for start in accumulate(line[:-1], initial=0)]
     chosen = [index for line in lines for index in line]
 
     def padded(values: Callable[[int], np.ndarray], fill: int = 0) -> Tensor:
         joined = [torch.from_numpy(np.concatenate([values(index) for index in line])) for line in lines]
-        return pad_sequence(joined, batch_first=True, padding_value=fill)
+        return pad(pad_sequence(joined, batch_first=True, padding_value=fill), (0, width - longest), value=fill)
 
     return PackedBatch(
         ids=padded(lambda index: rows[index].ids),

@@ -146,6 +146,7 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         drawing = engine_model(config, trained, learner)
         reference = frozen_reference(config, trained, learner)
         take_defaults(config, drawing)
+        encode_tasks(drawing, inputs.tasks[:1], config.dataset, config.rollout.start_with_think)  # a mistake shows here
         critic = None
         if config.model.value_base_model:
             value_steps = experiment.total_step // experiment.train_value_every

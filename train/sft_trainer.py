@@ -22,6 +22,7 @@ from data.tasks import load_tasks
 from models import Family, LoadedModel, find_family
 from models.defaults import take_defaults
 from models.tiny import build_tiny
+from rollout.collect import encode_tasks
 from sample.engine import Engine
 from train.learner import Learner, batch_logp, micro_batches, update
 from train.learner_state import write_network
@@ -117,6 +118,7 @@ def set_up(config: SFTConfig) -> SFTRun:
         ranks.wait_for_all()
     loaded = load_trained(model_config, training, path)
     take_defaults(config, loaded)
+    encode_tasks(loaded, tasks[:1], held_out.dataset, config.evaluation.start_with_think)  # a mistake shows here
     samples = make_samples(config, loaded, located)
     if reasons := samples.reasons(training):
         console.print(f"samples left out: {reasons}")

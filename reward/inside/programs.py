@@ -33,7 +33,7 @@ def run_program(order: dict[str, Any]) -> None:
 def serve_functions(order: dict[str, Any]) -> None:
     """Run the program's definitions, then answer what the tests ask until they end."""
     sys.modules["__main__"] = sys.modules["program"] = module = types.ModuleType("program")
-    if code := _run(order["prefix"], module) or _run(order["source"], module):
+    if code := _run(order["setup"], module) or _run(order["source"], module):
         _leave(code)
     peer = Peer(CHANNEL, vars(module))
     values.send(CHANNEL, "ready")
@@ -107,9 +107,9 @@ def _test(order: dict[str, Any], peer: Peer) -> str:
     sys.argv = ["program.py"]
     names = vars(module)
     names["__builtins__"] = Names(peer, order["modules"])
-    if any("unittest" in source for source in (order["prefix"], *order["tests"])):
+    if any("unittest" in source for source in (order["setup"], *order["tests"])):
         _look_at_results()
-    exec(compile(order["prefix"], "prefix", "exec", dont_inherit=True), names)
+    exec(compile(order["setup"], "setup", "exec", dont_inherit=True), names)
     names |= {name: peer.ask("name", name) for name in order["shadowing"]}
     peer.asked = 0
     for number, test in enumerate(order["tests"], 1):

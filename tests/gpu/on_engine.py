@@ -1,0 +1,296 @@
+"""What the engine is put through on the emulated device: each function is a scenario, in a process of its own.
+
+A scenario returns what was counted; it raises where responses differ from the CPU's or the device objects.
+"""
+
+import itertools
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import emulation
+import torch
+
+from common.runtime import seed_everything
+from common.schema import Sampling
+from common.trajectory import Request, Trajectory
+from models import LoadedModel, load_model, tiny
+from sample.engine import Engine
+from sample.functions import block_diffusion_generate, diffusion_generate
+from sample.step import Step
+from sample.strategies import STRATEGIES
+
+BLOCK = Sampling(max_token=14, max_active=3, dynamic_threshold=0.113)  # no probability comes close to it
+FULL = replace(BLOCK, block_size=8, steps=12)
+LENGTHS = (3, 8, 13, 4, 9, 1, 22)
+STOP = 14
+FIGURES = dict[str, Any]
+
+
+class WatchedStep(Step):
+    """A step whose waits and kernels are counted, whenever its Python runs."""
+
+    counted: list[emulation.Log]
+
+    def __call__(self, rows: int, seen: int) -> None:
+        with emulation.DEVICE.watching() as log:
+            super().__call__(rows, seen)
+        self.counted.append(log)
+
+
+def watched_engine(loaded: LoadedModel) -> Engine:
+    """An engine on the device whose steps are counted in `WatchedStep.counted`."""
+    WatchedStep.counted = []
+    engine = Engine(loaded.model, loaded.mask_id, [STOP])
+    engine.step_class = WatchedStep
+    assert engine.graphs is not None, "the engine takes the way of the CPU"
+    return engine
+
+
+def built(family: str, seed: int = 3) -> Path:
+    """The folder of an untrained model of that family, made once a process."""
+    folder = Path(tempfile.gettempdir()) / f"{family}-{seed}"
+    if not (folder / "config.json").exists():
+        tiny.LAYERS = 2  # what counts is the kinds of operations
+        tiny.build_tiny(family, folder, seed)
+    return folder
+
+
+def on_both(family: str, seed: int = 3, dtype: torch.dtype = torch.float32) -> tuple[LoadedModel, LoadedModel]:
+    """The same model on the CPU and on the device."""
+    folder = built(family, seed)
+    return load_model(folder, family, dtype), load_model(folder, family, dtype, "cuda")
+
+
+def requests_of(lengths: Iterable[int]) -> list[Request]:
+    return [Request(f"task {n}", [(n + 7 * i) % 33 for i in range(length)], n) for n, length in enumerate(lengths)]
+
+
+def responses(engine: Engine, settings: Sampling, lengths: Iterable[int] = LENGTHS) -> dict[str, Trajectory]:
+    return {one.task_id: one for one in engine.generate(requests_of(lengths), settings)}
+
+
+def check_same(got: dict[str, Trajectory], expected: dict[str, Trajectory]) -> None:
+    """The device's responses are the CPU's, to the last step."""
+    assert got.keys() == expected.keys()
+    for task, one in expected.items():
+        for name in ("finish_reason", "response_ids", "step_map", "length", "steps", "forwards"):
+            here, there = getattr(got[task], name), getattr(one, name)
+            assert here == there, f"{task}: {name} is {here} on the device, {there} on the CPU"
+        apart = max((abs(a - b) for a, b in zip(got[task].logp, one.logp)), default=0.0)
+        assert apart < 1e-4, f"{task}: logp differs by {apart}"
+
+
+def counted(engine: Engine, waits_allowed: bool = False) -> FIGURES:
+    """Waits and kernels of the steps whose Python ran; fails where a step waits, or no graph could be made."""
+    logs, device = WatchedStep.counted, emulation.DEVICE
+    waits = [wait for log in logs for wait in log.waits]
+    if not waits_allowed:
+        assert not waits, f"steps wait for the device: {waits[:3]}"
+        assert engine.graphs.usable and device.captured and device.replayed, "no CUDA graph"
+    assert torch.cuda.current_stream() is torch.cuda.default_stream(), "a capture's stream is still the current one"
+    kernels = [log.kernels for log in logs]
+    return {
+        "waits": round(len(waits) / len(logs), 2),
+        "kernels": round(sum(kernels) / len(logs)),
+        "graphs": device.captured,
+        "replays": device.replayed,
+    }
+
+
+def check_runs(family: str, runs: Iterable[tuple[Sampling, tuple[int, ...]]], waits_allowed: bool = False) -> FIGURES:
+    """Several runs of one engine on the device, each held against a new engine on the CPU."""
+    on_cpu, on_device = on_both(family)
+    engine = watched_engine(on_device)
+    for settings, lengths in runs:
+        expected = responses(Engine(on_cpu.model, on_cpu.mask_id, [STOP]), settings, lengths)
+        check_same(responses(engine, settings, lengths), expected)
+    return counted(engine, waits_allowed)
+
+
+# ---- scenarios
+
+
+def strategies(family: str, base: dict, merge: bool | None = None) -> FIGURES:
+    """Every strategy, greedy and not, filtered and not."""
+    plain = replace(FULL if family != "sdar" else BLOCK, merge_commit=merge, **base)
+    draws = itertools.cycle(({}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}))
+    runs = [(replace(plain, remasking_strategy=name, **draw), LENGTHS) for name, draw in zip(STRATEGIES, draws)]
+    return check_runs(family, runs)
+
+
+def targets(family: str) -> FIGURES:
+    """Full attention: everything that positions are ranked by."""
+    names = ("confidence", "margin_confidence", "neg_entropy", "random")
+    return check_runs(
+        family, [(replace(FULL, target=name, alg_temp=0.3 * (name == "random")), LENGTHS) for name in names]
+    )
+
+
+def longer_and_shorter(family: str, **base: object) -> FIGURES:
+    """One engine for long prompts and responses, short ones, and long ones again."""
+    plain = replace(FULL if family != "sdar" else BLOCK, max_active=4, **base)
+    short = replace(plain, max_token=4, steps=4)
+    longest = replace(plain, max_token=60, steps=16, dynamic_threshold=0.0)
+    runs = [(longest, (50, 70, 90, 60, 80)), (short, (3, 4, 5)), (longest, (40, 60, 50)), (short, (9, 1, 8, 3, 7))]
+    return check_runs(family, runs, waits_allowed=bool(base.get("use_cache")))
+
+
+def memory_pressure(tokens: Iterable[int]) -> FIGURES:
+    """Caches in which not all sequences fit: some give way and come back."""
+    plain = replace(BLOCK, max_token=120, max_active=16, dynamic_threshold=0.0)
+    lengths = tuple(range(10, 71, 6))
+    return check_runs("sdar", [(replace(plain, cache_tokens=number), lengths) for number in tokens])
+
+
+def full_cached(family: str) -> FIGURES:
+    """Full attention with the cache, whole and within a horizon: it waits, and makes no graph."""
+    plain = replace(FULL, use_cache=True)
+    runs = [(plain, LENGTHS), (replace(plain, further_horizon=4), LENGTHS), (plain, (40, 60)), (plain, LENGTHS)]
+    return check_runs(family, runs, waits_allowed=True)
+
+
+def cached_and_not() -> FIGURES:
+    """One engine with the cache and without, longer in turn."""
+    plain = replace(FULL, max_active=4)
+    cached, longer = replace(plain, use_cache=True), replace(plain, max_token=32)
+    return check_runs("llada", [(cached, (3, 5)), (longer, (40, 30, 9, 20, 50)), (cached, LENGTHS)], waits_allowed=True)
+
+
+def sleep_and_wake() -> FIGURES:
+    """Memory given back and taken again, between runs and by new settings; then new weights."""
+    on_cpu, on_device = on_both("sdar")
+    engine, cpu = watched_engine(on_device), Engine(on_cpu.model, on_cpu.mask_id, [STOP])
+    greedy = replace(BLOCK, temperature=0.0)
+    for settings, change in ((BLOCK, engine.sleep), (BLOCK, engine.wake), (greedy, engine.sleep), (BLOCK, None)):
+        check_same(responses(engine, settings), responses(cpu, settings))
+        if change is not None:
+            change()
+    graphs = dict(engine.graphs.graphs)
+    other_on_cpu, other_on_device = on_both("sdar", seed=4)
+    for own, other in ((cpu, other_on_cpu), (engine, other_on_device)):
+        own.load_weights((name, tensor.clone()) for name, tensor in other.model.named_parameters())
+    check_same(responses(engine, BLOCK), responses(cpu, BLOCK))
+    assert graphs and all(engine.graphs.graphs[shape] is graph for shape, graph in graphs.items()), "graphs were lost"
+    return counted(engine)
+
+
+def generate_functions() -> FIGURES:
+    """The functions of generate.py, with prompts on the device as a tokenizer's output is put there."""
+    for family, function in (("sdar", block_diffusion_generate), ("dream", diffusion_generate)):
+        on_cpu, on_device = on_both(family)
+        ids = torch.tensor([[5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 5, 6]])
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+        options = {"gen_length": 16, "block_length": 4 if family == "sdar" else 8, "seed": 5}
+        expected = function(on_cpu.model, {"input_ids": ids, "attention_mask": mask}, on_cpu.mask_id, **options)
+        prompt = {"input_ids": ids.to("cuda"), "attention_mask": mask.to("cuda")}
+        got = function(on_device.model, prompt, on_device.mask_id, **options)
+        assert got.is_cuda and torch.equal(got.cpu(), expected)
+    return {}
+
+
+# ---- what a GPU does otherwise
+
+
+def deterministic() -> FIGURES:
+    """A job makes torch deterministic; a step does nothing by sorting for it, and fills no memory."""
+    seed_everything(1)
+    figures = check_runs("sdar", [(replace(BLOCK, merge_commit=merge), LENGTHS) for merge in (True, False)])
+    kinds = sum((log.sorted for log in WatchedStep.counted), start=emulation.Counter())
+    assert not +kinds, f"sorted for determinism: {+kinds}"
+    assert not any(log.filled for log in WatchedStep.counted), "uninitialised memory is filled"
+    assert torch.are_deterministic_algorithms_enabled(), "training would not be deterministic any more"
+    return figures
+
+
+def attention_kernels(dtype: str = "bfloat16") -> FIGURES:
+    """No plan of cuDNN's for every shape, no mask that is padded at every call, nothing by single kernels."""
+    _, on_device = on_both("sdar", dtype=getattr(torch, dtype))
+    engine = watched_engine(on_device)
+    with emulation.DEVICE.watching() as log:
+        for lengths in (LENGTHS, (30, 31, 5), (17,)):
+            assert len(responses(engine, BLOCK, lengths)) == len(lengths)
+    assert set(log.attention) <= {"flash", "efficient"}, f"attention: {dict(log.attention)}"
+    assert torch.backends.cuda.cudnn_sdp_enabled(), "others' attention would not be cuDNN's any more"
+    return counted(engine) | {"attention": dict(log.attention)}
+
+
+def many_settings(number: int = 12) -> FIGURES:
+    """A server's settings vary; graphs of those that are used no more are dropped."""
+    on_cpu, on_device = on_both("sdar")
+    engine = watched_engine(on_device)
+    engine.graphs.most = 4
+    for step in range(number):
+        settings = replace(BLOCK, temperature=0.5 + step / 10)
+        got = responses(engine, settings, (3, 5))
+        assert len(engine.graphs.graphs) <= 4, f"{len(engine.graphs.graphs)} graphs are kept"
+    check_same(got, responses(Engine(on_cpu.model, on_cpu.mask_id, [STOP]), settings, (3, 5)))
+    return counted(engine)
+
+
+class ReadsTheDevice(WatchedStep):
+    """A step that cannot be captured."""
+
+    def advance(self, slots: Any, *rest: Any) -> None:
+        super().advance(slots, *rest)
+        if bool(slots.stuck.any()):
+            raise AssertionError
+
+
+def failed_capture() -> FIGURES:
+    """Where a step cannot be captured the engine goes on without graphs, on the stream that it was on."""
+    on_cpu, on_device = on_both("sdar")
+    engine = watched_engine(on_device)
+    engine.step_class = ReadsTheDevice
+    check_same(responses(engine, BLOCK), responses(Engine(on_cpu.model, on_cpu.mask_id, [STOP]), BLOCK))
+    assert not engine.graphs.usable and not engine.graphs.graphs
+    return counted(engine, waits_allowed=True)
+
+
+def broken_device() -> FIGURES:
+    """A device-side assertion ends the run with its own words: it is no failed capture."""
+    _, on_device = on_both("sdar")
+    engine = watched_engine(on_device)
+    record = engine.graphs.record
+
+    def record_when_broken(*args: Any) -> None:
+        emulation.DEVICE.broken = True
+        record(*args)
+
+    engine.graphs.record = record_when_broken
+    try:
+        responses(engine, BLOCK)
+    except torch.AcceleratorError as error:
+        assert "device-side assert" in str(error)
+        assert engine.graphs.usable, "a broken device was taken for a step that cannot be captured"
+        return {}
+    raise AssertionError("the run went on")
+
+
+def beside_another_thread() -> FIGURES:
+    """Another thread reads from the device while graphs are captured, as a server's or a writer of checkpoints does."""
+    on_cpu, on_device = on_both("sdar")
+    engine, step = watched_engine(on_device), WatchedStep.__call__
+    weight = next(on_device.model.parameters()).detach()
+
+    def slow_step(self: WatchedStep, rows: int, seen: int) -> None:
+        reader = threading.Thread(target=errors_of, args=(lambda: weight.cpu(), errors))
+        reader.start()
+        reader.join()
+        step(self, rows, seen)
+
+    errors: list[Exception] = []
+    WatchedStep.__call__ = slow_step
+    check_same(responses(engine, BLOCK), responses(Engine(on_cpu.model, on_cpu.mask_id, [STOP]), BLOCK))
+    assert not errors, f"the other thread fails: {errors[0]}"
+    return counted(engine)
+
+
+def errors_of(work: Callable[[], object], errors: list[Exception]) -> None:
+    try:
+        work()
+    except Exception as error:
+        errors.append(error)
