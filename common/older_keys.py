@@ -58,7 +58,7 @@ def original_objective(cfg: Any, values: dict[str, Any]) -> Iterator[str]:
 
     Under full attention its losses are means in each noised copy, and the KL a sum there; under block attention both
     are divided by the longest response. A value model learns the z-scores of groups, of process rewards by chunk.
-    Programs earn the share of the tests that they pass, however long they are.
+    Programs earn the share of the tests that they pass, however long they are; other responses near the limit nothing.
     """
     full = cfg.model.model_base in FULL_ATTENTION
     keys: dict[str, Any] = {"training.loss_norm": "view" if full else "length"}
@@ -70,6 +70,8 @@ def original_objective(cfg: Any, values: dict[str, Any]) -> Iterator[str]:
             keys["training.process_placement"] = "chunk_end"
     if cfg.dataset.data_type == "code":
         keys |= {"reward.code_reward": "share", "reward.truncated_is_wrong": False}
+    else:
+        keys["reward.truncated_margin"] = 5
     keys = {key: value for key, value in keys.items() if key not in values}
     for key, value in keys.items():
         section, name = key.split(".")
