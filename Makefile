@@ -1,10 +1,10 @@
-# make setup | demo [SEED=1] [ARGS="key=value …"] | test | test-cluster | lint
+# make setup | demo [SEED=1] [ARGS="key=value …"] | test | test-cluster | gpu [ARGS="--parts …"] | lint
 
 PYTHON ?= python3
 SEED ?= 1
 BIN := .venv/bin
 
-.PHONY: setup demo test test-cluster lint
+.PHONY: setup demo test test-cluster gpu lint
 
 setup: .venv/.ready
 
@@ -30,6 +30,11 @@ test: setup
 
 test-cluster: setup  # two hosts as network namespaces: needs root, iproute2, openssh-server
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/cluster -m cluster -rs
+
+# on a GPU, 25 minutes at most: its tests and benchmarks, to docs/gpu/ and docs/performance.md. Without .venv the
+# image's own Python runs it, with torch and what else it has.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

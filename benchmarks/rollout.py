@@ -2,10 +2,13 @@
 
 In each of `--repeats` rounds every batch of the engine stands between single sequences of the plain loop; a ratio is
 the median over rounds of those taken within one. `--requests N` instead sends N requests of mixed lengths through room
-for 8 and prints the resident memory on the way.
+for 8 and prints the resident memory on the way. `--alone` leaves the plain loop out, which is slow for large shapes.
+On a GPU the limit stands beside, by the bandwidth and the rate of matrix products measured there.
 """
 
 import argparse
+import functools
+import json
 import resource
 import statistics
 import time
@@ -14,8 +17,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import use_threads
+from benchmarks.cost_model import BLOCK, LARGE_PRODUCT, Chip, limit_seconds
 from benchmarks.plain_loop import Clock, plain_loop, synchronize
-from benchmarks.shapes import SHAPES, make_network, rate_settings, roofline
+from benchmarks.shapes import SHAPES, copy_bandwidth, make_network, matmul_rate, rate_settings
+from common.memory import size_of
 from common.metrics import print_table
 from common.runtime import console
 from common.schema import Sampling
@@ -67,6 +72,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--cpu-time", action="store_true", help="count processor time: for a machine busy with other work"
     )
+    parser.add_argument("--alone", action="store_true", help="the engine without the plain loop")
+    parser.add_argument("--out", type=Path, help="write the table's rows to this file too, as JSON")
     parser.add_argument("--requests", type=int, default=0, help="only send so many requests through room for 8")
     return parser.parse_args()
 
@@ -94,34 +101,39 @@ def compare(model: torch.nn.Module, mask_id: int, settings: Sampling, options: a
             assert (first.response_ids, first.step_map) == one[:2], "the engine is not the plain loop"
         return seconds
 
+    pairs = 0 if options.alone else AT_LEAST // 2  # of plain responses, before and after
     for round_number in range(options.repeats + 1):
         for batch in options.batch:
-            often = -(-AT_LEAST // batch)
-            plain = [plainly(batch) for _ in range(AT_LEAST // 2)]
+            often = 1 if options.alone else -(-AT_LEAST // batch)
+            plain = [plainly(batch) for _ in range(pairs)]
             begin = now(options)
             for _ in range(often):
                 drawn[batch] = list(engine.generate(requests[batch], settings))
             seconds = (now(options) - begin) / (often * batch)
-            plain += [plainly(batch) for _ in range(AT_LEAST // 2)]
-            times.append((batch, statistics.mean(plain), seconds))
+            plain += [plainly(batch) for _ in range(pairs)]
+            times.append((batch, statistics.mean(plain) if plain else 0.0, seconds))
         if round_number == 0:  # it warmed up
             times, clock = [], Clock()
-    per_response = statistics.median(plain for _, plain, _ in times)
-    share, calls = clock.seconds / clock.total, clock.calls / (AT_LEAST * len(times) * options.tokens)
-    rows = [
-        {
-            "sampler": "plain loop",
-            "batch": 1,
-            "tokens/s": f"{options.tokens / per_response:.0f}",
-            "ratio": "1.00",
-            "forwards/token": f"{calls:.3f}",
-            "in the model": f"{100 * share:.0f} %",
-        }
-    ]
+    rows = [] if options.alone else [plain_row(times, clock, options)]
     for batch in options.batch:
         own = [(plain, seconds) for other, plain, seconds in times if other == batch]
         rows.append(row_of(model, drawn[batch], own, options))
     print_table(rows, title=f"rollout, {settings.remasking_strategy}")
+    if options.out:
+        options.out.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def plain_row(times: list[tuple[int, float, float]], clock: Clock, options: argparse.Namespace) -> dict[str, object]:
+    """The plain loop's figures, over all rounds."""
+    calls = clock.calls / (AT_LEAST * len(times) * options.tokens)
+    return {
+        "sampler": "plain loop",
+        "batch": 1,
+        "tokens/s": options.tokens / statistics.median(plain for _, plain, _ in times),
+        "ratio": 1.0,
+        "forwards/token": calls,
+        "in the model": f"{100 * clock.seconds / clock.total:.0f} %",
+    }
 
 
 def row_of(
@@ -135,21 +147,30 @@ def row_of(
     tokens = sum(trajectory.length for trajectory in drawn)
     forwards = sum(trajectory.forwards for trajectory in drawn)
     unmasked = sum(len(trajectory.response_ids) for trajectory in drawn)  # with the last block's tokens past the limit
-    row = {
-        "sampler": "engine",
-        "batch": len(drawn),
-        "tokens/s": f"{tokens / median:.0f}",
-        "ratio": f"{statistics.median(plain / seconds for plain, seconds in times):.2f}",
-        "forwards/token": f"{forwards / unmasked:.3f}",
-        "tokens/forward": f"{unmasked / sum(trajectory.steps for trajectory in drawn):.2f}",
-        "peak MiB": f"{peak_memory() / 2**20:.0f}",
+    steps = forwards / len(drawn)
+    row = {"sampler": "engine", "batch": len(drawn), "tokens/s": tokens / median}
+    if not options.alone:
+        row["ratio"] = statistics.median(plain / seconds for plain, seconds in times)
+    row |= {
+        "forwards/token": forwards / unmasked,
+        "tokens/forward": unmasked / sum(trajectory.steps for trajectory in drawn),
+        "ms/forward": 1e3 * median / steps,
+        "peak MiB": peak_memory() / 2**20,
     }
     if model.device.type == "cuda":
-        steps = forwards / len(drawn)
-        limit = roofline(model, len(drawn), options.prompt + options.tokens / 2, forwards / unmasked)
-        row |= {"limit tokens/s": f"{tokens / (steps * limit):.0f}"}
-        row |= {"share of limit": f"{100 * steps * limit / median:.0f} %"}
+        per_token = forwards / unmasked
+        blocks = 1 + (1 / (BLOCK * per_token) if per_token <= 1 else 0)  # a merged commit widens forwards
+        context = options.prompt + options.tokens / 2
+        size = size_of(model.config.to_dict())
+        limit = limit_seconds(size, this_chip(), len(drawn), context, BLOCK * blocks)
+        row |= {"limit tokens/s": tokens / (steps * limit), "% of limit": 100 * steps * limit / median}
     return row
+
+
+@functools.cache
+def this_chip() -> Chip:
+    """The GPU at hand by what a large copy and a large product reach there."""
+    return Chip(copy_bandwidth(), matmul_rate() / LARGE_PRODUCT)
 
 
 def soak(model: torch.nn.Module, mask_id: int, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Networks of the published sizes with random weights, an unmasking rate that is the same for all, and the limits."""
+"""Networks of the published sizes with random weights, an unmasking rate the same for all, and a GPU's own rates."""
 
 import tempfile
 import time
@@ -12,34 +12,46 @@ from models import load_model
 from models.norms import fuse_norms
 from models.sdar import SDARConfig, SDARForCausalLM
 from models.tiny import build_tiny
-from sample.cache import bytes_per_token
 from sample.draw import Candidates
 from sample.strategies import top_k_masked
 
 QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960}
 SHAPES: dict[str, dict[str, int | bool]] = {
     "tiny": {},
+    # a head of the published width over next to nothing: for the processor
+    "mini": QWEN3
+    | {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}
+    | {"num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True},
+    "0.6b": QWEN3
+    | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+    | {"tie_word_embeddings": True},
     "1.7b": QWEN3
-    | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "4b": QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+    | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
+    | {"tie_word_embeddings": True},
+    "4b": QWEN3
+    | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
+    | {"tie_word_embeddings": True},
     "8b": QWEN3
     | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+    | {"tie_word_embeddings": False},
+    "32b": QWEN3
+    | {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64}
     | {"tie_word_embeddings": False},
 }
 MASK_ID = 151669
 
 
 def make_network(shape: str, device: torch.device) -> tuple[torch.nn.Module, int]:
-    """A network of that shape with random weights, in bfloat16 on a GPU, and its mask token's id."""
+    """A network of that shape with random weights, bfloat16 on a GPU and else float32, and its mask token's id."""
     if shape == "tiny":
         with tempfile.TemporaryDirectory() as folder:
             build_tiny("sdar", folder, seed=3)
             loaded = load_model(folder, "sdar", torch.float32 if device.type == "cpu" else torch.bfloat16, device)
         return loaded.model, loaded.mask_id
-    config = SDARConfig(**({"tie_word_embeddings": True} | SHAPES[shape]))
+    config = SDARConfig(**SHAPES[shape])
     with torch.device("meta"):
         model = SDARForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device=device)
+    model = model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).to_empty(device=device)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
@@ -80,19 +92,6 @@ def by_rate(
     """A strategy: `eb_threshold` positions, and by chance (`dynamic_threshold`) one more."""
     k = int(settings.eb_threshold) + (uniform[:, 0] < settings.dynamic_threshold).long()
     return top_k_masked(confidence, masked, k)
-
-
-def roofline(model: torch.nn.Module, batch: int, context: float, forwards_per_token: float) -> float:
-    """Seconds that one forward of `batch` blocks of 4 must take on this GPU: by bytes or by arithmetic, the longer.
-
-    Bytes: all weights and the keys and values of the context. Arithmetic: two operations per weight and token, a
-    block's commit included. Against the copy bandwidth and the matmul rate measured here.
-    """
-    bandwidth, rate = copy_bandwidth(), matmul_rate()
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    moved = 2 * weights + batch * context * bytes_per_token(model)
-    blocks = 1 + (1 / (4 * forwards_per_token) if forwards_per_token <= 1 else 0)  # a merged commit widens forwards
-    return max(moved / bandwidth, 2 * weights * batch * 4 * blocks / rate)
 
 
 def copy_bandwidth() -> float:

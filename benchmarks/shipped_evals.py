@@ -5,7 +5,8 @@
 One table: config, model, tasks, accuracy, tokens per forward. Every config is run as it is but for its data and sizes,
 which are those that the tiny networks were made for, on 32 tasks. The models are made by `configs/sft_tiny.yaml` where
 they are missing. Further keys go to every evaluation: tiny models learn bare questions, so that
-`dataset.prompts.math={question}` shows what they can, where a published instruction is text of unknown characters.
+`dataset.prompt_style=template dataset.prompts.math={question}` shows what they can, where a published prompt is text of
+unknown characters.
 """
 
 import sys
@@ -40,8 +41,11 @@ def tiny_arguments(path: Path) -> list[str]:
         "made_by": "configs/sft_tiny.yaml",
         "seed": 1,
         "dataset.data_type": "math",
+        "dataset.few_shot": 0,
         "rollout.num_task": 32,
     }
+    if config.model_base in ("llada", "mmada"):
+        values["dataset.prompt_style"] = "template"  # the tiny tokenizers lack the marks of their published turns
     if find_family(config.model_base).attention == "block":
         values |= {"dataset.eval_dataset": "arithmetic_4_test", "rollout.max_token": 40}
     else:

@@ -1,111 +1,111 @@
-"""The packed step on a GPU: networks of 1.7B, 4B and 8B shapes with random weights, 8 trajectories of 2,000 tokens.
+"""The packed step on a GPU: a shape's network with random weights, 8 trajectories of 2,000 tokens.
 
-    python -m benchmarks.training --part gpu
+    python -m benchmarks.training_gpu 8b
+    python -m benchmarks.training --part gpu     # 1.7B, 4B and 8B, each in a process of its own
 
 Weights are bfloat16 and frozen but for LoRA adapters (rank 16, the attention's and the feed-forward's projections),
 with activation checkpointing. Useful tokens are those of prompts, responses and views, padding apart. Model FLOP
 utilisation counts the useful work of forward and backward alone: 2 FLOPs a parameter and token in the forward, as many
 for the gradient of the activations, the language head at predicted positions only, attention over the pairs that are
-seen, and no recomputation. Each shape runs in a process of its own. Not measured yet.
+seen, and no recomputation. Not measured yet.
 """
 
+import argparse
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, inject_adapter_in_model
 
-from benchmarks.made_trajectories import LAYOUT, MASK, PROMPT, make_trajectories
+from benchmarks.cost_model import CHIPS, attention_flops, chip_of
+from benchmarks.made_trajectories import LAYOUT, MASK, make_trajectories
+from benchmarks.plain_loop import synchronize
+from benchmarks.shapes import SHAPES, make_network
+from common.memory import Size, size_of
 from common.metrics import print_table
-from common.schema import RLTrainingConfig
+from common.schema import LoraSettings, RLTrainingConfig
 from common.trajectory import Score, ScoredTrajectory, Task
 from models.norms import fuse_norms
-from models.sdar import SDARConfig, SDARForCausalLM
 from train.learner import Learner, micro_batches
 from train.network import Policy
 from train.packing import Row
 from train.rl_step import learn, sample_rows
 
-# Qwen3's: hidden size, layers, heads, feed-forward; 8 key-value heads of 128
-SHAPES = {
-    "1.7B": (2048, 28, 16, 6144),
-    "4B": (2560, 36, 32, 9728),
-    "8B": (4096, 36, 32, 12288),
-}
-VOCABULARY, HEAD, KV_HEADS = 151_936, 128, 8
-TRAJECTORIES, RESPONSE, ROUNDS = 8, 2000, 3
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}  # dense bfloat16 FLOP/s
+MEASURED = ("1.7b", "4b", "8b")
+ROUNDS = 3
 
 
 def measure_shapes() -> None:
-    """Every shape in a process of its own, and a table of all."""
+    """Every shape in a process of its own."""
     if not torch.cuda.is_available():
         sys.exit("--part gpu needs a CUDA device")
-    for name in SHAPES:
+    for name in MEASURED:
         subprocess.run([sys.executable, "-m", "benchmarks.training_gpu", name], check=False)
 
 
-def measure(name: str) -> None:
+def main() -> None:
     """One shape: a warm-up step, which compiles, and the mean of a few more."""
-    model = make_model(name)
-    network = Policy(model, MASK)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("shape", choices=[name for name in SHAPES if name != "tiny"])
+    parser.add_argument("--trajectories", type=int, default=8)
+    parser.add_argument("--response", type=int, default=2000, help="tokens of each response")
+    parser.add_argument("--out", type=Path, help="write the table's row to this file too, as JSON")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = Policy(make_model(options.shape, device), MASK)
     trained = [one for one in network.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     learner = Learner(network, optimizer, schedule, Accelerator(mixed_precision="bf16"), 1.0)
     samples = [
         ScoredTrajectory(Task(one.task_id, ""), one, Score(1.0, True, "passed"), (-1.0) ** n)
-        for n, one in enumerate(make_trajectories(TRAJECTORIES, [RESPONSE]))
+        for n, one in enumerate(make_trajectories(options.trajectories, [options.response]))
     ]
     training = RLTrainingConfig(old_logp="engine", gradient_checkpointing_enable=True)
     rows = sample_rows(samples, training, LAYOUT, [0])
     seconds = []
     for number in range(ROUNDS + 1):
-        if number == 1:
+        if number == 1 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
-        learn(learner, samples, training, LAYOUT, RESPONSE, [0], exact=False)
-        torch.cuda.synchronize()
+        learn(learner, samples, training, LAYOUT, options.response, [0], exact=False)
+        synchronize()
         seconds.append(time.perf_counter() - start)
     mean = sum(seconds[1:]) / ROUNDS
     tokens = sum(len(row) for row in rows)
     padded = sum(batch.ids.numel() for batch in micro_batches(rows, training.tokens_per_micro_batch))
-    device = torch.cuda.get_device_name()
-    peak = next((speed for part, speed in PEAK.items() if part in device), None)
     row = {
-        "shape": name,
-        "device": device,
+        "shape": options.shape,
         "useful tokens": tokens,
         "padding %": 100 * (1 - tokens / padded),
         "seconds": mean,
         "tokens/s": tokens / mean,
-        "MFU %": 100 * useful_flops(name, rows) / mean / peak if peak else None,
-        "GiB": torch.cuda.max_memory_allocated() / 2**30,
         "first step": seconds[0],
     }
+    if device.type == "cuda":
+        chip = chip_of(torch.cuda.get_device_name())
+        flops = useful_flops(size_of(SHAPES[options.shape]), rows)
+        row["MFU %"] = 100 * flops / mean / CHIPS[chip].peak if chip else None
+        row["GiB"] = torch.cuda.max_memory_allocated() / 2**30
     print_table([row])
+    if options.out:
+        options.out.write_text(json.dumps([row]), encoding="utf-8")
 
 
-def make_model(name: str) -> torch.nn.Module:
-    """The shape with random weights and LoRA adapters, on the GPU."""
-    hidden, layers, heads, feed_forward = SHAPES[name]
-    config = SDARConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=KV_HEADS, head_dim=HEAD, intermediate_size=feed_forward, tie_word_embeddings=False,
-        max_position_embeddings=PROMPT + 2 * RESPONSE,
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = SDARForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    fuse_norms(model)
-    model.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS), model)
+def make_model(shape: str, device: torch.device) -> torch.nn.Module:
+    """The shape with random bfloat16 weights and float32 LoRA adapters."""
+    model, _ = make_network(shape, device)
+    model = model.to(torch.bfloat16).train().requires_grad_(False)
+    if device.type == "cuda":
+        fuse_norms(model)
+    targets = LoraSettings().targets
+    inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=targets), model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -114,17 +114,13 @@ def make_model(name: str) -> torch.nn.Module:
     return model
 
 
-def useful_flops(name: str, rows: Sequence[Row]) -> float:
+def useful_flops(size: Size, rows: Sequence[Row]) -> float:
     """FLOPs of one step's forward and backward, as the module's first lines count them."""
-    hidden, layers, heads, feed_forward = SHAPES[name]
-    layer = hidden * HEAD * (2 * heads + 2 * KV_HEADS) + 3 * hidden * feed_forward
     tokens = sum(len(row) for row in rows)
     predicted = sum(len(row.target) for row in rows)
-    pairs = sum(seen_pairs(row) for row in rows)
-    linear = 4 * (layers * layer * tokens + hidden * VOCABULARY * predicted)
-    # scores and their product with the values, 2 FLOPs each; the backward has four such products
-    attention = layers * heads * HEAD * pairs * (4 + 8)
-    return linear + attention
+    linear = 4 * (size.layers * size.layer_weights * tokens + size.head_weights * predicted)
+    # scores and their product with the values in the forward, four such products in the backward
+    return linear + 3 * attention_flops(size, sum(seen_pairs(row) for row in rows))
 
 
 def seen_pairs(row: Row) -> int:
@@ -134,4 +130,4 @@ def seen_pairs(row: Row) -> int:
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1])
+    main()

@@ -10,15 +10,25 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import safe_open
 
 from common.config import load_any
-from common.config_files import find_config
+from common.config_files import accelerate_config, find_config
 from common.errors import UserError, one_line_errors
+from common.memory import (
+    Arithmetic,
+    Size,
+    activation_bytes,
+    adapter_parameters,
+    cache_bytes,
+    head_bytes,
+    size_of,
+    state_bytes,
+)
 from common.records import read_object
 from common.runtime import project_version, version_of
 
@@ -39,17 +49,6 @@ OPTIONAL = {
     "playwright": "the tests of pages",
 }
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Size:
-    """What of a network decides memory."""
-
-    parameters: int
-    layers: int
-    hidden: int
-    kv_width: int  # kv heads × head width
-    vocabulary: int
 
 
 def main_report() -> list[dict[str, str]]:
@@ -100,16 +99,7 @@ def devices() -> list[tuple[str, str, str]]:
 def read_size(model: str) -> Size:
     """A network's size from its folder, or the hub's cache; UserError where neither has it."""
     folder = _local(model)
-    config = read_object(folder / "config.json", "model")
-
-    def first(*names: str) -> int:
-        return next(int(config[name]) for name in names if config.get(name))
-
-    hidden, heads = first("hidden_size", "d_model"), first("num_attention_heads", "n_heads")
-    kv_heads = first("num_key_value_heads", "n_kv_heads", "num_attention_heads", "n_heads")
-    width = int(config.get("head_dim") or hidden // heads)
-    layers = first("num_hidden_layers", "n_layers")
-    return Size(_parameters(folder), layers, hidden, kv_heads * width, first("embedding_size", "vocab_size"))
+    return size_of(read_object(folder / "config.json", "model"), _parameters(folder))
 
 
 def _local(model: str) -> Path:
@@ -137,46 +127,68 @@ def _parameters(folder: Path) -> int:
     return count
 
 
-def needs(job: str, config: Any, size: Size, ranks: int, low_precision: bool) -> dict[str, float]:
-    """Bytes on one device by part, an estimate.
+def needs(
+    job: str, config: Any, size: Size, low_precision: bool, zero: int = 0, devices: int = 1, value: Size | None = None
+) -> dict[str, float]:
+    """Bytes on one device by part, an estimate; `value` is the value model's size, where there is one.
 
-    Sampling: weights (2 bytes a parameter in bfloat16, else 4); keys and values, 2 × layers × kv width, of every
-    position of every slot; logits, three float32 copies of slots × block × vocabulary. Training: weights, gradients
-    and Adam's two moments in float32, 16 bytes a parameter, over `ranks` by ZeRO-3; activations of a micro-batch, 34 ×
-    hidden × layers numbers a token, 2 × hidden × layers with gradient checkpointing, in the arithmetic's precision;
-    two float32 copies of its logits in chunks of 2,048 tokens.
+    Sampling: weights (2 bytes a parameter in bfloat16, else 4), keys and values of every position of every slot, three
+    float32 copies of the logits of every slot's block. Training: common/memory.py has the formulas. Adapters leave the
+    weights frozen, in float32; the value model is trained whole, and its activations are not there at the same time.
     """
     word = 2 if low_precision else 4
+    lora = config.model.lora if job != "eval" else None
+    adapters = adapter_parameters(size, lora.r, lora.targets) if lora else 0
     found: dict[str, float] = {}
     if job in ("rl", "eval"):
         sampling, limit = config.rollout, (config.training if job == "rl" else config).max_prompt_len
-        rows = sampling.max_active
+        group, rows = sampling.tensor_parallel_size, sampling.max_active
         block = max(sampling.block_size) if isinstance(sampling.block_size, list) else sampling.block_size
-        shared = job == "rl" and not low_precision  # the learner's own weights are sampled from
-        found["weights, sampling"] = 0.0 if shared else word * size.parameters
-        found["keys and values"] = 2.0 * word * size.layers * size.kv_width * rows * (limit + sampling.max_token)
+        # the learner's own weights are sampled from where they are whole, unadapted and of that precision
+        own = job == "rl" and zero != 3 and not adapters and group == 1 and (zero == 2 or not low_precision)
+        found["weights, sampling"] = 0.0 if own else word * size.parameters / group
+        found["keys and values"] = cache_bytes(size, rows * (limit + sampling.max_token), word) / group
         found["logits, sampling"] = 3.0 * 4 * rows * block * size.vocabulary
     if job in ("rl", "sft"):
-        training, models = config.training, 2 if job == "rl" and config.model.value_base_model else 1
-        found["weights, gradients, Adam"] = 16.0 * size.parameters * models / ranks
+        training = config.training
+        trained, frozen = (adapters, size.parameters) if adapters else (size.parameters, 0)
+        found["weights, gradients, Adam"] = state_bytes(trained, frozen, zero, devices, word)
+        if value:
+            found["value model"] = state_bytes(value.parameters, 0, zero, devices, word)
         if job == "rl" and training.kl_reference == "initial":
-            found["the first model"] = 4.0 * size.parameters / ranks
-        per_token = (2 if training.gradient_checkpointing_enable else 34) * size.hidden * size.layers * word
-        found["activations"] = float(per_token * training.tokens_per_micro_batch)
-        found["logits, training"] = 2.0 * 4 * min(2048, training.tokens_per_micro_batch) * size.vocabulary
+            found["the first model"] = (word if zero else 4) * size.parameters
+        found["activations"] = activations(config, size, low_precision, zero, bool(adapters))
+        if value:
+            found["activations"] = max(found["activations"], activations(config, value, low_precision, zero, False))
+        found["logits, training"] = head_bytes(size, min(2048, training.tokens_per_micro_batch))
     return found
+
+
+def activations(config: Any, size: Size, low_precision: bool, zero: int, frozen: bool) -> float:
+    """Bytes that a micro-batch keeps for its backward pass."""
+    arithmetic: Arithmetic = "float32"
+    if low_precision:
+        arithmetic = "frozen" if frozen else "bfloat16" if zero else "autocast"
+    frozen_word = 2 if zero and low_precision else 4
+    training = config.training
+    checkpointing = training.gradient_checkpointing_enable
+    return activation_bytes(size, training.tokens_per_micro_batch, checkpointing, arithmetic, frozen_word)
 
 
 def advice(config: Any, found: dict[str, float], room: float) -> list[str]:
     """What to change where the sum exceeds the room: activations first where they are kept, then the largest parts."""
     if sum(found.values()) <= room:
         return []
-    recomputed = "activations" in found and config.training.gradient_checkpointing_enable
+    training = getattr(config, "training", None)
+    recomputed = training is not None and training.gradient_checkpointing_enable
+    devices = "more devices: accelerate_configs/*_deepspeed_zero3.yaml divides this part by them"
+    adapters = "" if training is None or config.model.lora.r else "model.lora.r=64, or "
     ways = {
         "activations": "a smaller training.tokens_per_micro_batch; the update does not depend on it"
         if recomputed
         else "training.gradient_checkpointing_enable=True",
-        "weights, gradients, Adam": "more devices: accelerate_configs/*_deepspeed_zero3.yaml divides this part by them",
+        "weights, gradients, Adam": adapters + devices,
+        "value model": f"model.value_base_model=null, or {devices}",
         "keys and values": "a smaller max_active or max_token; responses do not depend on max_active",
         "logits, sampling": "a smaller max_active",
         "weights, sampling": "bfloat16 weights (dtype), or a smaller model",
@@ -196,6 +208,18 @@ def device_room() -> tuple[float, bool, int]:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), False, 1
 
 
+def sharing(job: str, config: Any, devices: int) -> tuple[int, int]:
+    """ZeRO's stage, 0 without, and the ranks that share: as experiment.deepspeed_file says; finetuning, whose launcher
+    alone knows, is taken to share by ZeRO-3 over all devices there are."""
+    if job == "sft":
+        return (3, devices) if devices > 1 else (0, 1)
+    name = config.experiment.deepspeed_file
+    if not name:
+        return 0, 1
+    launched = yaml.safe_load(accelerate_config(name).read_text(encoding="utf-8"))
+    return launched.get("deepspeed_config", {}).get("zero_stage", 0), launched["num_processes"]
+
+
 def memory_report(argv: Sequence[str]) -> None:
     """Print what a config needs, beside what a device has."""
     from common.metrics import print_table
@@ -205,9 +229,10 @@ def memory_report(argv: Sequence[str]) -> None:
     model, dtype = (
         (config.model, config.dtype) if job == "eval" else (config.model.pretrained_model, config.model.dtype)
     )
-    room, low_precision, ranks = device_room()
-    low_precision = dtype == "bfloat16" or (dtype == "auto" and low_precision)
-    found = needs(job, config, read_size(model), ranks, low_precision)
+    room, on_gpu, devices = device_room()
+    low_precision = dtype == "bfloat16" or (dtype == "auto" and on_gpu)
+    value = read_size(config.model.value_base_model) if job == "rl" and config.model.value_base_model else None
+    found = needs(job, config, read_size(model), low_precision, *sharing(job, config, devices), value)
     parts = found | {"sum, an estimate": sum(found.values()), "there is": room}
     rows = [{"memory of one device": name, "GiB": round(size / GIB, 2)} for name, size in parts.items()]
     print_table(rows, title=f"\n{path.name}: {model}")

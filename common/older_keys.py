@@ -58,7 +58,8 @@ def original_objective(cfg: Any, values: dict[str, Any]) -> Iterator[str]:
 
     Under full attention its losses are means in each noised copy, and the KL a sum there; under block attention both
     are divided by the longest response. A value model learns the z-scores of groups, of process rewards by chunk.
-    Programs earn the share of the tests that they pass, however long they are; other responses near the limit nothing.
+    Programs earn the share of the tests that they pass, however long they are; other responses nothing within 5 tokens
+    of the limit.
     """
     full = cfg.model.model_base in FULL_ATTENTION
     keys: dict[str, Any] = {"training.loss_norm": "view" if full else "length"}

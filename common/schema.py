@@ -539,6 +539,14 @@ class EvalDatasetConfig:
         "what stands around a task's turn: the tokenizer's chat template, or the very text of the family's published "
         "evaluation",
     )
+    few_shot: int = key(0, "worked examples before each task, within the user's turn", low=0)
+    few_shot_dataset: str = key(
+        "GSM8K_train", "where they are from, the first ones: a name, path or hub id; `question` and `solution`"
+    )
+    few_shot: int = key(0, "worked examples before each task, within the user's turn", low=0)
+    few_shot_dataset: str = key(
+        "GSM8K_train", "the first of which set they are, a name, path or hub id; its records: `question`, `solution`"
+    )
     prompts: PromptsConfig = section(PromptsConfig)
 
 

@@ -25,7 +25,7 @@ if str(Path(__file__).resolve().parent) in sys.path:
 from common.boxed import extract_boxed
 from common.errors import UserError, one_line_errors
 from common.records import Record, fault_of, present
-from data.tasks import DATA_DIR, load_from_hub, load_records, load_tasks
+from data.tasks import DATA_DIR, LETTERS, lettered, load_from_hub, load_records, load_tasks
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ SETS: dict[str, Published] = {
     "MATH_train": published("MATH_train", "train", "training"),
     "PrimeIntellect": published("PrimeIntellect", "train", "training, code"),
     "demon_openr1math": published("demon_openr1math", "train", "training"),
+    "GSM8K_train": Published("training, examples", {"publisher": Source("openai/gsm8k", "train", "main")}),
 }
 
 
@@ -245,16 +246,6 @@ def from_gpqa(row: Record) -> Record:
     return record | {field: row[column] for field, column in fields.items() if column in row}
 
 
-def lettered(question: str, options: Sequence[str], answer: str) -> Record:
-    """A question with its options below it, a line and a letter for each, and the letter of the right one."""
-    letters = LETTERS[: len(options)]
-    if len(options) != len(letters) or answer not in letters:
-        raise ValueError(f"its answer {answer!r} is none of its {len(options)} options ({letters[0]} to {letters[-1]})")
-    lines = [question.strip(), *(f"{letter}. {option}" for letter, option in zip(letters, options))]
-    return {"question": "\n".join(lines), "ground_truth_answer": answer}
-
-
-LETTERS = "ABCDEFGHIJ"  # of options, as many as answers are graded by
 # The types of fields that are not text, or may be numbers too.
 TYPES = {"test_list": list, "options": list} | dict.fromkeys(
     ("answer", "Answer", "ID", "task_id", "question_id", "ground_truth_answer"), (str, int, float)

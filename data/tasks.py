@@ -8,6 +8,7 @@ import math
 import random
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ def load_tasks(name_or_path: str, key: str = "dataset.train_dataset") -> list[Ta
         where = f"{key}: record {index + 1} of '{name_or_path}'"
         if fault := fault_of(record):
             raise UserError(f"{where} {fault}")
+        record = with_options(record, where)
         question, answer = _text(record, "question", where), None
         if record.get("test_method") is None:
-            question, answer = with_options(record, question, where)
-            answer = answer or _text(record, "ground_truth_answer", where)
+            answer = _text(record, "ground_truth_answer", where)
             if record.get("prefix"):
                 raise UserError(f"{where} has a `prefix`, which begins the program of a code task; leave it out")
         else:
@@ -52,6 +53,21 @@ def load_tasks(name_or_path: str, key: str = "dataset.train_dataset") -> list[Ta
                 "give every record its own `id`, or none at all"
             )
     return tasks
+
+
+@functools.cache
+def worked_examples(name_or_path: str, count: int) -> tuple[tuple[str, str], ...]:
+    """Question and solution of the first `count` records of a set, as GSM8K's have them; UserError where they lack."""
+    key = "dataset.few_shot_dataset"
+    records = load_records(name_or_path, key)[:count] if count else []
+    if len(records) < count:
+        raise UserError(f"dataset.few_shot={count}, but {key} '{name_or_path}' has only {len(records)} records")
+    examples = []
+    for number, record in enumerate(records, 1):
+        where = f"{key}: record {number} of '{name_or_path}'"
+        solution = "solution" if "solution" in record else "answer"  # the publisher's own name
+        examples.append((_text(record, "question", where).strip(), _text(record, solution, where).strip()))
+    return tuple(examples)
 
 
 def load_records(name_or_path: str, key: str) -> list[Record]:
@@ -171,25 +187,33 @@ def check_tests(record: Record, where: str) -> None:
         raise UserError(f"{where} has the `test_time_limit` {limit!r:.40}; give seconds, above 0 and up to 3600")
 
 
-def with_options(record: Record, question: str, where: str) -> tuple[str, str | None]:
-    """Question and answer of a multiple choice in the form of MMLU and MMLU-Pro, with a line for each option.
+def with_options(record: Record, where: str) -> Record:
+    """A record whose question holds its options, where it has them in fields of their own, as MMLU and MMLU-Pro do.
 
-    Such a record has `options` or `choices`, and as `answer` the right one's letter or its index from 0. Any other has
-    its question, and no answer here.
+    These are `options` or `choices`, and `answer`: the right one's letter, or its index from 0.
     """
     options, answer = record.get("options") or record.get("choices"), record.get("answer")
     if "ground_truth_answer" in record or not isinstance(options, list) or answer is None:
-        return question, None
+        return record
+    try:
+        return record | lettered(_text(record, "question", where), options, answer)
+    except ValueError as error:
+        raise UserError(f"{where} cannot be read: {error}") from None
+
+
+def lettered(question: str, options: Sequence[Any], answer: Any) -> Record:
+    """A question with its options below it, a line and a letter for each, and the letter of the right one.
+
+    `answer` is that letter, or an index from 0. ValueError where it is none of the options, or these are too many.
+    """
     letters = LETTERS[: len(options)]
-    if type(answer) is int and 0 <= answer < len(letters):
-        answer = letters[answer]
-    if len(letters) < len(options) or not isinstance(answer, str) or answer not in tuple(letters):
-        raise UserError(
-            f"{where} has the `answer` {answer!r:.40} to {len(options)} options; give the letter of one, of at most "
-            f"{len(LETTERS)}"
+    letter = letters[answer] if type(answer) is int and 0 <= answer < len(letters) else answer
+    if len(options) != len(letters) or letter not in list(letters):
+        raise ValueError(
+            f"its answer {answer!r:.40} is none of its {len(options)} options ({LETTERS[0]} to {LETTERS[-1]} at most)"
         )
-    lines = [f"{letter}. {as_text(option)}" for letter, option in zip(letters, options)]
-    return "\n".join([question.strip(), *lines]), answer
+    lines = [question.strip(), *(f"{letter}. {as_text(option)}" for letter, option in zip(letters, options))]
+    return {"question": "\n".join(lines), "ground_truth_answer": letter}
 
 
 def with_setup(record: Record) -> Record:

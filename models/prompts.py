@@ -9,7 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.schema import EvalDatasetConfig, PromptsConfig
+from common.trajectory import Task
 from models.family import Family, LoadedModel
+
+# Around each question where worked examples stand before the task, as lm-evaluation-harness words GSM8K (its
+# lm_eval/tasks/gsm8k/gsm8k.yaml): an example's answer follows behind a blank, the next question after an empty line.
+WORKED = "Question: {question}\nAnswer:"
+WorkedExample = tuple[str, str]  # a question and its answer
 
 
 class ChatTemplateError(UserError):
@@ -36,28 +42,38 @@ def instruction(family: Family, kind: str, own: PromptsConfig, thinking: bool = 
     return words
 
 
+def words_around(family: Family, kind: str, dataset: EvalDatasetConfig, thinking: bool) -> str:
+    """As `instruction`, but WORKED where worked examples are asked for and the config has no words of its own."""
+    if dataset.few_shot and not getattr(dataset.prompts, kind):
+        return WORKED
+    return instruction(family, kind, dataset.prompts, thinking)
+
+
 def task_text(
     tokenizer: PreTrainedTokenizerBase,
     family: Family,
-    question: str,
+    task: Task,
     kind: str,
     dataset: EvalDatasetConfig,
     thinking: bool,
-    prefix: str = "",
+    examples: Sequence[WorkedExample] = (),
 ) -> str:
     """The whole prompt of a task of that kind, in the style of `dataset.prompt_style`, up to where the answer begins.
 
-    `thinking` begins the answer by <think>, but for a function, whose code stands at once; `prefix`, on a line of its
-    own, begins it too. UserError where the style has no text for such a task, or holds tokens that the tokenizer lacks.
+    Worked `examples` stand before it in the same turn. `thinking` begins the answer by <think>, but for a function,
+    whose code stands at once; the task's prefix, on a line of its own, begins it too. UserError where the style has no
+    text for such a task, or holds tokens that the tokenizer lacks.
     """
     thinking = thinking and kind != "code_function"
-    turn = instruction(family, kind, dataset.prompts, thinking).replace("{question}", question)
+    words = words_around(family, kind, dataset, thinking)
+    worked = [f"{words.replace('{question}', question)} {answer}" for question, answer in examples]
+    turn = "\n\n".join([*worked, words.replace("{question}", task.question)])
     if dataset.prompt_style == "published":
         text = published_turn(tokenizer, family, kind, dataset.prompts, thinking).replace("{turn}", turn)
     else:
         text = turns_text(tokenizer, [{"role": "user", "content": turn}])
     text += "<think>" if thinking else ""
-    return text + "\n" * (not text.endswith("\n")) + prefix if prefix else text
+    return text + "\n" * (not text.endswith("\n")) + task.prefix if task.prefix else text
 
 
 def published_turn(

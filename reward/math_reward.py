@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from common.boxed import extract_boxed
+from common.boxed import extract_boxed, final_part
 from common.trajectory import Score
 from reward import notation
 from reward.workers import Worker
@@ -23,6 +23,7 @@ WORKING = re.compile(
 OPERATOR = re.compile(r"[\d)}]\s*(?:[+*;-]|\\times|\\cdot|\\div)")
 WRAPPED = re.compile(r"\$\$?(.+?)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\]|(?:\\(?:mathbf|boldsymbol|bm)\s*)?\{(.+)\}", re.DOTALL)
 DOTS = "\\ldots"
+MARKED = re.compile(r"^#### ?(-?\$?\d[\d,]*(?:\.\d+)?)\.?[ \t]*$", re.MULTILINE)
 POINT = re.compile(r"\([^()]*,[^()]*\)")
 
 
@@ -68,12 +69,19 @@ MATH_VERIFY = MathVerify()  # this process's; its worker is started when needed 
 
 
 def math_score(response: str, answer: str) -> Score:
-    """Reward 1 where the last boxed answer equals the reference; verdict passed, failed or no_answer."""
-    predicted = extract_boxed(response)
+    """Reward 1 where the response's answer equals the reference; verdict passed, failed or no_answer."""
+    predicted = extract_answer(response)
     if not predicted:
         return Score(0.0, False, "no_answer")
     correct = answers_equal(predicted, answer)
     return Score(float(correct), correct, "passed" if correct else "failed")
+
+
+def extract_answer(response: str) -> str | None:
+    """What the last box holds; without any box the number of the first line `#### 18`, as GSM8K marks its answers."""
+    boxed = extract_boxed(response)
+    marked = MARKED.search(final_part(response)) if boxed is None else None
+    return marked[1] if marked else boxed
 
 
 def answers_equal(predicted: str, reference: str) -> bool:

@@ -13,6 +13,7 @@ from common.runtime import Stopwatch, console, progress, timed
 from common.schema import EvalDatasetConfig, TaskSampling
 from common.stop import Stopped, beat, stop_requested
 from common.trajectory import Request, Response, Score, ScoredTrajectory, Task
+from data.tasks import worked_examples
 from models import Family, LoadedModel
 from models.prompts import stop_ids_of, task_text
 from reward.score import RewardScorer
@@ -37,9 +38,10 @@ def prompt_texts(
     dataset: EvalDatasetConfig,
     thinking: bool,
 ) -> list[str]:
-    """The whole prompt of every task, as `encode_tasks` encodes it."""
+    """The whole prompt of every task, as `encode_tasks` encodes it, worked examples included."""
+    examples = worked_examples(dataset.few_shot_dataset, dataset.few_shot)
     return [
-        task_text(tokenizer, family, task.question, kind_of(task, dataset.data_type), dataset, thinking, task.prefix)
+        task_text(tokenizer, family, task, kind_of(task, dataset.data_type), dataset, thinking, examples)
         for task in tasks
     ]
 

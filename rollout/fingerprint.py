@@ -11,9 +11,10 @@ from typing import Any
 from common.errors import UserError
 from common.runtime import device_and_dtype, versions
 from common.schema import EvalConfig, Sampling
+from common.trajectory import Task
 from models import LoadedModel
 from models.family import local_folder
-from models.prompts import instruction, task_text
+from models.prompts import task_text, words_around
 from rollout.collect import Prompt, kind_of
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -35,9 +36,9 @@ def fingerprint_of(
     tasks = [task for task, _ in prompts]
     dataset, thinking = config.dataset, config.rollout.start_with_think
     kind = kind_of(tasks[0], dataset.data_type)
-    words = instruction(loaded.family, kind, dataset.prompts, thinking)
+    words = words_around(loaded.family, kind, dataset, thinking)
     if dataset.prompt_style == "published":
-        words = task_text(loaded.tokenizer, loaded.family, "{question}", kind, dataset, thinking)
+        words = task_text(loaded.tokenizer, loaded.family, Task("", "{question}"), kind, dataset, thinking)
     fingerprint: Fingerprint = {
         "model": {
             "name": config.model,

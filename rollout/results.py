@@ -9,10 +9,9 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from common.boxed import extract_boxed
 from common.trajectory import ScoredTrajectory, Task
 from models import LoadedModel
-from reward.general_reward import extract_answer
+from reward import general_reward, math_reward
 from reward.option_reward import extract_option
 from reward.score import RewardScorer
 from rollout.fingerprint import Fingerprint
@@ -23,8 +22,8 @@ from sample.traces import Trace, trace_of
 CATEGORY_FIELDS = ("level", "subject", "category", "type", "difficulty")
 # How the answer is read from a response, for majority@k; kinds of task that are absent have no vote.
 ANSWERS: dict[str, Callable[[str], str | None]] = {
-    "math": extract_boxed,
-    "general": extract_answer,
+    "math": math_reward.extract_answer,
+    "general": general_reward.extract_answer,
     "option": extract_option,
 }
 SHOWN = 4  # right responses of each setting on the trace page, and as many others

@@ -18,6 +18,7 @@ from sample.network import Network
 from sample.slots import Slots
 from sample.strategies import STRATEGIES, BlockState, even_split, find_strategy, rank_score
 
+DRAW_ELEMENTS = 1 << 25  # logits in a chunk of the draw: 128 MiB for each float32 tensor of their size
 MERGE_UP_TO = 256  # tokens in a forward on CUDA: beyond, arithmetic rather than memory is the limit
 SEEN = 256  # for a graph the reach of the blocks is rounded up to a multiple of this
 
@@ -99,11 +100,27 @@ class Step:
         """A candidate for every masked position of the current blocks, (rows, block); nothing is said of the others."""
         uniform = None if is_greedy(self.settings) else uniforms(slots.key, positions, slots.step, "token")
         if not self.sparse:
-            return draw(self.network.logits(hidden), uniform, self.mask_id, self.settings, self.barred)
+            return self.draw_in_chunks(hidden, uniform)
         where = masked.flatten().nonzero()[:, 0]
-        logits = self.network.logits(hidden.flatten(0, 1)[where])  # (masked positions, vocab)
         uniform = None if uniform is None else uniform.flatten()[where]
-        return draw(logits, uniform, self.mask_id, self.settings, self.barred).spread(where, masked.shape)
+        return self.draw_in_chunks(hidden.flatten(0, 1)[where], uniform).spread(where, masked.shape)
+
+    def draw_in_chunks(self, hidden: Tensor, uniform: Tensor | None) -> Candidates:
+        """Candidates (…) for hidden states (…, width) and uniforms (…).
+
+        So many at a time that their logits, and what the draw makes of them, stay small.
+        """
+        shape = hidden.shape[:-1]
+        chunks = -(-shape.numel() * self.network.model.config.vocab_size // DRAW_ELEMENTS)
+        if chunks <= 1:
+            return draw(self.network.logits(hidden), uniform, self.mask_id, self.settings, self.barred)
+        states = hidden.flatten(0, -2).tensor_split(chunks)
+        numbers = [None] * chunks if uniform is None else uniform.flatten().tensor_split(chunks)
+        parts = [
+            draw(self.network.logits(state), number, self.mask_id, self.settings, self.barred)
+            for state, number in zip(states, numbers)
+        ]
+        return Candidates.joined(parts, shape)
 
     def choose(self, slots: Slots, candidates: Candidates, positions: Tensor, masked: Tensor) -> Tensor:
         """What the strategy unmasks, bool (rows, block)."""

@@ -51,7 +51,7 @@ def test_without_a_network_one_line_says_what_to_put_where(folder, source, hub_i
 
 
 def test_every_set_is_listed_with_its_sources():
-    assert list(SETS) == [*EVALUATION, *OPTIONS, *TRAINING]
+    assert list(SETS) == [*EVALUATION, *OPTIONS, *TRAINING, "GSM8K_train"]
     lines = script("data/download_data.py", "--list").stdout.splitlines()
     listed = {line.split()[0]: line for line in lines}
     assert list(listed) == list(SETS)
@@ -82,12 +82,17 @@ def test_a_publishers_own_set(tmp_path, monkeypatch):
 
     def load_from_hub(*names):
         asked.append(names)
-        return {"train": [], "test": [{"question": "q", "answer": "so\n#### 7"}]}
+        return {
+            split: [{"question": "q", "answer": f"so\n#### {answer}"}] for split, answer in (("train", 3), ("test", 7))
+        }
 
     monkeypatch.setattr(download_data, "load_from_hub", load_from_hub)
     download("GSM8K", "publisher", tmp_path / "gsm.jsonl")
     assert asked == [("openai/gsm8k", "main")]
     assert [task.ground_truth_answer for task in load_tasks(str(tmp_path / "gsm.jsonl"))] == ["7"]
+    download("GSM8K_train", out=tmp_path / "train.jsonl")
+    (task,) = load_tasks(str(tmp_path / "train.jsonl"))
+    assert (task.ground_truth_answer, task.record["solution"]) == ("3", "so\n#### 3")  # of which examples are made
     with pytest.raises(UserError, match="--source: 'publisher' has no LiveBench; use --source gen-verse"):
         download("LiveBench", "publisher")
     with pytest.raises(UserError, match="--source: 'gen-verse' has no GPQA; use --source publisher"):
@@ -195,9 +200,9 @@ def test_multiple_choices_as_mmlu_and_mmlu_pro_have_them(tmp_path):
     ]
     assert tasks[0].record["category"] == "math"
     for answer in (2, "C", "AB", "", True, ["A"]):
-        with pytest.raises(UserError, match=r"record 1 of .* has the `answer` .* to 2 options; give the letter of one"):
+        with pytest.raises(UserError, match=r"record 1 of .* cannot be read: its answer .* is none of its 2 options"):
             loaded_from(tmp_path, [records[1] | {"answer": answer}])
-    with pytest.raises(UserError, match="to 11 options; give the letter of one, of at most 10"):
+    with pytest.raises(UserError, match=r"is none of its 11 options \(A to J at most\)"):
         loaded_from(tmp_path, [{"question": "q", "options": list(range(11)), "answer": "A"}])
 
 

@@ -2,6 +2,7 @@
 
 import math
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,18 @@ from hypothesis import strategies as st
 
 from common.schema import Sampling
 from common.trajectory import Request
-from sample.draw import Candidates, draw, filter_top, inverse_cdf, token_logp, uniforms
+from models import load_model
+from sample.draw import (
+    Candidates,
+    crossing,
+    draw,
+    filter_top,
+    inverse_cdf,
+    search_crossing,
+    token_logp,
+    uniforms,
+)
+from sample.engine import Engine
 from tests import reference
 
 MASK = 3
@@ -190,6 +202,74 @@ def test_a_running_sum_that_rounds_upwards_at_a_dropped_token_does_not_draw_it(m
     assert inverse_cdf(weight, torch.tensor([0.25])).item() == 2
 
 
+def peaked(rows: int, vocabulary: int, scale: float = 4.0) -> torch.Tensor:
+    return scale * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+
+
+@pytest.mark.parametrize("vocabulary", [129, 256, 1000, 32_000])
+def test_a_large_vocabulary_is_drawn_from_in_id_order(vocabulary: int) -> None:
+    """The plain definition in float64; where u lands within rounding of a border it may be told either way."""
+    logits = peaked(64, vocabulary)
+    u = torch.rand(64, generator=torch.Generator().manual_seed(1))
+    got = draw(logits[None], u[None], MASK, Sampling())
+    weight = logits.double().index_fill(-1, torch.tensor([MASK]), float("-inf")).softmax(-1)
+    running = weight.cumsum(-1)
+    expected = (running > u.double()[:, None]).int().argmax(-1)
+    clear = (running - u.double()[:, None]).abs().amin(-1) > 1e-6
+    assert clear.sum() > 48
+    assert torch.equal(got.tokens[0][clear], expected[clear])
+    at_token = weight.log().gather(-1, got.tokens[0][:, None])[:, 0]
+    torch.testing.assert_close(got.logp[0].double(), at_token, rtol=0, atol=2e-6)
+
+
+def test_a_group_without_weight_is_never_drawn_from() -> None:
+    weight = torch.zeros(3, 512)
+    weight[:, 130], weight[:, 300] = 1.0, 3.0
+    assert inverse_cdf(weight, torch.tensor([0.0, 0.5, 1.0])).tolist() == [130, 300, 300]
+    assert inverse_cdf(weight[:, :500], torch.tensor([0.0, 0.2, LAST_UNIFORM])).tolist() == [130, 130, 300]
+
+
+def test_weights_do_not_vanish_where_the_mask_token_is_far_ahead() -> None:
+    logits = logits_of(0.1, 0.2, 0.3, 0.1, 0.3)
+    logits[..., MASK] = 1000.0
+    got = drawn(logits, 0.5)
+    assert got.tokens.item() == 2 and got.logp.item() == pytest.approx(math.log(0.3 / 0.9), abs=1e-6)
+    assert got.probability.item() == 0.0
+
+
+@pytest.mark.parametrize("mask_id", [0, 1, 4])
+def test_the_mask_token_may_have_any_id(mask_id: int) -> None:
+    probability = torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25])
+    got = draw(probability.log()[None, None], torch.tensor([[0.6]]), mask_id, Sampling())
+    left = probability.index_fill(0, torch.tensor([mask_id]), 0.0)
+    assert got.tokens.item() == int((left.cumsum(0) > 0.6 * left.sum()).int().argmax())
+    assert got.logp.item() == pytest.approx(float((left[got.tokens] / left.sum()).log()), abs=1e-6)
+    assert got.probability.item() == pytest.approx(float(probability[got.tokens]), abs=1e-6)
+
+
+def test_the_logits_are_left_as_they_were() -> None:
+    logits = peaked(2, 300)
+    before = logits.clone()
+    for sampling in ({}, {"temperature": 0.7}, {"top_k": 5, "top_p": 0.9}, {"target": "margin_confidence"}):
+        drawn(logits[None], 0.5, **sampling)
+        assert torch.equal(logits, before)
+
+
+def test_chunks_make_no_difference(tiny_sdar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(tiny_sdar, "sdar")
+    requests = [Request(str(n), [n, 5, 7], n) for n in range(5)]
+    settings = Sampling(max_token=12, temperature=0.9)
+
+    def responses() -> list[tuple[list[int], list[float]]]:
+        engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
+        return [(one.response_ids, one.logp) for one in engine.generate(requests, settings)]
+
+    expected = responses()
+    monkeypatch.setattr("sample.step.DRAW_ELEMENTS", 7 * loaded.model.config.vocab_size)
+    for (ids, logp), (other_ids, other_logp) in zip(responses(), expected, strict=True):
+        assert ids == other_ids and logp == pytest.approx(other_logp, abs=1e-5)
+
+
 # ---- the filters
 
 
@@ -220,6 +300,42 @@ def test_top_p_counts_what_top_k_left_as_the_whole() -> None:
     probability = [0.1, 0.4, 0.3, 0.2]  # of the two likeliest: 4/7 and 3/7
     assert kept_ids(probability, top_k=2, top_p=0.5) == [1]
     assert kept_ids(probability, top_p=0.5) == [1, 2]
+
+
+def test_equal_weights_are_kept_from_the_lowest_id_on() -> None:
+    weight = torch.full((2, 3000), 0.25)
+    weight[0, 2000] = weight[1, 7] = 1.0
+    assert filter_top(weight, 3, 1.0)[0].nonzero()[:, 0].tolist() == [0, 1, 2000]
+    # 1 + 0.25 · 2999 in all: a hundredth is reached with 27 of the equal ones, those after are dropped
+    kept = filter_top(weight, 0, 0.01)
+    assert kept[1].nonzero()[:, 0].tolist() == list(range(28)) and kept[1, 7] == 1
+    assert kept[0].nonzero()[:, 0].tolist() == [*range(27), 2000]
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("scale", [0.5, 4.0])
+def test_the_search_finds_where_the_sorted_sum_crosses(top_p: float, scale: float) -> None:
+    weight = peaked(16, 2000, scale).softmax(-1).bfloat16().float()  # rounded: many are equal
+    weight[:, ::3] = 0
+    least, count = search_crossing(weight, top_p)
+    # each row's sum is far enough from the border for float32 and float64 to agree
+    expected_least, expected_count = crossing(weight.double().sort(dim=-1, descending=True).values, top_p)
+    assert torch.equal(least.double(), expected_least)
+    assert torch.equal(count.long(), expected_count)
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_k": 40}, {"top_k": 40, "top_p": 0.7}])
+def test_filtered_draws_follow_the_filtered_distribution(sampling: dict) -> None:
+    probability = peaked(1, 2000, 3.0).softmax(-1)[0]
+    u = (torch.arange(4000) + 0.5) / 4000
+    tokens = draw(probability.log().expand(1, 4000, 2000), u[None], MASK, Sampling(**sampling)).tokens[0]
+    ranked, order = probability.double().index_fill(0, torch.tensor([MASK]), 0.0).sort(descending=True, stable=True)
+    ranked = ranked[: sampling.get("top_k", 2000)]
+    before = (ranked.cumsum(0) - ranked) / ranked.sum()
+    ranked = ranked * (before < sampling.get("top_p", 1.0))
+    expected = torch.zeros(2000, dtype=torch.float64).scatter(0, order[: len(ranked)], ranked / ranked.sum())
+    share = torch.bincount(tokens, minlength=2000).double() / 4000
+    torch.testing.assert_close(share, expected, rtol=0, atol=1.5 / 4000)
 
 
 def test_temperature_comes_before_the_filters() -> None:

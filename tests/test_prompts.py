@@ -91,7 +91,7 @@ def tokenizer_of(family: str, words: tuple[str, ...] | None = None) -> PreTraine
 
 
 def text_of(family: str, kind: str, dataset: EvalDatasetConfig = PUBLISHED, thinking: bool = False) -> str:
-    return task_text(tokenizer_of(family), FAMILIES[family], QUESTION, kind, dataset, thinking)
+    return task_text(tokenizer_of(family), FAMILIES[family], Task("7", QUESTION), kind, dataset, thinking)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,25 @@ def test_a_prefix_begins_the_answer(prefix: str, begun: str | None) -> None:
         assert tokenizer.decode(ids) == f"{texts['code_function', False]}\n{begun}"
         ((_, ids),) = encode_tasks(loaded, [task], EvalDatasetConfig(data_type="code"), thinking=True)
         assert tokenizer.decode(ids).endswith(f"\n<assistant>\n{begun}")
+
+
+def test_worked_examples_stand_before_the_task_as_in_the_harness(tmp_path: Path) -> None:
+    """In the words of lm-evaluation-harness' gsm8k: answers behind a blank, questions apart by an empty line."""
+    answers = ["She has <<5-2=3>>3.\n#### 3", "7\n#### 7", "no"]
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text("".join(json.dumps({"question": f"Q{n}?", "answer": a}) + "\n" for n, a in enumerate(answers)))
+    dataset = EvalDatasetConfig(few_shot=2, few_shot_dataset=str(examples))
+    loaded = LoadedModel(None, tokenizer_of("mmada"), FAMILIES["mmada"], 0, ())
+    ((_, ids),) = encode_tasks(loaded, [Task("7", QUESTION)], dataset, thinking=False)
+    assert loaded.tokenizer.decode(ids) == (
+        "<user>Question: Q0?\nAnswer: She has <<5-2=3>>3.\n#### 3\n\nQuestion: Q1?\nAnswer: 7\n#### 7\n\n"
+        "Question: What is {1+1}?\nSay it.\nAnswer:\n<assistant>\n"
+    )
+    own = replace(dataset, few_shot=1, prompts=PromptsConfig(math="{question} ="), prompt_style="published")
+    ((_, ids),) = encode_tasks(loaded, [Task("7", "1+1")], own, thinking=False)
+    assert ">Q0? = She has <<5-2=3>>3.\n#### 3\n\n1+1 =<|eot_id|>" in loaded.tokenizer.decode(ids)
+    with pytest.raises(UserError, match=r"dataset\.few_shot=4, but dataset\.few_shot_dataset '.*' has only 3 records"):
+        encode_tasks(loaded, [Task("7", QUESTION)], replace(dataset, few_shot=4), thinking=False)
 
 
 def told(*arguments: object, **named: object) -> str:

@@ -376,6 +376,17 @@ def test_make_scorer_math():
     assert scorer(r"\boxed{15}", TASK, True) == Score(0.0, False, "truncated")
 
 
+def test_an_answer_marked_as_gsm8k_marks_it():
+    """Without a box the first line `#### 15` counts, as the examples of a few-shot prompt write it; else the box."""
+    scorer = make_scorer(RewardConfig(), "math")
+    for text in ("So 15.\n#### 15", "#### 15\n\nQuestion: next?\nAnswer: 3\n#### 3", "#### $15.00", "#### 15."):
+        assert scorer(text, TASK, False).verdict == "passed", text
+    assert scorer("#### 16", TASK, False).verdict == "failed"
+    assert scorer("\\boxed{16}\n#### 15", TASK, False).verdict == "failed"
+    for text in ("#### Step 15", "#### 15 apples", "It is #### 15", "15"):
+        assert scorer(text, TASK, False).verdict == "no_answer", text
+
+
 @pytest.mark.parametrize(
     ("reward", "lengths"),
     [

@@ -93,7 +93,7 @@ def rows_file(folder: Path, model: Path, **changes: object) -> Path:
     group = {"model": str(model), "config": "configs/eval_tiny.yaml", "source": "made up", "differs": "nothing"}
     row = {"benchmark": "arithmetic_4_test", "published": {"static": 50.0, "dynamic": 50.0}, "tasks": 640}
     overrides = ["made_by=null", "rollout.max_token=12", "reward.function=benchmarks.coin_flip:coin_flip"]
-    group |= {"responses": 2, "overrides": [*overrides, "reward.truncated_is_wrong=false"], "rows": [row | changes]}
+    group |= {"responses": 2, "overrides": overrides, "rows": [row | changes]}
     file = folder / "rows.yaml"
     file.write_text(yaml.safe_dump([group]))
     return file

@@ -1,0 +1,136 @@
+"""benchmarks/cost_model.py against figures computed elsewhere: limits, a step's parts, training, memory."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import cost_model
+from benchmarks.cost_model import CHIPS, GIB, Load, Response, limit_rate, limit_seconds, memory_of, step_seconds
+from benchmarks.shapes import SHAPES
+from common.memory import activation_bytes, size_of
+from common.schema import Sampling
+from sample.draw import draw
+from train import network
+
+EIGHT, FOUR = size_of(SHAPES["8b"]), size_of(SHAPES["4b"])
+TOLERANCE = 0.07  # of the parts of a step, whose figures have two digits or one
+STEPS = {  # milliseconds of the limit and of the parts, at a context of 1,000 and a longest of 2,048
+    ("h200", 1): (3.2, 3.9, 3.4, 0.5, 0.3),
+    ("h200", 64): (5.1, 7.1, 5.3, 5.4, 1.4),
+    ("h200", 128): (10.2, 14.2, 8.5, 11, 2.4),
+    ("h100", 1): (4.6, 5.6, 3.4, 0.5, 0.3),
+    ("h100", 64): (7.3, 7.1, 6.7, 7.7, 1.8),
+    ("h100", 128): (10.2, 14.2, 11, 15, 3.3),
+}  # the draw's are of the plain one
+
+
+@pytest.mark.parametrize("chip, batch", STEPS)
+def test_a_step(chip: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, *parts = STEPS[chip, batch]
+    now = step_seconds(EIGHT, CHIPS[chip], Load(batch))["draw"]
+    monkeypatch.setattr(cost_model, "DRAWS", cost_model.PLAIN_DRAWS)
+    assert 1e3 * limit_seconds(EIGHT, CHIPS[chip], batch, 1000) == pytest.approx(limit, rel=0.015)
+    got = step_seconds(EIGHT, CHIPS[chip], Load(batch))
+    assert now <= got["draw"]
+    assert [1e3 * got[part] for part in cost_model.PARTS] == pytest.approx(parts, rel=TOLERANCE, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "batch, separate, merged", [(1, 392, 571), (16, 5466, 7959), (64, 15479, 15687), (256, 15676, 15687)]
+)
+def test_limits_in_tokens_a_second(batch: int, separate: float, merged: float) -> None:
+    h200 = CHIPS["h200"]
+    assert limit_rate(EIGHT, h200, batch, 1024, 2.2, merged=False) == pytest.approx(separate, rel=0.003)
+    assert limit_rate(EIGHT, h200, batch, 1024, 2.2, merged=True) == pytest.approx(merged, rel=0.003)
+
+
+def test_the_limit_of_4b() -> None:
+    assert limit_rate(FOUR, CHIPS["h200"], 128, 1024, 2.2, merged=False) == pytest.approx(28_000, rel=0.01)
+
+
+def test_bytes_of_the_draw() -> None:
+    plain, now = (
+        {name: sum(moved.values()) for name, moved in draws.items()}
+        for draws in (cost_model.PLAIN_DRAWS, cost_model.DRAWS)
+    )
+    greedy, drawn, filtered, _ = plain.values()
+    assert (greedy, drawn) == (58, 105) and filtered == pytest.approx(230, rel=0.05)
+    assert now["temperature 1"] * 4 < drawn and now["greedy"] * 2 < greedy
+    assert now["temperature, top-k and top-p"] * 2 < filtered
+
+
+class Moved(TorchDispatchMode):
+    """Bytes of a vocabulary's size or more that operations read and write, as they come."""
+
+    def __init__(self, words: int):
+        super().__init__()
+        self.words, self.bytes = words, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.is_view:
+            return result
+        results = result if isinstance(result, tuple) else (result,)
+        read = [one for one in args if isinstance(one, torch.Tensor)]
+        read += [one for each in args if isinstance(each, (list, tuple)) for one in each if torch.is_tensor(one)]
+        some = any(word in function.name() for word in ("fill", "gather"))  # of a few places alone
+        written = [one for one in results if torch.is_tensor(one)]
+        for one in [*read, *written]:
+            if one.numel() >= self.words and not some:
+                self.bytes += one.numel() * one.element_size()
+        return result
+
+
+@pytest.mark.parametrize("draw_name, keys", [("greedy", {"temperature": 0.0}), ("temperature 1", {})])
+def test_the_draw_moves_what_is_counted(draw_name: str, keys: dict) -> None:
+    words = 128 * 100
+    logits, uniform = torch.randn(8, words).bfloat16(), torch.rand(8)
+    with Moved(8 * (words - 100)) as moved:
+        draw(logits, uniform, 3, Sampling(remasking_strategy="low_confidence_static", **keys))
+    assert moved.bytes / (8 * words) == pytest.approx(sum(cost_model.DRAWS[draw_name].values()), rel=0.02)
+
+
+def test_training_of_a_response() -> None:
+    assert Response().tokens == 6700
+    full, lora = (cost_model.training_flops(EIGHT, Response(), frozen) for frozen in (False, True))
+    assert full == pytest.approx(3.9e14, rel=0.04)
+    assert lora / full == pytest.approx(3 / 4, rel=0.03)  # forward, the same anew, activations' gradients
+
+
+def test_memory_of_training() -> None:
+    def gib(kind: str, **options: object) -> dict[str, float]:
+        return {part: held / GIB for part, held in memory_of(EIGHT, kind, 16384, 64, **options).items()}
+
+    lora, frozen = gib("LoRA"), gib("LoRA, bfloat16 base")
+    assert lora["sampler's weights"] == pytest.approx(15.3, rel=0.005)
+    # the adapters' gradients and moments, 1.95 GiB, stand beside weights of 31.2 and 15.9
+    assert lora["weights and states"] == pytest.approx(31.2 + 1.95, rel=0.005)
+    assert frozen["weights and states"] == pytest.approx(15.9 + 1.95, rel=0.005)
+    assert lora["activations"] == pytest.approx(14.5, rel=0.05)
+    assert frozen["activations"] == pytest.approx(9.7, rel=0.05)
+    assert sum(lora.values()) == pytest.approx(62, rel=0.02)
+    assert sum(gib("full, ZeRO-3", devices=8).values()) == pytest.approx(43, rel=0.03)
+    assert gib("full")["weights and states"] == pytest.approx(122, rel=0.005)
+    assert activation_bytes(EIGHT, 16384, False, "autocast") / GIB == pytest.approx(137, rel=0.05)
+    assert gib("full, ZeRO-3", devices=8, value_model=True)["value model"] == pytest.approx(19.1, rel=0.01)
+
+
+def test_the_chunk_of_the_head_is_the_trainers() -> None:
+    assert max(network.LEAST_POSITIONS, network.CHUNK_ELEMENTS // EIGHT.vocabulary) == cost_model.HEAD_POSITIONS
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(SHAPES["4b"]))
+    monkeypatch.setattr(sys, "argv", ["cost_model", "--config", str(config), "--chip", "4090", "--batch", "1"])
+    cost_model.main()
+    printed = capsys.readouterr().out
+    assert "4.02 B" in printed and "4090" in printed and "LoRA, bfloat16 base" in printed
+    config.write_text("[]")
+    with pytest.raises(SystemExit) as ended:
+        cost_model.main()
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: --config: ")
