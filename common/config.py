@@ -1,6 +1,7 @@
 """From a YAML file and the command line to a checked, typed config.
 
-Order, later wins: schema defaults < the layers a YAML names under `base:` < the YAML < the command line.
+Order, later wins: schema defaults < the layers a YAML names under `base:` < its recipe < the YAML < the command line's
+recipe < the command line.
 `python -m common.config configs/X.yaml [key=value …]` prints the result, `--keys` the table of all keys.
 """
 
@@ -21,12 +22,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.config_files import (
+    DEFAULT_FAMILY,
     accelerate_config,
     configs_of,
     find_config,
     infer_job,
     merge_layers,
     read_layers,
+    read_recipe,
     reference_of,
     split_arguments,
 )
@@ -46,6 +49,8 @@ Written by `python -m common.config --keys > configs/README.md` from `common/sch
 
 A config is a short YAML: `base: [name, …]` takes the layers `base/<name>.yaml` (`{name: [family, …]}`: for those
 families only), its own keys come on top, and `key=value` arguments on the command line win over both.
+`recipe=NAME` takes a published objective of RL whole, `base/objective_NAME.yaml`: in a YAML that file's own keys win
+over it, on the command line it wins over the file (`python -m train.recipes` lists them).
 Lists are typed `key=[0,1]`, nothing is `key=null`.
 `${section.key}` takes another key's value. `python -m common.config configs/X.yaml` prints a config in full.
 
@@ -68,6 +73,10 @@ def load_config(name: str, argv: list[str]) -> Any:
     path, overrides = split_arguments(job, argv)
     family = overrides.get("model.model_base") or overrides.get("model_base")
     layers = read_layers(path, family) if path else []
+    if name == "rl" and "recipe" in overrides:
+        chosen = [layer.get("model.model_base") for _, layer in layers]
+        family = family or next(filter(None, reversed(chosen)), DEFAULT_FAMILY)
+        layers += read_recipe(overrides.pop("recipe"), family)
     inferred = infer_job(layers)
     if inferred not in (None, name):
         raise UserError(f"config={path} is a config for {JOBS[inferred].script}, not for {job.script}")

@@ -88,6 +88,7 @@ def read_layers(path: Path, family: str | None = None, chain: tuple[Path, ...] =
         raise UserError(f"{shown_path(path)}: base layers name each other in a circle")
     content = read_yaml(path)
     bases = content.pop("base", None) or []
+    recipe = content.pop("recipe", None)
     values = flatten(content)
     family = family or values.get("model.model_base") or values.get("model_base") or DEFAULT_FAMILY
     layers = []
@@ -97,7 +98,25 @@ def read_layers(path: Path, family: str | None = None, chain: tuple[Path, ...] =
             if family not in families:
                 continue
         layers += read_layers(find_base(path, base), family, (*chain, path))
+    if recipe is not None:
+        layers += read_recipe(recipe, family)
     return [*layers, (shown_path(path), values)]
+
+
+def recipes() -> dict[str, Path]:
+    """The published objectives by name, each a layer of configs/base/."""
+    files = sorted((ROOT / "configs" / "base").glob("objective_*.yaml"))
+    return {path.stem.removeprefix("objective_"): path for path in files}
+
+
+def read_recipe(name: Any, family: str) -> list[Layer]:
+    """The layers of a published objective; UserError where there is none of that name."""
+    known = recipes()
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {names_of(known)}"
+        raise UserError(f"recipe={show(name)}: no such objective; {hint}")
+    return read_layers(known[name], family)
 
 
 def find_base(path: Path, base: str) -> Path:

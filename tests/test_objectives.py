@@ -132,6 +132,12 @@ def test_advantages_by_hand() -> None:
     assert group_advantages([2.0, -2.0]).tolist() == [1.0, -1.0]
 
 
+def test_other_advantages_by_hand() -> None:
+    assert group_advantages([3, 1, 2, 0], "mean").tolist() == [1.5, -0.5, 0.5, -1.5]
+    assert group_advantages([3, 1, 2, 0], "loo").tolist() == pytest.approx([2, 1 - 5 / 3, 2 - 4 / 3, -2])
+    assert group_advantages([0.1 + 0.2, 0.3], "loo").tolist() == group_advantages([2.0], "mean").tolist() * 2
+
+
 @given(st.floats(-100, 100), st.integers(1, 32))
 def test_equal_rewards_have_no_advantage(reward: float, size: int) -> None:
     assert group_advantages([reward] * size).tolist() == [0.0] * size
