@@ -17,8 +17,9 @@ from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from models.family import end_of_sequence_ids, family_of_network, longest_sequence
 from sample import block_attention
-from sample.cache import KeyValueCache, Room, affordable_tokens, rounded
-from sample.network import Network, engine_attention, has_flash, sampling_kernels
+from sample.attention_kernel import attention_kernel
+from sample.cache import KeyValueCache, Room, affordable_tokens, heads_and_width, rounded
+from sample.network import Network, engine_attention, sampling_kernels
 from sample.parallel import copy_into, tensor_group_of
 from sample.slots import Finished, Progress, Refusal, Sequence, Slots, Watch, refusal_of, trajectory_of
 from sample.step import Graphs, Step
@@ -47,11 +48,10 @@ class Engine:
         self.own_stop_ids = tuple(sorted(stop_ids))
         self.tensor_group = tensor_group_of(model)  # ranks that draw together: they must be given the same requests
         self.said: set[str] = set()  # what is said once
-        self.flash = not self.full_attention and has_flash(model)
-        if self.device.type == "cuda" and not self.full_attention and not self.flash:
-            console.print(
-                "attention: torch's own; with flash-attn installed and bfloat16 weights its kernel would be used"
-            )
+        dtype, (_, width) = next(model.parameters()).dtype, heads_and_width(model)
+        self.kernel, why = attention_kernel(self.device, dtype, width)
+        if self.device.type == "cuda" and not self.full_attention:
+            console.print(f"attention: {self.kernel} ({why})")
         # on CUDA steps are launched without a look at the device, and replayed: their shapes must be few
         self.graphs = Graphs() if self.device.type == "cuda" else None
         self.watch = Watch(self.device)
@@ -288,7 +288,7 @@ class Engine:
         else:
             self.cache.resize(room.width(1), rows=0)
         self.free(slice(None))
-        network = Network(self.model, self.slots.tokens.shape[1], self.flash)
+        network = Network(self.model, self.slots.tokens.shape[1], self.kernel)
         settings, fixed = self.settings, self.graphs is not None
         self.denoise = self.step_class(
             network, self.slots, self.cache, settings, self.mask_id, self.stop_ids, rows, fixed

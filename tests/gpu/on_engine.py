@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import emulation
+import patches
 import torch
 
 from common.runtime import seed_everything
@@ -206,16 +207,37 @@ def deterministic() -> FIGURES:
     return figures
 
 
-def attention_kernels(dtype: str = "bfloat16") -> FIGURES:
+def attention_kernels(dtype: str, expected: list[str]) -> FIGURES:
     """No plan of cuDNN's for every shape, no mask that is padded at every call, nothing by single kernels."""
     _, on_device = on_both("sdar", dtype=getattr(torch, dtype))
     engine = watched_engine(on_device)
     with emulation.DEVICE.watching() as log:
         for lengths in (LENGTHS, (30, 31, 5), (17,)):
             assert len(responses(engine, BLOCK, lengths)) == len(lengths)
-    assert set(log.attention) <= {"flash", "efficient"}, f"attention: {dict(log.attention)}"
+    assert set(log.attention) == set(expected), f"attention: {dict(log.attention)}"
+    if dtype == "bfloat16":  # a step needs no mask
+        in_steps = sum((one.attention for one in WatchedStep.counted), start=emulation.Counter())
+        assert set(in_steps) == {"flash, pool"}, f"attention in steps: {dict(in_steps)}"
     assert torch.backends.cuda.cudnn_sdp_enabled(), "others' attention would not be cuDNN's any more"
     return counted(engine) | {"attention": dict(log.attention)}
+
+
+def attention_without_a_mask() -> FIGURES:
+    """FlashAttention over the pool gives what the bias gives, in float32: slots side by side, widened, commits too."""
+    patches.TAKEN.add(torch.float32)
+    on_cpu, on_device = on_both("sdar")
+    engine = watched_engine(on_device)
+    assert engine.kernel == "bias"
+    engine.kernel = "torch"
+    pressed = replace(BLOCK, max_token=60, max_active=16, dynamic_threshold=0.0, cache_tokens=384)
+    for merge in (True, False):
+        for settings, lengths in ((BLOCK, LENGTHS), (pressed, (10, 40, 23, 31, 66))):
+            settings = replace(settings, merge_commit=merge)
+            cpu = Engine(on_cpu.model, on_cpu.mask_id, [STOP])
+            check_same(responses(engine, settings, lengths), responses(cpu, settings, lengths))
+    in_steps = sum((one.attention for one in WatchedStep.counted), start=emulation.Counter())
+    assert set(in_steps) == {"flash, pool"}, f"attention in steps: {dict(in_steps)}"
+    return counted(engine)
 
 
 def many_settings(number: int = 12) -> FIGURES:
