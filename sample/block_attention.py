@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sample.cache import KeyValueCache, rounded
-from sample.network import CachedKeys, CommitEvery, CommitSome, FlashKeys, Network, OwnKeys, PoolKeys, bias_of
+from sample.network import CachedKeys, CommitEvery, CommitSome, FlashKeys, Network, OwnKeys, bias_of, pool_keys
 from sample.slots import Slots
 
 PREFILL_TOKENS = 16384  # in one forward, so that its mask and activations stay small
@@ -86,9 +86,7 @@ def denoise(
     if network.kernel == "flash-attn":
         return network.forward(tokens, at, FlashKeys(cache, places, lines.int(), ends.int()))[:rows]
     if network.kernel == "torch" and (committing is None or every):
-        number = torch.arange(rows + 1, dtype=torch.int32, device=tokens.device)
-        begin, queries = number * cache.width, number * (network.groups * block)
-        attention = PoolKeys(cache, places, begin, ends.int().view(-1, rows), queries, seen)
+        attention = pool_keys(network, cache, places, ends.view(-1, rows), block, seen)
         return network.forward(tokens, at, attention)[:rows]
     bias = bias_of(torch.arange(seen, device=tokens.device) < ends[:, None], network.dtype)[:, None, None]
     if committing is None:

@@ -230,6 +230,7 @@ class Engine:
         self.done: list[Finished] = []  # not given back yet
         self.added = 0  # requests, so far
         self.watch.forget()
+        self.beginning = self.begun = 0  # rows that wait for their block's first forward; those that the last step let
 
     def check_settings(self, requests: Iterable[Request]) -> None:
         """Raise UserError for what cannot be sampled; say how a canvas is rounded."""
@@ -293,6 +294,7 @@ class Engine:
         self.denoise = self.step_class(
             network, self.slots, self.cache, settings, self.mask_id, self.stop_ids, rows, fixed
         )
+        self.watch.every = 1 if self.denoise.waits else 4  # a row that begins a block waits until it is seen
 
     def admit(self) -> None:
         """Fill free slots, the oldest request first, and prefill what the cache must hold.
@@ -347,6 +349,7 @@ class Engine:
         for row, sequence in enumerate(back, first + len(fresh)):
             self.slots.put(row, sequence.state)
         self.active += fresh + back
+        self.beginning += len(new)
         if not self.full_attention:
             prefixes = [sequence.prefix() for sequence in self.active]
             block_attention.prefill(self.denoise.network, self.cache, prefixes, first, self.settings.block_size)
@@ -379,7 +382,7 @@ class Engine:
         if self.graphs is None:
             self.denoise(rows, seen)
         else:
-            self.graphs.run(self.denoise, rows, seen)
+            self.begun, self.beginning = self.graphs.run(self.denoise, rows, seen, min(self.beginning, rows)), 0
 
     def reach(self) -> int:
         """The next forward writes nothing at or behind this position."""
@@ -400,7 +403,8 @@ class Engine:
             for sequence in self.active:
                 sequence.reach = min(sequence.reach + block, sequence.canvas_end)
             return
-        (finished, stuck, starts), age = look
+        (finished, stuck, starts, begins), age = look
+        self.beginning = max(0, sum(begins) - self.begun)
         fault = UserError(
             f"rollout.remasking_strategy: {self.settings.remasking_strategy!r} unmasked nothing in some step; "
             "it must choose at least one masked position of every row that has any"

@@ -165,6 +165,15 @@ class PoolKeys:
 Attention = OwnKeys | CachedKeys | CommitEvery | CommitSome | FlashKeys | PoolKeys
 
 
+def pool_keys(
+    network: "Network", cache: KeyValueCache, places: Tensor, ends: Tensor, length: int, seen: int
+) -> PoolKeys:
+    """The layout of the cache's first slots, whose lines of `length` queries each see what lies before `ends`
+    (1 or 2, slots), none of them behind `seen`."""
+    number = torch.arange(ends.shape[1] + 1, dtype=torch.int32, device=ends.device)
+    return PoolKeys(cache, places, number * cache.width, ends.int(), number * (network.groups * length), seen)
+
+
 def bias_of(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where visible, else minus infinity; on the CPU and on CUDA cheaper than a boolean mask, which every layer
     would turn into this."""

@@ -105,9 +105,13 @@ class Slots:
             store = getattr(self, field.name)
             store[target] = store[source]
 
+    def begins(self) -> Tensor:
+        """Which rows have not denoised their current block yet, bool (slots,)."""
+        return (self.block_step == 0) & ~self.finished
+
     def status(self) -> Tensor:
-        """What the host reads: finished, stuck and block_start, (3, slots)."""
-        return torch.stack((self.finished.long(), self.stuck.long(), self.block_start))
+        """What the host reads: finished, stuck, block_start, and whether a block begins, (4, slots)."""
+        return torch.stack((self.finished.long(), self.stuck.long(), self.block_start, self.begins().long()))
 
 
 @dataclass(eq=False)
@@ -136,10 +140,10 @@ class Sequence:
 class Watch:
     """The host's look at the device's flags: at once on the CPU, every few steps and without waiting on CUDA."""
 
-    every = 4  # steps between two looks, and the age of what is seen: a finished sequence idles at most twice as long
-
     def __init__(self, device: torch.device):
         self.asynchronous = device.type == "cuda"
+        # steps between two looks, and the age of what is seen: a finished sequence idles at most twice as long
+        self.every = 4
         self.forget()
 
     def forget(self) -> None:
@@ -147,7 +151,7 @@ class Watch:
         self.age, self.copy, self.event = 0, None, None
 
     def look(self, slots: Slots) -> tuple[list[list[int]], int] | None:
-        """The flags (finished, stuck, block_start; a list over rows each) and their age in steps; None: not yet.
+        """The flags (those of `Slots.status`, a list over rows each) and their age in steps; None: not yet.
 
         When there is something to see does not depend on the device's speed: processes that sample together agree.
         """
