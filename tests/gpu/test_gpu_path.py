@@ -59,6 +59,7 @@ SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
 # what each planted fault is caught by
 FAULTS = {
     "mixed_dtype_in_flex": "Backward pass with mixed query, key, and value dtype",
+    "stale_row": "device-side assert triggered",
     "host_read_in_the_step": "steps wait for the device: [('_local_scalar_dense'",
     "tensor_made_in_the_step": "steps wait for the device: [('copy from the host'",
     "nonzero_in_the_step": "steps wait for the device: [('nonzero'",
