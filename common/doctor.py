@@ -39,7 +39,7 @@ OPTIONAL = {
     "deepspeed": "training over several devices",
     "ray": "several nodes",
     "peft": "low-rank adapters",
-    "flash-attn": "a faster attention on CUDA; torch's own is used without",
+    "flash-attn": "its attention on CUDA; torch's own is used without",
     "wandb": "curves at wandb",
     "trackio": "curves in trackio",
     "matplotlib": "curves.png",
@@ -81,8 +81,10 @@ def sandbox() -> tuple[str, str]:
 
 
 def devices() -> list[tuple[str, str, str]]:
-    """A row for each accelerator, and one for the processor."""
+    """A row for each accelerator, one for the processor, and the kernel that denoises blocks on the first of them."""
     import torch
+
+    from sample.attention_kernel import attention_kernel
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     rows = [("processor", f"{os.cpu_count()} cores, {memory:.0f} GiB", "")]
@@ -93,7 +95,10 @@ def devices() -> list[tuple[str, str, str]]:
         rows.append((f"cuda:{index}", shown, note))
     if not torch.cuda.device_count():
         rows.append(("cuda", "none", "everything runs on the processor, in float32"))
-    return rows
+    accelerated = torch.cuda.is_available()
+    dtype = torch.bfloat16 if accelerated else torch.float32
+    kernel = attention_kernel(torch.device("cuda" if accelerated else "cpu"), dtype, head_width=128)
+    return [*rows, ("attention, sampling", *kernel)]
 
 
 def read_size(model: str) -> Size:

@@ -9,11 +9,12 @@ second line of tokens of the same sequence.
 import torch
 from torch import Tensor
 
-from sample.cache import KeyValueCache, rounded
-from sample.network import CachedKeys, CommitEvery, CommitSome, FlashKeys, Network, OwnKeys, bias_of
+from sample.cache import KeyValueCache
+from sample.network import CachedKeys, CommitEvery, CommitSome, FlashKeys, Network, OwnKeys, bias_of, pool_keys
 from sample.slots import Slots
 
 PREFILL_TOKENS = 16384  # in one forward, so that its mask and activations stay small
+PREFILL_STEP = 64  # on CUDA lengths are rounded up to a multiple of this, so that shapes are few
 
 
 def block_causal_mask(positions: Tensor, valid: Tensor, block_size: int) -> Tensor:
@@ -42,12 +43,13 @@ def prefill(
             missing.append(prefix)
     missing = sorted(filter(None, missing), key=len)
     while missing:
-        longest = min(rounded(len(missing[-1]), network.device), cache.width)
+        step = PREFILL_STEP if network.device.type == "cuda" else 1
+        longest = min(len(missing[-1]) + -len(missing[-1]) % step, cache.width)
         count = max(1, min(len(missing), PREFILL_TOKENS // longest))  # the longest come first
         chunk, missing = missing[-count:], missing[:-count]
-        ids = torch.tensor([[*prefix, *[0] * (longest - len(prefix))] for prefix in chunk], device=network.device)
-        rows = torch.tensor([row_of[prefix] for prefix in chunk], device=network.device)
-        lengths = torch.tensor([len(prefix) for prefix in chunk], device=network.device)
+        known = [[row_of[prefix], len(prefix), *prefix, *[0] * (longest - len(prefix))] for prefix in chunk]
+        known = torch.tensor(known, device=network.device)  # one copy to the device
+        rows, lengths, ids = known[:, 0], known[:, 1], known[:, 2:]
         positions = torch.arange(longest, device=network.device).expand_as(ids)
         bias = bias_of(block_causal_mask(positions, positions < lengths[:, None], block_size), network.dtype)
         # padding lies behind the prefix: no real token sees it, and the response's own keys overwrite it
@@ -82,12 +84,16 @@ def denoise(
         places = torch.where(due.repeat_interleave(block), cache.places(lines, at), cache.tokens)
     else:
         places = cache.places(lines, at)
-    if network.flash:
+    every = committing is not None and len(committing) == rows
+    if network.kernel == "flash-attn":
         return network.forward(tokens, at, FlashKeys(cache, places, lines.int(), ends.int()))[:rows]
+    if network.kernel == "torch" and (committing is None or every):
+        attention = pool_keys(network, cache, places, ends.view(-1, rows), block, seen)
+        return network.forward(tokens, at, attention)[:rows]
     bias = bias_of(torch.arange(seen, device=tokens.device) < ends[:, None], network.dtype)[:, None, None]
     if committing is None:
         attention = CachedKeys(bias, cache, places, slice(rows), seen)
-    elif len(committing) == rows:
+    elif every:
         both = torch.cat((bias[:rows], bias[rows:]), 2).repeat_interleave(block, dim=2)
         attention = CommitEvery(both, cache, places, rows, seen)
     else:

@@ -18,8 +18,9 @@ from common.trajectory import Request, Trajectory
 from models.family import end_of_sequence_ids, family_of_network, longest_sequence
 from models.mixture import named_weights
 from sample import block_attention
-from sample.cache import KeyValueCache, Room, affordable_tokens, rounded
-from sample.network import Network, engine_attention, has_flash, sampling_kernels
+from sample.attention_kernel import attention_kernel
+from sample.cache import KeyValueCache, Room, affordable_tokens, heads_and_width, rounded
+from sample.network import Network, engine_attention, sampling_kernels
 from sample.parallel import copy_into, tensor_group_of
 from sample.slots import Finished, Progress, Refusal, Sequence, Slots, Watch, refusal_of, trajectory_of
 from sample.step import Graphs, Step
@@ -48,11 +49,10 @@ class Engine:
         self.own_stop_ids = tuple(sorted(stop_ids))
         self.tensor_group = tensor_group_of(model)  # ranks that draw together: they must be given the same requests
         self.said: set[str] = set()  # what is said once
-        self.flash = not self.full_attention and has_flash(model)
-        if self.device.type == "cuda" and not self.full_attention and not self.flash:
-            console.print(
-                "attention: torch's own; with flash-attn installed and bfloat16 weights its kernel would be used"
-            )
+        dtype, (_, width) = next(model.parameters()).dtype, heads_and_width(model)
+        self.kernel, why = attention_kernel(self.device, dtype, width)
+        if self.device.type == "cuda" and not self.full_attention:
+            console.print(f"attention: {self.kernel} ({why})")
         # on CUDA steps are launched without a look at the device, and replayed: their shapes must be few
         self.graphs = Graphs() if self.device.type == "cuda" else None
         self.watch = Watch(self.device)
@@ -231,6 +231,7 @@ class Engine:
         self.done: list[Finished] = []  # not given back yet
         self.added = 0  # requests, so far
         self.watch.forget()
+        self.beginning = self.begun = 0  # rows that wait for their block's first forward; those that the last step let
 
     def check_settings(self, requests: Iterable[Request]) -> None:
         """Raise UserError for what cannot be sampled; say how a canvas is rounded."""
@@ -290,10 +291,11 @@ class Engine:
             self.cache.resize(room.width(1), rows=0)
         self.free(slice(None))
         settings, fixed = self.settings, self.graphs is not None
-        network = Network(self.model, self.slots.tokens.shape[1], self.flash, settings.compile_kernels and fixed)
+        network = Network(self.model, self.slots.tokens.shape[1], self.kernel, settings.compile_kernels and fixed)
         self.denoise = self.step_class(
             network, self.slots, self.cache, settings, self.mask_id, self.stop_ids, rows, fixed
         )
+        self.watch.every = 1 if self.denoise.waits else 4  # a row that begins a block waits until it is seen
 
     def admit(self) -> None:
         """Fill free slots, the oldest request first, and prefill what the cache must hold.
@@ -348,6 +350,7 @@ class Engine:
         for row, sequence in enumerate(back, first + len(fresh)):
             self.slots.put(row, sequence.state)
         self.active += fresh + back
+        self.beginning += len(new)
         if not self.full_attention:
             prefixes = [sequence.prefix() for sequence in self.active]
             block_attention.prefill(self.denoise.network, self.cache, prefixes, first, self.settings.block_size)
@@ -380,7 +383,7 @@ class Engine:
         if self.graphs is None:
             self.denoise(rows, seen)
         else:
-            self.graphs.run(self.denoise, rows, seen)
+            self.begun, self.beginning = self.graphs.run(self.denoise, rows, seen, min(self.beginning, rows)), 0
 
     def reach(self) -> int:
         """The next forward writes nothing at or behind this position."""
@@ -401,7 +404,8 @@ class Engine:
             for sequence in self.active:
                 sequence.reach = min(sequence.reach + block, sequence.canvas_end)
             return
-        (finished, stuck, starts), age = look
+        (finished, stuck, starts, begins), age = look
+        self.beginning = max(0, sum(begins) - self.begun)
         fault = UserError(
             f"rollout.remasking_strategy: {self.settings.remasking_strategy!r} unmasked nothing in some step; "
             "it must choose at least one masked position of every row that has any"

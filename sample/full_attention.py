@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sample.cache import KeyValueCache
-from sample.network import CachedKeys, Network, OwnKeys, bias_of
+from sample.network import CachedKeys, Network, OwnKeys, bias_of, pool_keys
 from sample.slots import Slots
 
 
@@ -40,12 +40,47 @@ def denoise_cached(
         hidden = _forward_all(network, slots.tokens[first], slots.canvas_end[first], longest, cache, first)
         states[first] = _at(hidden, index[first])
     if len(later):
-        start, end = index[later, 0], slots.canvas_end[later]
-        if further_horizon is not None:
-            end = torch.minimum(positions[later, -1] + 1 + further_horizon, end)
-        hidden = _forward_window(network, cache, slots.tokens[later], start, end, later)
+        start, end = index[later, 0], _window_end(slots, positions, further_horizon)[later]
+        width, seen = int((end - start).max()), int(end.max())
+        hidden = _forward_window(network, cache, slots.tokens[later], start, end, later, width, seen)
         states[later] = _at(hidden, index[later] - start[:, None])
     return states
+
+
+def denoise_cached_fixed(
+    network: Network,
+    cache: KeyValueCache,
+    slots: Slots,
+    positions: Tensor,
+    longest: int,
+    window: int,
+    further_horizon: int | None,
+    first: int,
+) -> Tensor:
+    """As `denoise_cached`, in shapes that depend on nothing that is on the device; no window is wider than `window`.
+
+    Of the rows that begin a block the first `first` have that forward, so that their states alone are right; those of
+    the others, which must wait, mean nothing, and what is kept of them is overwritten when it is their turn.
+    """
+    index = positions + network.logit_offset
+    start, end = index[:, 0], _window_end(slots, positions, further_horizon)
+    hidden = _forward_window(network, cache, slots.tokens, start, end, None, window, longest)
+    states = _at(hidden, index - start[:, None])
+    if first == 0:
+        return states
+    due = slots.begins()
+    rows = due.long().argsort(descending=True, stable=True)[:first]
+    due = due[rows]  # a row that is within a block keeps what it has
+    hidden = _forward_all(network, slots.tokens[rows], slots.canvas_end[rows], longest, cache, rows, due)
+    states[rows] = torch.where(due[:, None, None], _at(hidden, index[rows]), states[rows])
+    return states
+
+
+def _window_end(slots: Slots, positions: Tensor, further_horizon: int | None) -> Tensor:
+    """Where the windows of rows end, (rows,)."""
+    if further_horizon is None:
+        return slots.canvas_end
+    return torch.minimum(positions[:, -1] + 1 + further_horizon, slots.canvas_end)
 
 
 def _forward_all(
@@ -55,25 +90,42 @@ def _forward_all(
     longest: int,
     cache: KeyValueCache | None = None,
     rows: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """Of prompts and canvases; with a cache the keys are kept in slots `rows`."""
+    """Of prompts and canvases; with a cache the keys are kept in slots `rows`, or in those of them that are `kept`."""
     ids = tokens[:, :longest]
     position = torch.arange(longest, device=ids.device).expand_as(ids)
     places = None if cache is None else cache.places(rows, position)
+    if kept is not None:
+        places = torch.where(kept.repeat_interleave(longest, output_size=len(places)), places, cache.tokens)
     bias = bias_of(position < canvas_end[:, None], network.dtype)[:, None, None]
     return network.forward(ids, position, OwnKeys(bias, cache, places))
 
 
 def _forward_window(
-    network: Network, cache: KeyValueCache, tokens: Tensor, start: Tensor, end: Tensor, rows: Tensor
+    network: Network,
+    cache: KeyValueCache,
+    tokens: Tensor,
+    start: Tensor,
+    end: Tensor,
+    rows: Tensor | None,
+    width: int,
+    seen: int,
 ) -> Tensor:
-    """Of the positions from `start` up to `end` (rows,) alone, over the kept keys of what lies before."""
-    width, seen = int((end - start).max()), int(end.max())
+    """Of the positions from `start` up to `end` (rows,) alone, over the kept keys of what lies before.
+
+    Rows are the first slots where no others are named. No window is wider than `width`, none ends behind `seen`.
+    """
     position = start[:, None] + torch.arange(width, device=tokens.device)
     # rows with a shorter window repeat their last position, whose keys come out the same
     position = torch.minimum(position, end[:, None] - 1)
-    bias = bias_of(torch.arange(seen, device=tokens.device) < end[:, None], network.dtype)[:, None, None]
-    attention = CachedKeys(bias, cache, cache.places(rows, position), rows, seen)
+    slots = torch.arange(len(start), device=tokens.device) if rows is None else rows
+    places = cache.places(slots, position)
+    if network.kernel == "torch" and rows is None:
+        attention = pool_keys(network, cache, places, end[None], width, seen)
+    else:
+        bias = bias_of(torch.arange(seen, device=tokens.device) < end[:, None], network.dtype)[:, None, None]
+        attention = CachedKeys(bias, cache, places, slice(len(start)) if rows is None else rows, seen)
     return network.forward(tokens.gather(1, position), position, attention)
 
 

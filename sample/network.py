@@ -5,7 +5,6 @@ in one forward, and call the attention kernel. Keys and values of tokens that a 
 cache first, flat, at `places`.
 """
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 from models.family import family_of_network
+from sample.attention_kernel import OPERATOR
 from sample.cache import KeyValueCache
 from sample.kernels import PLAIN, Kernels, compiled
 from sample.parallel import tensor_group_of
@@ -134,8 +134,51 @@ class FlashKeys:
         return out.flatten(2)
 
 
+@dataclass(frozen=True)
+class PoolKeys:
+    """torch's FlashAttention over the whole pool, no bias: each line sees what lies before its end in its own slot.
+
+    The first slots are attended to once by their current blocks, and again where their previous blocks come too: the
+    kernel's sequences must not overlap. Queries of heads that share keys become further positions, so that keys are
+    read once.
+    """
+
+    cache: KeyValueCache
+    places: Tensor
+    starts: Tensor  # (slots + 1,) int32, where slots begin in the pool and where the last one ends
+    ends: Tensor  # (1 or 2, slots) int32 positions, the current blocks' first
+    queries: Tensor  # (slots + 1,) int32, where each slot's queries begin
+    seen: int  # no end lies behind
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.cache.write(layer, self.places, key, value)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (tokens, kv_heads, head_dim)
+        lines, heads, length = query.shape[:3]
+        groups = heads // keys.shape[1]
+        folded = query.unflatten(1, (-1, groups)).permute(0, 2, 3, 1, 4)  # (lines, groups, length, kv_heads, head_dim)
+        parts = folded.reshape(len(self.ends), -1, *keys.shape[1:])
+        out = [
+            OPERATOR(
+                part, keys, values, self.queries, self.starts, groups * length, self.seen,
+                0.0, False, False, scale=scaling, seqused_k=ends,
+            )[0]
+            for part, ends in zip(parts, self.ends)
+        ]  # fmt: skip
+        joined = out[0] if len(out) == 1 else torch.cat(out)
+        return joined.view(folded.shape).permute(0, 2, 3, 1, 4).reshape(lines, length, -1)
+
+
 # `attend` of each: query, key and value (lines, heads, length, head_dim) -> (lines, length, heads × head_dim)
-Attention = OwnKeys | CachedKeys | CommitEvery | CommitSome | FlashKeys
+Attention = OwnKeys | CachedKeys | CommitEvery | CommitSome | FlashKeys | PoolKeys
+
+
+def pool_keys(
+    network: "Network", cache: KeyValueCache, places: Tensor, ends: Tensor, length: int, seen: int
+) -> PoolKeys:
+    """The layout of the cache's first slots, whose lines of `length` queries each see what lies before `ends`
+    (1 or 2, slots), none of them behind `seen`."""
+    number = torch.arange(ends.shape[1] + 1, dtype=torch.int32, device=ends.device)
+    return PoolKeys(cache, places, number * cache.width, ends.int(), number * (network.groups * length), seen)
 
 
 def bias_of(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,9 +196,11 @@ class Network:
     `compile_kernels`: the small operations of the layers that `by_parts` knows are compiled, at the first forward.
     """
 
-    def __init__(self, model: torch.nn.Module, positions: int, flash: bool = False, compile_kernels: bool = False):
+    def __init__(self, model: torch.nn.Module, positions: int, kernel: str = "bias", compile_kernels: bool = False):
         weight, family = next(model.parameters()), family_of_network(model)
-        self.model, self.flash = model, flash  # whether flash-attn denoises blocks
+        self.model, self.kernel = model, kernel  # which attends where blocks are denoised: sample/attention_kernel.py
+        heads = model.config.num_attention_heads
+        self.groups = heads // (getattr(model.config, "num_key_value_heads", None) or heads)  # queries that share keys
         self.dtype, self.device = weight.dtype, weight.device
         self.full_attention, self.logit_offset = family.attention == "full", family.logit_offset
         tables = model.model.rotary_emb(weight, torch.arange(positions, device=weight.device)[None])
@@ -267,13 +312,6 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float
     else:
         out = scaled_dot_product_attention(query, key, value, bias, scale=scaling, enable_gqa=groups > 1)
     return out.transpose(1, 2).reshape(rows, length, -1)
-
-
-def has_flash(model: torch.nn.Module) -> bool:
-    """Whether flash-attn's kernel rather than torch's denoises blocks: on CUDA, in half precision, if installed."""
-    weight = next(model.parameters())
-    half = weight.dtype in (torch.float16, torch.bfloat16)
-    return weight.device.type == "cuda" and half and importlib.util.find_spec("flash_attn") is not None
 
 
 AttentionInterface.register(NAME, attend)

@@ -55,49 +55,67 @@ class Slots:
             self.views[rows] = Slots(**{field.name: getattr(self, field.name)[:rows] for field in fields(self)})
         return self.views[rows]
 
-    def select(self, rows: Tensor | list[int]) -> Self:
+    def packed(self) -> Tensor:
+        """All fields side by side, int64 (slots, numbers): between host and device every copy waits, so one is made."""
+        stores = (getattr(self, field.name) for field in fields(self))
+        whole = (store.view(torch.int32) if store.is_floating_point() else store for store in stores)
+        return torch.cat([store.reshape(len(store), -1).long() for store in whole], 1)
+
+    @classmethod
+    def unpacked(cls, numbers: Tensor, capacity: int) -> Self:
+        """The rows that `packed` was made of."""
+        like = cls.empty(1, capacity, "cpu")
+        stores = {field.name: getattr(like, field.name) for field in fields(cls)}
+        parts = numbers.split([store.numel() for store in stores.values()], 1)
+        return cls(
+            **{
+                name: (part.int().view(store.dtype) if store.is_floating_point() else part.to(store.dtype)).reshape(
+                    len(numbers), *store.shape[1:]
+                )
+                for (name, store), part in zip(stores.items(), parts)
+            }
+        )
+
+    def select(self, rows: list[int]) -> Self:
         """Copies of the given rows, on the host."""
-        return Slots(**{field.name: getattr(self, field.name)[rows].cpu() for field in fields(self)})
+        index = torch.tensor(rows).to(self.tokens.device)
+        taken = Slots(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        return Slots.unpacked(taken.packed().cpu(), self.tokens.shape[1])
 
     def begin(self, first: int, sequences: "list[Sequence]", mask_id: int) -> None:
         """Write new sequences, prompts and masks, into the rows from `first` on."""
         if not sequences:
             return
-        rows = slice(first, first + len(sequences))
-        ids = torch.full((len(sequences), self.tokens.shape[1]), mask_id)
+        new = Slots.empty(len(sequences), self.tokens.shape[1], "cpu")
+        new.tokens.fill_(mask_id)
         for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence.request.prompt_ids)] = torch.tensor(sequence.request.prompt_ids)
-        prompt_end = torch.tensor([len(sequence.request.prompt_ids) for sequence in sequences])
-        block_start = torch.tensor([sequence.block_start for sequence in sequences])
-        values = {
-            "tokens": ids,
-            "masked": torch.arange(ids.shape[1]) >= prompt_end[:, None],
-            "key": torch.tensor([sequence.request.stream_key() for sequence in sequences]),
-            "prompt_end": prompt_end,
-            "response_end": torch.tensor([sequence.response_end for sequence in sequences]),
-            "canvas_end": torch.tensor([sequence.canvas_end for sequence in sequences]),
-            "block_start": block_start,
-            "cached": block_start,
-        }
-        for name, value in values.items():
-            getattr(self, name)[rows] = value.to(self.tokens.device)
-        self.step_map[rows] = -1
-        for store in (self.figures, self.block_step, self.step, self.forwards, self.finished, self.stuck):
-            store[rows] = 0
+            new.tokens[row, : len(sequence.request.prompt_ids)] = torch.tensor(sequence.request.prompt_ids)
+        new.prompt_end = torch.tensor([len(sequence.request.prompt_ids) for sequence in sequences])
+        new.masked = torch.arange(new.tokens.shape[1]) >= new.prompt_end[:, None]
+        new.key = torch.tensor([sequence.request.stream_key() for sequence in sequences])
+        new.response_end = torch.tensor([sequence.response_end for sequence in sequences])
+        new.canvas_end = torch.tensor([sequence.canvas_end for sequence in sequences])
+        new.block_start = new.cached = torch.tensor([sequence.block_start for sequence in sequences])
+        new.step_map.fill_(-1)
+        new.finished.fill_(False)
+        self.put(first, new)
 
-    def put(self, row: int, state: Self) -> None:
-        """Write a state of one row, of at most this capacity, to a row."""
+    def put(self, first: int, state: Self) -> None:
+        """Write rows of at most this capacity, which are on the host, to the rows from `first` on."""
+        capacity = state.tokens.shape[1]
+        new = Slots.unpacked(state.packed().to(self.tokens.device), capacity)
         for field in fields(self):
-            store, value = getattr(self, field.name)[row], getattr(state, field.name)[0]
-            (store[: len(value)] if value.dim() else store).copy_(value)
+            value = getattr(new, field.name)
+            store = getattr(self, field.name)[first : first + len(value)]
+            (store if value.dim() == 1 else store[:, :capacity]).copy_(value)
 
     def free(self, rows: int | slice, start: int, end: int) -> None:
         """Take rows out of use. Steps may go on to compute them, so they are put where every room has positions."""
         for store in (self.prompt_end, self.block_start, self.cached):
-            store[rows] = start
+            store[rows].fill_(start)
         for store in (self.response_end, self.canvas_end):
-            store[rows] = end
-        self.finished[rows] = True
+            store[rows].fill_(end)
+        self.finished[rows].fill_(True)
 
     def move(self, source: int, target: int) -> None:
         """Copy one row over another."""
@@ -105,9 +123,13 @@ class Slots:
             store = getattr(self, field.name)
             store[target] = store[source]
 
+    def begins(self) -> Tensor:
+        """Which rows have not denoised their current block yet, bool (slots,)."""
+        return (self.block_step == 0) & ~self.finished
+
     def status(self) -> Tensor:
-        """What the host reads: finished, stuck and block_start, (3, slots)."""
-        return torch.stack((self.finished.long(), self.stuck.long(), self.block_start))
+        """What the host reads: finished, stuck, block_start, and whether a block begins, (4, slots)."""
+        return torch.stack((self.finished.long(), self.stuck.long(), self.block_start, self.begins().long()))
 
 
 @dataclass(eq=False)
@@ -136,10 +158,10 @@ class Sequence:
 class Watch:
     """The host's look at the device's flags: at once on the CPU, every few steps and without waiting on CUDA."""
 
-    every = 4  # steps between two looks, and the age of what is seen: a finished sequence idles at most twice as long
-
     def __init__(self, device: torch.device):
         self.asynchronous = device.type == "cuda"
+        # steps between two looks, and the age of what is seen: a finished sequence idles at most twice as long
+        self.every = 4
         self.forget()
 
     def forget(self) -> None:
@@ -147,7 +169,7 @@ class Watch:
         self.age, self.copy, self.event = 0, None, None
 
     def look(self, slots: Slots) -> tuple[list[list[int]], int] | None:
-        """The flags (finished, stuck, block_start; a list over rows each) and their age in steps; None: not yet.
+        """The flags (those of `Slots.status`, a list over rows each) and their age in steps; None: not yet.
 
         When there is something to see does not depend on the device's speed: processes that sample together agree.
         """

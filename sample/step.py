@@ -48,20 +48,35 @@ class Step:
         # a small head costs less at all positions than finding the masked ones
         self.sparse = not self.fixed and config.vocab_size > config.hidden_size
         self.block = torch.arange(size, device=device)
+        canvas = self.settings.max_token + -self.settings.max_token % size
+        horizon = self.settings.further_horizon
+        longest = canvas if horizon is None else min(size + horizon, canvas)
+        self.window = longest - self.network.logit_offset  # full attention: positions that a later forward redoes
+        self.waits = self.fixed and self.network.full_attention and self.settings.use_cache
         self.variant = (self.merge, self.stop_ids, repr(self.settings))  # by which CUDA graphs of steps differ
 
-    def __call__(self, rows: int, seen: int) -> None:
-        """One forward of the first `rows` slots' current blocks, none of which reaches beyond position `seen`."""
+    def __call__(self, rows: int, seen: int, first: int | None = None) -> None:
+        """One forward of the first `rows` slots' current blocks, none of which reaches beyond position `seen`.
+
+        With a prefix cache in fixed shapes at most `first` of the rows that begin a block do so; others wait.
+        """
         slots = self.slots.first(rows)
         positions = slots.block_start[:, None] + self.block  # (rows, block)
         tokens = slots.tokens.gather(1, positions)
         masked = slots.masked.gather(1, positions) & ~slots.finished[:, None]
-        hidden = self.forward(slots, positions, tokens, seen)  # (rows, block, width)
+        first = rows if first is None else first
+        hidden = self.forward(slots, positions, tokens, seen, first)  # (rows, block, width)
         candidates = self.draw(hidden, slots, positions, masked)
-        chosen = masked & self.choose(slots, candidates, positions, masked)
+        ready = masked
+        if self.waits:
+            due = slots.begins()
+            waiting = due & (due.cumsum(0) > first)
+            ready = masked & ~waiting[:, None]
+            slots.forwards -= waiting.long()  # `advance` counts it for all
+        chosen = ready & self.choose(slots, candidates, positions, masked)
         tokens = torch.where(chosen, candidates.tokens, tokens)
         self.record(slots, positions, tokens, masked & ~chosen, chosen, candidates)
-        self.advance(slots, positions, tokens, masked.any(1), ~(masked & ~chosen).any(1))
+        self.advance(slots, positions, tokens, ready.any(1), ~(masked & ~chosen).any(1))
 
     def faulty_row(self, rows: int, seen: int) -> int:
         """The row that a step fails for: the last of the fewest first rows with which it fails.
@@ -81,9 +96,13 @@ class Step:
                 self.slots.put(row, state)
         return fails - 1
 
-    def forward(self, slots: Slots, positions: Tensor, tokens: Tensor, seen: int) -> Tensor:
+    def forward(self, slots: Slots, positions: Tensor, tokens: Tensor, seen: int, first: int) -> Tensor:
         """Hidden states that predict the current blocks, (rows, block, width)."""
         network, settings = self.network, self.settings
+        if self.waits:
+            return full_attention.denoise_cached_fixed(
+                network, self.cache, slots, positions, seen, self.window, settings.further_horizon, first
+            )
         if network.full_attention and settings.use_cache:
             return full_attention.denoise_cached(network, self.cache, slots, positions, seen, settings.further_horizon)
         if network.full_attention:
@@ -185,7 +204,7 @@ class Step:
 
 
 class Graphs:
-    """A graph for each shape of a step: rows in use, rounded up to a power of two, and how far their blocks reach.
+    """A graph for each shape of a step: rows in use, rounded up, how far their blocks reach, and who may begin one.
 
     A step reads and writes only memory that stays where it is (weights, slots, cache), so that a graph stays valid
     until that memory is given back, or `most` others were used since.
@@ -204,25 +223,29 @@ class Graphs:
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Step]] = {}
         self.pool: tuple[int, int] | None = None
 
-    def run(self, step: Step, rows: int, seen: int) -> None:
-        """The step, by its graph; the first one of a shape is run plainly, and the second recorded."""
+    def run(self, step: Step, rows: int, seen: int, first: int) -> int:
+        """The step, by its graph; the first one of a shape is run plainly, and the second recorded.
+
+        Returns how many rows could begin a block under a prefix cache: `first`, rounded up.
+        """
         limit = step.cache.width if step.cache is not None else step.slots.tokens.shape[1]
         slots = len(step.slots.finished) if step.cache is None else min(len(step.slots.finished), step.cache.count)
-        rows = min(1 << (rows - 1).bit_length(), slots)
+        rows = min(bucket(rows), slots)
+        first = min(bucket(first), rows) if step.waits else 0
         seen = min(-(-seen // SEEN) * SEEN, limit)
-        shape = (rows, seen, limit, *step.variant)
+        shape = (rows, seen, first, limit, *step.variant)
         if shape in self.met and shape not in self.graphs and self.usable:
-            self.record(shape, step, rows, seen)
+            self.record(shape, step, rows, seen, first)
         if shape in self.graphs and self.usable:
             self.graphs[shape] = self.graphs.pop(shape)  # they stand in the order of their last use
             self.graphs[shape][0].replay()
-            return
-        step(rows, seen)
-        if not (step.network.full_attention and step.settings.use_cache):  # a prefix cache sorts its rows on the host
-            self.met[shape] = None
-            keep_last(self.met, 4 * self.most)
+            return first
+        step(rows, seen, first)
+        self.met[shape] = None
+        keep_last(self.met, 4 * self.most)
+        return first
 
-    def record(self, shape: tuple, step: Step, rows: int, seen: int) -> None:
+    def record(self, shape: tuple, step: Step, rows: int, seen: int, first: int) -> None:
         """Keep the graph of a step, which is not carried out. Where it cannot be recorded, nothing is any more."""
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
@@ -230,7 +253,7 @@ class Graphs:
         here, capture = torch.cuda.current_stream(), {"pool": self.pool, "capture_error_mode": "thread_local"}
         try:
             with torch.cuda.stream(here), torch.cuda.graph(graph, **capture):
-                step(rows, seen)
+                step(rows, seen, first)
         except RuntimeError as error:
             torch.cuda.synchronize()  # raises where it is the device that failed
             self.usable = False
@@ -238,6 +261,11 @@ class Graphs:
             return
         self.graphs[shape] = graph, step
         keep_last(self.graphs, self.most)
+
+
+def bucket(rows: int) -> int:
+    """A number of rows, rounded up to a power of two, above 32 to a multiple of 16: those added compute in vain."""
+    return rows + -rows % 16 if rows > 32 else (rows and 1 << (rows - 1).bit_length())
 
 
 def keep_last(table: dict, most: int) -> None:

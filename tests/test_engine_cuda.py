@@ -135,11 +135,13 @@ def test_graphs_follow_new_weights(on_gpu: LoadedModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_flash_attention_gives_what_torchs_gives(on_gpu: LoadedModel) -> None:
-    pytest.importorskip("flash_attn")
+@pytest.mark.parametrize("kernel", ["torch", "flash-attn"])
+def test_flash_attention_gives_what_the_bias_gives(on_gpu: LoadedModel, kernel: str) -> None:
+    if kernel == "flash-attn":
+        pytest.importorskip("flash_attn")
     model = on_gpu.model.to(torch.bfloat16)
     settings = replace(SETTINGS, temperature=0.0, remasking_strategy="sequential", max_token=4)
-    flash, torchs = (Engine(model, on_gpu.mask_id, []) for _ in range(2))
-    assert flash.flash
-    torchs.flash = False
-    check_same(run(flash, settings), run(torchs, settings), tolerance=0.05)
+    flash, dense = (Engine(model, on_gpu.mask_id, []) for _ in range(2))
+    assert flash.kernel != "bias"
+    flash.kernel, dense.kernel = kernel, "bias"
+    check_same(run(flash, settings), run(dense, settings), tolerance=0.05)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import emulation
+import patches
 import torch
 
 from common.runtime import seed_everything
@@ -35,9 +36,9 @@ class WatchedStep(Step):
 
     counted: list[emulation.Log]
 
-    def __call__(self, rows: int, seen: int) -> None:
+    def __call__(self, rows: int, seen: int, first: int | None = None) -> None:
         with emulation.DEVICE.watching() as log:
-            super().__call__(rows, seen)
+            super().__call__(rows, seen, first)
         self.counted.append(log)
 
 
@@ -136,7 +137,7 @@ def longer_and_shorter(family: str, **base: object) -> FIGURES:
     short = replace(plain, max_token=4, steps=4)
     longest = replace(plain, max_token=60, steps=16, dynamic_threshold=0.0)
     runs = [(longest, (50, 70, 90, 60, 80)), (short, (3, 4, 5)), (longest, (40, 60, 50)), (short, (9, 1, 8, 3, 7))]
-    return check_runs(family, runs, waits_allowed=bool(base.get("use_cache")))
+    return check_runs(family, runs)
 
 
 def memory_pressure(tokens: Iterable[int]) -> FIGURES:
@@ -147,17 +148,18 @@ def memory_pressure(tokens: Iterable[int]) -> FIGURES:
 
 
 def full_cached(family: str) -> FIGURES:
-    """Full attention with the cache, whole and within a horizon: it waits, and makes no graph."""
+    """Full attention with the cache, whole and within a horizon."""
     plain = replace(FULL, use_cache=True)
     runs = [(plain, LENGTHS), (replace(plain, further_horizon=4), LENGTHS), (plain, (40, 60)), (plain, LENGTHS)]
-    return check_runs(family, runs, waits_allowed=True)
+    runs.append((replace(plain, max_active=6, steps=16), (*LENGTHS, *range(2, 16))))  # rows at all steps of a block
+    return check_runs(family, runs)
 
 
 def cached_and_not() -> FIGURES:
     """One engine with the cache and without, longer in turn."""
     plain = replace(FULL, max_active=4)
     cached, longer = replace(plain, use_cache=True), replace(plain, max_token=32)
-    return check_runs("llada", [(cached, (3, 5)), (longer, (40, 30, 9, 20, 50)), (cached, LENGTHS)], waits_allowed=True)
+    return check_runs("llada", [(cached, (3, 5)), (longer, (40, 30, 9, 20, 50)), (cached, LENGTHS)])
 
 
 def sleep_and_wake() -> FIGURES:
@@ -206,16 +208,42 @@ def deterministic() -> FIGURES:
     return figures
 
 
-def attention_kernels(dtype: str = "bfloat16") -> FIGURES:
+def attention_kernels(dtype: str, expected: list[str]) -> FIGURES:
     """No plan of cuDNN's for every shape, no mask that is padded at every call, nothing by single kernels."""
     _, on_device = on_both("sdar", dtype=getattr(torch, dtype))
     engine = watched_engine(on_device)
     with emulation.DEVICE.watching() as log:
         for lengths in (LENGTHS, (30, 31, 5), (17,)):
             assert len(responses(engine, BLOCK, lengths)) == len(lengths)
-    assert set(log.attention) <= {"flash", "efficient"}, f"attention: {dict(log.attention)}"
+    assert set(log.attention) == set(expected), f"attention: {dict(log.attention)}"
+    if dtype == "bfloat16":  # a step needs no mask
+        in_steps = sum((one.attention for one in WatchedStep.counted), start=emulation.Counter())
+        assert set(in_steps) == {"flash, pool"}, f"attention in steps: {dict(in_steps)}"
     assert torch.backends.cuda.cudnn_sdp_enabled(), "others' attention would not be cuDNN's any more"
     return counted(engine) | {"attention": dict(log.attention)}
+
+
+def attention_without_a_mask(family: str) -> FIGURES:
+    """FlashAttention over the pool gives what the bias gives, in float32: slots widened, commits, windows."""
+    patches.TAKEN.add(torch.float32)
+    on_cpu, on_device = on_both(family)
+    engine = watched_engine(on_device)
+    assert engine.kernel == "bias"
+    engine.kernel = "torch"
+    if family == "sdar":
+        pressed = replace(BLOCK, max_token=60, max_active=16, dynamic_threshold=0.0, cache_tokens=384)
+        runs = [(replace(one, merge_commit=merge), lengths) for merge in (True, False)
+                for one, lengths in ((BLOCK, LENGTHS), (pressed, (10, 40, 23, 31, 66)))]  # fmt: skip
+    else:
+        cached = replace(FULL, use_cache=True)
+        runs = [(cached, LENGTHS), (replace(cached, further_horizon=4), LENGTHS)]
+    for settings, lengths in runs:
+        cpu = Engine(on_cpu.model, on_cpu.mask_id, [STOP])
+        check_same(responses(engine, settings, lengths), responses(cpu, settings, lengths))
+    in_steps = sum((one.attention for one in WatchedStep.counted), start=emulation.Counter())
+    masked = {"efficient"} if family != "sdar" else set()  # the first forward of a block
+    assert set(in_steps) == {"flash, pool"} | masked, f"attention in steps: {dict(in_steps)}"
+    return counted(engine)
 
 
 def many_settings(number: int = 12) -> FIGURES:
@@ -276,11 +304,11 @@ def beside_another_thread() -> FIGURES:
     engine, step = watched_engine(on_device), WatchedStep.__call__
     weight = next(on_device.model.parameters()).detach()
 
-    def slow_step(self: WatchedStep, rows: int, seen: int) -> None:
+    def slow_step(self: WatchedStep, *shape: int) -> None:
         reader = threading.Thread(target=errors_of, args=(lambda: weight.cpu(), errors))
         reader.start()
         reader.join()
-        step(self, rows, seen)
+        step(self, *shape)
 
     errors: list[Exception] = []
     WatchedStep.__call__ = slow_step

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from emulation import CUDA, DEVICE, HOST_TO, CudaTensor, LateCopy, Tape, address, spoil
+from emulation import CUDA, DEVICE, HOST_TO, CudaTensor, LateCopy, Tape, address, spoil, values_of
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
@@ -111,6 +111,44 @@ def kernel_for(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
     if straight and same_heads and width % (8 if half else 4) == 0 and (mask is None or mask.stride(-1) == 1):
         return "efficient" if mask is None or mask.shape[-1] % 16 == 0 else "efficient, mask padded"
     return "math"
+
+
+HALF = {torch.float16, torch.bfloat16}
+TAKEN = set(HALF)  # what FlashAttention takes; a scenario that compares numbers adds float32
+
+
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, cum_seq_q: Tensor | None, cum_seq_k: Tensor | None, max_q: int,
+    max_k: int, dropout_p: float, is_causal: bool, return_debug_mask: bool, *, scale: float | None = None,
+    seqused_k: Tensor | None = None, **named: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`aten._flash_attention_forward` of sequences laid end to end, computed in float32; what it needs is checked."""
+    query, key, value, cum_seq_q, cum_seq_k, seqused_k = map(
+        values_of, (query, key, value, cum_seq_q, cum_seq_k, seqused_k)
+    )
+    assert query.dtype in TAKEN and query.dtype == key.dtype == value.dtype, "FlashAttention only support fp16 and bf16"
+    assert all(one.dtype == torch.int32 and one.is_contiguous() for one in (cum_seq_q, cum_seq_k, seqused_k))
+    assert all(one.stride(-1) == 1 and one.dim() == 3 for one in (query, key, value)) and not is_causal
+    assert key.shape == value.shape and query.shape[1] % key.shape[1] == 0
+    assert TAKEN - HALF or (query.shape[-1] % 8 == 0 and query.shape[-1] <= 256), "width of heads"
+    lengths_q, lengths_k = cum_seq_q.diff(), cum_seq_k.diff()
+    assert lengths_q.shape == lengths_k.shape == seqused_k.shape and cum_seq_q[0] == 0
+    assert bool((lengths_q > 0).all() and (lengths_k > 0).all()), "sequences are laid end to end"
+    assert cum_seq_q[-1] == len(query) and cum_seq_k[0] >= 0 and cum_seq_k[-1] <= len(key)
+    assert bool((lengths_q <= max_q).all() and (seqused_k <= max_k).all()), "longer than it is said"
+    assert bool((seqused_k > 0).all() and (seqused_k <= lengths_k).all()), "an end is outside its slot"
+    for log in DEVICE.logs:
+        log.attention["flash, pool"] += 1
+    out = torch.empty_like(query)
+    starts = zip(cum_seq_q.tolist(), cum_seq_q[1:].tolist(), cum_seq_k.tolist(), seqused_k.tolist())
+    for first, last, start, used in starts:
+        one = (
+            store.transpose(0, 1).float()
+            for store in (query[first:last], *(x[start : start + used] for x in (key, value)))
+        )
+        out[first:last] = HOST_ATTENTION(*one, scale=scale, enable_gqa=True).transpose(0, 1).to(out.dtype)
+    nothing = torch.zeros(0)
+    return out, nothing, nothing, nothing, nothing
 
 
 def flex_attention(query: Tensor, key: Tensor, value: Tensor, training: bool = False, **named: Any) -> Any:
@@ -278,12 +316,14 @@ def switch_on() -> None:
     torch.nn.Module._apply = swapping(torch.nn.Module._apply)
     torch.tensor = torch.as_tensor = tensor
     torch.nn.functional.scaled_dot_product_attention = attention
+    torch.backends.cuda.is_flash_attention_available = lambda: True
     for name in ("set_autocast_enabled", "set_autocast_dtype"):
         setattr(torch, name, for_host_too(getattr(torch, name)))
     library = torch.library.Library("aten", "IMPL")
     LIBRARIES.append(library)
     for name in ("empty.memory_format", "empty_strided"):
         library.impl(name, empty, "CUDA")
+    library.impl("_flash_attention_forward", flash_attention, "CPU")
     for name in TO_FLOAT32:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCPU"):
             packet, _, overload = name.partition(".")

@@ -14,9 +14,11 @@ import patches
 import torch
 from on_engine import BLOCK, FIGURES, LENGTHS, STOP, WatchedStep, check_runs, check_same, on_both, responses
 
+import sample.engine
 import train.attention
 from sample import block_attention
 from sample.engine import Engine
+from sample.network import Network
 from sample.slots import Slots, Watch
 
 
@@ -125,6 +127,24 @@ def mixed_dtype_in_flex() -> None:
         module, query.float(), *rest, **named
     )
     on_training.objectives("sdar", "auto")
+
+
+def stale_row() -> None:
+    """A freed row keeps where its last sequence was, and rotary tables end where the present requests do."""
+
+    class ShortTables(Network):
+        def __init__(self, model: torch.nn.Module, positions: int, *rest: Any):
+            super().__init__(model, min(positions, engine.room.longest), *rest)
+
+    def free(self: Slots, rows: int | slice, start: int, end: int) -> None:
+        self.finished[rows] = True
+
+    sample.engine.Network, Slots.free = ShortTables, free
+    _, on_device = on_both("sdar")
+    engine = on_engine.watched_engine(on_device)
+    settings = replace(BLOCK, max_active=4, dynamic_threshold=0.0)
+    for lengths, tokens in (((50, 70, 90, 60, 80), 60), ((3, 4, 5), 4)):
+        responses(engine, replace(settings, max_token=tokens), lengths)
 
 
 def hangs() -> None:

@@ -24,7 +24,10 @@ SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
     "sleep, wake, new weights": ("on_engine.sleep_and_wake", [], {}),
     "generate.py's functions": ("on_engine.generate_functions", [], {}),
     "deterministic algorithms": ("on_engine.deterministic", [], {}),
-    "attention kernels": ("on_engine.attention_kernels", [], {}),
+    "attention kernels, float32": ("on_engine.attention_kernels", ["float32", ["efficient"]], {}),
+    "attention kernels, bfloat16": ("on_engine.attention_kernels", ["bfloat16", ["efficient", "flash, pool"]], {}),
+    "attention without a mask, blocks": ("on_engine.attention_without_a_mask", ["sdar"], {}),
+    "attention without a mask, windows": ("on_engine.attention_without_a_mask", ["dream"], {}),
     "many settings": ("on_engine.many_settings", [], {}),
     "failed capture": ("on_engine.failed_capture", [], {}),
     "broken device": ("on_engine.broken_device", [], {}),
@@ -56,6 +59,7 @@ SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
 # what each planted fault is caught by
 FAULTS = {
     "mixed_dtype_in_flex": "Backward pass with mixed query, key, and value dtype",
+    "stale_row": "device-side assert triggered",
     "host_read_in_the_step": "steps wait for the device: [('_local_scalar_dense'",
     "tensor_made_in_the_step": "steps wait for the device: [('copy from the host'",
     "nonzero_in_the_step": "steps wait for the device: [('nonzero'",
