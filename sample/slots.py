@@ -80,7 +80,7 @@ class Slots:
         """Copies of the given rows, on the host."""
         index = torch.tensor(rows).to(self.tokens.device)
         taken = Slots(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
-        return Slots.unpacked(taken.packed().cpu(), self.tokens.shape[1])
+        return taken if index.device.type == "cpu" else Slots.unpacked(taken.packed().cpu(), self.tokens.shape[1])
 
     def begin(self, first: int, sequences: "list[Sequence]", mask_id: int) -> None:
         """Write new sequences, prompts and masks, into the rows from `first` on."""
@@ -102,8 +102,9 @@ class Slots:
 
     def put(self, first: int, state: Self) -> None:
         """Write rows of at most this capacity, which are on the host, to the rows from `first` on."""
-        capacity = state.tokens.shape[1]
-        new = Slots.unpacked(state.packed().to(self.tokens.device), capacity)
+        capacity, device, new = state.tokens.shape[1], self.tokens.device, state
+        if device.type != "cpu":
+            new = Slots.unpacked(state.packed().to(device), capacity)
         for field in fields(self):
             value = getattr(new, field.name)
             store = getattr(self, field.name)[first : first + len(value)]
