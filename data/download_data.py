@@ -225,14 +225,16 @@ def from_humaneval(row: Record) -> Record:
 
 def from_mbpp(row: Record) -> Record:
     """Asserts on the function that the reference defines; one of them is shown, so that its name is known."""
-    question, tests = (row.get("text") or row.get("prompt") or "").strip(), row["test_list"]
-    if not question or not tests:
-        raise ValueError("its `text` or its `test_list` is empty")
+    question, tests, imports = row.get("text") or row.get("prompt"), row["test_list"], row.get("test_imports") or []
+    if not isinstance(question, str) or not question.strip() or not tests:
+        raise ValueError("its `text` or its `test_list` is empty or of another type")
+    if not isinstance(imports, list):
+        raise ValueError("its `test_imports` is no list")
     defined = [node.name for node in ast.parse(row["code"]).body if isinstance(node, ast.FunctionDef)]
     called = [name for name in defined if f"{name}(" in tests[0]]
-    setup = "\n".join([*(row.get("test_imports") or []), row.get("test_setup_code") or ""]).strip()
+    setup = "\n".join([*imports, row.get("test_setup_code") or ""]).strip()
     record = {
-        "question": f"{question}\nYour code should satisfy this test:\n{tests[0]}",
+        "question": f"{question.strip()}\nYour code should satisfy this test:\n{tests[0]}",
         "id": str(row["task_id"]),
         "test_method": "function",
         "test_list": tests,
@@ -286,7 +288,7 @@ CONVERTERS: dict[frozenset[str], Callable[[Record], Record]] = {
     frozenset({"question", "test_method"}): dict,
     frozenset({"question_id", "question", "options", "answer"}): from_mmlu_pro,
     frozenset({"Question", "Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3))}): from_gpqa,
-    frozenset({"prompt", "test", "entry_point"}): from_humaneval,
+    frozenset({"task_id", "prompt", "test", "entry_point"}): from_humaneval,
     frozenset({"code", "test_list", "task_id"}): from_mbpp,
     frozenset({"problem", "answer"}): from_math,
     frozenset({"problem", "solution"}): from_math,

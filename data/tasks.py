@@ -73,7 +73,8 @@ def worked_examples(name_or_path: str, count: int) -> tuple[tuple[str, str], ...
     examples = []
     for number, record in enumerate(records, 1):
         where = f"{key}: record {number} of '{name_or_path}'"
-        solution = "solution" if "solution" in record else "answer"  # the publisher's own name
+        published = "answer" in record and "solution" not in record  # under the publisher's own name
+        solution = "answer" if published else "solution"
         examples.append((_text(record, "question", where).strip(), _text(record, solution, where).strip()))
     return tuple(examples)
 
@@ -214,7 +215,8 @@ def with_options(record: Record, where: str) -> Record:
 def lettered(question: str, options: Sequence[Any], answer: Any) -> Record:
     """A question with its options below it, a line and a letter for each, and the letter of the right one.
 
-    `answer` is that letter, or an index from 0. ValueError where it is none of the options, or these are too many.
+    `answer` is that letter, or an index from 0. ValueError where it is none of the options, where these are too many,
+    or where one is neither text nor a number.
     """
     letters = LETTERS[: len(options)]
     letter = letters[answer] if type(answer) is int and 0 <= answer < len(letters) else answer
@@ -222,7 +224,11 @@ def lettered(question: str, options: Sequence[Any], answer: Any) -> Record:
         raise ValueError(
             f"its answer {answer!r:.40} is none of its {len(options)} options ({LETTERS[0]} to {LETTERS[-1]} at most)"
         )
-    lines = [question.strip(), *(f"{letter}. {as_text(option)}" for letter, option in zip(letters, options))]
+    texts = [as_text(option) for option in options]
+    for label, text in zip(letters, texts):
+        if not isinstance(text, str):
+            raise ValueError(f"its option {label} is a {type(text).__name__}; give text or a number")
+    lines = [question.strip(), *(f"{label}. {text}" for label, text in zip(letters, texts))]
     return {"question": "\n".join(lines), "ground_truth_answer": letter}
 
 

@@ -43,6 +43,10 @@ class PublishedRow:
     data_type: str = "math"
     overrides: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.published, dict):
+            raise TypeError(f"`published` of {self.benchmark} is no setting: accuracy in %")
+
     def arguments(self, further: Sequence[str]) -> list[str]:
         """The arguments of eval.py; `further` ones win."""
         own = {
@@ -65,7 +69,7 @@ def read_rows(file: Path) -> list[PublishedRow]:
             for row in group["rows"]:
                 overrides = [*shared.get("overrides", []), *row.get("overrides", [])]
                 found.append(PublishedRow(**shared | row | {"overrides": overrides}))
-    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         wanted = ", ".join(one.name for one in fields(PublishedRow))
         raise UserError(
             f"rows={file} cannot be read ({one_line(error)}); give groups with rows of {wanted}, as rollout/"

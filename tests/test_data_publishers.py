@@ -242,7 +242,10 @@ def test_a_table_of_sudokus_keeps_its_zeros(tmp_path):
         (MBPP | {"test_list": []}, "its `text` or its `test_list` is empty"),
         (MBPP | {"text": None}, "its `text` or its `test_list` is empty"),
         (MBPP | {"test_list": [1]}, "argument of type 'int'"),
-        ({"prompt": "def f(x):", "test": "", "entry_point": 3}, "its `entry_point` is a int"),
+        (MBPP | {"text": 5}, "its `text` or its `test_list` is empty or of another type"),
+        (MBPP | {"test_imports": "import os"}, "its `test_imports` is no list"),
+        (MMLU | {"options": ["a", None], "answer": "A"}, "its option B is a NoneType; give text or a number"),
+        ({"task_id": 1, "prompt": "def f(x):", "test": "", "entry_point": 3}, "its `entry_point` is a int"),
     ],
 )
 def test_fields_of_another_type_are_told(row, message):
@@ -257,6 +260,11 @@ def test_a_torn_file_is_told_by_the_command(tmp_path):
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "x.jsonl").exists()
     assert done.stderr.startswith("error: --from: '") and "copy or download it again" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_function_without_a_name_of_its_task_is_told():
+    with pytest.raises(UserError, match="FILE: record 1 has the fields prompt, test, entry_point; known are"):
+        convert_records([{"prompt": "def f(x):", "test": "def check(f): assert f", "entry_point": "f"}], "FILE")
 
 
 def test_unknown_formats_are_told():

@@ -152,6 +152,9 @@ def test_worked_examples_stand_before_the_task_as_in_the_harness(tmp_path: Path)
     assert ">Q0? = She has <<5-2=3>>3.\n#### 3\n\n1+1 =<|eot_id|>" in loaded.tokenizer.decode(ids)
     with pytest.raises(UserError, match=r"dataset\.few_shot=4, but dataset\.few_shot_dataset '.*' has only 3 records"):
         encode_tasks(loaded, [Task("7", QUESTION)], replace(dataset, few_shot=4), thinking=False)
+    with pytest.raises(UserError, match=r"record 1 of 'arithmetic_4_train' has no `solution` "):
+        unsolved = replace(dataset, few_shot=1, few_shot_dataset="arithmetic_4_train")
+        encode_tasks(loaded, [Task("7", QUESTION)], unsolved, thinking=False)
 
 
 def told(*arguments: object, **named: object) -> str:

@@ -131,6 +131,11 @@ def test_a_mistake_is_told_before_anything_starts(tiny_sdar: Path, tmp_path: Pat
     file.write_text("- {model: m, rows: [{benchmark: b, accuracy: 3}]}")
     with pytest.raises(UserError, match=r"rows=.*unexpected keyword argument 'accuracy'.*; give groups with rows of"):
         read_rows(file)
+    with pytest.raises(UserError, match=r"rows=.*`published` of arithmetic_4_test is no setting: accuracy in %"):
+        read_rows(rows_file(tmp_path, tiny_sdar, published=50.0))
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"rows=.* cannot be read \('utf-8' codec"):
+        read_rows(file)
 
 
 def test_the_rows_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
