@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.shapes import SHAPES
-from common.errors import one_line_errors
+from common.errors import UserError, one_line_errors
 from common.memory import (
     Size,
     activation_bytes,
@@ -295,6 +295,10 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64, help="training: rank of LoRA's adapters")
     parser.add_argument("--devices", type=int, default=8, help="training: devices under ZeRO-3")
     options = parser.parse_args()
+    for key in ("batch", "context", "longest", "tokens", "rank", "devices"):
+        given = getattr(options, key)
+        if min(given if isinstance(given, list) else [given]) <= 0:
+            raise UserError(f"--{key}: must be above 0")
     size = size_of(read_object(options.config, "--config") if options.config else SHAPES[options.shape])
     name, chips = options.config or options.shape, options.chip
     steps = step_rows(size, chips, options.batch, options.context, options.longest)

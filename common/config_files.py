@@ -112,8 +112,8 @@ def recipes() -> dict[str, Path]:
 def read_recipe(name: Any, family: str) -> list[Layer]:
     """The layers of a published objective; UserError where there is none of that name."""
     known = recipes()
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, 1)
+    if not isinstance(name, str) or name not in known:  # a YAML may have a list there
+        near = difflib.get_close_matches(str(name).lower(), known, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {names_of(known)}"
         raise UserError(f"recipe={show(name)}: no such objective; {hint}")
     return read_layers(known[name], family)

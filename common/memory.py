@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from common.errors import UserError
+
 # The arithmetic that activations are in: float32 weights under bfloat16 autocast, the same with all but adapters
 # frozen, weights in bfloat16 (DeepSpeed), float32 throughout.
 Arithmetic = Literal["autocast", "frozen", "bfloat16", "float32"]
@@ -70,10 +72,16 @@ class Size:
 
 
 def size_of(config: Mapping[str, Any], parameters: int | None = None) -> Size:
-    """The sizes that a config.json has, under the names of any family; parameters are counted where none are given."""
+    """The sizes that a config.json has, under the names of any family; parameters are counted where none are given.
+
+    UserError where one of the sizes is missing.
+    """
 
     def first(*names: str) -> int:
-        return next(int(config[name]) for name in names if config.get(name))
+        found = next((int(config[name]) for name in names if config.get(name)), None)
+        if found is None:
+            raise UserError(f"a model's config.json gives {' or '.join(names)}, and this has none; name that file")
+        return found
 
     hidden, heads = first("hidden_size", "d_model"), first("num_attention_heads", "n_heads")
     size = Size(

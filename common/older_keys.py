@@ -63,7 +63,7 @@ def original_objective(cfg: Any, values: dict[str, Any]) -> Iterator[str]:
     """
     full = cfg.model.model_base in FULL_ATTENTION
     keys: dict[str, Any] = {"training.loss_norm": "view" if full else "length"}
-    if full:
+    if full and cfg.training.term == "token":
         keys["training.kl_norm"] = "view_sum"
     if cfg.model.value_base_model:
         keys["training.value_reward"] = "zscore"

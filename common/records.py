@@ -54,10 +54,15 @@ def read_lines(path: Path, key: str) -> Iterator[tuple[int, Any]]:
 
 
 def read_object(file: Path, key: str) -> dict[str, Any]:
-    """The object that a file holds; UserError, naming the config's key, where it is damaged or holds something else."""
+    """The object that a file holds.
+
+    UserError, naming the config's key, where there is no such file, it is damaged or it holds something else.
+    """
     where = f"{key}: {file}"
     try:
         content = json.loads(file.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror}; name another") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 text ({error.reason} at byte {error.start}); copy it anew") from error
     except (json.JSONDecodeError, RecursionError) as error:

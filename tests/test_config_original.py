@@ -331,6 +331,13 @@ def test_groups_to_keep_follow_what_is_learned(load, capsys):
     assert (kept.keep_accuracy, kept.drop_equal) == ([0.1, 0.9], False)
 
 
+def test_another_term_than_the_originals_takes_no_kl_norm_of_its_own(load):
+    """What is derived from a file of the original does not contradict what its user sets."""
+    training = load_original(load, "rl", "training.term=sequence", family="llada").training
+    assert (training.term, training.kl_norm) == ("sequence", None)
+    assert load_original(load, "rl", family="llada").training.kl_norm == "view_sum"
+
+
 def test_norms_and_placements_that_fit_nothing_are_refused(load):
     with pytest.raises(UserError, match=r"training.kl_norm=view_sum with training.term=sequence: .*=null"):
         load("rl", "training.kl_norm=view_sum", "training.term=sequence")

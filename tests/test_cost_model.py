@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import cost_model
 from benchmarks.cost_model import CHIPS, GIB, Load, Response, limit_rate, limit_seconds, memory_of, step_seconds
 from benchmarks.shapes import SHAPES
+from common.errors import UserError
 from common.memory import activation_bytes, size_of
 from common.schema import Sampling
 from sample.draw import draw
@@ -134,3 +135,27 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     with pytest.raises(SystemExit) as ended:
         cost_model.main()
     assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: --config: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--config", "no/such.json"], "error: --config: no/such.json cannot be read: No such file or directory"),
+        (["--config", "."], "error: --config: . cannot be read: Is a directory"),
+        (["--devices", "0"], "error: --devices: must be above 0"),
+        (["--batch", "8", "-5"], "error: --batch: must be above 0"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cost_model", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cost_model.main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.startswith(line) and told.count("\n") == 1
+
+
+def test_another_json_file_is_no_config() -> None:
+    with pytest.raises(UserError, match=r"config.json gives hidden_size or d_model, and this has none"):
+        size_of({"version": "1.0"})

@@ -65,6 +65,9 @@ def test_a_run_saves_both_forms_and_resumes_exactly(tiny_sdar: Path, tmp_path: P
     adapted = peft.PeftModel.from_pretrained(first, whole / "ckpt" / "optimized_adapter").merge_and_unload()
     for name, parameter in merged.named_parameters():
         assert torch.allclose(adapted.get_parameter(name), parameter, atol=1e-6), name
+    for other in ({"model__lora__r": 8}, {"model__lora__targets": "[q_proj,lm_head]"}):
+        with pytest.raises(UserError, match=r"^model\.lora: .*step-0002 holds no such adapters: .*start_from_scratch"):
+            run_rl(tiny_sdar, tmp_path / "parts", **changes | other, experiment__start_from_scratch=False)
 
 
 @pytest.fixture

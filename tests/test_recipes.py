@@ -295,3 +295,11 @@ def test_where_a_recipe_stands(tmp_path: Path) -> None:
     assert (training.loss_norm, training.beta, training.updates_per_step) == ("length", 0.5, 3)
     with pytest.raises(UserError, match=r"^recipe=dap: no such objective; did you mean dapo\?"):
         load_config("rl", [f"config={path}", "recipe=dap"])
+    with pytest.raises(UserError, match=r"^recipe=DAPO: no such objective; did you mean dapo\?"):
+        load_config("rl", [f"config={path}", "recipe=DAPO"])
+    for several in ("[dapo, espo]", "{dapo: true}"):
+        path.write_text(text.replace("recipe: dapo", f"recipe: {several}"))
+        with pytest.raises(UserError, match=r"^recipe=.*dapo.*: no such objective; "):
+            load_config("rl", [f"config={path}"])
+    with pytest.raises(UserError, match=r"^recipe=.*dapo.*: no such objective; "):
+        load_config("rl", [f"config={CONFIGS / 'rl_sdar.yaml'}", "recipe=[dapo]"])

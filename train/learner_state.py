@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common import ranks
 from common.checkpoint import Writer, write_folder
+from common.errors import UserError
 from common.schema import ModelConfig
 from models import save_model
 from models.lora import is_adapter, plain_name, save_adapter
@@ -66,10 +67,14 @@ def save_learner(learner: Learner, writer: Writer, folder: str) -> None:
 
 
 def load_learner(learner: Learner, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Take up what `save_learner` wrote. `weights`: the network's by name, for those that it did not."""
+    """Take up what `save_learner` wrote. `weights`: the network's by name, for those that it did not.
+
+    UserError where the network has adapters and these are not the ones that were saved.
+    """
     counts = json.loads((folder / "learner.json").read_text())
     files = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
     file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118 — safe_open has no iterator
+    check_adapters(learner, folder, {key: file.get_slice(key).get_shape() for key, file in file_of.items()})
     if counts["optimizer_steps"]:
         make_states(learner, counts["optimizer_steps"])
     for name, parameter in learner.network.saved.named_parameters():
@@ -82,6 +87,18 @@ def load_learner(learner: Learner, folder: Path, weights: dict[str, Tensor]) -> 
     for group, rate in zip(learner.optimizer.param_groups, learner.scheduler.get_last_lr()):
         group["lr"] = rate
     learner.bad_in_a_row = counts["bad_in_a_row"]
+
+
+def check_adapters(learner: Learner, folder: Path, saved: dict[str, list[int]]) -> None:
+    """UserError where the network has an adapter that was not saved in that shape; `saved`: shapes by name and key."""
+    for name, parameter in learner.network.saved.named_parameters():
+        shape = list(getattr(parameter, "ds_shape", parameter.shape))  # of the whole, where ZeRO holds a part
+        if is_adapter(name) and saved.get(f"{name}:weight") != shape:
+            raise UserError(
+                f"model.lora: {folder.parent} holds no such adapters: the run was started without, or with another r "
+                "or other targets; set them as they were, or give another experiment.project, or "
+                "experiment.start_from_scratch=True"
+            )
 
 
 def whole_state(learner: Learner, parameter: torch.nn.Parameter, stepped: bool) -> dict[str, Tensor]:
