@@ -4,8 +4,8 @@ import importlib.util
 
 import torch
 
-# seqused_k, how much of every sequence's keys counts, came to this operator between torch 2.5 and 2.11; `varlen_attn`
-# of torch.nn.attention.varlen calls it too (2.13), by way of an operator in Python that fills one tensor more
+# `varlen_attn` of torch.nn.attention.varlen calls this operator too (torch 2.13), by way of one in Python that fills
+# one tensor more
 OPERATOR = torch.ops.aten._flash_attention_forward
 FOUND = {argument.name for argument in OPERATOR.default._schema.arguments}
 WIDEST = 256  # of a head; widths are multiples of 8 (flash-attention, csrc/flash_attn/flash_api.cpp)
