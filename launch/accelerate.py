@@ -18,8 +18,8 @@ from launch.start_model import make_missing_model
 
 
 def launched() -> bool:
-    """Whether a launcher started this process."""
-    return "LOCAL_RANK" in os.environ
+    """Whether a launcher started this process. For a single process accelerate's sets no rank, so `launch_ranks` tells."""
+    return "LOCAL_RANK" in os.environ or STOP_FILE in os.environ
 
 
 def check_devices(name: str, file: Path, gpus: int) -> None:

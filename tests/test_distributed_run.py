@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from common.config import load_config
 from common.config_files import accelerate_config
 from common.errors import UserError
-from launch.accelerate import check_devices
+from launch.accelerate import check_devices, launch_ranks
 from train import rl_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,3 +99,16 @@ def test_two_ranks_stopped_and_resumed_by_one(tiny_sdar: Path, tmp_path: Path) -
 def test_a_file_that_does_not_fit_is_one_line(file: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         check_devices(file, accelerate_config(file), gpus=1)
+
+
+def test_a_single_launched_process_knows_that_it_was_launched(tiny_sdar: Path, tmp_path: Path) -> None:
+    """Else it would launch another, without end: accelerate's launcher sets no rank for a single process."""
+    probe, answer = tmp_path / "probe.py", tmp_path / "answer"
+    probe.write_text(
+        f"import sys\nfrom pathlib import Path\n\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from launch.accelerate import launched\n\nPath(sys.argv[1]).write_text(str(launched()))\n"
+    )
+    keys = [f"model={tiny_sdar}", "dataset.eval_dataset=arithmetic_4_test", "experiment.deepspeed_file=cpu"]
+    config = load_config("eval", [f"config={ROOT}/configs/eval_tiny.yaml", *keys])
+    assert launch_ranks(config, str(probe), [str(answer)]) == 0
+    assert answer.read_text() == "True"
