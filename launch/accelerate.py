@@ -18,7 +18,7 @@ from launch.start_model import make_missing_model
 
 
 def launched() -> bool:
-    """Whether a launcher started this process. For a single process accelerate's sets no rank, so `launch_ranks` tells."""
+    """Whether a launcher started this process: for a single one accelerate's sets no rank, and `launch_ranks` tells."""
     return "LOCAL_RANK" in os.environ or STOP_FILE in os.environ
 
 
