@@ -108,7 +108,7 @@ def test_the_mask_s_kind_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("train.attention.sdpa_attention_forward", lambda *_, **__: called.append("sdpa"))
     (batch,) = pack(random_rows(4, 2), 10**6)
     for mask in (block_mask(batch), visible(batch), None):
-        flex_or_sdpa(None, None, None, None, mask)
+        flex_or_sdpa(None, *[torch.ones(1, 1, 2, 4)] * 3, mask)
     assert called == ["flex", "sdpa", "sdpa"]
 
 
