@@ -619,6 +619,12 @@ class RLConfig(JobConfig):
                 f"rollout.num_response_per_task={rollout.num_response_per_task}: "
                 "a task's responses are compared with each other, so it takes at least 2"
             )
+        margin = self.reward.truncated_margin
+        if self.reward.truncated_is_wrong and margin is not None and margin >= rollout.max_token:
+            yield (
+                f"reward.truncated_margin={margin} reaches rollout.max_token={rollout.max_token}: every response would "
+                "count as cut and earn nothing; set it below, or to null"
+            )
         if training.updates_per_step > responses:
             yield (
                 f"training.updates_per_step={training.updates_per_step} is more than the responses of a step, "

@@ -19,7 +19,8 @@ class MixtureNetwork(DiffusionNetwork):
     """Mix-in, named before a transformers causal language model whose feed-forward layers are experts.
 
     transformers holds the experts of a layer in two tensors, `gate_up_proj` (experts, 2 × width, hidden), the gates
-    first, and `down_proj` (experts, hidden, width). Publishers store three matrices for each expert.
+    first, and `down_proj` (experts, hidden, width). Publishers store three matrices for each expert. A network has a
+    classmethod `expert_layers(config)`, which yields the layers whose feed-forward part is a mixture.
     """
 
     tensor_joins: ClassVar[tuple[WeightConverter, ...]] = (
@@ -50,11 +51,6 @@ class MixtureNetwork(DiffusionNetwork):
             for expert in range(config.num_experts)
             for matrix, shape in shapes.items()
         }
-
-    @classmethod
-    def expert_layers(cls, config: Any) -> Iterator[int]:
-        """The layers whose feed-forward part is a mixture."""
-        raise NotImplementedError
 
 
 def check_split_tensors(folder: Path, family: Any) -> None:

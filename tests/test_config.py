@@ -186,6 +186,7 @@ MISTAKES = [
     ),
     ("eval", "rollout.block_size=[4,2]", "rollout.denoising_steps_per_block=4", "rollout.block_size=2"),
     ("rl", "training.updates_per_step=9", "training.updates_per_step=9", "rollout.num_task_per_step=4"),
+    ("rl", "reward.truncated_margin=2000", "reward.truncated_margin=2000", "rollout.max_token=2000"),
     ("rl", "training.keep_accuracy=[0.8,0.2]", "training.keep_accuracy=[0.8, 0.2]", "ascending"),
     ("rl", "training.keep_accuracy=[0.8]", "training.keep_accuracy=[0.8]", "two ascending numbers"),
     ("rl", "rollout.num_response_per_task=1", "rollout.num_response_per_task=1", "at least 2"),
