@@ -76,16 +76,17 @@ class Slots:
             }
         )
 
-    def select(self, rows: list[int]) -> Self:
-        """Copies of the given rows, on the host."""
-        index = torch.tensor(rows).to(self.tokens.device)
-        taken = Slots(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
-        return taken if index.device.type == "cpu" else Slots.unpacked(taken.packed().cpu(), self.tokens.shape[1])
+    def index(self, rows: list[int]) -> Tensor:
+        """Numbers of rows, where the slots are."""
+        return torch.tensor(rows).to(self.tokens.device)
 
-    def begin(self, first: int, sequences: "list[Sequence]", mask_id: int) -> None:
-        """Write new sequences, prompts and masks, into the rows from `first` on."""
-        if not sequences:
-            return
+    def select(self, rows: Tensor) -> Self:
+        """Copies of the rows of that `index`, on the host."""
+        taken = Slots(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        return taken if rows.device.type == "cpu" else Slots.unpacked(taken.packed().cpu(), self.tokens.shape[1])
+
+    def begin(self, rows: list[int], sequences: "list[Sequence]", mask_id: int) -> None:
+        """Write sequences into rows: prompts and masks, or what those that gave way had drawn."""
         new = Slots.empty(len(sequences), self.tokens.shape[1], "cpu")
         new.tokens.fill_(mask_id)
         for row, sequence in enumerate(sequences):
@@ -95,34 +96,38 @@ class Slots:
         new.key = torch.tensor([sequence.request.stream_key() for sequence in sequences])
         new.response_end = torch.tensor([sequence.response_end for sequence in sequences])
         new.canvas_end = torch.tensor([sequence.canvas_end for sequence in sequences])
-        new.block_start = new.cached = torch.tensor([sequence.block_start for sequence in sequences])
+        new.block_start = torch.tensor([sequence.block_start for sequence in sequences])
+        new.cached = new.block_start.clone()
         new.step_map.fill_(-1)
         new.finished.fill_(False)
-        self.put(first, new)
+        for row, sequence in enumerate(sequences):
+            for field in fields(self) if sequence.state is not None else ():
+                getattr(new, field.name)[row] = getattr(sequence.state, field.name)[0]
+        self.put(rows, new)
 
-    def put(self, first: int, state: Self) -> None:
-        """Write rows of at most this capacity, which are on the host, to the rows from `first` on."""
-        capacity, device, new = state.tokens.shape[1], self.tokens.device, state
-        if device.type != "cpu":
-            new = Slots.unpacked(state.packed().to(device), capacity)
+    def put(self, rows: list[int], state: Self) -> None:
+        """Write rows of this capacity, which are on the host, to `rows`."""
+        index, new = torch.tensor(rows), state
+        if self.tokens.device.type != "cpu":
+            numbers = torch.cat((index[:, None], state.packed()), 1).to(self.tokens.device)
+            index, new = numbers[:, 0], Slots.unpacked(numbers[:, 1:], self.tokens.shape[1])
         for field in fields(self):
-            value = getattr(new, field.name)
-            store = getattr(self, field.name)[first : first + len(value)]
-            (store if value.dim() == 1 else store[:, :capacity]).copy_(value)
+            getattr(self, field.name).index_copy_(0, index, getattr(new, field.name))
 
-    def free(self, rows: int | slice, start: int, end: int) -> None:
+    def free(self, rows: Tensor, start: int, end: int) -> None:
         """Take rows out of use. Steps may go on to compute them, so they are put where every room has positions."""
         for store in (self.prompt_end, self.block_start, self.cached):
-            store[rows].fill_(start)
+            store.index_fill_(0, rows, start)
         for store in (self.response_end, self.canvas_end):
-            store[rows].fill_(end)
-        self.finished[rows].fill_(True)
+            store.index_fill_(0, rows, end)
+        self.finished.index_fill_(0, rows, True)
+        self.stuck.index_fill_(0, rows, False)
 
-    def move(self, source: int, target: int) -> None:
-        """Copy one row over another."""
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy rows over others, which are none of them; both (moved,)."""
         for field in fields(self):
             store = getattr(self, field.name)
-            store[target] = store[source]
+            store.index_copy_(0, targets, store[sources])
 
     def begins(self) -> Tensor:
         """Which rows have not denoised their current block yet, bool (slots,)."""
@@ -137,7 +142,7 @@ class Slots:
 class Sequence:
     """A request on its way through the engine, from `add` until it is finished.
 
-    It waits or is active; an active one stands at the same index among the active ones as its row among the slots.
+    It waits or has a row among the slots, whose number is its index among the engine's `seated`.
     """
 
     id: int  # in order of arrival: the youngest gives way when the cache runs out

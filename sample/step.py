@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from common.memory import DRAW_ELEMENTS
 from common.runtime import console
 from common.schema import Sampling
 from models.family import end_of_sequence_ids
@@ -18,7 +19,6 @@ from sample.network import Network
 from sample.slots import Slots
 from sample.strategies import STRATEGIES, BlockState, even_split, find_strategy, rank_score
 
-DRAW_ELEMENTS = 1 << 25  # logits in a chunk of the draw: 128 MiB for each float32 tensor of their size
 MERGE_UP_TO = 256  # tokens in a forward on CUDA: beyond, arithmetic rather than memory is the limit
 SEEN = 256  # for a graph the reach of the blocks is rounded up to a multiple of this
 
@@ -83,7 +83,7 @@ class Step:
 
         Rows do not see each other, so that without it the others go on; memory that runs out has no better answer.
         """
-        before = [self.slots.select([row]) for row in range(rows)]
+        before = self.slots.select(self.slots.index(list(range(rows))))
         works, fails = 0, rows
         while fails - works > 1:
             middle = (works + fails) // 2
@@ -92,8 +92,7 @@ class Step:
                 works = middle
             except Exception:  # what it is was seen before; which rows it takes is what is asked
                 fails = middle
-            for row, state in enumerate(before):
-                self.slots.put(row, state)
+            self.slots.put(list(range(rows)), before)
         return fails - 1
 
     def forward(self, slots: Slots, positions: Tensor, tokens: Tensor, seen: int, first: int) -> Tensor:

@@ -15,10 +15,12 @@ import emulation
 import patches
 import torch
 
+from common.memory import Drawing, sampling_bytes, size_of
 from common.runtime import seed_everything
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model, tiny
+from sample.cache import KeyValueCache, bytes_per_token
 from sample.engine import Engine
 from sample.functions import block_diffusion_generate, diffusion_generate
 from sample.step import Step
@@ -162,6 +164,56 @@ def cached_and_not() -> FIGURES:
     return check_runs("llada", [(cached, (3, 5)), (longer, (40, 30, 9, 20, 50)), (cached, LENGTHS)])
 
 
+def coming_and_going(family: str, task: int = 1, **base: object) -> FIGURES:
+    """Many short responses through few rows: what it takes to let sequences in and out, a time that it happens.
+
+    `task` requests in a row have one prompt. Copies are kernels that move a slot's keys and values to another.
+    """
+    on_cpu, on_device = on_both(family)
+    engine, logs = watched_engine(on_device), {"admit": [], "collect": [], "copies": []}
+
+    def counting(name: str, function: Callable) -> Callable:
+        def run(*args: Any) -> Any:
+            with emulation.DEVICE.watching() as log:
+                result = function(*args)
+            logs[name].append(log)
+            return result
+
+        return run
+
+    engine.admit, engine.collect = counting("admit", engine.admit), counting("collect", engine.collect)
+    engine.cache_class = type("Counted", (KeyValueCache,), {"copy": counting("copies", KeyValueCache.copy)})
+    settings = replace(BLOCK if family == "sdar" else FULL, max_active=8, **base)
+    lengths = [3 + 11 * (n // task) % 150 for n in range(40)]
+    expected = responses(Engine(on_cpu.model, on_cpu.mask_id, [STOP]), settings, lengths)
+    check_same(responses(engine, settings, lengths), expected)
+    figures: FIGURES = {}
+    for name, least in (("admit", 1), ("collect", 25)):  # a look alone is 13 kernels
+        found = [log for log in logs[name] if log.kernels >= least]
+        waits, kernels = (sum(each) / len(found) for each in zip(*((len(log.waits), log.kernels) for log in found)))
+        figures |= {f"{name} times": len(found), f"{name} waits": round(waits, 2), f"{name} kernels": round(kernels)}
+    return figures | {"copies": sum(log.kernels for log in logs["copies"])} | counted(engine)
+
+
+def mixture(family: str) -> FIGURES:
+    """Experts in grouped products, norms fused, heads rotated in part."""
+    return check_runs(family, [(replace(BLOCK, merge_commit=merge), LENGTHS) for merge in (True, False)])
+
+
+def little_memory() -> FIGURES:
+    """The cache leaves room for draw, forwards and graphs, whatever is free; all responses are there nevertheless."""
+    on_cpu, on_device = on_both("sdar")
+    engine, settings, lengths = watched_engine(on_device), replace(BLOCK, max_token=60, max_active=16), range(10, 71, 6)
+    drawing = Drawing(11, BLOCK.block_size, 144, False)
+    parts = sampling_bytes(size_of(on_device.model.config.to_dict()), drawing, word=4)
+    left = 700 * bytes_per_token(on_device.model)
+    emulation.DEVICE.free_memory = int(sum(parts.values()) + left)
+    expected = responses(Engine(on_cpu.model, on_cpu.mask_id, [STOP]), settings, lengths)
+    check_same(responses(engine, settings, lengths), expected)
+    assert 0.85 * left < engine.cache.tokens * bytes_per_token(on_device.model) <= 0.9 * left
+    return counted(engine)
+
+
 def sleep_and_wake() -> FIGURES:
     """Memory given back and taken again, between runs and by new settings; then new weights."""
     on_cpu, on_device = on_both("sdar")
@@ -219,6 +271,9 @@ def attention_kernels(dtype: str, expected: list[str]) -> FIGURES:
     if dtype == "bfloat16":  # a step needs no mask
         in_steps = sum((one.attention for one in WatchedStep.counted), start=emulation.Counter())
         assert set(in_steps) == {"flash, pool"}, f"attention in steps: {dict(in_steps)}"
+        network = engine.denoise.network
+        states = torch.zeros(3, 2, network.model.config.hidden_size, dtype=torch.bfloat16, device="cuda")
+        assert network.logits(states).dtype == torch.float32, "logits are rounded to the weights' precision"
     assert torch.backends.cuda.cudnn_sdp_enabled(), "others' attention would not be cuDNN's any more"
     return counted(engine) | {"attention": dict(log.attention)}
 
