@@ -545,7 +545,9 @@ class RLModelConfig(ModelConfig):
 
 @dataclass
 class EvalDatasetConfig:
-    eval_dataset: str = key("", "tasks to evaluate on: a name, a path (json, jsonl, parquet) or a hub id")
+    eval_dataset: str | None = key(
+        "", "tasks to evaluate on: a name, a path (json, jsonl, parquet) or a hub id; null (rl.py, finetuning): none"
+    )
     data_type: Kind = key(
         "math", "how answers are checked: math, code, general, option (a letter), countdown or sudoku"
     )
@@ -568,7 +570,7 @@ class DatasetConfig(EvalDatasetConfig):
 
 @dataclass
 class SFTDatasetConfig(EvalDatasetConfig):
-    eval_dataset: str = key("", "tasks on which accuracy is measured by sampling; empty: it is not")
+    eval_dataset: str | None = key("", "tasks on which accuracy is measured by sampling; empty or null: it is not")
     optimization_data: str = key("", "samples to learn: a name, a path (json, jsonl, parquet) or a hub id")
     prompt_key: str = key("prompt", "the field of a record that holds the prompt")
     response_key: str = key("response", "the field of a record that holds the response")

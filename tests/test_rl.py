@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -391,11 +392,37 @@ def test_a_run_of_equal_rewards_ends_where_it_began(tiny_sdar: Path, tmp_path: P
         experiment__total_step=2,
         experiment__eval_every=0,
         model__value_base_model=tiny_sdar if value == "model" else "null",
+        dataset__eval_dataset="null" if value == "null" else "arithmetic_4_test",
         evaluation__remasking_strategy="low_confidence_static",
     )
+    assert (folder / "samples.jsonl").exists() == (value == "model"), "without held-out tasks nothing is evaluated"
     for row in steps_of(folder):
         assert row["groups_kept"] == 4 and row["updates"] == 0 and row["updates_skipped"] == 2
     assert same_weights(tiny_sdar, folder / "ckpt" / "optimized")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "words"),
+    [
+        (
+            [[False, False]] * 2,
+            "0% to 0%, 0% in the mean): nothing is right. 4 of 4 responses reached rollout.max_token",
+        ),
+        ([[True, True]], "100% to 100%, 100% in the mean): all is right; take harder tasks"),
+        (
+            [[True, True], [False, False]],
+            "no group has an accuracy within training.keep_accuracy [0.2, 0.8] (they are 0%",
+        ),
+    ],
+)
+def test_why_no_group_is_kept(verdicts: list[list[bool]], words: str) -> None:
+    config = load_config("rl", ["config=configs/rl_trado.yaml"])
+    trajectory = SimpleNamespace(finish_reason="length")
+    groups = [
+        [SimpleNamespace(score=SimpleNamespace(correct=one), trajectory=trajectory) for one in group]
+        for group in verdicts
+    ]
+    assert words in rl_trainer.why_none_is_kept(config, groups)
 
 
 # ---- the check that the trainer reproduces the engine

@@ -127,8 +127,8 @@ def read_inputs(config: RLConfig) -> Inputs:
     scorer = make_scorer(config.reward, dataset.data_type)
     check_tasks(scorer, tasks, "dataset.train_dataset")
     check_views(config.training, find_family(config.model.model_base))
-    key = "evaluation.eval_dataset"
-    eval_tasks = load_tasks(evaluation.eval_dataset or dataset.eval_dataset, key=key)
+    key, held_out_set = "evaluation.eval_dataset", evaluation.eval_dataset or dataset.eval_dataset
+    eval_tasks = load_tasks(held_out_set, key=key) if held_out_set is not None else []
     own_kind = None if config.reward.kind == "judge" else config.reward.kind
     judged_as = evaluation.data_type or own_kind or dataset.data_type
     held_out = held_out_tasks(config, eval_tasks, key, judged_as, evaluation.data_type or dataset.data_type)
@@ -230,12 +230,7 @@ def rl_step(run: RLRun) -> dict[str, float]:
                 train_value=number % config.experiment.train_value_every == 0,
             )
     else:
-        unequal = config.training.drop_equal or config.training.dynamic_sampling
-        equal = " with rewards that differ" if unequal else ""
-        console.print(
-            f"step {number}: no group{equal} has an accuracy within training.keep_accuracy "
-            f"{config.training.keep_accuracy}; no update"
-        )
+        console.print(f"step {number}: no update; {why_none_is_kept(config, groups)}")
     if figures["updates"]:
         with watch("sync"):
             run.engine.load_weights(whole_weights(run.learner.network.backbone))
@@ -280,6 +275,27 @@ def draw_groups(
     return groups, samples
 
 
+def why_none_is_kept(config: RLConfig, groups: list[list[ScoredTrajectory]]) -> str:
+    """In words, why no group of a step is learned from: its accuracies, and what they usually come from."""
+    unequal = config.training.drop_equal or config.training.dynamic_sampling
+    equal = " with rewards that differ" if unequal else ""
+    shares = [sum(one.score.correct for one in group) / len(group) for group in groups]
+    reason = (
+        f"no group{equal} has an accuracy within training.keep_accuracy {config.training.keep_accuracy} "
+        f"(they are {min(shares):.0%} to {max(shares):.0%}, {sum(shares) / len(shares):.0%} in the mean)"
+    )
+    if max(shares) == 0:
+        cut = sum(one.trajectory.finish_reason == "length" for group in groups for one in group)
+        count = sum(map(len, groups))
+        return (
+            f"{reason}: nothing is right. {cut} of {count} responses reached rollout.max_token; else look at "
+            "dataset.data_type, at the prompts (python -m rollout.show_prompts) and at the run's rollouts/"
+        )
+    if min(shares) == 1:
+        return f"{reason}: all is right; take harder tasks"
+    return reason
+
+
 def step_figures(
     groups: list[list[ScoredTrajectory]],
     samples: list[ScoredTrajectory],
@@ -313,7 +329,12 @@ def step_figures(
 
 
 def evaluate_now(run: RLRun) -> dict[str, Evaluation]:
-    """Accuracy on the held-out tasks under each evaluation setting; logged, every response in samples.jsonl."""
+    """Accuracy on the held-out tasks under each evaluation setting; logged, every response in samples.jsonl.
+
+    Empty where there are no such tasks.
+    """
+    if not run.held_out.tasks:
+        return {}
     with run.stages("evaluation"):
         results, figures = evaluate_held_out(run, run.engine, run.loaded, run.folder / "samples.jsonl")
     run.metrics.log({"step": run.progress.step} | figures)
@@ -360,5 +381,6 @@ def write_results(
                 "tokens/forward after": f"{now['tokens_per_forward']:.2f}",
             }
         )
-    print_table(rows, title=f"held-out tasks, {folder}")
+    if rows:
+        print_table(rows, title=f"held-out tasks, {folder}")
     console.print("seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items()))
