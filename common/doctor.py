@@ -148,7 +148,8 @@ def needs(
     if job in ("rl", "eval"):
         sampling, limit = config.rollout, (config.training if job == "rl" else config).max_prompt_len
         group, rows = sampling.tensor_parallel_size, sampling.max_active
-        block = max(sampling.block_size) if isinstance(sampling.block_size, list) else sampling.block_size
+        sizes = sampling.block_size
+        block = max(sizes.values() if isinstance(sizes, dict) else sizes if isinstance(sizes, list) else [sizes])
         # the learner's own weights are sampled from where they are whole, unadapted and of that precision
         own = job == "rl" and zero != 3 and not adapters and group == 1 and (zero == 2 or not low_precision)
         found["weights, sampling"] = 0.0 if own else word * size.parameters / group
