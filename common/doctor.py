@@ -157,9 +157,14 @@ def needs(
         longest = limit + sampling.max_token
         if sampling.use_cache or not full:
             found["keys and values"] = cache_bytes(size, rows * longest, word) / group
+        sizes = sampling.block_size  # a schedule of sizes; an evaluation may have several settings, in lists
         block, top_k, top_p = (
-            most(value if isinstance(value, list) else [value])  # an evaluation may have several settings
-            for most, value in ((max, sampling.block_size), (max, sampling.top_k), (min, sampling.top_p))
+            most(value if isinstance(value, list) else [value])
+            for most, value in (
+                (max, list(sizes.values()) if isinstance(sizes, dict) else sizes),
+                (max, sampling.top_k),
+                (min, sampling.top_p),
+            )
         )
         parts = sampling_bytes(size, Drawing(rows, block, longest, full, top_k, top_p), word)
         found |= {f"{name}, sampling": taken for name, taken in parts.items()}

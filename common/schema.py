@@ -8,10 +8,10 @@ that several jobs share stands here once; a job has no key that its code does no
 # ruff: noqa: RUF009 — `key` and `section` make fields, which is what dataclass defaults are for
 
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, NewType, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NewType, Self, Union, get_args, get_origin, get_type_hints
 
 Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"]
 RLMethod = Literal[
@@ -25,6 +25,18 @@ STRATEGIES, KINDS = get_args(Strategy), get_args(Kind)
 SETTINGS = ("block_size", "temperature", "top_k", "top_p", "remasking_strategy", "dynamic_threshold")
 FAMILIES_HELP = "the family: sdar, trado, sdar_moe, dream, llada, mmada, llada2, or my_module:MY_FAMILY"
 LONG_TASKS = "tasks with longer prompts are not drawn and count as wrong"
+Schedule = dict[int, int]  # a number by the RL steps done: {0: 4, 40: 8} is 8 from step 41 on
+ATTENTION = {  # the families that stand in the project, by their attention
+    "block": ("sdar", "trado", "sdar_moe", "llada2"),
+    "full": ("dream", "llada", "mmada"),
+}
+NEEDS = {  # the attention that a method's views are of; the others suit both
+    "coupled_whole": "full",
+    "whole": "full",
+    "counts": "full",
+    "quadrature": "full",
+    "stratified": "block",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class Key:
     function: bool  # module:function is allowed too
     setting: bool  # one of SETTINGS
     lists: bool  # a list of such is allowed too, an entry for each setting of an evaluation
+    schedule: bool  # a Schedule is allowed too
     default: Any
     help: str
     low: float | None
@@ -79,6 +92,7 @@ def keys_of(cls: type, prefix: str = "") -> dict[str, Key]:
             function=Function in (kind, *others),
             setting=setting,
             lists=setting and cls.takes_lists,
+            schedule=Schedule in others,
             default=entry.default if entry.default is not MISSING else entry.default_factory(),
             **entry.metadata,
         )
@@ -163,6 +177,12 @@ class Sampling:
     stop_token_list: list[str] | None = key(None, "tokens that end a response too, beside the model's own")
     start_with_think: bool = key(False, "begin the assistant's turn with <think>")
 
+    def at_step(self, number: int) -> Self:
+        """The keys as they are in that RL step, counted from 1: a number for each schedule."""
+        schedules = {name: value for name, value in vars(self).items() if isinstance(value, dict)}
+        latest = {name: max(done for done in value if done < number) for name, value in schedules.items()}
+        return replace(self, **{name: schedules[name][done] for name, done in latest.items()})
+
 
 @dataclass
 class TaskSampling(Sampling):
@@ -183,6 +203,15 @@ class RankSampling(TaskSampling):
 @dataclass
 class RolloutConfig(RankSampling):
     prefix: ClassVar[str] = "rollout."
+    block_size: int | Schedule = key(
+        4,
+        "tokens denoised together; blocks are aligned to position 0; not set: the checkpoint's own; {0: 4, 40: 8}: "
+        "8 when 40 steps are done",
+        low=1,
+    )
+    denoising_steps_per_block: int | Schedule = key(
+        4, "static: steps in which one block is unmasked; not set beside a schedule of block_size: one a token", low=1
+    )
     num_task_per_step: int = key(64, "tasks drawn in one RL step, over all devices", low=1)
     free_cache: bool = key(True, "give the cache's memory back while training")
     max_resample: int = key(1, "how many times more tasks are drawn when every group was filtered away", low=0)
@@ -200,6 +229,13 @@ class SFTEvaluationConfig(TaskSampling):
 
 @dataclass
 class EvaluationConfig(SFTEvaluationConfig):
+    block_size: int | Schedule = key(
+        4,
+        "tokens denoised together; not set: the checkpoint's own, or rollout.block_size's schedule: the size of the "
+        "last step",
+        low=1,
+    )
+    denoising_steps_per_block: int | Schedule = key(4, "static: steps in which one block is unmasked", low=1)
     eval_dataset: str = key("", "name, path or hub id; empty: dataset.eval_dataset")
     data_type: Kind | None = key(
         None,
@@ -616,6 +652,9 @@ class RLConfig(JobConfig):
         rollout, training, has_value = self.rollout, self.training, bool(self.model.value_base_model)
         responses, keep = rollout.num_task_per_step * rollout.num_response_per_task, training.keep_accuracy
         yield from masking_faults(training)
+        family = self.model.model_base
+        yield from attention_faults(self, family, next((one for one in ATTENTION if family in ATTENTION[one]), None))
+        yield from schedule_faults(self)
         if rollout.num_response_per_task < 2 and not has_value:
             yield (
                 f"rollout.num_response_per_task={rollout.num_response_per_task}: "
@@ -683,6 +722,81 @@ class RLConfig(JobConfig):
                 "model.pretrained_model=tiny is a new, untrained network, for SFT only: give a trained model's folder "
                 "(model.made_by names the SFT config that makes it)"
             )
+        yield from idle_faults(self)
+
+
+def attention_faults(config: RLConfig, family: str, attention: str | None) -> Iterator[str]:
+    """As `JobConfig.faults`, what is of another attention than the family's; None: one of the user's own, not known."""
+    training, size = config.training, config.rollout.block_size
+    needs = {f"training.method={training.method}": NEEDS.get(training.method)}
+    if training.prompt_mask:
+        needs[f"training.prompt_mask={training.prompt_mask}"] = "full"
+    if isinstance(size, dict):
+        needs[f"rollout.block_size={size}"] = "block"
+    for written, needed in needs.items():
+        if None not in (attention, needed) and needed != attention:
+            yield (
+                f"{written} is of {needed} attention, which model.model_base={family} does not have; "
+                f"{', '.join(sorted(ATTENTION[needed]))} do"
+            )
+
+
+def idle_faults(config: RLConfig) -> Iterator[str]:
+    """As `JobConfig.faults`, of keys that would do nothing beside the others."""
+    training = config.training
+    if not config.model.value_base_model:
+        for name, usual in (("value_reward", "raw"), ("process_placement", "all")):
+            if (value := getattr(training, name)) != usual:
+                yield (
+                    f"training.{name}={value} is of a value model, and there is none; set model.value_base_model, or "
+                    f"training.{name}={usual}"
+                )
+    if training.shrink > 1 and training.method in set(get_args(RLMethod)) - {"TraceRL"}:
+        yield no_trace(training)
+    if training.term == "sequence" and training.loss_norm in ("view", "step"):
+        yield (
+            f"training.loss_norm={training.loss_norm} with training.term=sequence: a response's views and steps are "
+            "one term; set training.loss_norm=token"
+        )
+    if training.kl_norm and training.kl_reference == "none":
+        yield (
+            f"training.kl_norm={training.kl_norm} with training.kl_reference=none: there is no KL to weigh; set "
+            "training.kl_norm=null, or training.kl_reference=old"
+        )
+    yield from code_reward_faults(config.reward, config.dataset.data_type)
+
+
+def no_trace(training: RLTrainingConfig | SFTTrainingConfig) -> str:
+    """The fault of a `shrink` that has no steps to merge."""
+    return (
+        f"training.shrink={training.shrink} with training.method={training.method}: its views have no trace with steps "
+        "to merge; set training.shrink=1"
+    )
+
+
+def code_reward_faults(reward: RewardConfig, data_type: str | None) -> Iterator[str]:
+    """As `JobConfig.faults`, of a `code_reward` where no program earns anything."""
+    kind = f"reward.function={reward.function}" if reward.function else reward.kind or data_type or "code"
+    if reward.code_reward == "share" and kind != "code":
+        decides = kind if reward.function else f"{'reward.kind' if reward.kind else 'dataset.data_type'}={kind}"
+        yield f"reward.code_reward=share is of programs, but {decides} gives the rewards; set reward.code_reward=all"
+
+
+def schedule_faults(config: RLConfig) -> Iterator[str]:
+    """As `JobConfig.faults`, of schedules."""
+    for sampling in (config.rollout, config.evaluation):
+        size, steps = sampling.block_size, sampling.denoising_steps_per_block
+        if isinstance(steps, dict) and (not isinstance(size, dict) or size.keys() != steps.keys()):
+            yield (
+                f"{sampling.prefix}denoising_steps_per_block={steps} with {sampling.prefix}block_size={size}: both "
+                "change at the same steps; leave the former out, or give one number"
+            )
+        last, total = max(size) if isinstance(size, dict) else 0, config.experiment.total_step
+        if last >= total:
+            yield (
+                f"{sampling.prefix}block_size={size}: experiment.total_step={total} ends before the size of {last} is "
+                "drawn with; raise it, or leave that size out"
+            )
 
 
 @dataclass
@@ -700,6 +814,9 @@ class EvalConfig(JobConfig):
     reward: RewardConfig = section(RewardConfig)
     rollout: EvalRolloutConfig = section(EvalRolloutConfig)
 
+    def faults(self) -> Iterator[str]:
+        yield from code_reward_faults(self.reward, self.dataset.data_type)
+
 
 @dataclass
 class SFTConfig(JobConfig):
@@ -716,6 +833,8 @@ class SFTConfig(JobConfig):
 
     def faults(self) -> Iterator[str]:
         yield from masking_faults(self.training)
+        if self.training.shrink > 1 and self.training.method != "trace":
+            yield no_trace(self.training)
         if self.training.loss_weight == "elbo" and self.training.method in ("trace", "ar"):
             yield (
                 "training.loss_weight=elbo weighs by a masking probability, which "
@@ -774,10 +893,13 @@ class RewardJobConfig(JobConfig, RewardConfig):
     out: str = key("", "the same lines with `correct`, `reward` and `verdict` added")
     kind: Literal[Kind, "judge"] | None = key(
         None,
-        "math, code, general, option, countdown, sudoku or judge; null: code for a task with a test_method, math for "
-        "another",
+        "math, code, general, option, countdown, sudoku or judge; null: by the task: code with a test_method, sudoku "
+        "with a puzzle, countdown with numbers, and else math",
     )
     workers: int | None = key(None, "processes that score side by side; null: one for each processor", low=0)
+
+    def faults(self) -> Iterator[str]:
+        yield from code_reward_faults(self, None)
 
 
 @dataclass(frozen=True)

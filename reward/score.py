@@ -115,6 +115,13 @@ def make_scorer(reward: RewardConfig, data_type: str | None = None) -> RewardSco
     return RewardScorer(reward, data_type)
 
 
+def kind_of(task: Task) -> str:
+    """The kind of a task by what its record holds: code, a puzzle that can be judged, or else math."""
+    if task.record.get("test_method"):
+        return "code"
+    return next((kind for kind, fault_of in PUZZLE_FAULTS.items() if fault_of(task) is None), "math")
+
+
 def check_tasks(scorer: RewardScorer, tasks: Sequence[Task], key: str) -> None:
     """UserError for the first task that has nothing to judge a response by: no response to it could be right."""
     for task in tasks:

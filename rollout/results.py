@@ -9,11 +9,11 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from common.board import extract_puzzle_answer
 from common.trajectory import ScoredTrajectory, Task
 from models import LoadedModel
 from reward import general_reward, math_reward
 from reward.option_reward import extract_option
-from reward.puzzles import extract_puzzle_answer, read_board, sudoku_fault
 from reward.score import RewardScorer
 from rollout.fingerprint import Fingerprint
 from rollout.statistics import majority_at_k, mean_and_error, pass_at_k, shown_ks
@@ -222,20 +222,5 @@ def trace_of_response(loaded: LoadedModel, response: ScoredTrajectory, block_siz
     task, trajectory = response.task, response.trajectory
     name = f"{setting} {task.id} · {trajectory.sample + 1}".strip()
     reference = task.ground_truth_answer or ""
-    trace = trace_of(loaded, trajectory, block_size, name, setting, response.score.verdict, reference)
-    board = board_of(task, trace["pieces"][: trajectory.length])
-    return trace | ({"board": board} if board else {})
-
-
-def board_of(task: Task, pieces: Sequence[str]) -> dict[str, Any] | None:
-    """A response to a Sudoku as the trace page shows it: puzzle, solution, and where the digit of each cell stands.
-
-    A cell is (token, character in the token's text). None where the task is no Sudoku, or the response holds no board.
-    """
-    answer = None if sudoku_fault(task) else extract_puzzle_answer("".join(pieces))
-    if answer is None or read_board(answer) is None:
-        return None
-    places = [(token, offset) for token, piece in enumerate(pieces) for offset in range(len(piece))]
-    start = "".join(pieces).rindex(answer)
-    cells = [places[start + n] for n, character in enumerate(answer) if not character.isspace()]
-    return {"puzzle": task.record["puzzle"], "solution": task.ground_truth_answer, "cells": cells}
+    puzzle = task.record.get("puzzle")
+    return trace_of(loaded, trajectory, block_size, name, setting, response.score.verdict, reference, puzzle)

@@ -24,6 +24,8 @@ def write_samples(
     for response in (response for group in groups for response in group):
         task = {"question": response.task.question, "ground_truth_answer": response.task.ground_truth_answer}
         task |= {"prefix": response.task.prefix} if response.task.prefix else {}
+        puzzle = response.task.record.get("puzzle")
+        task |= {"puzzle": puzzle} if puzzle not in (None, response.task.question) else {}
         score = {key: value for key, value in vars(response.score).items() if (key, value) != ("chunk_votes", None)}
         line = dict(extra or {}) | task | score | vars(response.trajectory)
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from common.schema import Sampling
 from common.trajectory import Request
 from models.family import stop_ids_of_network
@@ -36,6 +37,7 @@ def block_diffusion_generate(
     the model's own. The same `seed` gives the same responses; without one, torch's generator gives a new one at each
     call. A block has at most as many denoising steps as tokens.
     """
+    check_counts(gen_length=gen_length, block_length=block_length, denoising_steps=denoising_steps)
     settings = Sampling(
         block_size=block_length,
         denoising_steps_per_block=min(block_length, denoising_steps),
@@ -73,6 +75,7 @@ def diffusion_generate(
 
     Steps are divided over the blocks. `use_cache`, `further_horizon` and `target` concern full attention only.
     """
+    check_counts(gen_length=gen_length, block_length=block_length, steps=steps)
     blocks = -(-gen_length // block_length)
     settings = Sampling(
         block_size=block_length,
@@ -89,6 +92,13 @@ def diffusion_generate(
         further_horizon=further_horizon,
     )
     return generate_ids(model, prompt, mask_id, settings, stop_ids, seed, stopping_criteria_idx)
+
+
+def check_counts(**given: int) -> None:
+    """UserError for the first argument under 1, by its name."""
+    for name, count in given.items():
+        if count < 1:
+            raise UserError(f"{name}={count}: give at least 1")
 
 
 def generate_ids(

@@ -1,6 +1,7 @@
 """Reinforcement learning from config to exported model on an untrained tiny network; seconds a run."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -247,11 +248,40 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert before[0] == before[1]
 
 
-def test_a_finished_run_can_be_prolonged(runs: Runs, tmp_path: Path) -> None:
+def test_a_finished_run_can_be_prolonged(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_rl(runs.model, tmp_path, experiment__total_step=2)
     longer = run_rl(runs.model, tmp_path, experiment__total_step=3, experiment__start_from_scratch=False)
+    told = "goes on under other keys than it began with: experiment.total_step=3 (was 2)\n"
+    assert told in capsys.readouterr().out
     assert steps_of(longer, untimed=True) == steps_of(runs.first, untimed=True)
     assert same_weights(longer / "ckpt" / "optimized", runs.first / "ckpt" / "optimized")
+
+
+def test_blocks_grow_by_schedule(tiny_sdar: Path, tmp_path: Path) -> None:
+    """Two steps in blocks of 4, one in blocks of 8: drawn, learned, evaluated and saved so, and resumed in the last."""
+    grow = {"rollout__block_size": "{0: 4, 2: 8}", "rollout__max_token": 10, "evaluation__denoising_steps_per_block": 2}
+    grow |= {"model__value_base_model": tiny_sdar, "evaluation__num_task": 2, "evaluation__max_token": 8}
+    grow |= {"rollout__num_task_per_step": 2, "rollout__num_response_per_task": 2}
+    folder = run_rl(tiny_sdar, tmp_path / "whole", **grow)
+    for number, (row, size) in enumerate(zip(steps_of(folder), (4, 4, 8), strict=True), 1):
+        lines = lines_of(folder / "rollouts" / f"step-{number:04d}.jsonl")
+        ends = {(len(one["prompt_ids"]) + len(one["response_ids"])) % 8 for one in lines}
+        assert row["logp_diff_max"] <= 2e-5 and (ends == {0}) == (size == 8)
+    named = {path.parent.name: json.loads(path.read_text())["block_size"] for path in folder.glob("ckpt/*/config.json")}
+    named |= {
+        step: load_model(folder / "ckpt" / step / "model", "sdar").block_size for step in ("step-0002", "step-0003")
+    }
+    assert named == {"step-0002": 4, "step-0003": 8, "optimized": 8, "optimized_value": 8}
+    assert '"block_size":8' in (folder / "trace.html").read_text()
+    evaluated = [(one["step"], one["steps"], len(one["response_ids"])) for one in lines_of(folder / "samples.jsonl")]
+    assert {steps for step, steps, _ in evaluated if step == 2} != {steps for step, steps, _ in evaluated if step == 3}
+
+    stopped = tmp_path / "stopped" / "rl_tiny"
+    shutil.copytree(folder, stopped)
+    shutil.rmtree(stopped / "ckpt" / "step-0003")
+    resumed = run_rl(tiny_sdar, stopped.parent, **grow, experiment__start_from_scratch=False)
+    assert rows_of(resumed, untimed=True) == rows_of(folder, untimed=True)
+    assert same_weights(resumed / "ckpt" / "optimized", folder / "ckpt" / "optimized")
 
 
 # ---- what a step may meet

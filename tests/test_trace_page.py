@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from common.board import board_of
 from common.config import load_config
 from common.errors import UserError
 from common.page import allow_script, embed_json, fill_page
-from common.trajectory import Task
+from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models import load_model
-from rollout.results import board_of
+from rollout.samples import write_samples
 from sample.traces import TEMPLATE, main, pieces_of, trace_page
 from tests.browser import chromium, open_page, read_data
 
@@ -187,6 +188,21 @@ def test_the_command(tiny_sdar: Path, tmp_path: Path) -> None:
             main(load_config("trace", [*arguments, f"samples={tmp_path}/samples.jsonl"]))
 
 
+def test_samples_of_a_sudoku_have_their_board(tiny_sdar: Path, tmp_path: Path) -> None:
+    """The puzzle is the question, or stands beside one in other words; a task of another kind has no board."""
+    loaded = load_model(tiny_sdar, "sdar")
+    ids, puzzle = loaded.tokenizer.encode("\\boxed{2431312412434312}"), SUDOKU.record["puzzle"]
+    count = len(ids)
+    drawn = Trajectory("1", 0, [5], ids, [0] * count, [-1.0] * count, [0.5] * count, 1.0, "stop", count, 1, 1, 1.0)
+    puzzles = [Task("1", puzzle, SUDOKU.ground_truth_answer, SUDOKU.record), SUDOKU, Task("1", "4+2", "6")]
+    scored = [ScoredTrajectory(task, drawn, Score(1.0, True, "passed")) for task in puzzles]
+    write_samples(tmp_path / "samples.jsonl", [scored])
+    arguments = [f"model={tiny_sdar}", "num_response_per_task=3", f"out={tmp_path}/trace.html"]
+    page = main(load_config("trace", [*arguments, f"samples={tmp_path}/samples.jsonl"])).read_text(encoding="utf-8")
+    boards = [one.get("board") for one in read_data(page)["responses"]]
+    assert [board and board["puzzle"] for board in boards] == [puzzle, puzzle, None] and len(boards[0]["cells"]) == 16
+
+
 SUDOKU = Task("1", "q", "2431312412434312", {"puzzle": "0401002010030310"})
 
 
@@ -196,7 +212,7 @@ def test_a_sudoku_is_filled_step_by_step(browser: Any, tmp_path: Path) -> None:
     count = len(pieces)
     made = trace(count, pieces=pieces, steps=steps, confidence=[0.5] * count, length=count, special=[count - 1])
     file = tmp_path / "trace.html"
-    with_board = made | {"board": board_of(SUDOKU, pieces)}
+    with_board = made | {"board": board_of(SUDOKU.record["puzzle"], SUDOKU.ground_truth_answer, pieces)}
     file.write_text(trace_page([with_board, trace()], "title"), encoding="utf-8")
     page, faults = open_page(browser, file)
     filled = (
@@ -225,8 +241,8 @@ def test_a_sudoku_is_filled_step_by_step(browser: Any, tmp_path: Path) -> None:
 
 def test_where_the_digits_of_a_board_stand() -> None:
     pieces = ["1111 ", "\\boxed{", "2431", "3124\n1243", "4312", "}"]
-    board = board_of(SUDOKU, pieces)
+    board = board_of(SUDOKU.record["puzzle"], SUDOKU.ground_truth_answer, pieces)
     assert "".join(pieces[token][offset] for token, offset in board["cells"]) == SUDOKU.ground_truth_answer
     assert board["cells"][0] == (2, 0) and board["cells"][8] == (3, 5)
-    assert board_of(SUDOKU, pieces[:4]) is None, "no board"
-    assert board_of(Task("1", "4+2", "6"), ["\\boxed{", "6", "}"]) is None, "no sudoku"
+    assert board_of(SUDOKU.record["puzzle"], SUDOKU.ground_truth_answer, pieces[:4]) is None, "no board"
+    assert board_of(None, "6", ["\\boxed{", "6", "}"]) is None, "no sudoku"

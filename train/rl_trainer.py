@@ -94,6 +94,7 @@ def reinforce(config: RLConfig, inputs: Inputs | None = None, stages: Stopwatch 
         try:
             with run.stages("load"):
                 resume(run)
+                name_block_size(run)
                 if run.checkpoint is not None:
                     run.engine.load_weights(whole_weights(run.learner.network.backbone))
             before = first_evaluation(run)
@@ -126,7 +127,7 @@ def read_inputs(config: RLConfig) -> Inputs:
         )
     scorer = make_scorer(config.reward, dataset.data_type)
     check_tasks(scorer, tasks, "dataset.train_dataset")
-    check_views(config.training, find_family(config.model.model_base))
+    check_views(config, find_family(config.model.model_base))
     key, held_out_set = "evaluation.eval_dataset", evaluation.eval_dataset or dataset.eval_dataset
     eval_tasks = load_tasks(held_out_set, key=key) if held_out_set is not None else []
     own_kind = None if config.reward.kind == "judge" else config.reward.kind
@@ -170,7 +171,7 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         scorer=inputs.scorer,
         engine=Engine(drawing.model, drawing.mask_id, drawing.stop_ids),
         reference=reference,
-        page=RunPage(folder, drawing, config.rollout.block_size, experiment.total_step),
+        page=RunPage(folder, drawing, experiment.total_step),
         stages=stages,
     )
 
@@ -184,6 +185,7 @@ def train(run: RLRun) -> None:
     while progress.step < experiment.total_step:
         figures = rl_step(run)
         progress.step += 1
+        name_block_size(run)
         run.metrics.log({"step": progress.step} | figures)
         console.print(
             f"step {progress.step}/{experiment.total_step}  reward {figures['reward']:.3f}  "
@@ -210,7 +212,8 @@ def rl_step(run: RLRun) -> dict[str, float]:
     if is_main():
         file.unlink(missing_ok=True)  # a run that stopped after its last checkpoint wrote this step before
     write_samples(file, groups)
-    run.page.note(number, groups)
+    rollout = config.rollout.at_step(number)
+    run.page.note(number, groups, rollout.block_size)
     figures: dict[str, float] = {"updates": 0, "lr": run.learner.scheduler.get_last_lr()[0]}
     if config.rollout.free_cache:
         run.engine.sleep()
@@ -221,7 +224,7 @@ def rl_step(run: RLRun) -> dict[str, float]:
                 run.learner,
                 samples,
                 config.training,
-                layout_of(run.loaded, config.rollout.block_size),
+                layout_of(run.loaded, rollout.block_size),
                 config.rollout.max_token,
                 seed=[config.training.seed, number],
                 exact=run.loaded.model.dtype == torch.float32 and not approximate,
@@ -248,7 +251,7 @@ def draw_groups(
     many groups are kept as there were to be. UserError where every prompt is too long.
     """
     config, training = run.config, run.config.training
-    wanted = config.rollout.num_task_per_step
+    wanted, rollout = config.rollout.num_task_per_step, config.rollout.at_step(number)
     groups: list[list[ScoredTrajectory]] = []
     samples: list[ScoredTrajectory] = []
     missing, cursor = wanted, run.progress.cursor
@@ -260,9 +263,7 @@ def draw_groups(
         prompts = encode_tasks(run.loaded, tasks, config.dataset, config.rollout.start_with_think)
         prompts = prompts_within(prompts, training.max_prompt_len)
         label = f"step {number}: rollout"
-        groups += collect(
-            run.engine, run.loaded, prompts, config.rollout, run.scorer, watch, training.seed, number, label
-        )
+        groups += collect(run.engine, run.loaded, prompts, rollout, run.scorer, watch, training.seed, number, label)
         drop_equal = training.drop_equal or training.dynamic_sampling
         samples = kept_samples(groups, training.keep_accuracy, drop_equal, training.advantage)
         kept = len({sample.trajectory.task_id for sample in samples})
@@ -323,6 +324,19 @@ def step_figures(
         "seconds_other": total - sum(stages.values()),
         "seconds": total,
     }
+
+
+def name_block_size(run: RLRun) -> None:
+    """Give the networks' config.json, as it will be saved, the size of the blocks that the last step drew."""
+    size = run.config.rollout.at_step(max(run.progress.step, 1)).block_size
+    if run.loaded.family.attention != "block":
+        return
+    networks = [run.learner.network.backbone]
+    if run.critic is not None:
+        networks.append(run.critic.network.value_network.network)
+    for own in (network.config for network in networks):
+        if hasattr(own, "block_size") or size != run.loaded.block_size:  # a family's own size need not stand there
+            own.block_size = size
 
 
 # --- evaluations and results

@@ -14,9 +14,9 @@ from functools import partial
 import numpy as np
 
 from common.errors import UserError, load_function
-from common.schema import RLTrainingConfig, SFTTrainingConfig, TrainingBase
+from common.schema import RLConfig, RLTrainingConfig, SFTTrainingConfig, TrainingBase, attention_faults
 from common.trajectory import Trajectory
-from models.family import FAMILIES, Family, LoadedModel
+from models.family import Family, LoadedModel
 
 
 @dataclass(frozen=True)
@@ -336,13 +336,6 @@ RL_METHODS: dict[str, ViewMethod] = {
     "quadrature": partial(noised_views, noise=quadrature),
     "stratified": partial(noised_views, noise=stratified),
 }
-NEEDS = {  # the attention that a method's views are of; the others suit both
-    "coupled_whole": "full",
-    "whole": "full",
-    "counts": "full",
-    "quadrature": "full",
-    "stratified": "block",
-}
 SFT_METHODS: dict[str, dict[str, ViewMethod]] = {  # by the family's attention
     "block": {"semi-ar": random_block_views, "trace": replayed_trace},
     "full": {
@@ -354,19 +347,14 @@ SFT_METHODS: dict[str, dict[str, ViewMethod]] = {  # by the family's attention
 }
 
 
-def check_views(training: RLTrainingConfig, family: Family) -> None:
-    """UserError where the configured views are of another attention than the family's, in a line that names who has it.
+def check_views(config: RLConfig, family: Family) -> None:
+    """UserError where the configured views or blocks are of another attention than the family's, or no such method is.
 
-    Also where there is no such method.
+    The line names the families that have it.
     """
-    view_method(training.method)
-    needed = NEEDS.get(training.method) or ("full" if training.prompt_mask else None)
-    if needed not in (None, family.attention):
-        key = f"method={training.method}" if training.method in NEEDS else f"prompt_mask={training.prompt_mask}"
-        others = ", ".join(sorted(name for name, one in FAMILIES.items() if one.attention == needed))
-        raise UserError(
-            f"training.{key} is of {needed} attention, which model.model_base={family.name} does not have; {others} do"
-        )
+    view_method(config.training.method)
+    for fault in attention_faults(config, family.name, family.attention):
+        raise UserError(fault)
 
 
 def view_method(method: str) -> ViewMethod:

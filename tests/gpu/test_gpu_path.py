@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from apart import Apart
 
+BLOCK_RECIPES = ["tracerl", "random_masking", "coupled", "ebpo", "just_grpo", "dapo"]
+FULL_RECIPES = ["coupled_grpo", "diffu_grpo", "espo", "gdpo"]
 # by name: scenario, arguments, keywords
 SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
     "strategies, commits merged": ("on_engine.strategies", ["sdar", {}, True], {}),
@@ -47,6 +49,10 @@ SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
         ["sdar", "auto"],
         {"training__gradient_checkpointing_enable": True},
     ),
+    "recipes, float32": ("on_training.recipes", ["sdar", BLOCK_RECIPES, "float32"], {}),
+    "recipes, bfloat16": ("on_training.recipes", ["sdar", BLOCK_RECIPES, "auto"], {}),
+    "recipes, full attention": ("on_training.recipes", ["dream", FULL_RECIPES, "float32"], {}),
+    "recipes, full attention, bfloat16": ("on_training.recipes", ["llada", FULL_RECIPES, "auto"], {}),
     "value model, float32": ("on_training.value_model", ["float32"], {}),
     "value model, bfloat16": ("on_training.value_model", ["auto"], {}),
     "adapters": ("on_training.adapters_and_the_engine", ["auto"], {}),
@@ -96,6 +102,12 @@ def test_scenario(apart: Apart, name: str) -> None:
 def test_a_planted_fault_is_caught(apart: Apart, fault: str) -> None:
     found = apart.run("planted.caught", fault)["error"]
     assert FAULTS[fault] in found, found
+
+
+def test_every_recipe_is_tried() -> None:
+    from common.config_files import recipes  # apart.py, which takes SCENARIOS from here, does without the project
+
+    assert sorted(BLOCK_RECIPES + FULL_RECIPES) == list(recipes())
 
 
 def test_the_device_is_as_a_gpu(apart: Apart) -> None:
