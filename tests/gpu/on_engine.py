@@ -119,7 +119,8 @@ def strategies(family: str, base: dict, merge: bool | None = None) -> FIGURES:
     """Every strategy, greedy and not, filtered and not."""
     plain = replace(FULL if family != "sdar" else BLOCK, merge_commit=merge, **base)
     draws = itertools.cycle(({}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}))
-    runs = [(replace(plain, remasking_strategy=name, **draw), LENGTHS) for name, draw in zip(STRATEGIES, draws)]
+    names = [name for name in STRATEGIES if family == "sdar" or name != "edit"]
+    runs = [(replace(plain, remasking_strategy=name, **draw), LENGTHS) for name, draw in zip(names, draws)]
     return check_runs(family, runs)
 
 
