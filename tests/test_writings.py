@@ -64,6 +64,10 @@ def history(one: Trajectory) -> dict[int, list[tuple[int, int]]]:
     return written
 
 
+# many tokens are accepted and revoked
+RESTLESS = BOUNDS | {"dynamic_threshold": 0.06, "revoke_threshold": 0.3}
+
+
 @pytest.fixture(scope="module")
 def golden() -> torch.nn.Module:
     return load_network(GOLDEN, "llada2")
@@ -129,7 +133,7 @@ def test_equals_the_plain_loop(tiny: LoadedModel, strategy: str, merge: bool, bl
 @pytest.mark.parametrize("strategy", ["revoke", "edit"])
 def test_company_memory_and_late_looks_change_nothing(tiny: LoadedModel, strategy: str, merge: bool) -> None:
     """Alone, side by side, in a cache in which not all fit, in fixed shapes that are looked at every third step."""
-    settings = Sampling(block_size=8, max_token=18, remasking_strategy=strategy, merge_commit=merge, **BOUNDS)
+    settings = Sampling(block_size=8, max_token=18, remasking_strategy=strategy, merge_commit=merge, **RESTLESS)
     requests = requests_of(3, 9, 13, 4)
     engine = Engine(tiny.model, tiny.mask_id, [14])
     alone = {one.task_id: one for request in requests for one in engine.generate([request], settings)}
@@ -141,6 +145,22 @@ def test_company_memory_and_late_looks_change_nothing(tiny: LoadedModel, strateg
     fixed.graphs.usable = False
     for task, trajectory in run(fixed, requests, replace(settings, max_active=3)).items():
         check(trajectory, alone[task])
+
+
+@pytest.mark.parametrize("strategy, merge", [("revoke", True), ("edit", False)])
+def test_who_gives_way_keeps_what_it_overwrote(tiny: LoadedModel, strategy: str, merge: bool) -> None:
+    settings = Sampling(block_size=8, max_token=24, remasking_strategy=strategy, merge_commit=merge, **RESTLESS)
+    engine, requests, waited = Engine(tiny.model, tiny.mask_id, []), requests_of(45, 41), []
+    alone = {one.task_id: one for request in requests for one in engine.generate([request], settings)}
+
+    def on_step() -> None:
+        # who gave way, no call of the door says
+        states = [sequence.state for sequence in engine.waiting if sequence.state is not None]
+        waited.extend(int(state.overwritten_count[0]) for state in states)
+
+    for one in engine.generate(requests, replace(settings, cache_tokens=132), on_step):
+        check(one, alone[one.task_id])
+    assert any(waited)
 
 
 def test_a_response_ends_where_no_more_can_be_kept(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
