@@ -37,8 +37,9 @@ def trace_of(
 ) -> Trace:
     """What the page shows of one response: the text of every token with its step, confidence and log-probability.
 
-    `name` stands in the list of responses; `verdict` and `reference` are left out where they are empty. `puzzle`: a
-    Sudoku's, whose response is shown as a board too.
+    `name` stands in the list of responses; `verdict` and `reference` are left out where they are empty. Where tokens
+    were overwritten, `overwritten` has the step, position, text (None: the mask) and log-probability of these writings.
+    `puzzle`: a Sudoku's, whose response is shown as a board too.
     """
     tokenizer, ids = loaded.tokenizer, trajectory.response_ids
     pieces = pieces_of(tokenizer, ids)
@@ -63,7 +64,15 @@ def trace_of(
         "forwards": trajectory.forwards,
         "finish": trajectory.finish_reason,
     }
-    return trace | ({"board": board} if board else {})
+    if board:
+        trace["board"] = board
+    if trajectory.overwritten:
+        old = tokenizer.batch_decode([[writing.token] for writing in trajectory.overwritten], skip_special_tokens=False)
+        trace["overwritten"] = [
+            [step, position, None if token == loaded.mask_id else text, round(logp, 4)]
+            for (step, position, token, logp), text in zip(trajectory.overwritten, old)
+        ]
+    return trace
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
@@ -129,7 +138,7 @@ def read_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
     path = Path(config.samples)
     if not path.is_file():
         raise UserError(f"samples: no file {path}; give the samples.jsonl of a run")
-    names = [field.name for field in dataclasses.fields(Trajectory)]
+    names = {field.name for field in dataclasses.fields(Trajectory)} - {"overwritten"}  # left out where it is empty
     traces: list[Trace] = []
     for number, line in read_lines(path, "samples"):
         if len(traces) == config.num_response_per_task:
@@ -143,9 +152,9 @@ def read_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
             continue
         if not line.get("step_map"):
             raise UserError(f"samples: {path} holds no traces (rollout.output_unmasking_history was False)")
-        if not set(names) <= line.keys():
+        if not names <= line.keys():
             raise foreign
-        trajectory = Trajectory(**{name: line[name] for name in names})
+        trajectory = Trajectory.of(line)
         setting, verdict, reference = (line.get(key) or "" for key in ("setting", "verdict", "ground_truth_answer"))
         puzzle = line.get("puzzle", line.get("question"))  # a puzzle's record may ask in other words
         traces.append(trace_of(loaded, trajectory, config.block_size, "", setting, verdict, reference, puzzle))

@@ -474,7 +474,8 @@ def test_where_these_keys_do_something_they_are_taken(load):
     load("rl", "training.shrink=2", "training.method=my_module:my_views")
     load("rl", "training.term=sequence", "training.loss_norm=length")
     load("rl", "reward.code_reward=share", "dataset.data_type=code")
-    load_config("reward", ["data=d", "responses=r", "out=o", "code_reward=share"])
+    config = load_config("reward", ["data=d", "responses=r", "out=o", "code_reward=share"])
+    assert config.code_reward == "share"
 
 
 def test_a_recipe_in_the_file_of_another_job_is_refused(load):
