@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from models import adapt, load_model, load_tokenizer, save_model
-from models.tiny import CHAT_TEMPLATE, EOS, PAD, character_tokenizer
+from models.tiny import CHAT_TEMPLATE, EOS, PAD, TURN, character_tokenizer
 
 WORDS = 39  # of the tokenizer
 TEXT = "<|im_start|>4+2=6;\\boxed{6}<|im_end|>"
@@ -75,9 +76,12 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_parents_tokenizer(folder: Path) -> None:
     tokenizer = character_tokenizer("<|extra|>")
+    tokenizer.post_processor = TemplateProcessing(single=f"{TURN} $A", special_tokens=[(TURN, 35)])
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"eos_token": EOS, "pad_token": PAD}
-    listed = {str(id): {"content": token.content} for id, token in tokenizer.get_added_tokens_decoder().items()}
+    flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    added = tokenizer.get_added_tokens_decoder()
+    listed = {str(id): {"content": token.content} | flags for id, token in added.items()}
     settings = {"chat_template": CHAT_TEMPLATE, "added_tokens_decoder": listed, "tokenizer_class": "Qwen2Tokenizer"}
     write_json(folder / "tokenizer_config.json", settings | special)
     write_json(folder / "special_tokens_map.json", special)
@@ -134,7 +138,9 @@ def test_the_tokenizer_is_the_parents_with_a_mask_token(
     before, after = load_tokenizer(parents / "qwen3"), load_tokenizer(new)
     assert after.get_vocab() == before.get_vocab() | {"<|MASK|>": WORDS}
     assert after.encode(TEXT) == before.encode(TEXT) and after.chat_template == CHAT_TEMPLATE
-    assert after.encode("1<|MASK|>2") == [1, WORDS, 2] and after.decode([1, WORDS], skip_special_tokens=True) == "1"
+    old, whole = (json.loads((folder / "tokenizer.json").read_text()) for folder in (parents / "qwen3", new))
+    assert whole["added_tokens"].pop()["id"] == WORDS and whole == old
+    assert after.encode("1<|MASK|>2") == [35, 1, WORDS, 2] and after.decode([1, WORDS], skip_special_tokens=True) == "1"
     assert after.eos_token == EOS and load_model(new, "trado").block_size == 8
     assert json.loads((new / "special_tokens_map.json").read_text())["mask_token"] == "<|MASK|>"
     assert json.loads((new / "tokenizer_config.json").read_text())["added_tokens_decoder"]["39"]["special"]
