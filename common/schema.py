@@ -931,6 +931,16 @@ class RewardJobConfig(JobConfig, RewardConfig):
         yield from code_reward_faults(self, None)
 
 
+@dataclass
+class AdaptConfig(JobConfig):
+    """python -m models.adapt model=PATH family=NAME out=PATH : an autoregressive checkpoint made a diffusion model."""
+
+    model: str = key("", "folder or hub id of the autoregressive checkpoint")
+    family: str = key("", "the family it becomes: sdar, trado, dream, llada, mmada, sdar_moe, or my_module:MY_FAMILY")
+    out: str = key("", "the folder to write")
+    block_size: int | None = key(None, "tokens denoised together; null: the family's own, or 4", low=1)
+
+
 @dataclass(frozen=True)
 class Job:
     """A kind of program that takes a config."""
@@ -959,6 +969,14 @@ JOBS = {
         Job("generate", "generate.py", GenerateConfig, ("model",), "temperature=0", 'model=PATH [prompt="…"]'),
         Job("trace", "sample/get_trace_viewer.py", TraceConfig, ("model",), "out=trace.html", 'model=PATH prompt="…"'),
         Job("serve", "serve.py", ServeConfig, ("model",), "port=8001", "model=PATH"),
+        Job(
+            "adapt",
+            "python -m models.adapt",
+            AdaptConfig,
+            ("model", "family", "out"),
+            "block_size=8",
+            "model=PATH family=NAME out=PATH",
+        ),
         Job(
             "reward",
             "python -m reward",

@@ -1,4 +1,4 @@
-"""Samples to finetune on, as they stand in a data set: an answer, a conversation, or the ids of a drawn response."""
+"""Samples to finetune on, as they stand in a data set: an answer, a conversation, a text, or a drawn response's ids."""
 
 import json
 from dataclasses import dataclass
@@ -60,6 +60,13 @@ class Chat:
 
 
 @dataclass(frozen=True)
+class Text:
+    """A text that answers nothing, learned from its beginning to its end."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Ids:
     """A response as it was drawn; `length` counts its tokens through the stop token, None where nobody says."""
 
@@ -69,7 +76,7 @@ class Ids:
     length: int | None = None
 
 
-Sample = Answer | Chat | Ids
+Sample = Answer | Chat | Text | Ids
 
 
 def load_samples(
@@ -104,7 +111,9 @@ def load_samples(
 
 
 def parse_sample(record: Record, prompt_key: str, response_key: str) -> Sample:
-    """A record, without empty fields, as the sample that its fields make it: ids before texts, texts before messages.
+    """A record, without empty fields, as the sample that its fields make it.
+
+    Ids come before prompt and response, these before messages, and `text` is read where there is none of them.
 
     BadSample if it is none, or if it holds more than would be learned of it.
     """
@@ -121,14 +130,29 @@ def parse_sample(record: Record, prompt_key: str, response_key: str) -> Sample:
         if not isinstance(record[chat], list):
             raise BadSample("messages", f"has `{chat}` that are no list")
         return _chat(record[chat], system, tools)
+    if "text" in record and not {prompt_key, response_key} & record.keys():
+        return _plain_text(record)
     prompt, response = _text(record, prompt_key, "prompt"), _text(record, response_key, "response")
     return Answer(prompt, response, _step_map(record), system, tools, _optional(record, "reasoning_content", ""))
+
+
+def _plain_text(record: Record) -> Text:
+    text = record["text"]
+    for field in ("system", "tools", "reasoning_content", "step_map"):
+        if record.get(field):
+            raise BadSample("unread field", f"has `{field}` beside `text`, which is learned alone; leave it out")
+    if not isinstance(text, str):
+        raise BadSample("no text", f"has a `text` that is a {type(text).__name__}; write it as text")
+    if not text.strip():
+        raise BadSample("empty text", "has an empty `text`")
+    return Text(text)
 
 
 def _ids(record: Record) -> Ids:
     prompt, response = record.get("prompt_ids"), record["response_ids"]
     for field, ids in (("prompt_ids", prompt), ("response_ids", response)):
-        if not _whole_numbers(ids) or not ids or min(ids) < 0:
+        # a piece of a text has no prompt
+        if not _whole_numbers(ids) or min(ids, default=0) < 0 or (field == "response_ids" and not ids):
             raise BadSample("ids", f"has no `{field}` that is a list of token ids")
     steps, length = _step_map(record), record.get("length")
     if steps is not None and len(steps) != len(response):

@@ -15,7 +15,7 @@ from common.metrics import print_table
 from common.records import Record
 from common.runtime import console
 from common.schema import SFTConfig, SFTDatasetConfig, SFTTrainingConfig
-from data.sft_records import Answer, BadSample, Chat, Ids, Rejected, Sample, load_samples
+from data.sft_records import Answer, BadSample, Chat, Ids, Rejected, Sample, Text, load_samples
 from models import LoadedModel
 from models.family import Family, find_family, local_folder
 from models.prompts import ChatTemplateError, end_of_sequence, end_of_turn, instruction, turns_text
@@ -90,7 +90,7 @@ def make_samples(config: SFTConfig, loaded: LoadedModel, located: Located) -> Sa
     around, stop = instruction_of(config, loaded.family), end_of_turn(loaded.tokenizer)
 
     def encode(sample: Sample) -> list[Example]:
-        examples = encode_sample(sample, loaded.tokenizer, dataset, around, stop)
+        examples = encode_sample(sample, loaded.tokenizer, loaded.family, config, around, stop)
         return [example if too_long(example, training) else fill(example, loaded, config) for example in examples]
 
     samples = Samples()
@@ -125,13 +125,16 @@ def instruction_of(config: SFTConfig, family: Family) -> str:
 
 
 def encode_sample(
-    sample: Sample, tokenizer: PreTrainedTokenizerBase, dataset: SFTDatasetConfig, around: str, stop: int
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, family: Family, config: SFTConfig, around: str, stop: int
 ) -> list[Example]:
-    """One example for each of the assistant's turns, not filled up, texts ended by `stop`.
+    """One example for each of the assistant's turns, or each piece of a text, not filled up; `stop` ends a turn.
 
     BadSample if unfit, ChatTemplateError if the template says so. Ids stay as they are: text is never made of them and
     tokenised again.
     """
+    dataset = config.dataset
+    if isinstance(sample, Text):
+        return text_pieces(sample, tokenizer, family, config.training)
     if isinstance(sample, Ids):
         ends = [n for n, token in enumerate(sample.response_ids, 1) if token in (stop, tokenizer.eos_token_id)]
         length = sample.length or (ends[0] if ends else len(sample.response_ids))
@@ -154,6 +157,21 @@ def encode_sample(
         steps = whole_step_map(step_map, len(ids))
         examples.append(Example(tokenizer.encode(prompt, add_special_tokens=False), ids, len(ids), steps))
     return examples
+
+
+def text_pieces(
+    sample: Text, tokenizer: PreTrainedTokenizerBase, family: Family, training: SFTTrainingConfig
+) -> list[Example]:
+    """A text, ended by the end of sequence, in pieces of as many whole blocks as training.max_gen_length holds.
+
+    A piece is a response to no prompt. Where logits are shifted the prompt is the token before it, in the text's first
+    piece the text's first token, which nothing predicts.
+    """
+    ids = [*tokenizer.encode(sample.text, add_special_tokens=False), end_of_sequence(tokenizer)]
+    length = training.max_gen_length // training.block_size * training.block_size or training.max_gen_length
+    given = -family.logit_offset  # tokens at the beginning that are not predicted
+    pieces = [ids[start : start + given + length] for start in range(0, len(ids) - given, length)]
+    return [Example(piece[:given], piece[given:], len(piece) - given) for piece in pieces]
 
 
 def as_chat(sample: Answer, around: str) -> Chat:
@@ -235,6 +253,8 @@ def fill(example: Example, loaded: LoadedModel, config: SFTConfig) -> Example:
     tokens fill the rest.
     """
     training, family = config.training, loaded.family
+    if family.logit_offset and not example.prompt_ids:
+        raise BadSample("ids", f"has empty `prompt_ids`; {family.name} predicts a token at the one before it")
     response, steps = example.response_ids[: example.length], None
     if training.method == "trace":
         if example.step_map is None:
@@ -276,15 +296,14 @@ def split(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Conversations to learn from and to validate on, the latter all those of a `share` of the prompts.
 
-    Which prompts these are depends on a hash of the prompt and the seed, not on their order. UserError where nothing
-    would be left to learn from.
+    Which prompts these are depends on a hash of the prompt and the seed, not on their order. A piece of a text, which
+    has no prompt, counts as one of its own. UserError where nothing would be left to learn from.
     """
     if share == 0:
         return list(conversations), []
-    hashes = [
-        hashlib.sha256(f"{seed}:{','.join(map(str, conversation[0].prompt_ids))}".encode()).hexdigest()
-        for conversation in conversations
-    ]
+    firsts = [conversation[0] for conversation in conversations]
+    keys = [",".join(map(str, one.prompt_ids or one.response_ids)) for one in firsts]
+    hashes = [hashlib.sha256(f"{seed}:{key}".encode()).hexdigest() for key in keys]
     prompts = sorted(set(hashes))
     chosen = set(prompts[: int(np.ceil(share * len(prompts)))])
     if len(chosen) == len(prompts):
@@ -306,11 +325,12 @@ def write_prepared(config: SFTConfig, out: Path) -> None:
     """
     dataset = config.dataset
     tokenizer = load_tokenizer(local_folder(config.model.pretrained_model))
-    around, stop = instruction_of(config, find_family(config.model.model_base)), end_of_turn(tokenizer)
+    family = find_family(config.model.model_base)
+    around, stop = instruction_of(config, family), end_of_turn(tokenizer)
     samples, examples = Samples(), []
 
     def encode(sample: Sample) -> list[Example]:
-        return encode_sample(sample, tokenizer, dataset, around, stop)
+        return encode_sample(sample, tokenizer, family, config, around, stop)
 
     for place, sample in read_samples(dataset):
         examples += samples.encoded(place, sample, encode, dataset)

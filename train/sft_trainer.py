@@ -118,6 +118,8 @@ def set_up(config: SFTConfig) -> SFTRun:
         ranks.wait_for_all()
     loaded = load_trained(model_config, training, path)
     take_defaults(config, loaded)
+    if loaded.block_size not in (None, training.block_size):
+        loaded.model.config.block_size = training.block_size  # what it learns is written with it
     encode_tasks(loaded, tasks[:1], held_out.dataset, config.evaluation.start_with_think)  # a mistake shows here
     samples = make_samples(config, loaded, located)
     if reasons := samples.reasons(training):
