@@ -123,7 +123,7 @@ def read_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
     path = Path(config.samples)
     if not path.is_file():
         raise UserError(f"samples: no file {path}; give the samples.jsonl of a run")
-    names = [field.name for field in dataclasses.fields(Trajectory)]
+    names = {field.name for field in dataclasses.fields(Trajectory)} - {"overwritten"}  # left out where it is empty
     traces: list[Trace] = []
     for number, line in read_lines(path, "samples"):
         if len(traces) == config.num_response_per_task:
@@ -137,9 +137,9 @@ def read_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
             continue
         if not line.get("step_map"):
             raise UserError(f"samples: {path} holds no traces (rollout.output_unmasking_history was False)")
-        if not set(names) <= line.keys():
+        if not names <= line.keys():
             raise foreign
-        trajectory = Trajectory(**{name: line[name] for name in names})
+        trajectory = Trajectory.of(line)
         setting, verdict, reference = (line.get(key) or "" for key in ("setting", "verdict", "ground_truth_answer"))
         traces.append(trace_of(loaded, trajectory, config.block_size, "", setting, verdict, reference))
     if not traces:
