@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from common.errors import UserError
 from common.schema import SFTTrainingConfig
+from common.trajectory import Writing
 from models import LoadedModel, load_network
 from models.family import find_family
 from train import sft_trainer
@@ -42,7 +43,7 @@ def golden() -> dict[str, LoadedModel]:
 
 
 def some_conversations(loaded: LoadedModel, seed: int = 5) -> list[Conversation]:
-    """Examples of mixed lengths, filled up as the family's attention asks, in a random order of unmasking."""
+    """Examples of mixed lengths, filled up as the family's attention asks, unmasked and edited in a random order."""
     rng = np.random.default_rng(seed)
     vocabulary, mask_id = loaded.model.config.vocab_size, loaded.mask_id
     tokens = [token for token in range(vocabulary) if token != mask_id]
@@ -54,7 +55,12 @@ def some_conversations(loaded: LoadedModel, seed: int = 5) -> list[Conversation]
         prompt = rng.choice(tokens, prompt_length).tolist()
         response = rng.choice(tokens, size).tolist()
         steps = rng.integers(0, 5, length).tolist() + [-1] * (size - length)
-        conversations.append([Example(prompt, response, length, steps)])
+        overwritten = [
+            Writing(step - 1, n, int(rng.choice([*tokens, mask_id])), 0.0)
+            for n, step in enumerate(steps)
+            if step > 0 and rng.random() < 0.5
+        ]
+        conversations.append([Example(prompt, response, length, steps, overwritten)])
     return conversations
 
 
@@ -78,7 +84,7 @@ def plain_loss(
             allowed = torch.arange(logits.shape[-1]) != loaded.mask_id
             for offset in np.flatnonzero(views.predict[view]).tolist():
                 row = logits[start + offset + family.logit_offset]
-                logp = row[whole[start + offset]] - row[allowed].logsumexp(-1)
+                logp = row[views.targets[view, offset]] - row[allowed].logsumexp(-1)
                 total = total - logp * (views.weight[view, offset] if training.loss_weight == "elbo" else 1)
                 predicted += 1
         predictable += min(example.length + training.post_num, len(example.response_ids))
