@@ -30,6 +30,7 @@ METHODS = {
 }
 CASES = [(family, method, "none") for family, methods in METHODS.items() for method in methods]
 CASES += [("sdar", "semi-ar", "elbo"), ("llada", "random_masking", "elbo"), ("dream", "semi-ar", "elbo")]
+CASES += [("sdar", "semi-ar", "corrupt")]
 BLOCK, CANVAS = 4, 12
 
 
@@ -69,7 +70,7 @@ def plain_loss(
 ) -> torch.Tensor:
     """One forward per view with all its logits; the weighted mean as DESIGN has it."""
     method, family = SFT_METHODS[loaded.family.attention][training.method], loaded.family
-    total, predicted, predictable = torch.zeros(()), 0, 0
+    total, predicted, predictable, weighs = torch.zeros(()), 0, 0, training.loss_weight == "elbo" or training.corrupt_p
     for example in (example for conversation in conversations for example in conversation):
         views = method(example, layout_of(loaded, BLOCK), training, rng)
         prompt, whole = len(example.prompt_ids), example.prompt_ids + example.response_ids
@@ -85,8 +86,9 @@ def plain_loss(
             for offset in np.flatnonzero(views.predict[view]).tolist():
                 row = logits[start + offset + family.logit_offset]
                 logp = row[views.targets[view, offset]] - row[allowed].logsumexp(-1)
-                total = total - logp * (views.weight[view, offset] if training.loss_weight == "elbo" else 1)
-                predicted += 1
+                weight = views.weight[view, offset] if weighs else 1
+                total = total - logp * weight
+                predicted += weight if training.corrupt_p else 1
         predictable += min(example.length + training.post_num, len(example.response_ids))
     return total / (predictable * training.mask_times_per_sample if training.loss_weight == "elbo" else predicted)
 
@@ -116,7 +118,8 @@ def test_loss_and_gradient_equal_the_reference(
     golden: dict[str, LoadedModel], family: str, method: str, loss_weight: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = golden[family]
-    training = SFTTrainingConfig(method=method, block_size=BLOCK, post_num=1, shrink=2, loss_weight=loss_weight)
+    weights = {"corrupt_p": 0.5, "corrupt_weight": 0.3} if loss_weight == "corrupt" else {"loss_weight": loss_weight}
+    training = SFTTrainingConfig(method=method, block_size=BLOCK, post_num=1, shrink=2, **weights)
     conversations = some_conversations(loaded)
     loaded.model.zero_grad()
     wanted = plain_loss(loaded, training, conversations, np.random.default_rng(1))

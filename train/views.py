@@ -26,12 +26,14 @@ class Layout:
     mask_id: int
     block_size: int | None  # None: full attention
     logit_offset: int = 0  # the prediction for position i is at i + logit_offset
+    vocabulary: int = 0  # how many ids the network has; read where tokens are corrupted
 
 
 def layout_of(loaded: LoadedModel, block_size: int) -> Layout:
     """The layout of a family's responses, in blocks of that size where its attention has blocks."""
     family = loaded.family
-    return Layout(loaded.mask_id, None if family.attention == "full" else block_size, family.logit_offset)
+    size = None if family.attention == "full" else block_size
+    return Layout(loaded.mask_id, size, family.logit_offset, loaded.model.config.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Views:
     # (views, width) which writing of its position is predicted: an index into the trace's overwritten ones, or -1 for
     # the last. None: the last everywhere
     writing: np.ndarray | None = None
+    # (views, width) bool: masks in whose place the model is to draw tokens before it learns to edit them
+    drafted: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.block)
@@ -334,11 +338,27 @@ def random_block_views(
 
     Every response token is masked with probability t. A block's draw is repeated until it masks a token to predict;
     blocks that have none are left out.
+
+    With `corrupt_p` a view mixes mask-to-token and token-to-token prediction (LLaDA2.1, arXiv 2602.08676): each visible
+    token that could be predicted is replaced with that probability, by a token drawn uniformly from the vocabulary, or
+    where the model is to draw them (`corrupt_from: model`, arXiv 2606.17175) by a mask which `drafted` names. All
+    visible ones are predicted, the right ones too: an editor has to know what to leave as it is. Weights are 1 of masks
+    and `corrupt_weight` of visible tokens. A view without masks is kept, since that is what an editor sees last.
     """
     grid = block_grid(example.prompt_ids, example.response_ids, layout.block_size)
     predictable = grid.in_response & (grid.response_index < example.length + training.post_num)
     row, masked, predict, weight = _noise_blocks(grid.in_response, predictable, training, rng)
-    return _views(grid, row, masked, predict, layout.mask_id, weight=weight)
+    if training.corrupt_p == 0:
+        return _views(grid, row, masked, predict, layout.mask_id, weight=weight)
+    visible = predictable[row] & ~masked
+    corrupted = visible & (rng.uniform(size=visible.shape) < training.corrupt_p)
+    views = _views(grid, row, masked, predict | visible, layout.mask_id)
+    views = replace(views, weight=np.where(masked, 1.0, training.corrupt_weight))
+    if training.corrupt_from == "model":
+        return replace(views, inputs=np.where(corrupted, layout.mask_id, views.inputs), drafted=corrupted)
+    others = rng.integers(0, layout.vocabulary - 1, visible.shape)
+    others += others >= layout.mask_id  # any but the mask token
+    return replace(views, inputs=np.where(corrupted, others, views.inputs))
 
 
 def random_response_views(
@@ -466,6 +486,7 @@ def _noise_blocks(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Mask the tokens of each block that has some to predict, with a t of its own; again until one of them is masked.
 
+    Where visible tokens are predicted too (`corrupt_p`) the first draw stands.
     maskable and predictable (blocks, width) bool. Every such block comes `mask_times_per_sample` times. Returns its
     index (views,), what is masked and what of that is predicted, (views, width) bool, and the ELBO's weight (views, 1).
     """
@@ -478,7 +499,8 @@ def _noise_blocks(
     while len(empty):
         shares[empty] = share = rng.uniform(lower_p, upper_p, size=(len(empty), 1))
         masked[empty] = (rng.uniform(size=(len(empty), maskable.shape[1])) < share) & maskable[empty]
-        empty = empty[~(masked[empty] & predictable[empty]).any(1)]
+        predicted = predictable if training.corrupt_p else masked & predictable
+        empty = empty[~predicted[empty].any(1)]
     weight = elbo_weight(shares, predictable.sum(1, keepdims=True), lower_p, upper_p)
     return block, masked, masked & predictable, weight
 
