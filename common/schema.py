@@ -13,7 +13,10 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, NewType, Union, get_args, get_origin, get_type_hints
 
-Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"]
+Strategy = Literal[
+    "low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded",
+    "factor", "hierarchical", "revoke", "edit",
+]  # fmt: skip
 RLMethod = Literal[
     "TraceRL", "random_masking", "coupled", "coupled_whole", "whole", "counts", "quadrature", "stratified"
 ]
@@ -23,6 +26,13 @@ Function = NewType("Function", str)  # module:function, of the user's own
 STRATEGIES, KINDS = get_args(Strategy), get_args(Kind)
 # Sampling keys that may be lists in an evaluation: entry i of each makes setting i.
 SETTINGS = ("block_size", "temperature", "top_k", "top_p", "remasking_strategy", "dynamic_threshold")
+# Sampling keys that one strategy alone reads, and functions of the user's own.
+STRATEGY_KEYS = {
+    "factor": ("factor",),
+    "hierarchical": ("low_threshold",),
+    "revoke": ("revoke_threshold",),
+    "edit": ("edit_threshold", "max_edit_steps", "min_unmask"),
+}
 FAMILIES_HELP = "the family: sdar, trado, sdar_moe, dream, llada, mmada, llada2, or my_module:MY_FAMILY"
 LONG_TASKS = "tasks with longer prompts are not drawn and count as wrong"
 
@@ -112,11 +122,14 @@ class Sampling:
     )
     remasking_strategy: Strategy | Function = key(
         "low_confidence_dynamic",
-        "which positions are unmasked: low_confidence_static, low_confidence_dynamic, sequential, entropy_bounded, "
-        "or my_module:my_function",
+        "which positions are written: low_confidence_static, low_confidence_dynamic, sequential, entropy_bounded, "
+        "factor, hierarchical, revoke, edit, or my_module:my_function",
     )
     dynamic_threshold: float = key(
-        0.9, "low_confidence_dynamic: unmask every candidate at or above this probability", low=0, high=1
+        0.9,
+        "low_confidence_dynamic, hierarchical, revoke, edit: unmask every candidate at or above this probability",
+        low=0,
+        high=1,
     )
     filter_order: Literal["top_k_first", "top_p_first"] = key(
         "top_k_first", "which of top_k and top_p cuts first: top_k_first, or top_p_first (Dream's)"
@@ -124,6 +137,22 @@ class Sampling:
     eb_threshold: float = key(
         0.35, "entropy_bounded: largest sum of entropies (nats) unmasked together (0.35: JetEngine's)", low=0
     )
+    factor: float = key(
+        1.0, "factor: the r-th most confident is unmasked at 1 − factor/(r+1) or above (1.0: Fast-dLLM's)", low=0
+    )
+    low_threshold: float = key(
+        0.62, "hierarchical: the best of a run of masks is unmasked at this probability (0.62: dInfer's)", low=0, high=1
+    )
+    revoke_threshold: float = key(
+        0.9, "revoke: a token under this probability is masked again (0.9: WINO's, beside 0.6 to unmask)", low=0, high=1
+    )
+    edit_threshold: float = key(
+        0.5, "edit: a token is replaced by one above this probability (LLaDA2.1: 0.5, fast 0.0)", low=0, high=1
+    )
+    max_edit_steps: int = key(
+        16, "edit, or a strategy of one's own that overwrites: forwards of a block without masks (LLaDA2.1: 16)", low=0
+    )
+    min_unmask: int = key(1, "edit: fewest masks that a forward unmasks (LLaDA2.1: 1)", low=1)
     entropy_from: Literal["raw", "sampled"] = key(
         "raw", "entropy before (raw) or after (sampled; Dream's) temperature, top-k and top-p"
     )

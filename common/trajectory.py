@@ -63,7 +63,9 @@ class Trajectory:
     logp: list[float]
     confidence: list[float]
     kept_mass: float  # mean probability that top-k and top-p left to draw from
-    finish_reason: str  # "stop": a stop token; "length": the limit; "refused": never drawn, the cache is too small
+    # "stop": a stop token; "length": the limit; "edits": no room for more that is overwritten; "refused": never drawn,
+    # the cache is too small
+    finish_reason: str
     length: int  # response tokens through the stop token, at most the limit
     steps: int  # denoising forwards
     forwards: int  # denoising and commit forwards, prefill apart

@@ -22,8 +22,19 @@ from sample.attention_kernel import attention_kernel
 from sample.cache import KeyValueCache, Room, affordable_tokens, heads_and_width, rounded
 from sample.network import Network, engine_attention, sampling_kernels
 from sample.parallel import copy_into, tensor_group_of
-from sample.slots import Finished, Progress, Refusal, Sequence, Slots, Watch, refusal_of, trajectory_of
+from sample.slots import (
+    OVERWRITTEN_PER_TOKEN,
+    Finished,
+    Progress,
+    Refusal,
+    Sequence,
+    Slots,
+    Watch,
+    refusal_of,
+    trajectory_of,
+)
 from sample.step import Graphs, Step
+from sample.strategies import find_strategy, overwrites
 
 NOTHING_FITS = Room(tokens=0, rows=1, longest=0)
 
@@ -242,6 +253,17 @@ class Engine:
             raise UserError("the prompt is empty: full attention needs at least one token before the response")
         if settings.logits_eos_inf and not end_of_sequence_ids(self.model.config):
             raise UserError("rollout.logits_eos_inf: the model's config.json names no eos_token_id; set it to false")
+        if settings.remasking_strategy == "edit":
+            if self.full_attention:
+                raise UserError(
+                    "rollout.remasking_strategy: 'edit' is of block attention, where finished blocks are final, and "
+                    "this model's attention is full; take 'revoke', or low_confidence_dynamic"
+                )
+            if not getattr(self.model.config, "trained_to_edit", False):
+                self.say_once(
+                    "edit: the model's config.json does not say trained_to_edit; one that was not trained for it, as "
+                    "LLaDA2.1 was, may replace what is right"
+                )
         if self.full_attention and settings.max_token % block:
             self.say_once(
                 f"max_token {settings.max_token} is no multiple of block_size {block}: responses are drawn on a "
@@ -278,9 +300,13 @@ class Engine:
     def reserve(self, cached: bool) -> None:
         """Make slots and cache, unless those of the last use are large enough."""
         room, rows = self.room, self.room.slots()
-        if self.slots is None or self.slots.tokens.shape[0] < rows or self.slots.tokens.shape[1] < room.longest:
+        overwritten = 0
+        if overwrites(find_strategy(self.settings.remasking_strategy)):
+            overwritten = OVERWRITTEN_PER_TOKEN * room.longest + self.settings.block_size
+        needed = rows, room.longest, overwritten
+        if self.slots is None or any(have < need for have, need in zip(self.slots.sizes(), needed)):
             self.forget_graphs()
-            self.slots = Slots.empty(rows, room.longest, self.device)
+            self.slots = Slots.empty(rows, room.longest, self.device, overwritten)
         if not cached:
             self.cache = None  # one of an earlier use may be too small for these sequences
         elif self.cache is None or self.cache.tokens < room.tokens:
@@ -406,8 +432,12 @@ class Engine:
             return
         (finished, stuck, starts, begins), age = look
         self.beginning = max(0, sum(begins) - self.begun)
+        name, most = self.settings.remasking_strategy, self.denoise.most_forwards
         fault = UserError(
-            f"rollout.remasking_strategy: {self.settings.remasking_strategy!r} unmasked nothing in some step; "
+            f"rollout.remasking_strategy: {name!r} wrote into the prompt, or did not end a block in {most} forwards; "
+            "each must unmask more than it masks again, and one without masks must end"
+            if self.denoise.overwrites
+            else f"rollout.remasking_strategy: {name!r} unmasked nothing in some step; "
             "it must choose at least one masked position of every row that has any"
         )
         if any(stuck) and not self.isolate_faults:

@@ -16,7 +16,7 @@ from common.trajectory import Request
 from models import load_model
 from sample.draw import Candidates
 from sample.engine import Engine
-from sample.strategies import STRATEGIES, BlockState, even_split, find_strategy, rank_score, top_k_masked
+from sample.strategies import STRATEGIES, BlockState, as_writes, even_split, find_strategy, rank_score, top_k_masked
 from tests import reference
 
 examples = settings(deadline=None, database=None, derandomize=True, max_examples=100)
@@ -47,13 +47,13 @@ def blocks(draw: st.DrawFn) -> dict[str, torch.Tensor]:
 def call(name: str, block: dict[str, torch.Tensor], **sampling: float) -> list[set[int]]:
     """The positions that a strategy unmasks, row by row."""
     other = torch.zeros_like(block["entropy"])
-    candidates = Candidates(other.long(), block["probability"], other, block["entropy"], other, other)
+    candidates = Candidates(other.long(), block["probability"], other, block["entropy"], other, other, other + 1)
     settings, tokens = Sampling(**sampling), block.get("tokens", other.long())
-    chosen = find_strategy(name)(
-        BlockState(
-            candidates, block["confidence"], block["entropy"], block["masked"], block["k"], other, settings, tokens
-        )
-    )
+    ranked = block["confidence"], block["entropy"], block["masked"], block["k"]
+    state = BlockState(candidates, *ranked, other, settings, tokens, torch.ones_like(block["masked"]), 0 * block["k"])
+    strategy = find_strategy(name)
+    writes = as_writes(strategy(state), state, strategy)
+    chosen = writes.candidates
     assert chosen.dtype == torch.bool and chosen.shape == block["masked"].shape
     return [set(row.nonzero()[:, 0].tolist()) for row in chosen]
 

@@ -27,6 +27,7 @@ from sample.strategies import STRATEGIES
 BLOCK = Sampling(max_token=14, max_active=3, dynamic_threshold=0.113)  # no probability comes close to it
 FULL = replace(BLOCK, block_size=8, steps=12)
 LENGTHS = (3, 8, 13, 4, 9, 1, 22)
+NEWER = ("factor", "hierarchical", "revoke", "edit")  # strategies that `overwriting` draws with
 STOP = 14
 FIGURES = dict[str, Any]
 
@@ -81,6 +82,8 @@ def check_same(got: dict[str, Trajectory], expected: dict[str, Trajectory]) -> N
         for name in ("finish_reason", "response_ids", "step_map", "length", "steps", "forwards"):
             here, there = getattr(got[task], name), getattr(one, name)
             assert here == there, f"{task}: {name} is {here} on the device, {there} on the CPU"
+        here, there = ([writing[:3] for writing in each.overwritten] for each in (got[task], one))
+        assert here == there, f"{task}: overwritten {here} on the device, {there} on the CPU"
         apart = max((abs(a - b) for a, b in zip(got[task].logp, one.logp)), default=0.0)
         assert apart < 1e-4, f"{task}: logp differs by {apart}"
 
@@ -119,8 +122,19 @@ def strategies(family: str, base: dict, merge: bool | None = None) -> FIGURES:
     """Every strategy, greedy and not, filtered and not."""
     plain = replace(FULL if family != "sdar" else BLOCK, merge_commit=merge, **base)
     draws = itertools.cycle(({}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}))
-    runs = [(replace(plain, remasking_strategy=name, **draw), LENGTHS) for name, draw in zip(STRATEGIES, draws)]
+    names = [name for name in STRATEGIES if name not in NEWER]
+    runs = [(replace(plain, remasking_strategy=name, **draw), LENGTHS) for name, draw in zip(names, draws)]
     return check_runs(family, runs)
+
+
+def overwriting(merge: bool) -> FIGURES:
+    """Tokens revoked and edited, in too small a cache too; and strategies that go by no schedule."""
+    plain = replace(BLOCK, merge_commit=merge, dynamic_threshold=0.063, low_threshold=0.051, revoke_threshold=0.3)
+    plain = replace(plain, edit_threshold=0.093, max_edit_steps=2, factor=2.8, block_size=8)
+    pressed = replace(plain, max_token=24, cache_tokens=132)
+    runs = [(replace(plain, remasking_strategy=name), (3, 8, 13, 4)) for name in NEWER]
+    runs += [(replace(pressed, remasking_strategy=name), (45, 41)) for name in ("revoke", "edit")]
+    return check_runs("sdar", runs)
 
 
 def targets(family: str) -> FIGURES:

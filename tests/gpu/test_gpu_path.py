@@ -11,6 +11,8 @@ SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
     "strategies, commits merged": ("on_engine.strategies", ["sdar", {}, True], {}),
     "strategies, commits alone": ("on_engine.strategies", ["sdar", {}, False], {}),
     "strategies, full attention": ("on_engine.strategies", ["dream", {}], {}),
+    "tokens overwritten, commits merged": ("on_engine.overwriting", [True], {}),
+    "tokens overwritten, commits alone": ("on_engine.overwriting", [False], {}),
     "targets, full attention": ("on_engine.targets", ["llada"], {}),
     "full attention cached": ("on_engine.full_cached", ["dream"], {}),
     "longer, shorter: block attention": ("on_engine.longer_and_shorter", ["sdar"], {}),
