@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from scored import scored
 
 from common.errors import UserError
-from common.schema import RLTrainingConfig
-from common.trajectory import Trajectory, Writing
-from models import load_network
+from common.schema import RLTrainingConfig, Sampling
+from common.trajectory import Request, Trajectory, Writing
+from models import find_family, load_network
+from sample.engine import Engine
 from train.learner import Learner, batch_logp
 from train.network import Policy
 from train.objectives import Tokens, importance_weights, response_lengths, terms_of, tokens_of, value_targets
@@ -158,6 +159,36 @@ def test_the_trainer_s_numbers_are_the_sampler_s(model: torch.nn.Module, drawn: 
         writing.token != layout.mask_id for one in drawn for writing in one.overwritten
     )
     torch.testing.assert_close(found, tokens.engine_logp, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings_of_draw"),
+    [
+        ("sdar", {"remasking_strategy": "edit", "dynamic_threshold": 0.05, "edit_threshold": 0.1, "max_edit_steps": 3}),
+        ("sdar", {"remasking_strategy": "edit", "dynamic_threshold": 0.05, "edit_threshold": 0.0, "temperature": 0.0}),
+        ("sdar", {"remasking_strategy": "revoke", "dynamic_threshold": 0.1, "revoke_threshold": 1.0}),
+        ("dream", {"remasking_strategy": "revoke", "dynamic_threshold": 0.1, "revoke_threshold": 1.0}),
+    ],
+    ids=["edit", "edit greedily", "revoke", "revoke under full attention"],
+)
+def test_the_trainer_s_numbers_are_the_engine_s(family: str, settings_of_draw: dict) -> None:
+    network, attention = load_network(GOLDEN.parent / family, family), find_family(family)
+    mask_id, vocabulary = network.config.mask_token_id, network.config.vocab_size
+    requests = [Request(str(n), rng(n).integers(0, vocabulary - 8, 3 + n).tolist(), seed=5) for n in range(4)]
+    drawn = Sampling(**{"block_size": 8, "max_token": 16, "steps": 16, "temperature": 1.0} | settings_of_draw)
+    samples = [scored(one, 1.0) for one in Engine(network, mask_id, ()).generate(requests, drawn)]
+    writings = [writing for one in samples for writing in one.trajectory.overwritten]
+    assert len(writings) > 4 and {one.token == mask_id for one in writings} == {
+        False,
+        "revoke" in settings_of_draw.values(),
+    }
+    layout = Layout(mask_id, 8 if attention.attention == "block" else None, attention.logit_offset)
+    rows = sample_rows(samples, RLTrainingConfig(post_num=16), layout, [0])
+    found = batch_logp(learner_of(network), pack(rows, 300), samples[0].trajectory.temperature)
+    torch.testing.assert_close(found, tokens_of(rows, samples).engine_logp, rtol=0, atol=1e-5)
+    assert len(found) == sum(len(one.trajectory.response_ids) for one in samples) + sum(
+        one.token != mask_id for one in writings
+    )
 
 
 @pytest.mark.parametrize(
