@@ -73,6 +73,11 @@ class Trajectory:
     text: str = ""
     overwritten: list[Writing] = field(default_factory=list)  # in order of (step, position)
 
+    @property
+    def truncated(self) -> bool:
+        """Whether it ended by no stop token: at the limit, or for want of room for what is overwritten."""
+        return self.finish_reason in ("length", "edits")
+
     def line(self) -> dict[str, Any]:
         """The fields for a JSON file; `overwritten` is left out where it is empty."""
         line = dict(vars(self))

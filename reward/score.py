@@ -66,7 +66,7 @@ class RewardScorer:
         if not isinstance(reward, RLRewardConfig) or not reward.truncated_is_wrong:
             return False
         near = reward.truncated_margin is not None and trajectory.length >= limit - reward.truncated_margin
-        return near or trajectory.finish_reason == "length"
+        return near or trajectory.truncated
 
     def submit(self, text: str, task: Task, truncated: bool) -> Future[Score]:
         """Have a response scored by one of `reward.workers` processes, which are kept; at once where that is 0."""

@@ -27,6 +27,13 @@ def block_diffusion_generate(
     stopping_criteria_idx: Iterable[int] | None = None,
     stop_ids: Iterable[int] | None = None,
     seed: int | None = None,
+    eb_threshold: float = 0.35,
+    factor: float = 1.0,
+    low_threshold: float = 0.62,
+    revoke_threshold: float = 0.9,
+    edit_threshold: float = 0.5,
+    max_edit_steps: int = 16,
+    min_unmask: int = 1,
 ) -> Tensor:
     """Prompt and response ids, (batch, prompt length + longest response), padded on the right.
 
@@ -35,6 +42,9 @@ def block_diffusion_generate(
     configs and the tokenizer beside its weights, and those of `stopping_criteria_idx`; `stop_ids` takes the place of
     the model's own. The same `seed` gives the same responses; without one, torch's generator gives a new one at each
     call. A block has at most as many denoising steps as tokens.
+
+    `remasking_strategy` is one of docs/strategies.md or module:function; `confidence_threshold` is its
+    `dynamic_threshold`, and the keys from `eb_threshold` on are those of that page.
     """
     settings = Sampling(
         block_size=block_length,
@@ -46,6 +56,13 @@ def block_diffusion_generate(
         top_p=top_p,
         remasking_strategy=remasking_strategy,
         dynamic_threshold=confidence_threshold,
+        eb_threshold=eb_threshold,
+        factor=factor,
+        low_threshold=low_threshold,
+        revoke_threshold=revoke_threshold,
+        edit_threshold=edit_threshold,
+        max_edit_steps=max_edit_steps,
+        min_unmask=min_unmask,
     )
     return generate_ids(model, prompt, mask_id, settings, stop_ids, seed, stopping_criteria_idx)
 

@@ -35,12 +35,13 @@ def trace_of(
 ) -> Trace:
     """What the page shows of one response: the text of every token with its step, confidence and log-probability.
 
-    `name` stands in the list of responses; `verdict` and `reference` are left out where they are empty.
+    `name` stands in the list of responses; `verdict` and `reference` are left out where they are empty. Where tokens
+    were overwritten, `overwritten` has the step, position, text (None: the mask) and log-probability of these writings.
     """
     tokenizer, ids = loaded.tokenizer, trajectory.response_ids
     special = set(tokenizer.all_special_ids)
     first = len(trajectory.prompt_ids) if loaded.family.attention == "block" else 0  # blocks are aligned to it
-    return {
+    trace = {
         "name": name or f"{trajectory.task_id} · {trajectory.sample + 1}",
         "setting": setting,
         "verdict": verdict,
@@ -58,6 +59,13 @@ def trace_of(
         "forwards": trajectory.forwards,
         "finish": trajectory.finish_reason,
     }
+    if trajectory.overwritten:
+        old = tokenizer.batch_decode([[writing.token] for writing in trajectory.overwritten], skip_special_tokens=False)
+        trace["overwritten"] = [
+            [step, position, None if token == loaded.mask_id else text, round(logp, 4)]
+            for (step, position, token, logp), text in zip(trajectory.overwritten, old)
+        ]
+    return trace
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

@@ -124,6 +124,41 @@ def test_hostile_text_stays_text(browser: Any, tmp_path: Path) -> None:
     assert not faults
 
 
+def test_edits_and_revocations(browser: Any, tmp_path: Path) -> None:
+    """Token 1 is edited in steps 1 and 3; token 2 is revoked in step 2 and comes back in step 4."""
+    history = [[0, 1, "old ", -0.5], [0, 2, "gone ", -0.5], [1, 1, "new ", -0.5], [2, 2, None, 0]]
+    made = trace(4, steps=[0, 3, 4, 1], overwritten=history, length=4, special=[], first=0)
+    file = tmp_path / "trace.html"
+    file.write_text(trace_page([made, trace(4)], "title"), encoding="utf-8")
+    page, faults = open_page(browser, file)
+    assert page.text_content("#heading") == "Response · 2 edits · 1 revoked"
+
+    def row() -> list[str]:
+        return page.evaluate("[...document.querySelectorAll('.t')].map(e => e.matches('.on') ? e.innerHTML : '?')")
+
+    assert row() == ["w0 ", "<s>new </s>w1 ", "w2 ", "w3 "]
+    assert "before, in step 1\nold␣" in (page.evaluate("look(1)"), page.inner_text("#look"))[1]
+    stages = [
+        (["?", "?", "?", "?"], 0),
+        (["w0 ", "old ", "gone ", "?"], 3),
+        (["w0 ", "<s>old </s>new ", "gone ", "w3 "], 4),
+        (["w0 ", "<s>old </s>new ", "?", "w3 "], 3),
+        (["w0 ", "<s>new </s>w1 ", "?", "w3 "], 3),
+        (["w0 ", "<s>new </s>w1 ", "w2 ", "w3 "], 4),
+    ]
+    page.keyboard.press("Home")
+    for key, walk in (("ArrowRight", stages), ("ArrowLeft", stages[::-1])):
+        for stage, (expected, count) in enumerate(walk):
+            assert row() == expected and page.inner_text("#have") == f"{count} of 4 tokens"
+            if stage < len(walk) - 1:
+                page.keyboard.press(key)
+        if key == "ArrowRight":
+            assert page.evaluate("document.querySelectorAll('.t.now').length") == 1
+    page.keyboard.press("ArrowDown")
+    assert page.text_content("#heading") == "Response"
+    assert not faults
+
+
 def test_the_shipped_page_opens(browser: Any) -> None:
     for width in (1200, 360):
         page, faults = open_page(browser, TEMPLATE, width=width)

@@ -14,9 +14,11 @@ from common.schema import Sampling
 from common.trajectory import Request, Score, ScoredTrajectory, Task, Trajectory, Writing
 from models import LoadedModel, load_model, load_network
 from models.tiny import build_tiny
+from rollout.results import overwriting_figures
 from rollout.samples import take_up, write_samples
 from sample.engine import Engine
 from sample.step import Graphs
+from sample.traces import trace_of
 from tests.reference import sample_block_attention
 from tests.test_engine import DRAWS, check, requests_of, run
 from tests.test_engine_cuda import LateWatch
@@ -51,7 +53,18 @@ def test_overwritten_writings_are_written_and_read_back(tmp_path: Path) -> None:
     assert list(plain)[-len(fields(Trajectory)) + 1 :] == [one.name for one in fields(Trajectory)][:-1]
     back = take_up(path, tasks, step=0)["edit"]
     assert (back["a", 0].trajectory, back["b", 1].trajectory) == (EDITED, PLAIN)
+    assert overwriting_figures(group) == {"overwritten": 2 / 3, "ended_by_edits": 0}
+    assert overwriting_figures(group[1:]) == {}
     assert isinstance(back["a", 0].trajectory.overwritten[1], Writing)
+
+
+def test_the_trace_page_gets_the_text_of_what_was_overwritten(tiny: LoadedModel) -> None:
+    mask, ids = tiny.mask_id, tiny.tokenizer.encode("12")
+    one = replace(
+        EDITED, overwritten=[Writing(0, 0, ids[0], -0.25), Writing(1, 0, mask, 0.0), Writing(1, 1, ids[1], -1)]
+    )
+    assert trace_of(tiny, one, 4)["overwritten"] == [[0, 0, "1", -0.25], [1, 0, None, 0.0], [1, 1, "2", -1]]
+    assert "overwritten" not in trace_of(tiny, PLAIN, 4)
 
 
 def history(one: Trajectory) -> dict[int, list[tuple[int, int]]]:
@@ -190,3 +203,79 @@ def test_edits_are_of_block_attention(tmp_path: Path, tiny: LoadedModel, capsys:
     for _ in range(2):
         run(engine, requests_of(4), settings)
     assert capsys.readouterr().out.count("trained_to_edit") == 1
+
+
+# ---- strategies of the user's own
+
+
+OWN = """
+import torch
+from sample.strategies import Writes, overwriting
+
+@overwriting
+def endless(block):
+    return Writes(block.masked | (block.tokens != block.tokens), ends=block.clean_steps < 0)
+
+@overwriting
+def trespasser(block):
+    return Writes(block.masked | ~block.response)
+
+@overwriting
+def restless(block):  # two a step; the block's first is masked again whenever two were unmasked beside it
+    left = block.masked & (block.masked.cumsum(1) <= 2)
+    return Writes(left, block.response & ~block.masked & (block.response.cumsum(1) == 1) & (left.sum(1, True) == 2))
+
+@overwriting
+def wide(block):
+    return Writes(torch.cat((block.masked, block.masked), 1))
+
+@overwriting
+def soft(block):
+    return Writes(block.masked, masks=block.candidates.probability)
+
+def unmarked(block):
+    return Writes(block.masked, masks=block.masked)
+
+@overwriting
+def nothing(block):
+    pass
+"""
+FAULTS = [
+    ("endless", "wrote into the prompt, or did not end a block in 6 forwards"),
+    ("trespasser", "wrote into the prompt, or did not end a block"),
+    ("wide", r"returned a tensor \(2, 8\) of torch.bool; what it writes is a bool tensor \(2, 4\)"),
+    ("soft", r"returned a tensor \(2, 4\) of torch.float32; what it writes"),
+    ("unmarked", "mark it with sample.strategies.overwriting"),
+    ("nothing", "returned nothing"),
+]
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_writings.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("name, words", FAULTS)
+def test_a_strategy_that_goes_astray_is_one_line(tiny: LoadedModel, own: None, name: str, words: str) -> None:
+    settings = Sampling(max_token=6, remasking_strategy=f"own_writings:{name}", max_edit_steps=2)
+    with pytest.raises(UserError, match=f"own_writings:{name}.*{words}") as caught:
+        run(Engine(tiny.model, tiny.mask_id, []), requests_of(6, 5), settings)
+    assert "\n" not in str(caught.value)
+    isolated = Engine(tiny.model, tiny.mask_id, [], isolate_faults=True)
+    isolated.set_up(settings, requests_of(6, 5))
+    ids, errors = isolated.add(requests_of(6, 5)), {}
+    while isolated.busy:
+        isolated.step()
+        errors |= {finished.id: finished.error for finished in isolated.finished()}
+    assert errors.keys() == set(ids) and all(isinstance(error, UserError) for error in errors.values())
+
+
+def test_a_strategy_of_ones_own_may_overwrite(tiny: LoadedModel, own: None) -> None:
+    """Two masks a step; the block's first token is masked again while it can be, and comes last."""
+    settings = Sampling(max_token=8, remasking_strategy="own_writings:restless")
+    (one,) = Engine(tiny.model, tiny.mask_id, []).generate(requests_of(4), settings)
+    assert one.step_map == [2, 0, 1, 1, 5, 3, 4, 4]
+    assert [writing[:2] for writing in one.overwritten] == [(0, 0), (1, 0), (3, 4), (4, 4)]
+    assert [writing.token == tiny.mask_id for writing in one.overwritten] == [False, True] * 2
+    assert [writing.logp == 0 for writing in one.overwritten] == [False, True] * 2

@@ -1,6 +1,5 @@
 """Reinforcement learning in one resident program: sample, score, update, hand the weights back, evaluate, report."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from models.defaults import take_defaults
 from reward.score import RewardScorer, check_tasks, make_scorer
 from rollout.collect import collect, encode_tasks, prompts_within
 from rollout.report import RunPage
-from rollout.results import Evaluation, tokens_per_forward
+from rollout.results import Evaluation, overwriting_figures, results_row, tokens_per_forward
 from rollout.samples import write_samples
 from sample.engine import Engine
 from train.learner import Learner, whole_weights
@@ -296,7 +295,8 @@ def step_figures(
         "reward": sum(response.score.reward for response in responses) / count,
         "accuracy": sum(response.score.correct for response in responses) / count,
         "response_length": tokens / count,
-        "truncated": sum(response.trajectory.finish_reason == "length" for response in responses) / count,
+        "truncated": sum(response.trajectory.truncated for response in responses) / count,
+        **overwriting_figures(responses),
         "tokens_per_forward": tokens_per_forward(responses),
         "kept_mass": sum(response.trajectory.kept_mass for response in responses) / count,
         "groups": len(groups),
@@ -325,7 +325,7 @@ def first_evaluation(run: RLRun) -> dict[str, dict[str, float]]:
     path = run.folder / "before.json"
     if run.progress.step > 0 and from_main(path.exists()):
         return json.loads(path.read_text())
-    before = {name: dataclasses.asdict(result) for name, result in evaluate_now(run).items()}
+    before = {name: results_row(result) for name, result in evaluate_now(run).items()}
     if is_main():
         with unless_full(path):
             write_whole(path, json.dumps(before))
@@ -336,7 +336,7 @@ def write_results(
     folder: Path, seed: int, before: dict[str, dict[str, float]], after: dict[str, Evaluation], stages: Stopwatch
 ) -> None:
     """results.json (every figure), summary.json (accuracy before and after, seconds by stage) and a table."""
-    results = {"before": before, "after": {name: dataclasses.asdict(result) for name, result in after.items()}}
+    results = {"before": before, "after": {name: results_row(result) for name, result in after.items()}}
     (folder / "results.json").write_text(json.dumps(results, indent=2))
     keep = ("accuracy", "tokens_per_forward")
     short = {
