@@ -462,6 +462,20 @@ class SFTTrainingConfig(TrainingBase):
     loss_weight: Literal["none", "elbo"] = key(
         "none", "none: mean over predicted tokens; elbo: each weighted by 1/t, t its masking probability"
     )
+    corrupt_p: float = key(
+        0.0,
+        "semi-ar, block attention: the probability with which a visible token of a view's block is replaced; above 0 "
+        "the visible tokens are predicted too, and the model learns to edit",
+        low=0,
+        high=1,
+    )
+    corrupt_from: Literal["uniform", "model"] = key(
+        "uniform",
+        "corrupt_p: by what tokens are replaced: any of the vocabulary (uniform), or what the model draws there",
+    )
+    corrupt_weight: float = key(
+        1.0, "corrupt_p: weight of a visible token's loss, where a masked one's is 1; the mean is by these", low=0.01
+    )
     block_size: int = key(4, "tokens denoised together; not set: the checkpoint's own", low=1)
     batch_size: int = key(32, "samples in one update, over all devices", low=1)
     num_train_epochs: int = key(1, "passes over the data", low=1)
@@ -868,6 +882,16 @@ class SFTConfig(JobConfig):
             yield (
                 "training.loss_weight=elbo weighs by a masking probability, which "
                 f"training.method={self.training.method} does not have; set it to none"
+            )
+        if self.training.corrupt_p and self.training.method != "semi-ar":
+            yield (
+                f"training.corrupt_p={self.training.corrupt_p} with training.method={self.training.method}: only the "
+                "views of semi-ar are corrupted; set training.method=semi-ar, or training.corrupt_p=0"
+            )
+        if self.training.corrupt_p and self.training.loss_weight == "elbo":
+            yield (
+                f"training.loss_weight=elbo with training.corrupt_p={self.training.corrupt_p}: the bound is of masks "
+                "alone; set training.loss_weight=none, or training.corrupt_p=0"
             )
 
 

@@ -231,7 +231,7 @@ def test_rows_of_an_epoch_are_all_learned(tmp_path: Path) -> None:
         patch.setattr(
             sft_trainer,
             "rows_of",
-            lambda training, loaded, chosen, rng: prompts.extend(one[0].prompt_ids[1] for one in chosen) or [],
+            lambda training, loaded, chosen, *_: prompts.extend(one[0].prompt_ids[1] for one in chosen) or [],
         )
         for _ in range(5):
             figures = sft_trainer.train_step(run)

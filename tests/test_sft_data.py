@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import training_reference as plain
 
 from common.config import load_config
 from common.errors import UserError
@@ -146,6 +147,7 @@ def saying(**changes: object) -> dict:
     return {"messages": [CHAT[0], CHAT[1] | changes]}
 
 
+EDITED = {"prompt_ids": [1], "response_ids": [2, 3], "step_map": [2, 1]}
 BAD = [
     ("{broken", "is not valid JSON", "broken line"),
     ("[1, 2]", "is a list, not an object", "broken line"),
@@ -155,6 +157,14 @@ BAD = [
     ({"prompt": "1", "response": "3", "step_map": [0.5]}, "not a list of whole numbers", "step map"),
     ({"prompt": "1", "response": "345", "step_map": [0, 1]}, "`step_map` of 2 entries.* 3 tokens, or 4", "step map"),
     ({"prompt_ids": [1], "response_ids": [2, 3], "step_map": [0]}, "1 entries for 2 `response_ids`", "step map"),
+    (EDITED | {"overwritten": "3"}, r"`overwritten` that is not a list of \[step, position", "overwritten"),
+    (EDITED | {"overwritten": [[0, 0, 3]]}, r"an entry 1 of `overwritten` that is not a list", "overwritten"),
+    (EDITED | {"overwritten": [[0, 0, 2.5, -1]]}, r"an entry 1 of `overwritten` .* \[0, 0, 2.5, -1\]", "overwritten"),
+    (EDITED | {"overwritten": [[0, 2, 3, -1]]}, "overwrites the position 2 of a response of 2 tokens", "overwritten"),
+    (EDITED | {"overwritten": [[1, 1, 3, -1]]}, "position 1 in step 1, .* before its step 1 in the", "overwritten"),
+    (EDITED | {"overwritten": [[1, 0, 3, -1], [1, 0, 4, -1]]}, "in step 1, which is not after its step", "overwritten"),
+    (EDITED | {"overwritten": [[0, 0, 999, -1]]}, "token ids beyond the 39 of the model", "ids"),
+    ({"prompt": "1", "response": "3", "overwritten": [[0, 0, 3, -1]]}, "without a `step_map`", "overwritten"),
     ({"prompt_ids": [1], "response_ids": [2, 999]}, "token ids beyond the 39 of the model", "ids"),
     ({"prompt_ids": [1], "response_ids": [2], "length": 2}, "has the `length` 2", "ids"),
     ({"response_ids": [2, 3]}, "has no `prompt_ids`", "ids"),
@@ -469,6 +479,9 @@ def test_drawn_samples_are_learned_with_their_ids_and_steps(
         [Request(str(n), ids, seed=3) for n, ids in enumerate(prompts)], settings
     )
     drawn = sorted(drawn, key=lambda one: one.task_id)
+    size, sizes = 4 if family == "sdar" else None, (loaded.model.config.vocab_size, loaded.mask_id)
+    drawn[1] = plain.edited_trajectory(np.random.default_rng(0), drawn[1], size, *sizes)  # not an engine's
+    assert any(token == loaded.mask_id for _, _, token, _ in drawn[1].overwritten)
     for one in drawn:
         one.text = loaded.tokenizer.decode(one.response_ids[: one.length])
     groups = [[ScoredTrajectory(Task(one.task_id, "1+2", "3"), one, Score(1.0, True, "passed"))] for one in drawn]
@@ -477,9 +490,9 @@ def test_drawn_samples_are_learned_with_their_ids_and_steps(
     config.dataset.correct_only = True
     examples = [one[0] for one in samples_of(loaded, config).conversations]
     assert [one.prompt_ids for one in examples] == prompts
-    size = 4 if family == "sdar" else None
     for example, trajectory in zip(examples, drawn):
         assert (example.response_ids, example.step_map) == (trajectory.response_ids, trajectory.step_map)
+        assert example.overwritten == trajectory.overwritten
         ours = trace_views(example, Layout(loaded.mask_id, size))
         theirs = trace_views(trajectory, Layout(loaded.mask_id, size))
         assert len(ours) > 1 and (ours.inputs == theirs.inputs).all() and (ours.predict == theirs.predict).all()
@@ -495,7 +508,7 @@ def test_prepared_samples_are_those_that_they_came_from(
     tmp_path: Path, tiny: dict[str, LoadedModel], capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [
-        {"prompt": "1+2", "response": "3", "step_map": [0, 1]},
+        {"prompt": "1+2", "response": "3", "step_map": [3, 1], "overwritten": [[0, 0, 9, -1.5], [2, 0, 38, 0]]},
         {"messages": CHAT[:2]},
         {"prompt": "4" * 30, "response": "5"},
         "broken",
@@ -511,7 +524,8 @@ def test_prepared_samples_are_those_that_they_came_from(
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == 5, "long ones are counted, not dropped"
     assert [len(line["response_ids"]) for line in lines[3:]] == [24, 7] and lines[4]["prompt_ids"] == []
-    assert lines[0]["prompt"] == "<|im_start|>1+2<|assistant|>" and lines[0]["step_map"] == [0, 1]
+    assert lines[0]["prompt"] == "<|im_start|>1+2<|assistant|>" and lines[0]["step_map"] == [3, 1]
+    assert lines[0]["overwritten"] == [[0, 0, 9, -1.5], [2, 0, 38, 0]] and "overwritten" not in lines[1]
     again = samples_of(tiny["sdar"], config_of(out, training__max_prompt_len=20)).conversations
     assert again == samples_of(tiny["sdar"], config).conversations and len(again) == 4
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):

@@ -138,13 +138,14 @@ def encode_sample(
     if isinstance(sample, Ids):
         ends = [n for n, token in enumerate(sample.response_ids, 1) if token in (stop, tokenizer.eos_token_id)]
         length = sample.length or (ends[0] if ends else len(sample.response_ids))
-        return [Example(sample.prompt_ids, sample.response_ids, length, sample.step_map)]
+        return [Example(sample.prompt_ids, sample.response_ids, length, sample.step_map, sample.overwritten)]
+    step_map, overwritten = (None, []) if isinstance(sample, Chat) else (sample.step_map, sample.overwritten)
     if isinstance(sample, Chat):
-        pairs, step_map = chat_turns(sample, tokenizer, stop), None
+        pairs = chat_turns(sample, tokenizer, stop)
     elif dataset.apply_chat_template:
-        pairs, step_map = chat_turns(as_chat(sample, around), tokenizer, stop), sample.step_map
+        pairs = chat_turns(as_chat(sample, around), tokenizer, stop)
     else:
-        pairs, step_map = [(sample.prompt, without_stop(sample.response, tokenizer, stop))], sample.step_map
+        pairs = [(sample.prompt, without_stop(sample.response, tokenizer, stop))]
         for name in ("system", "tools", "reasoning_content"):
             if getattr(sample, name):
                 problem = f"has `{name}`, which needs the chat template; dataset.apply_chat_template is False"
@@ -155,7 +156,7 @@ def encode_sample(
             raise BadSample("empty response", "has a response that is nothing but its stop token")
         ids = [*tokenizer.encode(response, add_special_tokens=False), stop]
         steps = whole_step_map(step_map, len(ids))
-        examples.append(Example(tokenizer.encode(prompt, add_special_tokens=False), ids, len(ids), steps))
+        examples.append(Example(tokenizer.encode(prompt, add_special_tokens=False), ids, len(ids), steps, overwritten))
     return examples
 
 
@@ -249,20 +250,22 @@ def whole_step_map(step_map: list[int] | None, length: int) -> list[int] | None:
 def fill(example: Example, loaded: LoadedModel, config: SFTConfig) -> Example:
     """The example as long as while it is sampled: whole blocks, or the canvas of full attention; BadSample if unfit.
 
-    A trace keeps what was drawn behind the stop token, and positions that it never unmasked stay masks. Otherwise stop
-    tokens fill the rest.
+    A trace keeps what was drawn behind the stop token, and positions that it never unmasked, or revoked in the end,
+    stay masks. Otherwise stop tokens fill the rest.
     """
     training, family = config.training, loaded.family
     if family.logit_offset and not example.prompt_ids:
         raise BadSample("ids", f"has empty `prompt_ids`; {family.name} predicts a token at the one before it")
-    response, steps = example.response_ids[: example.length], None
+    response, steps, overwritten = example.response_ids[: example.length], None, []
     if training.method == "trace":
         if example.step_map is None:
             raise BadSample("no step map", "has no `step_map`, which training.method=trace replays")
-        response, steps = example.response_ids, example.step_map
-    drawn = [token for token, step in zip(response, steps or [0] * len(response)) if step >= 0]
+        response, steps, overwritten = example.response_ids, example.step_map, example.overwritten
+    revoked = {writing.position for writing in overwritten}
+    written = [(n, token) for n, (token, step) in enumerate(zip(response, steps or [0] * len(response))) if step >= 0]
+    drawn = [token for n, token in written if token != loaded.mask_id or n not in revoked]
     vocabulary = loaded.model.config.vocab_size
-    if max([*example.prompt_ids, *response]) >= vocabulary:
+    if max([*example.prompt_ids, *response, *(writing.token for writing in example.overwritten)]) >= vocabulary:
         raise BadSample("ids", f"has token ids beyond the {vocabulary} of the model; were they made by another?")
     if loaded.mask_id in drawn or not drawn:
         raise BadSample("ids", "has the mask token in its response, or nothing but masks")
@@ -274,7 +277,7 @@ def fill(example: Example, loaded: LoadedModel, config: SFTConfig) -> Example:
         padding = -(-training.max_gen_length // training.block_size) * training.block_size - len(response)
     if padding > 0:
         response = response + [end_of_sequence(loaded.tokenizer)] * padding
-    return Example(example.prompt_ids, response, example.length, steps and steps + [-1] * padding)
+    return Example(example.prompt_ids, response, example.length, steps and steps + [-1] * padding, overwritten)
 
 
 def conversations_of(examples: Sequence[Example], family: Family) -> list[Conversation]:
@@ -339,7 +342,7 @@ def write_prepared(config: SFTConfig, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
         for example in examples:
-            line = {key: value for key, value in vars(example).items() if value is not None}
+            line = {key: value for key, value in vars(example).items() if value not in (None, [])}
             line["prompt"] = tokenizer.decode(example.prompt_ids)
             line["response"] = tokenizer.decode(example.response_ids[: example.length])
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
