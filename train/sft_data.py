@@ -342,7 +342,9 @@ def write_prepared(config: SFTConfig, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
         for example in examples:
-            line = {key: value for key, value in vars(example).items() if value not in (None, [])}
+            line = {key: value for key, value in vars(example).items() if value is not None}
+            if not example.overwritten:
+                del line["overwritten"]
             line["prompt"] = tokenizer.decode(example.prompt_ids)
             line["response"] = tokenizer.decode(example.response_ids[: example.length])
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
