@@ -4,6 +4,8 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import numpy as np
+
 
 @dataclass
 class Task:
@@ -29,11 +31,23 @@ class Request:
     sample: int = 0
     seed: int = 0
     step: int = 0  # RL step; draws differ from step to step
+    keep_routes: bool = False  # the trajectory is to say which experts its tokens were given to
 
     def stream_key(self) -> int:
         """A signed 64-bit key of (seed, step, task, sample): the same wherever and beside whatever it is drawn."""
         text = f"{self.seed}\x1f{self.step}\x1f{self.task_id}\x1f{self.sample}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which experts the sampler's forwards gave a response's tokens to, layer by layer, in the routers' order.
+
+    uint8, int16 where there are more than 256 experts. Layers without experts have no place.
+    """
+
+    committed: np.ndarray  # (prompt + response, layers, chosen) in the forward that made a token's keys; last block: 0
+    steps: np.ndarray  # (denoising steps, block, layers, chosen) of the block that was denoised
 
 
 @dataclass
@@ -58,6 +72,7 @@ class Trajectory:
     forwards: int  # denoising and commit forwards, prefill apart
     temperature: float
     text: str = ""
+    routes: Routes | None = field(default=None, compare=False, repr=False)  # where the request asked for them
 
 
 @dataclass(frozen=True)

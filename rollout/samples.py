@@ -25,7 +25,8 @@ def write_samples(
         task = {"question": response.task.question, "ground_truth_answer": response.task.ground_truth_answer}
         task |= {"prefix": response.task.prefix} if response.task.prefix else {}
         score = {key: value for key, value in vars(response.score).items() if (key, value) != ("chunk_votes", None)}
-        line = dict(extra or {}) | task | score | vars(response.trajectory)
+        trajectory = {key: value for key, value in vars(response.trajectory).items() if key != "routes"}
+        line = dict(extra or {}) | task | score | trajectory
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     append_lines(path, "".join(lines))
 

@@ -28,11 +28,13 @@ def block_causal_mask(positions: Tensor, valid: Tensor, block_size: int) -> Tens
 
 def prefill(
     network: Network, cache: KeyValueCache, prefixes: list[tuple[int, ...]], first: int, block_size: int
-) -> None:
+) -> dict[tuple[int, ...], Tensor]:
     """Write the keys and values of the prefixes of rows from `first` on; what several rows need is computed once.
 
-    `prefixes` are every row's, whole blocks of tokens; the slots before `first` hold theirs already.
+    `prefixes` are every row's, whole blocks of tokens; the slots before `first` hold theirs already. Returns which
+    experts those that were computed were given to, (length, layers, chosen), where the network keeps that.
     """
+    experts: dict[tuple[int, ...], Tensor] = {}
     row_of = {prefix: row for row, prefix in enumerate(prefixes[:first])}
     missing, copies = [], []
     for row, prefix in enumerate(prefixes[first:], first):
@@ -54,8 +56,11 @@ def prefill(
         bias = bias_of(block_causal_mask(positions, positions < lengths[:, None], block_size), network.dtype)
         # padding lies behind the prefix: no real token sees it, and the response's own keys overwrite it
         network.forward(ids, positions, OwnKeys(bias, cache, cache.places(rows, positions)))
+        if network.experts is not None:
+            experts |= {prefix: given[: len(prefix)] for prefix, given in zip(chunk, network.experts)}
     for source, target, length in copies:
         cache.copy(source, target, length)
+    return experts
 
 
 def denoise(

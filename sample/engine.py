@@ -22,6 +22,7 @@ from sample.attention_kernel import attention_kernel
 from sample.cache import KeyValueCache, Room, affordable_tokens, heads_and_width, rounded
 from sample.network import Network, engine_attention, sampling_kernels
 from sample.parallel import copy_into, tensor_group_of
+from sample.routes import RouteKeeper, RouteLog
 from sample.slots import Finished, Progress, Refusal, Sequence, Slots, Watch, refusal_of, trajectory_of
 from sample.step import Graphs, Step
 
@@ -97,6 +98,7 @@ class Engine:
         if not expected:
             self.room = NOTHING_FITS
             return
+        self.routes = RouteKeeper() if any(request.keep_routes for request in expected) else None
         self.check_settings(expected)
         cached = settings.use_cache or not self.full_attention
         rows = min(settings.max_active, expected.share())
@@ -230,6 +232,7 @@ class Engine:
         self.active: list[Sequence] = []  # row by row
         self.done: list[Finished] = []  # not given back yet
         self.added = 0  # requests, so far
+        self.routes: RouteKeeper | None = None  # where requests ask which experts their tokens were given to
         self.watch.forget()
         self.beginning = self.begun = 0  # rows that wait for their block's first forward; those that the last step let
 
@@ -291,7 +294,8 @@ class Engine:
             self.cache.resize(room.width(1), rows=0)
         self.free(slice(None))
         settings, fixed = self.settings, self.graphs is not None
-        network = Network(self.model, self.slots.tokens.shape[1], self.kernel, settings.compile_kernels and fixed)
+        positions, compiled, routes = self.slots.tokens.shape[1], settings.compile_kernels and fixed, self.routes
+        network = Network(self.model, positions, self.kernel, compiled, keep_routes=routes is not None)
         self.denoise = self.step_class(
             network, self.slots, self.cache, settings, self.mask_id, self.stop_ids, rows, fixed
         )
@@ -353,9 +357,24 @@ class Engine:
         self.beginning += len(new)
         if not self.full_attention:
             prefixes = [sequence.prefix() for sequence in self.active]
-            block_attention.prefill(self.denoise.network, self.cache, prefixes, first, self.settings.block_size)
+            block = self.settings.block_size
+            experts = block_attention.prefill(self.denoise.network, self.cache, prefixes, first, block)
+            if self.routes is not None:
+                self.log_prefixes(prefixes, first, experts)
         for sequence in new:
             sequence.state = None
+
+    def log_prefixes(self, prefixes: list[tuple[int, ...]], first: int, experts: dict[tuple[int, ...], Tensor]) -> None:
+        """Begin the logs of rows from `first` on; what is not computed of their prefixes is another row's."""
+        self.routes.flush()  # of a sequence that comes back, what follows is later
+        known = {prefix: given.cpu().numpy() for prefix, given in experts.items()}
+        for sequence, prefix in zip(self.active[:first], prefixes):
+            if prefix:
+                known.setdefault(prefix, sequence.routes.committed[: len(prefix)])
+        for sequence, prefix in zip(self.active[first:], prefixes[first:]):
+            sequence.routes = sequence.routes or RouteLog(sequence.canvas_end)
+            if prefix:
+                sequence.routes.commit(0, known[prefix])
 
     def make_room(self) -> None:
         """Widen the slots for sequences that outgrow them; where the cache cannot, the youngest wait in the queue.
@@ -384,6 +403,8 @@ class Engine:
             self.denoise(rows, seen)
         else:
             self.begun, self.beginning = self.graphs.run(self.denoise, rows, seen, min(self.beginning, rows)), 0
+        if self.routes is not None:
+            self.routes.note([sequence.routes for sequence in self.active], self.denoise.routes)
 
     def reach(self) -> int:
         """The next forward writes nothing at or behind this position."""
@@ -417,9 +438,14 @@ class Engine:
                 sequence.reach = min(start + (1 + age) * block, sequence.canvas_end)
         rows = [row for row, ended in enumerate(finished) if ended and not stuck[row]]
         left = self.slots.select(rows) if rows else None
+        if rows and self.routes is not None:
+            self.routes.flush()
         for index, row in enumerate(rows):
             sequence = self.active[row]
             trajectory = trajectory_of(left, index, sequence.request, self.settings, self.stop_ids, self.full_attention)
+            if sequence.request.keep_routes:
+                length = len(trajectory.prompt_ids) + len(trajectory.response_ids)
+                trajectory.routes = sequence.routes.record(length, trajectory.steps)
             self.done.append(Finished(sequence.id, trajectory))
         for row in reversed(range(len(self.active))):
             if stuck[row]:

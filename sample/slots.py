@@ -10,6 +10,7 @@ from common.errors import UserError
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from sample.draw import rollout_temperature
+from sample.routes import RouteLog
 
 
 @dataclass
@@ -148,6 +149,7 @@ class Sequence:
     reach: int  # the next forward writes nothing at or behind this position
     reported: int = 0  # response tokens that `Engine.progress` has returned
     state: Slots | None = None  # one row on the host: of a sequence that had to give way
+    routes: RouteLog | None = None  # of a mixture, where requests ask for them
 
     def prefix(self) -> tuple[int, ...]:
         """The tokens whose keys the cache must hold before the next step."""

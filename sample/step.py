@@ -15,6 +15,7 @@ from sample import block_attention, full_attention
 from sample.cache import KeyValueCache
 from sample.draw import Candidates, draw, is_greedy, uniforms
 from sample.network import Network
+from sample.routes import StepRoutes
 from sample.slots import Slots
 from sample.strategies import STRATEGIES, BlockState, even_split, find_strategy, rank_score
 
@@ -53,7 +54,10 @@ class Step:
         longest = canvas if horizon is None else min(size + horizon, canvas)
         self.window = longest - self.network.logit_offset  # full attention: positions that a later forward redoes
         self.waits = self.fixed and self.network.full_attention and self.settings.use_cache
-        self.variant = (self.merge, self.stop_ids, repr(self.settings))  # by which CUDA graphs of steps differ
+        # by which CUDA graphs of steps differ
+        self.variant = (self.merge, self.stop_ids, repr(self.settings), bool(self.network.routers))
+        self.carried: Tensor | None = None  # rows whose previous block the last forward carried along
+        self.routes: StepRoutes | None = None  # of the last call, where the network keeps them
 
     def __call__(self, rows: int, seen: int, first: int | None = None) -> None:
         """One forward of the first `rows` slots' current blocks, none of which reaches beyond position `seen`.
@@ -73,6 +77,10 @@ class Step:
             waiting = due & (due.cumsum(0) > first)
             ready = masked & ~waiting[:, None]
             slots.forwards -= waiting.long()  # `advance` counts it for all
+        if self.network.routers:
+            steps = torch.where(ready.any(1), slots.step, -1)
+            state = torch.stack((slots.block_start, slots.cached, steps), 1)
+            self.routes = StepRoutes(self.network.experts, state, self.carried)
         chosen = ready & self.choose(slots, candidates, positions, masked)
         tokens = torch.where(chosen, candidates.tokens, tokens)
         self.record(slots, positions, tokens, masked & ~chosen, chosen, candidates)
@@ -113,6 +121,7 @@ class Step:
         elif self.merge:
             due = (slots.cached < slots.block_start).nonzero()[:, 0]
             committing = due if len(due) else None
+        self.carried = committing
         return block_attention.denoise(network, self.cache, slots, positions, tokens, seen, committing)
 
     def draw(self, hidden: Tensor, slots: Slots, positions: Tensor, masked: Tensor) -> Candidates:
@@ -219,8 +228,8 @@ class Graphs:
     def forget(self) -> None:
         """Drop all graphs: the memory they speak of goes away."""
         self.met: dict[tuple, None] = {}  # shapes that have been run once
-        # shape → its graph, and the step, kept because the graph reads its tensors
-        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Step]] = {}
+        # shape → its graph, the step, kept because the graph reads its tensors, and the routes that it writes
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Step, StepRoutes | None]] = {}
         self.pool: tuple[int, int] | None = None
 
     def run(self, step: Step, rows: int, seen: int, first: int) -> int:
@@ -238,7 +247,8 @@ class Graphs:
             self.record(shape, step, rows, seen, first)
         if shape in self.graphs and self.usable:
             self.graphs[shape] = self.graphs.pop(shape)  # they stand in the order of their last use
-            self.graphs[shape][0].replay()
+            graph, _, step.routes = self.graphs[shape]
+            graph.replay()
             return first
         step(rows, seen, first)
         self.met[shape] = None
@@ -259,7 +269,7 @@ class Graphs:
             self.usable = False
             console.print(f"steps are launched one kernel at a time: no CUDA graph ({str(error).splitlines()[0]})")
             return
-        self.graphs[shape] = graph, step
+        self.graphs[shape] = graph, step, step.routes
         keep_last(self.graphs, self.most)
 
 

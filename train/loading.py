@@ -93,7 +93,8 @@ def frozen_reference(config: RLConfig, trained: LoadedModel, learner: Learner) -
         first = Policy(load_untrained(config.model, learner.accelerator), trained.mask_id)
     else:
         first = copy.deepcopy(learner.network)
-    return dataclasses.replace(learner, network=first.requires_grad_(False), deepspeed=None)
+    # it is another network, which gives tokens to the experts of its own choice
+    return dataclasses.replace(learner, network=first.requires_grad_(False), deepspeed=None, routing=None)
 
 
 def whole_model(loaded: LoadedModel, learner: Learner) -> LoadedModel:

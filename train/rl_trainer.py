@@ -264,9 +264,17 @@ def draw_groups(
         tasks = [task for task in drawn if task.id not in seen]
         prompts = encode_tasks(run.loaded, tasks, config.dataset, config.rollout.start_with_think)
         prompts = prompts_within(prompts, training.max_prompt_len)
-        label = f"step {number}: rollout"
         groups += collect(
-            run.engine, run.loaded, prompts, config.rollout, run.scorer, watch, training.seed, number, label
+            run.engine,
+            run.loaded,
+            prompts,
+            config.rollout,
+            run.scorer,
+            watch,
+            training.seed,
+            number,
+            f"step {number}: rollout",
+            keep_routes=lambda sample: run.learner.routing is not None and (training.replay_routes or sample == 0),
         )
         drop_equal = training.drop_equal or training.dynamic_sampling
         samples = kept_samples(groups, training.keep_accuracy, drop_equal, training.advantage)

@@ -17,6 +17,7 @@ from common.errors import UserError, load_function
 from common.schema import RLTrainingConfig, SFTTrainingConfig, TrainingBase
 from common.trajectory import Trajectory
 from models.family import FAMILIES, Family, LoadedModel
+from models.mixture import MixtureNetwork
 
 
 @dataclass(frozen=True)
@@ -360,6 +361,11 @@ def check_views(training: RLTrainingConfig, family: Family) -> None:
     Also where there is no such method.
     """
     view_method(training.method)
+    if training.replay_routes and not (issubclass(family.model_class, MixtureNetwork) and family.attention == "block"):
+        raise UserError(
+            f"training.replay_routes: model.model_base={family.name} is no mixture of experts that is sampled block by "
+            "block; leave it out"
+        )
     needed = NEEDS.get(training.method) or ("full" if training.prompt_mask else None)
     if needed not in (None, family.attention):
         key = f"method={training.method}" if training.method in NEEDS else f"prompt_mask={training.prompt_mask}"
