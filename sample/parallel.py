@@ -8,7 +8,6 @@ from transformers.integrations.tensor_parallel import apply_tensor_parallelism, 
 
 from common import ranks
 from common.errors import UserError
-from models.mixture import MixtureNetwork
 
 
 def shard(model: torch.nn.Module, size: int) -> int:
@@ -31,8 +30,6 @@ def shard(model: torch.nn.Module, size: int) -> int:
         raise UserError(f"rollout.tensor_parallel_size: {size} does not divide the model's {key_heads} key-value heads")
     if size == 1:
         return ranks.rank() if world > 1 else 0
-    if isinstance(model, MixtureNetwork):
-        raise UserError(f"rollout.tensor_parallel_size: {size}, but mixtures of experts are sampled whole; set it to 1")
     mesh = init_device_mesh(model.device.type, (world // size, size), mesh_dim_names=("group", "tensor"))
     head, embedding = model.lm_head, model.model.embed_tokens
     if head.weight is embedding.weight:  # the head is divided, the embedding is not
@@ -41,7 +38,10 @@ def shard(model: torch.nn.Module, size: int) -> int:
     for name, module in model.named_modules():
         style = model.tp_plan.get(replace_layer_number_by_wildcard(name))
         if style is not None:  # transformers wants the parameters before their module
-            styles |= {f"{name}.{own}": style for own, _ in module.named_parameters(recurse=False)} | {name: style}
+            own = [f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)]
+            # experts' two tensors are divided in ways of their own: every rank has a slice of each expert's width
+            styles |= {one: model.tp_plan.get(replace_layer_number_by_wildcard(one), style) for one in own}
+            styles[name] = style
     apply_tensor_parallelism(model, mesh["tensor"], styles)
     return mesh["group"].get_local_rank()
 
