@@ -16,12 +16,11 @@ from common.runtime import console
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from models.family import end_of_sequence_ids, family_of_network, longest_sequence
-from models.mixture import named_weights
 from sample import block_attention
 from sample.attention_kernel import attention_kernel
 from sample.cache import KeyValueCache, Room, affordable_tokens, heads_and_width, rounded
 from sample.network import Network, engine_attention, sampling_kernels
-from sample.parallel import copy_into, tensor_group_of
+from sample.parallel import load_weights, tensor_group_of
 from sample.routes import RouteKeeper, RouteLog
 from sample.slots import Finished, Progress, Refusal, Sequence, Slots, Watch, refusal_of, trajectory_of
 from sample.step import Graphs, Step
@@ -199,15 +198,9 @@ class Engine:
         done, self.done = self.done, []
         return done
 
-    @torch.no_grad()
     def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Copy weights into the model in place; a tensor that already is the model's own costs nothing."""
-        own = named_weights(self.model)
-        tied = self.model.config.tie_word_embeddings and "lm_head.weight" in own  # divided, and so a copy
-        for name, tensor in named:
-            copy_into(own[name], tensor)
-            if tied and name == "model.embed_tokens.weight":
-                copy_into(own["lm_head.weight"], tensor)
+        load_weights(self.model, named)
 
     def sleep(self) -> None:
         """Give back the memory of slots, cache and graphs; `wake`, or the next `generate`, takes it again."""

@@ -110,7 +110,7 @@ def make_learner(
 def make_accelerator(mixed_precision: str = "no") -> Accelerator:
     """Join the other ranks, if there are any, as the launcher's environment says."""
     on_gpu = torch.cuda.is_available()
-    use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    use_deepspeed = under_deepspeed()
     if use_deepspeed and not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed.ops
@@ -123,6 +123,11 @@ def make_accelerator(mixed_precision: str = "no") -> Accelerator:
     assert (accelerator.state.deepspeed_plugin is not None) == use_deepspeed
     assert accelerator.num_processes == ranks.world() == int(os.environ.get("WORLD_SIZE", "1"))
     return accelerator
+
+
+def under_deepspeed() -> bool:
+    """Whether the launcher's config puts networks and optimizers in DeepSpeed's hands."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def with_deepspeed(
