@@ -13,6 +13,7 @@ from torch import Tensor
 from common.trajectory import Routes
 
 GATHERED = 64  # steps
+CLEAN = -1  # in place of a denoising step: the forward was the block's commit; less than that: of a finished row
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class StepRoutes:
     """What one forward of all rows gave to which experts; it may have carried previous blocks along."""
 
     experts: Tensor  # (rows + carried, block, layers, chosen)
-    state: Tensor  # (rows, 3) block_start, cached, and the denoising step, -1 where the row's block was clean already
+    state: Tensor  # (rows, 3) block_start, cached, and the denoising step, or CLEAN
     carried: Tensor | None  # (carried,) the rows of further lines: the block before theirs, to be committed
 
     def copied(self) -> "StepRoutes":
@@ -72,8 +73,8 @@ class RouteKeeper:
             for log, given, (start, _, number) in zip(logs, experts, state):
                 if number >= 0:
                     log.steps[number] = given.copy()
-                else:
-                    log.commit(start, given[: max(0, log.tokens - start)])
+                elif number == CLEAN:
+                    log.commit(start, given)
             carried = [] if step.carried is None else step.carried.tolist()
             for row, given in zip(carried, experts[len(state) :]):
                 start, cached, _ = state[row]

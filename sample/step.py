@@ -15,7 +15,7 @@ from sample import block_attention, full_attention
 from sample.cache import KeyValueCache
 from sample.draw import Candidates, draw, is_greedy, uniforms
 from sample.network import Network
-from sample.routes import StepRoutes
+from sample.routes import CLEAN, StepRoutes
 from sample.slots import Slots
 from sample.strategies import STRATEGIES, BlockState, even_split, find_strategy, rank_score
 
@@ -78,7 +78,7 @@ class Step:
             ready = masked & ~waiting[:, None]
             slots.forwards -= waiting.long()  # `advance` counts it for all
         if self.network.routers:
-            steps = torch.where(ready.any(1), slots.step, -1)
+            steps = torch.where(ready.any(1), slots.step, CLEAN - slots.finished.long())
             state = torch.stack((slots.block_start, slots.cached, steps), 1)
             self.routes = StepRoutes(self.network.experts, state, self.carried)
         chosen = ready & self.choose(slots, candidates, positions, masked)
