@@ -19,10 +19,10 @@ from tests.scored import scored
 from train.learner import Learner, batch_logp, make_learner, micro_batches, route_flips, update
 from train.network import Policy
 from train.objectives import tokens_of
-from train.packing import PackedBatch, Row
+from train.packing import PackedBatch, Row, make_rows
 from train.rl_step import replay_rows
 from train.routing import Routing
-from train.views import Layout, check_views
+from train.views import Layout, check_views, trace_views
 
 NAMES = ("sdar_moe", "llada2")
 PROMPTS = {"a": [(7 * i) % 33 for i in range(13)], "b": [(3 + 5 * i) % 33 for i in range(6)], "c": [1, 2]}
@@ -80,12 +80,24 @@ def other_experts(samples: list[ScoredTrajectory]) -> list[ScoredTrajectory]:
 def test_routes_are_those_of_the_packed_forward(
     name: str, merge: bool, cache_tokens: int | None, tiny: dict[str, Path]
 ) -> None:
-    """Of clean tokens, of every view's and of shared prefixes; in a small cache sequences give way and come back."""
+    """Of clean tokens, of every view's, also of merged steps, and of shared prefixes.
+
+    In a small cache sequences give way and come back.
+    """
     network = load(tiny[name], name)
     samples = draw(network, samples=2, merge_commit=merge, cache_tokens=cache_tokens)
     learner = trainer(network)
     assert route_flips(learner, packed(samples)[1]) == 0
     assert route_flips(learner, packed(other_experts(samples))[1]) > 0.5
+    merged = [
+        row
+        for number, one in enumerate(sample.trajectory for sample in samples)
+        for row in make_rows(
+            number, one.prompt_ids, one.response_ids, trace_views(one, LAYOUT, shrink=2), routes=one.routes
+        )
+    ]
+    assert len(merged) == len(samples) and sum(map(len, merged)) < sum(map(len, packed(samples)[0]))
+    assert route_flips(learner, micro_batches(merged, TRAINING.tokens_per_micro_batch)) == 0
     for trajectory in (sample.trajectory for sample in samples):
         tokens, layers = len(trajectory.prompt_ids) + len(trajectory.response_ids), len(routers(network))
         assert trajectory.routes.committed.shape == (tokens, layers, 2)
