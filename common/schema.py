@@ -441,6 +441,10 @@ class RLTrainingConfig(TrainingBase):
     mismatch_sample: int = key(
         16, "trajectories replayed to measure mismatch_kl where the method's views are no replay", low=1
     )
+    replay_routes: bool = key(
+        False,
+        "mixtures of experts: the update gives every token to the experts that the sampler gave it to (2510.11370)",
+    )
     old_logp: Literal["auto", "engine", "recompute", "detach"] = key(
         "auto", "auto, engine, recompute or detach: whose log-probabilities the ratio starts from"
     )
@@ -754,6 +758,11 @@ class RLConfig(JobConfig):
             yield (
                 f"model.value_base_model with training.term={training.term}: a {training.term} has one advantage, a "
                 "value model gives one to each prediction; set training.term=token, or model.value_base_model=null"
+            )
+        if training.replay_routes and training.method != "TraceRL":
+            yield (
+                f"training.replay_routes with training.method={training.method}: the sampler made no forward of its "
+                "views; set training.method=TraceRL, or training.replay_routes=False"
             )
         if training.tis_cap is not None and training.old_logp == "engine":
             yield (

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+
 
 @dataclass
 class Task:
@@ -30,6 +32,7 @@ class Request:
     sample: int = 0
     seed: int = 0
     step: int = 0  # RL step; draws differ from step to step
+    keep_routes: bool = False  # the trajectory is to say which experts its tokens were given to
 
     def stream_key(self) -> int:
         """A signed 64-bit key of (seed, step, task, sample): the same wherever and beside whatever it is drawn."""
@@ -44,6 +47,17 @@ class Writing(NamedTuple):
     position: int  # into the response
     token: int
     logp: float
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which experts the sampler's forwards gave a response's tokens to, layer by layer, in the routers' order.
+
+    uint8, int16 where there are more than 256 experts. Layers without experts have no place.
+    """
+
+    committed: np.ndarray  # (prompt + response, layers, chosen) in the forward that made a token's keys; last block: 0
+    steps: np.ndarray  # (denoising steps, block, layers, chosen) of the block that was denoised
 
 
 @dataclass
@@ -72,6 +86,7 @@ class Trajectory:
     temperature: float
     text: str = ""
     overwritten: list[Writing] = field(default_factory=list)  # in order of (step, position)
+    routes: Routes | None = field(default=None, compare=False, repr=False)  # where the request asked for them
 
     @property
     def truncated(self) -> bool:
@@ -79,9 +94,9 @@ class Trajectory:
         return self.finish_reason in ("length", "edits")
 
     def line(self) -> dict[str, Any]:
-        """The fields for a JSON file; `overwritten` is left out where it is empty."""
-        line = dict(vars(self))
-        return line if self.overwritten else {name: value for name, value in line.items() if name != "overwritten"}
+        """The fields for a JSON file; `overwritten` is left out where it is empty, `routes` always."""
+        left_out = {"routes"} if self.overwritten else {"routes", "overwritten"}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> Self:

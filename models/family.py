@@ -4,6 +4,7 @@ A family is a row: its classes are small subclasses of transformers', its manner
 from outside.
 """
 
+import copy
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.initialization import no_init_weights
 
 from common.errors import UserError, load_object
 from common.runtime import settle_threads
@@ -175,6 +177,31 @@ def read_network(
     model = model.to(device)
     check_finite(folder, model)
     return model
+
+
+def empty_network(like: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A network as `like`, in eval mode and without memory for its weights: they are on torch's device meta."""
+    with torch.device("meta"), no_init_weights():
+        network = type(like)(copy.deepcopy(like.config))
+    network.tie_weights()
+    return network.to(dtype).eval()
+
+
+@torch.no_grad()
+def give_memory(network: PreTrainedModel, like: PreTrainedModel) -> None:
+    """Put an empty network where `like` is, in place; its weights hold nothing yet, its tables are those of `like`.
+
+    Where its weights are divided over processes, so is the memory.
+    """
+    tied = network.lm_head.weight is network.model.embed_tokens.weight
+    network.to_empty(device=like.device)
+    if tied:
+        network.lm_head.weight = network.model.embed_tokens.weight
+    tables = dict(like.named_buffers())
+    for name, buffer in network.named_buffers():
+        buffer.copy_(tables[name])
+    if like.device.type == "cuda":
+        fuse_norms(network)
 
 
 def save_model(

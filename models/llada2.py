@@ -134,6 +134,19 @@ class LLaDA2MoeModelLM(MixtureNetwork, Glm4MoeForCausalLM):
         ),
     )
 
+    @staticmethod
+    def expert_scores(router: torch.nn.Module, logits: Tensor) -> Tensor:
+        """Sigmoids, (tokens, experts) float32."""
+        return logits.float().sigmoid()
+
+    @classmethod
+    def expert_weights(cls, router: torch.nn.Module, logits: Tensor, experts: Tensor) -> Tensor:
+        """The chosen experts' scores without their biases, over their sum where the config says so, scaled."""
+        weights = cls.expert_scores(router, logits).gather(1, experts)
+        if router.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * router.routed_scaling_factor
+
     @classmethod
     def original_name(cls, name: str) -> str:
         """Return the publisher's name of a tensor."""

@@ -1,10 +1,12 @@
 """What families with mixtures of experts share: a checkpoint's tensors for each expert, transformers' joined ones."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from common.errors import UserError
@@ -20,7 +22,8 @@ class MixtureNetwork(DiffusionNetwork):
 
     transformers holds the experts of a layer in two tensors, `gate_up_proj` (experts, 2 × width, hidden), the gates
     first, and `down_proj` (experts, hidden, width). Publishers store three matrices for each expert. A network has a
-    classmethod `expert_layers(config)`, which yields the layers whose feed-forward part is a mixture.
+    classmethod `expert_layers(config)`, which yields the layers whose feed-forward part is a mixture. How its routers
+    score and weigh experts is said by `expert_scores` and `expert_weights`; here it is a softmax.
     """
 
     tensor_joins: ClassVar[tuple[WeightConverter, ...]] = (
@@ -33,6 +36,22 @@ class MixtureNetwork(DiffusionNetwork):
     )
     # transformers looks for a decorator in the source of the class's own module, and would else run a Python loop
     _can_set_experts_implementation_cached_value = True
+
+    @staticmethod
+    def expert_scores(router: torch.nn.Module, logits: Tensor) -> Tensor:
+        """A router's scores of all experts before any bias, float32 (tokens, experts), from its logits."""
+        return logits.softmax(-1, dtype=torch.float32)
+
+    @classmethod
+    def expert_weights(cls, router: torch.nn.Module, logits: Tensor, experts: Tensor) -> Tensor:
+        """The weights that a router of those logits (tokens, experts) gives to experts (tokens, chosen), with gradient.
+
+        They are its own numbers where the experts are its own choice.
+        """
+        weights = cls.expert_scores(router, logits).gather(1, experts)
+        if router.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(logits.dtype)
 
     @classmethod
     def original_name(cls, name: str) -> str:
@@ -87,6 +106,18 @@ def routers(network: torch.nn.Module) -> list[torch.nn.Module]:
     """What gives tokens to experts, layer by layer; none in a network without experts."""
     modules = (module for name, module in network.named_modules() if name.endswith(".mlp.gate"))
     return [module for module in modules if hasattr(module, "top_k")]
+
+
+@contextmanager
+def noting_experts(found: Sequence[torch.nn.Module]) -> Iterator[list[Tensor]]:
+    """Within it, every forward of these routers appends the experts that it chose, (tokens, chosen), to the list."""
+    chosen: list[Tensor] = []
+    handles = [router.register_forward_hook(lambda _, inputs, output: chosen.append(output[2])) for router in found]
+    try:
+        yield chosen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def named_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -75,6 +75,7 @@ def collect(
     description: str = "rollout",
     known: Mapping[tuple[str, int], ScoredTrajectory] | None = None,
     keep: Callable[[ScoredTrajectory], None] = lambda response: None,
+    keep_routes: Callable[[int], bool] = lambda sample: False,
 ) -> list[list[ScoredTrajectory]]:
     """Draw `num_response_per_task` responses to each task and score them; one group per task, in the given order.
 
@@ -84,12 +85,12 @@ def collect(
     Scoring runs beside the drawing of further responses. Time goes to the stages "rollout" and "reward" of `watch`:
     the latter is what scoring held up the rollout and what was waited for at the end. Responses `known` already, by
     (task id, sample), are not drawn again; `keep` is called with every other one, this rank's own as soon as they are
-    scored.
+    scored. The n-th response to a task says which experts its tokens were given to where `keep_routes(n)`.
     """
     known = known or {}
     samples = range(settings.num_response_per_task)
     requests = [
-        Request(task.id, ids, sample, seed, step)
+        Request(task.id, ids, sample, seed, step, keep_routes(sample))
         for task, ids in prompts
         for sample in samples
         if (task.id, sample) not in known

@@ -35,11 +35,14 @@ def prefill(
     prefixes: dict[int, tuple[int, ...]],
     new: list[int],
     block_size: int,
-) -> None:
+) -> dict[tuple[int, ...], Tensor]:
     """Write the keys and values of the prefixes of the rows `new`; what several rows need is computed once.
 
     `prefixes` are every row's, whole blocks of tokens, which the slots hold too; rows that are not new have theirs.
+    Returns which experts those that were computed were given to, (length, layers, chosen), where the network keeps
+    that.
     """
+    experts: dict[tuple[int, ...], Tensor] = {}
     row_of = {prefix: row for row, prefix in prefixes.items() if row not in new}
     missing, copies = [], []
     for row in filter(prefixes.get, new):  # some have no whole block
@@ -51,17 +54,21 @@ def prefill(
     groups = prefill_groups({row: len(prefixes[row]) for row in missing}, network.device)
     numbers = [row for rows, _ in groups for row in rows] + [row for pair in zip(*copies) for row in pair]
     if not numbers:
-        return
+        return experts
     parts = slots.index(numbers).split([*(len(rows) for rows, _ in groups), len(copies), len(copies)])
-    for rows, (_, longest) in zip(parts, groups):
+    for rows, (group, longest) in zip(parts, groups):
         longest = min(longest, cache.width)
         lengths, ids = slots.block_start[rows], slots.tokens[rows, :longest]
         positions = torch.arange(longest, device=network.device).expand_as(ids)
         bias = bias_of(block_causal_mask(positions, positions < lengths[:, None], block_size), network.dtype)
         # what lies behind the prefix no token of it sees, and the response's own keys overwrite it
         network.forward(ids, positions, OwnKeys(bias, cache, cache.places(rows, positions)))
+        if network.experts is not None:
+            computed = [prefixes[row] for row in group]
+            experts |= {prefix: given[: len(prefix)] for prefix, given in zip(computed, network.experts)}
     if copies:
         cache.copy(*parts[-2:], max(len(prefixes[row]) for _, row in copies))
+    return experts
 
 
 def prefill_groups(lengths: dict[int, int], device: torch.device) -> list[tuple[list[int], int]]:

@@ -17,12 +17,12 @@ from common.runtime import console
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from models.family import end_of_sequence_ids, family_of_network, longest_sequence
-from models.mixture import named_weights
 from sample import block_attention
 from sample.attention_kernel import attention_kernel
 from sample.cache import KeyValueCache, Room, affordable_tokens, heads_and_width, rounded
 from sample.network import Network, engine_attention, sampling_kernels
-from sample.parallel import copy_into, tensor_group_of
+from sample.parallel import load_weights, tensor_group_of
+from sample.routes import RouteKeeper, RouteLog
 from sample.slots import (
     OVERWRITTEN_PER_TOKEN,
     Finished,
@@ -110,6 +110,7 @@ class Engine:
         if not expected:
             self.room = NOTHING_FITS
             return
+        self.routes = RouteKeeper() if any(request.keep_routes for request in expected) else None
         self.check_settings(expected)
         cached = settings.use_cache or not self.full_attention
         rows = min(settings.max_active, expected.share())
@@ -213,15 +214,9 @@ class Engine:
         done, self.done = self.done, []
         return done
 
-    @torch.no_grad()
     def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Copy weights into the model in place; a tensor that already is the model's own costs nothing."""
-        own = named_weights(self.model)
-        tied = self.model.config.tie_word_embeddings and "lm_head.weight" in own  # divided, and so a copy
-        for name, tensor in named:
-            copy_into(own[name], tensor)
-            if tied and name == "model.embed_tokens.weight":
-                copy_into(own["lm_head.weight"], tensor)
+        load_weights(self.model, named)
 
     def sleep(self) -> None:
         """Give back the memory of slots, cache and graphs; `wake`, or the next `generate`, takes it again."""
@@ -246,6 +241,7 @@ class Engine:
         self.seated: list[Sequence | None] = []  # row by row; None where one has left, and no other has come yet
         self.done: list[Finished] = []  # not given back yet
         self.added = 0  # requests, so far
+        self.routes: RouteKeeper | None = None  # where requests ask which experts their tokens were given to
         self.watch.forget()
         self.beginning = self.begun = 0  # rows that wait for their block's first forward; those that the last step let
 
@@ -324,7 +320,8 @@ class Engine:
             self.cache.resize(room.width(1), rows=0)
         self.free(torch.arange(len(self.slots.finished), device=self.device))
         settings, fixed = self.settings, self.graphs is not None
-        network = Network(self.model, self.slots.tokens.shape[1], self.kernel, settings.compile_kernels and fixed)
+        positions, compiled, routes = self.slots.tokens.shape[1], settings.compile_kernels and fixed, self.routes
+        network = Network(self.model, positions, self.kernel, compiled, keep_routes=routes is not None)
         if network.rounds_logits:
             self.say_once(f"logits: rounded to {network.dtype}, as {network.rounds_logits}")
         self.denoise = self.step_class(
@@ -392,9 +389,26 @@ class Engine:
         if not self.full_attention:
             prefixes = {row: sequence.prefix() for row, sequence in self.rows().items()}
             network, block = self.denoise.network, self.settings.block_size
-            block_attention.prefill(network, self.cache, self.slots, prefixes, rows, block)
+            experts = block_attention.prefill(network, self.cache, self.slots, prefixes, rows, block)
+            if self.routes is not None:
+                self.log_prefixes(prefixes, rows, experts)
         for sequence in new:
             sequence.state = None
+
+    def log_prefixes(
+        self, prefixes: dict[int, tuple[int, ...]], new: list[int], experts: dict[tuple[int, ...], Tensor]
+    ) -> None:
+        """Begin the logs of the rows `new`; what was not computed of their prefixes is another row's."""
+        self.routes.flush()  # of a sequence that comes back, what follows is later
+        known = {prefix: given.cpu().numpy() for prefix, given in experts.items()}
+        for row, sequence in self.rows().items():
+            if row not in new and prefixes[row]:
+                known.setdefault(prefixes[row], sequence.routes.committed[: len(prefixes[row])])
+        for row in new:
+            sequence = self.seated[row]
+            sequence.routes = sequence.routes or RouteLog(sequence.canvas_end)
+            if prefixes[row]:
+                sequence.routes.commit(0, known[prefixes[row]])
 
     def make_room(self) -> None:
         """Widen the slots for sequences that outgrow them; where the cache cannot, the youngest wait in the queue.
@@ -425,6 +439,8 @@ class Engine:
             self.denoise(rows, seen)
         else:
             self.begun, self.beginning = self.graphs.run(self.denoise, rows, seen, min(self.beginning, rows)), 0
+        if self.routes is not None:
+            self.routes.note([sequence and sequence.routes for sequence in self.seated], self.denoise.routes)
 
     def rows(self) -> dict[int, Sequence]:
         """The sequences that are being drawn, by their rows."""
@@ -468,10 +484,15 @@ class Engine:
         if ended:
             index = self.slots.index(ended)
             left = self.slots.select(index)
+            if self.routes is not None:
+                self.routes.flush()
             for number, sequence in enumerate(rows[row] for row in ended):
                 trajectory = trajectory_of(
                     left, number, sequence.request, self.settings, self.stop_ids, self.full_attention
                 )
+                if sequence.request.keep_routes:
+                    length = len(trajectory.prompt_ids) + len(trajectory.response_ids)
+                    trajectory.routes = sequence.routes.record(length, trajectory.steps)
                 self.done.append(Finished(sequence.id, trajectory))
             self.remove(ended, index)
         for row in rows:

@@ -23,6 +23,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 from models.family import family_of_network
+from models.mixture import noting_experts, routers
 from sample.attention_kernel import OPERATOR
 from sample.cache import KeyValueCache, heads_and_width
 from sample.kernels import PLAIN, Kernels, compiled
@@ -193,9 +194,17 @@ class Network:
     """transformers' network with its rotary tables computed once, for positions below `positions`.
 
     `compile_kernels`: the small operations of the layers that `by_parts` knows are compiled, at the first forward.
+    `keep_routes`: of a mixture, `experts` says after a forward which experts its tokens were given to.
     """
 
-    def __init__(self, model: torch.nn.Module, positions: int, kernel: str = "bias", compile_kernels: bool = False):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        positions: int,
+        kernel: str = "bias",
+        compile_kernels: bool = False,
+        keep_routes: bool = False,
+    ):
         weight, family = next(model.parameters()), family_of_network(model)
         self.model, self.kernel = model, kernel  # which attends where blocks are denoised: sample/attention_kernel.py
         heads = model.config.num_attention_heads
@@ -206,6 +215,8 @@ class Network:
         self.cosine, self.sine = (table[0] for table in tables)  # (positions, the width of a head that is rotated)
         self.compile_kernels = compile_kernels and tensor_group_of(model) == 1  # a divided network has other sizes
         self.float32_head, self.rounds_logits = head_product(model)
+        self.routers = routers(model) if keep_routes else []
+        self.experts: Tensor | None = None  # (lines, length, layers, chosen) of the last forward
 
     @cached_property
     def kernels(self) -> Kernels:
@@ -220,13 +231,16 @@ class Network:
     def forward(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Hidden states before the final norm, (lines, length, width); ids and positions (lines, length)."""
         hidden, tables = self.model.model.embed_tokens(ids), (self.cosine[positions], self.sine[positions])
-        for layer in self.model.model.layers:
-            if isinstance(layer, PRE_NORM):
-                hidden = by_parts(layer, hidden, tables, attention, self.kernels)
-            else:
-                hidden = layer(
-                    hidden, attention_mask=None, position_ids=positions, position_embeddings=tables, attention=attention
-                )
+        with noting_experts(self.routers) as chosen:
+            for layer in self.model.model.layers:
+                if isinstance(layer, PRE_NORM):
+                    hidden = by_parts(layer, hidden, tables, attention, self.kernels)
+                else:
+                    named = {"position_ids": positions, "position_embeddings": tables, "attention": attention}
+                    hidden = layer(hidden, attention_mask=None, **named)
+        if chosen:
+            dtype = torch.uint8 if self.routers[0].num_experts <= 256 else torch.int16
+            self.experts = torch.stack(chosen, 1).to(dtype).unflatten(0, ids.shape)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

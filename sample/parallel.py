@@ -1,5 +1,7 @@
 """One network over several devices for sampling: transformers' own tensor-parallel plan, in groups of equal size."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -8,15 +10,15 @@ from transformers.integrations.tensor_parallel import apply_tensor_parallelism, 
 
 from common import ranks
 from common.errors import UserError
-from models.mixture import MixtureNetwork
+from models.mixture import named_weights
 
 
-def shard(model: torch.nn.Module, size: int) -> int:
+def shard(model: torch.nn.Module, size: int, device: torch.device | None = None) -> int:
     """Divide a loaded network's weights over groups of `size` processes; returns the number of this process's group.
 
     All processes of the default process group call it, each with the whole network. The processes of a group then
     draw the same responses together: each must be given the same requests. Every device is in one of the groups.
-    UserError where the devices or the heads do not divide.
+    `device` is where an empty network will be. UserError where the devices or the heads do not divide.
     """
     world = ranks.world()
     key_heads = model.config.num_key_value_heads
@@ -31,9 +33,7 @@ def shard(model: torch.nn.Module, size: int) -> int:
         raise UserError(f"rollout.tensor_parallel_size: {size} does not divide the model's {key_heads} key-value heads")
     if size == 1:
         return ranks.rank() if world > 1 else 0
-    if isinstance(model, MixtureNetwork):
-        raise UserError(f"rollout.tensor_parallel_size: {size}, but mixtures of experts are sampled whole; set it to 1")
-    mesh = init_device_mesh(model.device.type, (world // size, size), mesh_dim_names=("group", "tensor"))
+    mesh = init_device_mesh((device or model.device).type, (world // size, size), mesh_dim_names=("group", "tensor"))
     head, embedding = model.lm_head, model.model.embed_tokens
     if head.weight is embedding.weight:  # the head is divided, the embedding is not
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -41,7 +41,10 @@ def shard(model: torch.nn.Module, size: int) -> int:
     for name, module in model.named_modules():
         style = model.tp_plan.get(replace_layer_number_by_wildcard(name))
         if style is not None:  # transformers wants the parameters before their module
-            styles |= {f"{name}.{own}": style for own, _ in module.named_parameters(recurse=False)} | {name: style}
+            own = [f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)]
+            # experts' two tensors are divided in ways of their own: every rank has a slice of each expert's width
+            styles |= {one: model.tp_plan.get(replace_layer_number_by_wildcard(one), style) for one in own}
+            styles[name] = style
     apply_tensor_parallelism(model, mesh["tensor"], styles)
     return mesh["group"].get_local_rank()
 
@@ -54,6 +57,17 @@ def tensor_group_of(model: torch.nn.Module) -> int:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be divided."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy whole weights, by name, into a model that may be divided; one that is the model's own costs nothing."""
+    own = named_weights(model)
+    tied = model.config.tie_word_embeddings and "lm_head.weight" in own  # divided, and so a copy
+    for name, tensor in named:
+        copy_into(own[name], tensor)
+        if tied and name == "model.embed_tokens.weight":
+            copy_into(own["lm_head.weight"], tensor)
 
 
 def copy_into(own: Tensor, tensor: Tensor) -> None:

@@ -10,6 +10,7 @@ from common.errors import UserError
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory, Writing
 from sample.draw import rollout_temperature
+from sample.routes import RouteLog
 
 # writings that a response may overwrite, for each token of its canvas: one that would overwrite more ends before it
 OVERWRITTEN_PER_TOKEN = 4
@@ -169,6 +170,7 @@ class Sequence:
     reach: int  # the next forward writes nothing at or behind this position
     reported: int = 0  # response tokens that `Engine.progress` has returned
     state: Slots | None = None  # one row on the host: of a sequence that had to give way
+    routes: RouteLog | None = None  # of a mixture, where requests ask for them
 
     def prefix(self) -> tuple[int, ...]:
         """The tokens whose keys the cache must hold before the next step."""

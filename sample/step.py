@@ -16,6 +16,7 @@ from sample import block_attention, full_attention
 from sample.cache import KeyValueCache
 from sample.draw import Candidates, draw, is_greedy, uniforms
 from sample.network import Network
+from sample.routes import CLEAN, StepRoutes
 from sample.slots import OVERWRITTEN_PER_TOKEN, Slots
 from sample.strategies import (
     STRATEGIES,
@@ -65,7 +66,10 @@ class Step:
         longest = canvas if horizon is None else min(size + horizon, canvas)
         self.window = longest - self.network.logit_offset  # full attention: positions that a later forward redoes
         self.waits = self.fixed and self.network.full_attention and self.settings.use_cache
-        self.variant = (self.merge, self.stop_ids, repr(self.settings))  # by which CUDA graphs of steps differ
+        # by which CUDA graphs of steps differ
+        self.variant = (self.merge, self.stop_ids, repr(self.settings), bool(self.network.routers))
+        self.carried: Tensor | None = None  # rows whose previous block the last forward carried along
+        self.routes: StepRoutes | None = None  # of the last call, where the network keeps them
 
     def __call__(self, rows: int, seen: int, first: int | None = None) -> None:
         """One forward of the first `rows` slots' current blocks, none of which reaches beyond position `seen`.
@@ -92,6 +96,7 @@ class Step:
         if self.overwrites:
             self.overwrite(slots, positions, tokens, masked, ready, denoised, candidates, writes)
             return
+        self.keep_routes(slots, denoised, torch.zeros_like(denoised))
         chosen = ready & writes.candidates
         tokens = torch.where(chosen, candidates.tokens, tokens)
         masked = masked & ~chosen
@@ -125,7 +130,19 @@ class Step:
         ends = ready.any(1) & ~left.any(1)  # where there was no room for what is overwritten nothing was ready
         if writes.ends is not None:
             ends &= writes.ends
-        self.advance(slots, positions, tokens, denoised, (chosen | revoked).any(1), slots.final | ends)
+        written, final = (chosen | revoked).any(1), slots.final | ends
+        self.keep_routes(slots, denoised, denoised & final & ~written)
+        self.advance(slots, positions, tokens, denoised, written, final)
+
+    def keep_routes(self, slots: Slots, denoised: Tensor, commits: Tensor) -> None:
+        """Note, where the network keeps it, to which experts the forward gave which tokens.
+
+        Bool (rows,): rows that were `denoised`, and those of them in which it `commits` the block, as it wrote nothing.
+        """
+        if self.network.routers:
+            steps = torch.where(denoised, slots.step, CLEAN - slots.finished.long())
+            state = torch.stack((slots.block_start, slots.cached, steps, commits.long()), 1)
+            self.routes = StepRoutes(self.network.experts, state, self.carried)
 
     def keep_overwritten(self, slots: Slots, positions: Tensor, tokens: Tensor, written: Tensor) -> Tensor:
         """Put what is about to be overwritten behind what was; returns the rows in which there is room for it.
@@ -182,6 +199,7 @@ class Step:
         elif self.merge:
             due = (slots.cached < slots.block_start).nonzero()[:, 0]
             committing = due if len(due) else None
+        self.carried = committing
         return block_attention.denoise(network, self.cache, slots, positions, tokens, seen, committing)
 
     def draw(self, hidden: Tensor, slots: Slots, positions: Tensor, tokens: Tensor, masked: Tensor) -> Candidates:
@@ -306,8 +324,8 @@ class Graphs:
     def forget(self) -> None:
         """Drop all graphs: the memory they speak of goes away."""
         self.met: dict[tuple, None] = {}  # shapes that have been run once
-        # shape → its graph, and the step, kept because the graph reads its tensors
-        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Step]] = {}
+        # shape → its graph, the step, kept because the graph reads its tensors, and the routes that it writes
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Step, StepRoutes | None]] = {}
         self.pool: tuple[int, int] | None = None
 
     def run(self, step: Step, rows: int, seen: int, first: int) -> int:
@@ -325,7 +343,8 @@ class Graphs:
             self.record(shape, step, rows, seen, first)
         if shape in self.graphs and self.usable:
             self.graphs[shape] = self.graphs.pop(shape)  # they stand in the order of their last use
-            self.graphs[shape][0].replay()
+            graph, _, step.routes = self.graphs[shape]
+            graph.replay()
             return first
         step(rows, seen, first)
         self.met[shape] = None
@@ -346,7 +365,7 @@ class Graphs:
             self.usable = False
             console.print(f"steps are launched one kernel at a time: no CUDA graph ({str(error).splitlines()[0]})")
             return
-        self.graphs[shape] = graph, step
+        self.graphs[shape] = graph, step, step.routes
         keep_last(self.graphs, self.most)
 
 

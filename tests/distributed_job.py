@@ -20,21 +20,24 @@ from common.config import load_config
 from common.config_files import recipes
 from common.schema import NEEDS, OptimizerParams, RLTrainingConfig, Sampling, SchedulerConfig, SFTTrainingConfig
 from common.trajectory import Request
-from models import LoadedModel, find_family, load_model, load_network
+from models import LoadedModel, find_family, load_model
+from models.mixture import routers
 from models.value import load_value
 from sample.engine import Engine
 from tests.scored import scored
-from train.learner import Learner, make_accelerator, make_learner, micro_batches, update, whole_networks, whole_weights
+from train.learner import Learner, make_accelerator, make_learner, micro_batches, update, whole_weights
 from train.learner_state import load_learner, save_learner
-from train.loading import frozen_reference, load_trained, policy_learner
+from train.loading import frozen_reference, load_trained, policy_learner, sampling_copy
 from train.network import Critic, Policy
 from train.packing import make_rows
 from train.recipes import keys_of_recipe
 from train.rl_step import learn
+from train.routing import Routing
 from train.sft_trainer import sft_update
 from train.views import Example, Layout, layout_of, random_block_views
 
 BLOCK, LENGTH, RESPONSES = 4, 8, 5
+MIXTURES = ("sdar_moe", "llada2")
 TRAINING = RLTrainingConfig(tokens_per_micro_batch=100, updates_per_step=2, max_bad_steps=2)
 NOISE = SFTTrainingConfig(post_num=1)
 
@@ -45,19 +48,22 @@ class Networks:
 
     loaded: LoadedModel
     learner: Learner
-    critic: Learner
+    critic: Learner | None  # of the dense model
     engine: Engine
 
 
-def set_up(folder: Path) -> Networks:
-    accelerator = make_accelerator()
-    loaded = load_model(folder, "sdar")
+def set_up(folder: Path, family: str = "sdar") -> Networks:
+    make_accelerator()
+    loaded = load_model(folder, family)
     # epsilon above the gradients' rounding, which Adam would blow up to whole steps
     schedule, params = SchedulerConfig("linear"), OptimizerParams(learning_rate=1e-3, epsilon=1e-5)
     learner = make_learner(Policy(loaded.model, loaded.mask_id), params, schedule, 100, TRAINING)
-    critic = make_learner(Critic(load_value(folder, "sdar")), params, schedule, 100, TRAINING)
-    with whole_networks(accelerator):
-        network = load_network(folder, "sdar")
+    critic = None
+    if routers(loaded.model):
+        learner.routing = Routing(loaded.model, bias_rate=0.05 if family == "llada2" else 0.0)
+    else:
+        critic = make_learner(Critic(load_value(folder, family)), params, schedule, 100, TRAINING)
+    network = sampling_copy(loaded.model, learner, torch.float32)
     return Networks(loaded, learner, critic, Engine(network, loaded.mask_id, loaded.stop_ids))
 
 
@@ -71,13 +77,15 @@ def rl_step(networks: Networks, number: int) -> dict[str, float]:
 def learn_from(networks: Networks, number: int, rewards: list[float], critic: Learner | None) -> dict[str, float]:
     """Draw a response for each reward, which is its advantage too, and learn from them."""
     settings = Sampling(max_token=LENGTH, remasking_strategy="low_confidence_static")
-    requests = [Request(str(n), list(range(5 + 3 * n)), seed=1, step=number) for n in range(RESPONSES)]
+    training = replace(TRAINING, replay_routes=networks.learner.routing is not None)
+    named = [(str(n), list(range(5 + 3 * n)), 0, 1, number) for n in range(RESPONSES)]
+    requests = [Request(*one, keep_routes=training.replay_routes) for one in named]
     drawn = list(networks.engine.generate(ranks.Queue(requests, shared=True), settings, on_step=together_once()))
     together = [trajectory for part in ranks.gather(drawn) for trajectory in part]
     together.sort(key=lambda trajectory: int(trajectory.task_id))
     samples = [scored(one, reward, reward, None) for one, reward in zip(together, rewards)]
     layout = Layout(networks.loaded.mask_id, BLOCK)
-    figures = learn(networks.learner, samples, TRAINING, layout, LENGTH, seed=[number], exact=True, critic=critic)
+    figures = learn(networks.learner, samples, training, layout, LENGTH, seed=[number], exact=True, critic=critic)
     return figures | {"own_responses": len(drawn)}
 
 
@@ -160,6 +168,15 @@ def run(model: Path, folder: Path) -> dict:
     }
 
 
+def run_mixture(model: Path, family: str) -> dict:
+    """A finetuning and an RL step of a mixture of experts, whose routes are replayed."""
+    networks = set_up(model, family)
+    steps = [sft_step(networks, 1)]
+    networks.engine.load_weights(whole_weights(networks.learner.network.backbone))
+    steps.append(rl_step(networks, 2))
+    return {"steps": steps, "end": tensors(networks.learner)}
+
+
 def resumed(model: Path, folder: Path, weights: list[dict[str, torch.Tensor]]) -> dict:
     """The step after a checkpoint, by fresh networks that read it."""
     networks = set_up(model)
@@ -179,13 +196,12 @@ def recipes_of(family: str, model: Path) -> dict:
     keys += [f"model.model_base={family}", f"model.pretrained_model={model}"]
     configs = {name: load_config("rl", ["config=configs/rl_tiny.yaml", *keys, f"recipe={name}"]) for name in names}
     config = configs[names[-1]]
-    accelerator = make_accelerator()
+    make_accelerator()
     loaded = load_trained(config.model, config.training, model)
     learner = policy_learner(config, loaded, 100)
     config.training.kl_reference = "initial"
     reference = frozen_reference(config, loaded, learner)
-    with whole_networks(accelerator):
-        network = load_network(model, family)
+    network = sampling_copy(loaded.model, learner, torch.float32)
     settings = Sampling(max_token=LENGTH, steps=LENGTH, remasking_strategy="low_confidence_static")
     requests = [Request(str(n), list(range(5 + 3 * n)), seed=1) for n in range(RESPONSES)]
     drawn = sorted(Engine(network, loaded.mask_id, []).generate(requests, settings), key=lambda one: one.task_id)
@@ -220,6 +236,8 @@ def stage(number: int, model: Path, folder: Path, models: Path | None = None) ->
     result = run(model, folder)
     if models is not None:
         result["recipes"] = all_recipes(models)
+    if number == 3:
+        result["mixtures"] = {name: run_mixture(model.parent / name, name) for name in MIXTURES}
     if ranks.is_main():
         torch.save(result, folder / "result.pt")
 

@@ -365,6 +365,8 @@ def test_a_value_model_needs_traces_and_token_ratios(load):
         load("rl", value, "training.ratio_level=sequence")
     with pytest.raises(UserError, match=r"training.tis_cap=2.0 with training.old_logp=engine: .*old_logp=auto"):
         load("rl", "training.tis_cap=2", "training.old_logp=engine")
+    with pytest.raises(UserError, match=r"training.replay_routes with training.method=coupled: .*method=TraceRL"):
+        load("rl", "training.replay_routes=True", "training.method=coupled")
     assert load("rl", value, "rollout.num_response_per_task=1").rollout.num_response_per_task == 1
     with pytest.raises(UserError, match=r"model.value_base_model=some/model .*sft_<family>.py does not read it"):
         load("sft", value, text="model: {pretrained_model: m}\ndataset: {optimization_data: d}\n")

@@ -12,6 +12,7 @@ from shipped import shipped
 
 from common.config_files import recipes
 from models import tiny
+from models.tiny import build_tiny
 from tests import distributed_job
 from train.learner_state import load_learner
 
@@ -32,6 +33,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def mixtures(tiny_sdar: Path) -> dict[str, Path]:
+    """Tiny mixtures of experts by family, beside the dense model."""
+    for name in distributed_job.MIXTURES:
+        build_tiny(name, tiny_sdar.parent / name, seed=3)
+    return {name: tiny_sdar.parent / name for name in distributed_job.MIXTURES}
+
+
+@pytest.fixture(scope="module")
 def alone(tiny_sdar: Path, folder: Path) -> dict[str, Any]:
     """What one process gives."""
     return distributed_job.run(tiny_sdar, folder / "alone")
@@ -48,7 +57,7 @@ def small(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def together(tiny_sdar: Path, small: Path, folder: Path) -> dict[str, dict[str, Any]]:
+def together(tiny_sdar: Path, small: Path, mixtures: dict[str, Path], folder: Path) -> dict[str, dict[str, Any]]:
     """What two processes give, by stage."""
     config = ROOT / "accelerate_configs" / "1_node_2_cpus_deepspeed_zero3.yaml"
     done = accelerate_launch("--config_file", config, "--module", "tests.distributed_job", tiny_sdar, small, folder)
@@ -90,6 +99,19 @@ def test_every_recipe_is_the_same_on_two_ranks(together: dict, small: Path) -> N
             for key, value in figures.items():
                 assert other[key] == pytest.approx(value, rel=1e-4, abs=0.1 if "clip" in key else 1e-4), (name, key)
         assert_close(found["end"], two[attention]["end"])
+
+
+@pytest.mark.parametrize("name", distributed_job.MIXTURES)
+def test_a_mixture_learns_on_two_processes_as_on_one(name: str, mixtures: dict[str, Path], together: dict) -> None:
+    """Under ZeRO-3: what is finetuned, drawn, replayed and counted, and where the biases of experts go."""
+    one, two = distributed_job.run_mixture(mixtures[name], name), together["zero3"]["mixtures"][name]
+    for alone, other in zip(one["steps"], two["steps"], strict=True):
+        assert alone.keys() == other.keys()
+        differ = {key for key in alone if other[key] != pytest.approx(alone[key], rel=1e-4, abs=1e-4)}
+        assert differ <= {"own_responses"}
+    figures = two["steps"][1]
+    assert figures["route_flips"] == 0 and figures["logp_diff_max"] <= 1e-5 and 0 < figures["busiest_expert"] < 1
+    assert_close(one["end"], two["end"])
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -50,9 +50,11 @@ def batch_of(ids: torch.Tensor, trajectory: torch.Tensor, predicted: int = 1) ->
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_learns_what_was_sampled(name: str, tiny: dict[str, Path], tmp_path: Path) -> None:
-    folder = run_rl(tiny[name], tmp_path, model__model_base=name, training__updates_per_step=2, **SHORT)
+    changes = SHORT | {"training__replay_routes": name == "llada2"}
+    folder = run_rl(tiny[name], tmp_path, model__model_base=name, training__updates_per_step=2, **changes)
     steps = steps_of(folder)
     assert len(steps) == 2 and all(0 <= step["logp_diff_max"] <= 2e-5 for step in steps)
+    assert all(step["route_flips"] == 0 for step in steps)
     for step in steps:
         assert set(FIGURES) <= step.keys()
         assert 1 / 8 < step["busiest_expert"] <= 1 and 0 < step["routing_entropy"] <= 2.0795  # log 8

@@ -49,6 +49,10 @@ class Learner:
         """Whether a rank holds but a part of every weight (ZeRO-3)."""
         return self.deepspeed is not None and self.deepspeed.zero_optimization_partition_weights()
 
+    def replaying(self, batch: PackedBatch) -> contextlib.AbstractContextManager:
+        """Within it a mixture gives the batch's tokens to the sampler's experts, where the batch knows them."""
+        return contextlib.nullcontext() if self.routing is None else self.routing.replaying(batch)
+
     def forward(self, batch: PackedBatch, *options: float | Tensor) -> Tensor | tuple[Tensor, ...]:
         """What the network says of a packed batch. Under ZeRO-3 all ranks must call it."""
         beat()
@@ -106,7 +110,7 @@ def make_learner(
 def make_accelerator(mixed_precision: str = "no") -> Accelerator:
     """Join the other ranks, if there are any, as the launcher's environment says."""
     on_gpu = torch.cuda.is_available()
-    use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    use_deepspeed = under_deepspeed()
     if use_deepspeed and not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed.ops
@@ -119,6 +123,11 @@ def make_accelerator(mixed_precision: str = "no") -> Accelerator:
     assert (accelerator.state.deepspeed_plugin is not None) == use_deepspeed
     assert accelerator.num_processes == ranks.world() == int(os.environ.get("WORLD_SIZE", "1"))
     return accelerator
+
+
+def under_deepspeed() -> bool:
+    """Whether the launcher's config puts networks and optimizers in DeepSpeed's hands."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def with_deepspeed(
@@ -190,13 +199,14 @@ def update(
     try:
         for number, batch in enumerate(share, 1):
             batch = batch.to(learner.accelerator.device)
-            with learner.routing.counting(batch) if learner.routing else contextlib.nullcontext():
-                part = loss(batch)
-            total += part.detach().double().cpu()
-            last = number == len(share)
-            if last and not math.isfinite(ranks.add_up(total)):
-                part = part * math.nan  # the gradient's norm tells all ranks to skip the step
-            learner.backward(part, last)
+            with learner.replaying(batch):  # also in the backward pass, which may compute layers again
+                with learner.routing.counting(batch) if learner.routing else contextlib.nullcontext():
+                    part = loss(batch)
+                total += part.detach().double().cpu()
+                last = number == len(share)
+                if last and not math.isfinite(ranks.add_up(total)):
+                    part = part * math.nan  # the gradient's norm tells all ranks to skip the step
+                learner.backward(part, last)
     finally:
         learner.network.eval()  # the engine may share the network
     if before_step is not None:
@@ -249,7 +259,25 @@ def batch_outputs(learner: Learner, batches: Sequence[PackedBatch], forward: Cal
 
 def batch_logp(learner: Learner, batches: Sequence[PackedBatch], temperature: float) -> Tensor:
     """logp of the predicted tokens of all batches under the policy's present weights, as `batch_outputs`."""
-    return batch_outputs(learner, batches, lambda batch: learner.forward(batch, temperature)[0])
+
+    def logp(batch: PackedBatch) -> Tensor:
+        with learner.replaying(batch):
+            return learner.forward(batch, temperature)[0]
+
+    return batch_outputs(learner, batches, logp)
+
+
+@torch.no_grad()
+def route_flips(learner: Learner, batches: Sequence[PackedBatch]) -> float:
+    """Share of (token, layer) pairs that a mixture, by its own choice, gives to other experts than the sampler did.
+
+    The batches know the sampler's. All ranks must call it.
+    """
+    for batch in for_this_rank(batches):
+        batch = batch.to(learner.accelerator.device)
+        with learner.routing.comparing(batch):
+            learner.forward(batch)
+    return learner.routing.take_flips()
 
 
 # ---- weights that ranks share out

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from common.runtime import device_and_dtype
 from common.schema import ModelConfig, RLConfig, SFTConfig, TrainingBase
 from models import LoadedModel, load_model, load_network
+from models.family import empty_network, give_memory
 from models.lora import add_lora
-from models.mixture import named_weights, routers
-from models.norms import fuse_norms
+from models.mixture import routers
 from models.value import load_value
-from sample.parallel import shard
-from train.learner import Learner, make_learner, whole_networks, whole_weights
+from sample.parallel import load_weights, shard
+from train.learner import Learner, make_learner, under_deepspeed, whole_networks, whole_weights
 from train.network import Critic, Policy
 from train.routing import Routing, prepare_routers
 
@@ -27,12 +27,14 @@ def mixed_precision(dtype: str) -> str:
 
 
 def load_trained(model_config: ModelConfig, training: TrainingBase, path: str | Path) -> LoadedModel:
-    """The model to train: float32 weights, which ZeRO-3 shards as they are loaded, and adapters where asked for.
+    """The model to train, with adapters where asked for; ZeRO-3 shards weights as they are loaded.
 
-    Beside adapters nothing else is trained: those weights are kept in the dtype that responses are drawn in.
+    They come in the dtype that they are kept in: float32, but bfloat16 where DeepSpeed keeps a float32 copy of its own
+    beside them, or where adapters alone are trained.
     """
     device, dtype = device_and_dtype(model_config.dtype)
-    loaded = load_model(path, model_config.model_base, dtype if model_config.lora.r else torch.float32, device)
+    kept = dtype if model_config.lora.r or under_deepspeed() else torch.float32
+    loaded = load_model(path, model_config.model_base, kept, device)
     if model_config.lora.r:
         add_lora(loaded.model, model_config.lora)
     prepare_routers(loaded.model, training)
@@ -72,17 +74,30 @@ def load_untrained(model_config: ModelConfig, accelerator: Accelerator) -> PreTr
 def engine_model(config: RLConfig, trained: LoadedModel, learner: Learner) -> LoadedModel:
     """The model that draws: the learner's own where its weights are whole, unadapted and of the right dtype.
 
-    Else a copy, which is whole or divided over `rollout.tensor_parallel_size` ranks, and is given the learner's weights
-    after every step.
+    Else a copy, whole or divided over `rollout.tensor_parallel_size` ranks, which is given the learner's weights now
+    and after every step.
     """
     _, dtype = device_and_dtype(config.model.dtype)
     tensor_group = config.rollout.tensor_parallel_size
     same_dtype = next(trained.model.parameters()).dtype == dtype
     if same_dtype and tensor_group == 1 and not learner.sharded and not config.model.lora.r:
         return trained
-    network = load_untrained(config.model, learner.accelerator)
-    shard(network, tensor_group)
-    return dataclasses.replace(trained, model=network)
+    return dataclasses.replace(trained, model=sampling_copy(trained.model, learner, dtype, tensor_group))
+
+
+def sampling_copy(
+    network: PreTrainedModel, learner: Learner, dtype: torch.dtype, tensor_group: int = 1
+) -> PreTrainedModel:
+    """A network with the learner's weights in that dtype, divided over a tensor group. All ranks must call it.
+
+    No rank holds more than its part and one weight: they are divided before there is memory for them.
+    """
+    with whole_networks(learner.accelerator):
+        copied = empty_network(network, dtype)
+    shard(copied, tensor_group, network.device)
+    give_memory(copied, network)
+    load_weights(copied, whole_weights(network))
+    return copied
 
 
 def frozen_reference(config: RLConfig, trained: LoadedModel, learner: Learner) -> Learner | None:
@@ -93,20 +108,13 @@ def frozen_reference(config: RLConfig, trained: LoadedModel, learner: Learner) -
         first = Policy(load_untrained(config.model, learner.accelerator), trained.mask_id)
     else:
         first = copy.deepcopy(learner.network)
-    return dataclasses.replace(learner, network=first.requires_grad_(False), deepspeed=None)
+    # it is another network, which gives tokens to the experts of its own choice
+    return dataclasses.replace(learner, network=first.requires_grad_(False), deepspeed=None, routing=None)
 
 
 def whole_model(loaded: LoadedModel, learner: Learner) -> LoadedModel:
     """The model as it is, or where ranks share its weights out, a whole copy for an engine. All ranks must call it."""
     if not learner.sharded:
         return loaded
-    with whole_networks(learner.accelerator):
-        network = type(loaded.model)(loaded.model.config)
-    network = network.to(loaded.model.device, loaded.model.dtype).eval()
-    if loaded.model.device.type == "cuda":
-        fuse_norms(network)
-    own = named_weights(network)
-    with torch.no_grad():
-        for name, tensor in whole_weights(loaded.model):
-            own[name].copy_(tensor)
+    network = sampling_copy(loaded.model, learner, loaded.model.dtype)
     return dataclasses.replace(loaded, model=network)

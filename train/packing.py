@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from common.trajectory import Routes
 from train.views import Views
 
 ALIGNMENT = 16  # bytes; what compiled kernels ask of their inputs
@@ -38,6 +39,7 @@ class Row:
     trace_step: np.ndarray  # (predicted,) of a trace, or the noising
     weight: np.ndarray | None = None  # (predicted,) in the loss of finetuning, or in its term; None: 1
     writing: np.ndarray | None = None  # (predicted,) as in Views; None: all are the last of their positions
+    routes: np.ndarray | None = None  # (tokens, layers, chosen) the sampler's experts
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,6 +57,7 @@ class PackedBatch:
     predict_at: Tensor  # (predicted,) index into the flattened rows
     target: Tensor  # (predicted,)
     predicted: np.ndarray  # (predicted,) index into the update's predicted tokens, in the order of its rows
+    routes: Tensor | None = None  # (rows, tokens, layers, chosen) the sampler's experts, of padding 0
 
     def to(self, device: torch.device) -> "PackedBatch":
         return replace(
@@ -78,12 +81,18 @@ def moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]
 
 
 def make_rows(
-    trajectory: int, prompt_ids: Sequence[int], response_ids: Sequence[int], views: Views, logit_offset: int = 0
+    trajectory: int,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    views: Views,
+    logit_offset: int = 0,
+    routes: Routes | None = None,
 ) -> list[Row]:
     """The rows of one trajectory: a single one under block attention, one per view under full attention.
 
     The single one has the clean tokens before its last view's block, then the views one after another. Where the
-    prediction for position i is at i-1 (logit_offset -1), it is read there.
+    prediction for position i is at i-1 (logit_offset -1), it is read there. Where the response's `routes` are given
+    its views must be those of its trace: a view's tokens have the experts of the first step that it replays.
     """
     if len(views) == 0:  # a random noising may mask nothing that is predicted
         return []
@@ -105,7 +114,11 @@ def make_rows(
     position = np.concatenate([np.arange(clean), (views.block[:, None] * block_size + np.arange(block_size)).ravel()])
     view = np.repeat(np.arange(len(views) + 1), [clean, *[block_size] * len(views)])
     ids = np.concatenate([tokens, views.inputs.ravel()])
-    return [Row(trajectory, ids, position, position // block_size, view, **_predictions(views, slice(None), clean))]
+    experts = None
+    if routes is not None:
+        experts = np.concatenate([routes.committed[:clean], *routes.steps[views.step[:, 0]]])
+    predictions = _predictions(views, slice(None), clean)
+    return [Row(trajectory, ids, position, position // block_size, view, **predictions, routes=experts)]
 
 
 def _predictions(views: Views, chosen: slice, start: int) -> dict[str, np.ndarray]:
@@ -177,7 +190,8 @@ def _batch(rows: Sequence[Row], lines: Sequence[Sequence[int]], offsets: np.ndar
 
     def padded(values: Callable[[int], np.ndarray], fill: int = 0) -> Tensor:
         joined = [torch.from_numpy(np.concatenate([values(index) for index in line])) for line in lines]
-        return pad(pad_sequence(joined, batch_first=True, padding_value=fill), (0, width - longest), value=fill)
+        whole = pad_sequence(joined, batch_first=True, padding_value=fill)  # (lines, tokens, …)
+        return pad(whole, (0, 0) * (whole.dim() - 2) + (0, width - longest), value=fill)
 
     return PackedBatch(
         ids=padded(lambda index: rows[index].ids),
@@ -188,4 +202,5 @@ def _batch(rows: Sequence[Row], lines: Sequence[Sequence[int]], offsets: np.ndar
         predict_at=torch.from_numpy(np.concatenate([rows[i].predict_at + start for i, start in zip(chosen, starts)])),
         target=torch.from_numpy(np.concatenate([rows[i].target for i in chosen])),
         predicted=np.concatenate([np.arange(len(rows[i].target)) + offsets[i] for i in chosen]),
+        routes=None if rows[chosen[0]].routes is None else padded(lambda index: rows[index].routes),
     )

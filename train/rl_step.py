@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.runtime import console
 from common.schema import RLTrainingConfig
 from common.trajectory import ScoredTrajectory
-from train.learner import Learner, batch_logp, batch_outputs, micro_batches, update
+from train.learner import Learner, batch_logp, batch_outputs, micro_batches, route_flips, update
 from train.objectives import (
     Tokens,
     explained_variance,
@@ -63,6 +63,9 @@ def learn(
     passes: list[Tokens] = []
     shares: list[Share] = []
     replays = training.method == "TraceRL" and training.shrink == 1  # the views are the very ones the engine drew from
+    if known := [sample for sample in samples if sample.trajectory.routes is not None]:
+        compared = replay_rows(known[: training.mismatch_sample], training, layout, with_routes=True)
+        figures["route_flips"] = route_flips(learner, micro_batches(compared, training.tokens_per_micro_batch))
     for epoch in range(training.epochs_per_step):
         # all before the first update: ratios of every pass start from the policy before the step
         epoch_seed = [*seed, epoch] if epoch else seed
@@ -117,7 +120,8 @@ def sample_rows(
     for number, sample in enumerate(samples):
         trajectory = sample.trajectory
         views = method(trajectory, layout, training, np.random.default_rng([*seed, number]))
-        rows += make_rows(number, trajectory.prompt_ids, trajectory.response_ids, views, layout.logit_offset)
+        routes = trajectory.routes if training.replay_routes else None
+        rows += make_rows(number, trajectory.prompt_ids, trajectory.response_ids, views, layout.logit_offset, routes)
     budget = training.tokens_per_micro_batch
     if long := [len(row) for row in rows if len(row) > budget]:
         console.print(
@@ -198,15 +202,24 @@ def mismatch_of(trainer_logp: Tensor, engine_logp: Tensor, exact: bool) -> dict[
 
 def replay(learner: Learner, samples: Sequence[ScoredTrajectory], training: RLTrainingConfig, layout: Layout) -> Tokens:
     """The tokens of the trajectories' exact replays, whatever the method, with the trainer's and the engine's logp."""
-    rows = []
-    for number, sample in enumerate(samples):
-        one = sample.trajectory
-        views = trace_views(one, layout, post_num=training.post_num)
-        rows += make_rows(number, one.prompt_ids, one.response_ids, views, layout.logit_offset)
+    rows = replay_rows(samples, training, layout, training.replay_routes)
     tokens = tokens_of(rows, samples)
     batches = micro_batches(rows, training.tokens_per_micro_batch)
     tokens.trainer_logp = batch_logp(learner, batches, samples[0].trajectory.temperature)
     return tokens
+
+
+def replay_rows(
+    samples: Sequence[ScoredTrajectory], training: RLTrainingConfig, layout: Layout, with_routes: bool
+) -> list[Row]:
+    """The packed rows of the trajectories' exact replays; `with_routes`: with the sampler's experts."""
+    rows = []
+    for number, sample in enumerate(samples):
+        one = sample.trajectory
+        views = trace_views(one, layout, post_num=training.post_num)
+        routes = one.routes if with_routes else None
+        rows += make_rows(number, one.prompt_ids, one.response_ids, views, layout.logit_offset, routes)
+    return rows
 
 
 # ---- the policy

@@ -262,7 +262,18 @@ def draw_groups(
         prompts = encode_tasks(run.loaded, tasks, config.dataset, config.rollout.start_with_think)
         prompts = prompts_within(prompts, training.max_prompt_len)
         label = f"step {number}: rollout"
-        groups += collect(run.engine, run.loaded, prompts, rollout, run.scorer, watch, training.seed, number, label)
+        groups += collect(
+            run.engine,
+            run.loaded,
+            prompts,
+            rollout,
+            run.scorer,
+            watch,
+            training.seed,
+            number,
+            label,
+            keep_routes=lambda sample: run.learner.routing is not None and (training.replay_routes or sample == 0),
+        )
         drop_equal = training.drop_equal or training.dynamic_sampling
         samples = kept_samples(groups, training.keep_accuracy, drop_equal, training.advantage)
         kept = len({sample.trajectory.task_id for sample in samples})

@@ -1,4 +1,5 @@
-"""Which experts a mixture's tokens are given to in training: counted, kept fixed, and evened out by their biases."""
+"""Which experts a mixture's tokens are given to in training: counted, compared with the sampler's or replaced by them,
+kept fixed, and evened out by their biases."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from torch import Tensor
 from common import ranks
 from common.errors import UserError
 from common.schema import TrainingBase
-from models.mixture import expert_biases, routers
+from models.mixture import expert_biases, noting_experts, routers
 from train.packing import PackedBatch
 
 FIGURES = ("expert_tokens", "expert_tokens_least", "busiest_expert", "routing_entropy")
@@ -32,9 +33,11 @@ class Routing:
     """What the forwards of an update gave to each expert, on this rank; padding is not counted."""
 
     network: torch.nn.Module
-    bias_rate: float
+    bias_rate: float = 0.0
     tokens: float = 0.0  # of all forwards
     entropy: float = 0.0  # summed over layers and tokens
+    differing: float = 0.0  # (token, layer) pairs whose experts are not the sampler's
+    compared: float = 0.0  # of so many
 
     def __post_init__(self) -> None:
         self.routers = routers(self.network)
@@ -58,13 +61,57 @@ class Routing:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def replaying(self, batch: PackedBatch) -> Iterator[None]:
+        """Within it the batch's tokens are given to the sampler's experts, where it knows them, forward and backward.
+
+        Which experts a token is given to is not differentiated; their weights are the trainer's own for these experts,
+        with their gradient (rollout routing replay, arXiv 2510.11370).
+        """
+        if batch.routes is None:
+            yield
+            return
+        routes = batch.routes.flatten(0, 1)  # (tokens, layers, chosen)
+
+        def given(layer: int, router: torch.nn.Module, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            experts = routes[:, layer].long()
+            return logits, self.network.expert_weights(router, logits, experts), experts
+
+        handles = [
+            router.register_forward_hook(lambda one, _, output, layer=layer: given(layer, one, output[0]))
+            for layer, router in enumerate(self.routers)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def comparing(self, batch: PackedBatch) -> Iterator[None]:
+        """Within it the experts of the batch's forward are compared with the sampler's, as sets."""
+        with noting_experts(self.routers) as chosen:
+            yield
+        if not len(batch.predict_at):  # fills ranks up
+            return
+        real = batch.trajectory >= 0  # (rows, tokens)
+        theirs = batch.routes[real].long().sort(-1).values  # (tokens, layers, chosen)
+        ours = torch.stack(chosen, 1)[real.flatten()].sort(-1).values
+        self.differing += float((ours != theirs).any(-1).sum())
+        self.compared += ours.shape[0] * ours.shape[1]
+
+    def take_flips(self) -> float:
+        """The share of pairs that differed since it was asked last, over all ranks. All ranks call it."""
+        differing, compared = ranks.add_up(torch.tensor([self.differing, self.compared], dtype=torch.float64)).tolist()
+        self.differing = self.compared = 0.0
+        return differing / compared
+
     @torch.no_grad()
     def count(self, layer: int, real: Tensor, logits: Tensor, weights: Tensor, experts: Tensor) -> None:
         """Add one layer's choices: real (tokens,), logits (tokens, experts), weights and experts (tokens, chosen)."""
         chosen = experts[real].flatten()
         self.counts[layer] += torch.bincount(chosen, minlength=logits.shape[1]).double().cpu()
-        logits = logits[real].float()
-        scores = logits.sigmoid() if hasattr(self.routers[layer], "e_score_correction_bias") else logits.softmax(-1)
+        scores = self.network.expert_scores(self.routers[layer], logits[real])
         self.entropy += float(torch.special.entr(scores / scores.sum(-1, keepdim=True)).sum())
 
     @torch.no_grad()

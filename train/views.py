@@ -17,6 +17,7 @@ from common.errors import UserError, load_function
 from common.schema import RLConfig, RLTrainingConfig, SFTTrainingConfig, TrainingBase, attention_faults
 from common.trajectory import Trajectory, Writing
 from models.family import Family, LoadedModel
+from models.mixture import MixtureNetwork
 
 
 @dataclass(frozen=True)
@@ -431,6 +432,13 @@ def check_views(config: RLConfig, family: Family) -> None:
     The line names the families that have it.
     """
     view_method(config.training.method)
+    if config.training.replay_routes and not (
+        issubclass(family.model_class, MixtureNetwork) and family.attention == "block"
+    ):
+        raise UserError(
+            f"training.replay_routes: model.model_base={family.name} is no mixture of experts that is sampled block by "
+            "block; leave it out"
+        )
     for fault in attention_faults(config, family.name, family.attention):
         raise UserError(fault)
 

@@ -391,3 +391,23 @@ def errors_of(work: Callable[[], object], errors: list[Exception]) -> None:
         work()
     except Exception as error:
         errors.append(error)
+
+
+def routes(family: str, merge: bool) -> FIGURES:
+    """Which experts tokens were given to: the CPU's, whether a step's Python ran or its graph was replayed."""
+    here, there = on_both(family)
+    for loaded in (here, there):
+        loaded.model.set_experts_implementation("batched_mm")  # grouped products count in integers, as no CPU does
+    settings, got = replace(BLOCK, merge_commit=merge), []
+    engine = watched_engine(there)
+    asked = [replace(request, keep_routes=True) for request in requests_of(LENGTHS)]
+    for one in (Engine(here.model, here.mask_id, [STOP]), engine, engine):
+        got.append({trajectory.task_id: trajectory for trajectory in one.generate(asked, settings)})
+    expected = got[0]
+    for drawn in got[1:]:
+        check_same(drawn, expected)
+        for task, trajectory in drawn.items():
+            for part in ("committed", "steps"):
+                ours, theirs = (getattr(one.routes, part) for one in (trajectory, expected[task]))
+                assert ours.shape == theirs.shape and (ours == theirs).all(), f"{task}: {part} differ"
+    return counted(engine)

@@ -41,6 +41,8 @@ SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
     "many settings": ("on_engine.many_settings", [], {}),
     "failed capture": ("on_engine.failed_capture", [], {}),
     "broken device": ("on_engine.broken_device", [], {}),
+    "routes of a mixture, commits merged": ("on_engine.routes", ["sdar_moe", True], {}),
+    "routes of a mixture, commits alone": ("on_engine.routes", ["llada2", False], {}),
     "beside another thread": ("on_engine.beside_another_thread", [], {}),
     "objectives, float32": ("on_training.objectives", ["sdar", "float32"], {}),
     "objectives, bfloat16": ("on_training.objectives", ["sdar", "auto"], {}),
