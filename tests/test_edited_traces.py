@@ -92,7 +92,7 @@ def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]), st.sampled_from([0, 3]), st.sampled_from([2, 4, 8, None]))
 def test_views_equal_the_loops(seed: int, shrink: int, post_num: int, block_size: int | None) -> None:
     start = plain.random_trajectory(rng(seed), 1 + seed % 11, 1 + seed % 3, block_size or 4, VOCABULARY, MASK)
