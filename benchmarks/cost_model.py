@@ -82,7 +82,7 @@ ROTARY = ((4, 2, 4, 4, 6), (4,))
 GATE = ((4, 6), (6,))
 PRODUCTS = 7  # of matrices, in a layer
 
-HEAD_WORD = 2  # bytes of a logit as the head's product writes it
+HEAD_WORD = 4  # bytes of a logit as the head's product writes it: on CUDA it ends in float32
 # Bytes that the draw moves for each word of the vocabulary, operation by operation as sample/draw.py calls them, from
 # the head's output on. top-k's selection is counted as four readings.
 WEIGHTS = {"highest": HEAD_WORD, "difference": HEAD_WORD + 4, "exp": 8, "sum": 4}
@@ -109,7 +109,7 @@ PLAIN_DRAWS = {
 }
 PARTS = ("matrix products", "small kernels", "attention", "draw")  # of a step
 # Kernels outside the layers, (before, now): embedding, tables, head, hash, draw, choice, record and advance
-STEP_LAUNCHES = (170, 169)
+STEP_LAUNCHES = (170, 167)
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,6 @@ def draw_rows(size: Size, chips: Sequence[str], batch: int) -> list[dict]:
     rows = []
     for draw, moved in DRAWS.items():
         row = {"draw": draw, "bytes before": sum(PLAIN_DRAWS[draw].values()), "bytes": sum(moved.values())}
-        row["of float32 logits"] = row["bytes"] + 2 * (4 - HEAD_WORD)  # read twice
         seconds = {name: step_seconds(size, CHIPS[name], Load(batch), draw)["draw"] for name in chips}
         rows.append(row | {f"{name}, ms": f"{1e3 * value:.1f}" for name, value in seconds.items()})
     return rows

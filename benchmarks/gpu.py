@@ -9,6 +9,8 @@ others go on. What was found goes to docs/gpu/<chip>-<date>.json and from there,
 computes, to docs/performance.md. `--shape mini --out FOLDER` is the same at the size of a processor.
 """
 
+# ruff: noqa: E402 — packages are asked for before anything imports them
+
 import argparse
 import datetime
 import json
@@ -24,6 +26,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks import check_packages
+
+check_packages("make gpu", "torch", "transformers", "accelerate", "peft", "omegaconf", "rich", "pytest", "hypothesis")
 
 import torch
 
@@ -63,7 +69,8 @@ def parts_of(shape: str | None) -> list[Part]:
     shapes = (shape,) if short else MEASURED
     size = {"prompt": 8 if short else PROMPT, "tokens": 8 if short else TOKENS}
     limits = {"1.7b": (90, 120), "4b": (120, 150), "8b": (300, 180), "mini": (120, 120)}  # sampling, training
-    parts = [Part("tests", 240, ["pytest", "-q", "-m", "gpu", *(["tests/test_attention.py"] if short else [])], False)]
+    tests = ["pytest", "-q", "-rs", "-m", "gpu", *(["tests/test_attention.py"] if short else [])]
+    parts = [Part("tests", 240, tests, False)]
     for name in shapes:
         options = [f"--{key}={value}" for key, value in size.items()] + ["--batch", *map(str, BATCHES[name])]
         options += ["--alone", "--repeats=1", f"--tokens-per-forward={TOKENS_PER_FORWARD}"]

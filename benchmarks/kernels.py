@@ -22,8 +22,9 @@ from benchmarks.shapes import SHAPES
 from common.metrics import print_table
 from common.ranks import Queue
 from common.schema import Sampling
+from models.family import find_family
+from models.mixture import MixtureNetwork
 from models.norms import fuse_norms
-from models.sdar import SDARConfig, SDARForCausalLM
 from sample import network as network_module
 from sample import step
 from sample.draw import STREAMS, _hash, _shift_right, _signed
@@ -71,18 +72,20 @@ class Whole(TorchFunctionMode):
 
 
 def main() -> None:
-    """Both ways, and a table."""
+    """Both ways for each kind of network, and a table."""
     rows = []
-    for name, fused in (("as transformers' modules launch them", False), ("fused", True)):
-        layers, whole = kernels_of_a_step(fused)
-        per_layer = layers / SHAPES["8b"]["num_hidden_layers"]
-        rows.append({"small operations": name, "a layer": per_layer, "all layers": layers, "a step": whole})
+    for family in ("sdar", "sdar_moe", "llada2"):
+        for name, fused in (("as transformers' modules launch them", False), ("fused", True)):
+            layers, whole = kernels_of_a_step(fused, family)
+            per_layer = layers / SHAPES["8b"]["num_hidden_layers"]
+            found = {"a layer": per_layer, "all layers": layers, "a step": whole}
+            rows.append({"family": family, "small operations": name} | found)
     print_table(rows)
 
 
-def kernels_of_a_step(fused: bool) -> tuple[int, int]:
+def kernels_of_a_step(fused: bool, family: str = "sdar") -> tuple[int, int]:
     """Kernels of the layers' forward, and of the whole step that it is in."""
-    model = make_model()
+    model = make_model(family)
     if fused:
         fuse_norms(model)
     pool = patch.object(network_module, "OPERATOR", lambda query, *_, **__: (torch.empty_like(query),))
@@ -95,7 +98,7 @@ def kernels_of_a_step(fused: bool) -> tuple[int, int]:
     engine.take_from(requests)
     engine.step()
     count, network = Count(), engine.denoise.network
-    network.kernels = counted_kernels(count) if fused else PLAIN
+    network.kernels = counted_kernels(count, network.cosine.shape[-1]) if fused else PLAIN
     network.kernel = "torch" if fused else "bias"
     layers, forward = [], network.forward
 
@@ -111,15 +114,21 @@ def kernels_of_a_step(fused: bool) -> tuple[int, int]:
     return layers[0], count.kernels
 
 
-def make_model() -> torch.nn.Module:
-    """The 8B's layers and grouped heads, a narrow width, bfloat16."""
-    narrow = {"hidden_size": 8 * WIDTH, "intermediate_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}
-    config = SDARConfig(**SHAPES["8b"] | narrow | {"head_dim": WIDTH, "vocab_size": 64, "max_position_embeddings": 256})
-    return SDARForCausalLM(config).to(torch.bfloat16).eval()
+def make_model(family: str) -> torch.nn.Module:
+    """The 8B's layers and grouped heads, a narrow width, bfloat16; a mixture has 8 experts, 2 of them a token."""
+    row = find_family(family)
+    sizes = SHAPES["8b"] | {"hidden_size": 8 * WIDTH, "intermediate_size": 64, "num_attention_heads": 8}
+    sizes |= {"num_key_value_heads": 2, "head_dim": WIDTH, "vocab_size": 64, "max_position_embeddings": 256}
+    if issubclass(row.model_class, MixtureNetwork):
+        sizes |= {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+    if family == "llada2":
+        sizes |= {"n_group": 4, "topk_group": 2, "num_shared_experts": 1, "first_k_dense_replace": 1}
+        sizes |= {"partial_rotary_factor": 0.5}
+    return row.model_class(row.config_class(**sizes)).to(torch.bfloat16).eval()
 
 
-def counted_kernels(count: Count) -> Kernels:
-    """The plain functions, counted as what inductor makes of them."""
+def counted_kernels(count: Count, rotated: int) -> Kernels:
+    """The plain functions, counted as what inductor makes of them; `rotated`: of the width of a head."""
 
     def as_many(kernels: int, function: Callable) -> Callable:
         def call(*tensors: Tensor) -> Any:
@@ -129,7 +138,7 @@ def counted_kernels(count: Count) -> Kernels:
 
         return call
 
-    cosine = torch.zeros(8, WIDTH)
+    cosine = torch.zeros(8, rotated)
     turned = inductor_kernels(rotate, torch.zeros(8, 4, WIDTH), torch.zeros(8, 2, WIDTH), cosine, cosine)
     gated = inductor_kernels(gate, torch.zeros(8, 64), torch.zeros(8, 64))
     return Kernels(as_many(turned, PLAIN.rotate), as_many(gated, PLAIN.gate))

@@ -75,9 +75,8 @@ def plain_loop(
             drawn = draw(logits, uniform, mask_id, settings)
             k = even_split(block, settings.denoising_steps_per_block, torch.tensor([block_step], device=device))
             chance = uniforms(key, positions, now, "random") if ":" in settings.remasking_strategy else None
-            chosen = masked & strategy(
-                BlockState(drawn, drawn.probability, drawn.entropy, masked, k, chance, settings, tokens)
-            )
+            ranked = drawn, drawn.probability, drawn.entropy, masked, k, chance
+            chosen = masked & strategy(BlockState(*ranked, settings, tokens, positions >= prompt, torch.zeros_like(k)))
             tokens = torch.where(chosen, drawn.tokens, tokens)
             masked = masked & ~chosen
             for index in chosen[0].nonzero()[:, 0].tolist():

@@ -35,7 +35,7 @@ from common.config_files import (
 )
 from common.errors import UserError, one_line, one_line_errors, show
 from common.older_keys import UPDATE_SIZE_KEYS, derive_update_size, original_objective
-from common.schema import JOBS, SETTINGS, Job, Key, RLConfig, Sampling, keys_of
+from common.schema import JOBS, SETTINGS, Job, Key, RLConfig, Sampling, Schedule, keys_of
 
 Settings = TypeVar("Settings", bound=Sampling)
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -73,6 +73,7 @@ def load_config(name: str, argv: list[str]) -> Any:
     path, overrides = split_arguments(job, argv)
     family = overrides.get("model.model_base") or overrides.get("model_base")
     layers = read_layers(path, family) if path else []
+    written_in = [*layers, ("the command line", overrides)]
     if name == "rl" and "recipe" in overrides:
         chosen = [layer.get("model.model_base") for _, layer in layers]
         family = family or next(filter(None, reversed(chosen)), DEFAULT_FAMILY)
@@ -80,6 +81,12 @@ def load_config(name: str, argv: list[str]) -> Any:
     inferred = infer_job(layers)
     if inferred not in (None, name):
         raise UserError(f"config={path} is a config for {JOBS[inferred].script}, not for {job.script}")
+    for source, layer in written_in:
+        recipe = layer.pop("recipe", None)
+        if recipe is not None and name != "rl":
+            raise UserError(
+                f"recipe={show(recipe)} in {source}: {job.script} does not read it, only rl.py; leave it out"
+            )
 
     values, notes = merge_layers(job, [*layers, ("the command line", overrides)])
     if path and not values.get("experiment.project") and "experiment.project" in keys_of(job.config):
@@ -90,10 +97,12 @@ def load_config(name: str, argv: list[str]) -> Any:
         if not attrgetter(key)(cfg):
             in_file = f"in {path} or " if path else ""
             raise UserError(f"{key} is empty: set it {in_file}as {key}=… on the command line")
+    if name == "rl":
+        notes += follow_schedule(cfg)
     for section in vars(cfg).values():
         if isinstance(section, Sampling):
             # a block size that is not set comes with the model, and is checked then
-            settings_of(section, check_steps=f"{section.prefix}block_size" in cfg.written)
+            check_sampling(section, check_steps=f"{section.prefix}block_size" in cfg.written)
     if values.keys() & set(UPDATE_SIZE_KEYS):
         notes.append(derive_update_size(name, cfg, values, devices_of(cfg)))
     if name == "rl":
@@ -107,6 +116,22 @@ def load_config(name: str, argv: list[str]) -> Any:
         for note in notes:
             print(f"config: {note}", file=sys.stderr)
     return cfg
+
+
+def follow_schedule(cfg: RLConfig) -> Iterator[str]:
+    """Give a schedule of `rollout.block_size` to the keys that follow it where they are not set; says so."""
+    schedule, followers = cfg.rollout.block_size, []
+    if not isinstance(schedule, dict):
+        return
+    for sampling in (cfg.rollout, cfg.evaluation):
+        for name in ("block_size", "denoising_steps_per_block"):
+            follows = name == "block_size" or sampling.block_size == schedule
+            if follows and f"{sampling.prefix}{name}" not in cfg.written:
+                setattr(sampling, name, dict(schedule))
+                followers.append(f"{sampling.prefix}{name}")
+    if followers:
+        cfg.written |= set(followers)
+        yield f"rollout.block_size={schedule} → {', '.join(followers)} likewise"
 
 
 def groups_to_keep(cfg: RLConfig) -> Iterator[str]:
@@ -151,6 +176,13 @@ def dump_config(cfg: Any) -> str:
 
 
 # Settings of an evaluation --------------------------------------------------------------------------------------------
+
+
+def check_sampling(sampling: Sampling, check_steps: bool = True) -> None:
+    """As `settings_of` checks, at every step of schedules."""
+    schedules = [value for value in vars(sampling).values() if isinstance(value, dict)]
+    for done in sorted({0}.union(*schedules)):
+        settings_of(sampling.at_step(done + 1), check_steps)
 
 
 def settings_of(sampling: Settings, check_steps: bool = True) -> list[Settings]:
@@ -208,6 +240,8 @@ def checked(job: Job, key: str, value: Any, limits: Key, written: str) -> Any:
     """The value in its key's type; UserError where it has none or is beyond the key's limits."""
     if value is None and limits.optional:
         return None
+    if isinstance(value, dict) and limits.schedule:
+        return checked_schedule(key, value, limits)
     several = isinstance(value, list)
     try:
         if several != limits.is_list and not (several and limits.setting):
@@ -223,6 +257,20 @@ def checked(job: Job, key: str, value: Any, limits: Key, written: str) -> Any:
         what = "training" if job.name == "rl" else job.script
         raise UserError(f"{key}={entries}: {what} samples under one setting; lists belong to evaluation")
     return entries if several else entries[0]
+
+
+def checked_schedule(key: str, value: dict[Any, Any], limits: Key) -> Schedule:
+    """A schedule of whole numbers; UserError where its steps do not ascend from 0, or a number is beyond the limits."""
+    try:
+        schedule = {convert(done, int): convert(number, int) for done, number in value.items()}
+    except (TypeError, ValueError, KeyError):
+        raise wrong_type(key, show(value), limits) from None
+    if next(iter(schedule), None) != 0 or sorted(schedule) != list(schedule) or len(schedule) < len(value):
+        raise UserError(f"{key}={show(value)}: the steps of a schedule ascend from 0, as in {{0: 4, 40: 8}}")
+    for number in schedule.values():
+        if fault := fault_of(number, limits):
+            raise UserError(f"{key}={show(value)}: {fault}")
+    return schedule
 
 
 def convert(value: Any, kind: type) -> Any:
@@ -255,6 +303,7 @@ def wrong_type(key: str, written: str, limits: Key) -> UserError:
         expected = f"a list of {'numbers' if limits.kind is float else 'words'}"
     else:
         expected = TYPE_WORDS[limits.kind] + (", or a list of such" if limits.lists else "")
+        expected += ", or a schedule as {0: 4, 40: 8}" if limits.schedule else ""
     return UserError(f"{key}={written}: expected {expected}{' or null' if limits.optional else ''}")
 
 
@@ -264,7 +313,7 @@ def wrong_type(key: str, written: str, limits: Key) -> UserError:
 def parse_or_help(name: str, argv: list[str], description: str) -> Any:
     """load_config, or the usage and exit code 0 when `--help`, `-h` or `help` is among the arguments."""
     if {"--help", "-h", "help"} & set(argv):
-        print(usage(name, description))
+        print(usage(name, description), flush=True)
         sys.exit(0)
     return load_config(name, argv)
 

@@ -82,7 +82,7 @@ def read_layers(path: Path, family: str | None = None, chain: tuple[Path, ...] =
     """A YAML's base layers, deepest first, and then the YAML itself, each as (file, dotted keys).
 
     An entry `{name: [family, …]}` of `base` is a layer for those families only; `family` is that of the command line,
-    without which the file's own counts.
+    without which the file's own counts. A `recipe` stands in its file's keys still, its layers before them.
     """
     if path in chain:
         raise UserError(f"{shown_path(path)}: base layers name each other in a circle")
@@ -100,6 +100,7 @@ def read_layers(path: Path, family: str | None = None, chain: tuple[Path, ...] =
         layers += read_layers(find_base(path, base), family, (*chain, path))
     if recipe is not None:
         layers += read_recipe(recipe, family)
+        values["recipe"] = recipe
     return [*layers, (shown_path(path), values)]
 
 
@@ -144,10 +145,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def flatten(content: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; lists are values."""
+    """Nested mappings as dotted keys; lists are values, and so are mappings by numbers."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and not any(isinstance(one, int) for one in value):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value

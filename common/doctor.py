@@ -21,11 +21,13 @@ from common.config_files import accelerate_config, find_config
 from common.errors import UserError, one_line_errors
 from common.memory import (
     Arithmetic,
+    Drawing,
     Size,
     activation_bytes,
     adapter_parameters,
     cache_bytes,
     head_bytes,
+    sampling_bytes,
     size_of,
     state_bytes,
 )
@@ -137,8 +139,8 @@ def needs(
 ) -> dict[str, float]:
     """Bytes on one device by part, an estimate; `value` is the value model's size, where there is one.
 
-    Sampling: weights (2 bytes a parameter in bfloat16, else 4), keys and values of every position of every slot, three
-    float32 copies of the logits of every slot's block. Training: common/memory.py has the formulas. Adapters leave the
+    Sampling: weights (2 bytes a parameter in bfloat16, else 4), keys and values of every position of every slot where
+    they are kept, and what draw, forward and CUDA graphs take. common/memory.py has the formulas. Adapters leave the
     weights frozen, in float32; the value model is trained whole, and its activations are not there at the same time.
     """
     word = 2 if low_precision else 4
@@ -148,12 +150,24 @@ def needs(
     if job in ("rl", "eval"):
         sampling, limit = config.rollout, (config.training if job == "rl" else config).max_prompt_len
         group, rows = sampling.tensor_parallel_size, sampling.max_active
-        block = max(sampling.block_size) if isinstance(sampling.block_size, list) else sampling.block_size
+        full = full_attention(config.model_base if job == "eval" else config.model.model_base)
         # the learner's own weights are sampled from where they are whole, unadapted and of that precision
         own = job == "rl" and zero != 3 and not adapters and group == 1 and (zero == 2 or not low_precision)
         found["weights, sampling"] = 0.0 if own else word * size.parameters / group
-        found["keys and values"] = cache_bytes(size, rows * (limit + sampling.max_token), word) / group
-        found["logits, sampling"] = 3.0 * 4 * rows * block * size.vocabulary
+        longest = limit + sampling.max_token
+        if sampling.use_cache or not full:
+            found["keys and values"] = cache_bytes(size, rows * longest, word) / group
+        sizes = sampling.block_size  # a schedule of sizes; an evaluation may have several settings, in lists
+        block, top_k, top_p = (
+            most(value if isinstance(value, list) else [value])
+            for most, value in (
+                (max, list(sizes.values()) if isinstance(sizes, dict) else sizes),
+                (max, sampling.top_k),
+                (min, sampling.top_p),
+            )
+        )
+        parts = sampling_bytes(size, Drawing(rows, block, longest, full, top_k, top_p), word)
+        found |= {f"{name}, sampling": taken for name, taken in parts.items()}
     if job in ("rl", "sft"):
         training = config.training
         trained, frozen = (adapters, size.parameters) if adapters else (size.parameters, 0)
@@ -167,6 +181,13 @@ def needs(
             found["activations"] = max(found["activations"], activations(config, value, low_precision, zero, False))
         found["logits, training"] = head_bytes(size, min(2048, training.tokens_per_micro_batch))
     return found
+
+
+def full_attention(family: str) -> bool:
+    """Whether a family's canvas is seen as a whole."""
+    from models.family import find_family
+
+    return find_family(family).attention == "full"
 
 
 def activations(config: Any, size: Size, low_precision: bool, zero: int, frozen: bool) -> float:
@@ -195,7 +216,9 @@ def advice(config: Any, found: dict[str, float], room: float) -> list[str]:
         "weights, gradients, Adam": adapters + devices,
         "value model": f"model.value_base_model=null, or {devices}",
         "keys and values": "a smaller max_active or max_token; responses do not depend on max_active",
-        "logits, sampling": "a smaller max_active",
+        "draw, sampling": "a smaller max_active, or no top_p",
+        "forward, sampling": "a smaller max_active or max_token",
+        "graphs, sampling": "a smaller max_active",
         "weights, sampling": "bfloat16 weights (dtype), or a smaller model",
         "the first model": "training.kl_reference=old, which keeps no second model",
         "logits, training": "a smaller training.tokens_per_micro_batch",

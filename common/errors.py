@@ -5,6 +5,7 @@ import errno
 import functools
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,15 +20,22 @@ class UserError(ValueError):
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap an entry point so that a UserError prints as one line and ends the program with code 2.
 
-    So do a full disk and a full device, which are nobody's mistake but are mended by the user too.
+    So do a full disk and a full device, which are nobody's mistake but are mended by the user too. Where whoever reads
+    what is printed has gone, as `| head` does, the program ends without a word, by 141 as a shell would say.
     """
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> None:
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            sys.stdout.flush()
+            return result
         except UserError as error:
             message = str(error)
+        except BrokenPipeError:
+            if not nobody_reads():
+                raise
+            sys.exit(141)
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -52,6 +60,16 @@ def one_line(thing: Any) -> str:
     """The first line of a text, shortened."""
     text = (str(thing).strip().splitlines() or [""])[0]
     return text if len(text) <= 100 else text[:97] + "…"
+
+
+def nobody_reads() -> bool:
+    """Whether the pipe that is stdout is closed at its other end; what would be written there is dropped then."""
+    look = select.poll()
+    look.register(sys.stdout, select.POLLOUT)
+    closed = any(event & select.POLLERR for _, event in look.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+    return closed
 
 
 def names_of(names: Iterable[str]) -> str:

@@ -20,6 +20,12 @@ KEPT: dict[Arithmetic, tuple[int, int, int, int]] = {
     "bfloat16": (16, 10, 10, 8),
     "float32": (24, 16, 16, 16),
 }
+PREFILL_TOKENS = 16384  # in one forward of prompts, so that its mask and activations stay small
+DRAW_ELEMENTS = 1 << 25  # logits in a chunk of the draw: 128 MiB for each float32 tensor of their size
+# Bytes at the peak of a draw, for each position and word: logits and weights in float32, and what is made of them for
+# entropy, for top-k or for top-p.
+DRAW_BYTES = {"plain": 16, "top_k": 20, "top_p": 40}
+GRAPHS = 2.0**30  # bytes of the CUDA graphs themselves, a guess; vLLM logs 0.3 to 1 GiB for as many
 HEAD_COPIES = 16  # bytes of a word's logit in training: the head's output, float32, probabilities, their gradients
 
 
@@ -142,6 +148,46 @@ def activation_bytes(
 def head_bytes(size: Size, positions: int) -> float:
     """What the head takes in training, for a chunk of so many positions."""
     return float(HEAD_COPIES * positions * size.vocabulary)
+
+
+def draw_bytes(positions: int, vocabulary: int, top_k: int = 0, top_p: float = 1.0) -> float:
+    """What a draw for so many positions takes at its peak; it is made in chunks of `DRAW_ELEMENTS`."""
+    kind = "top_p" if top_p < 1 else "top_k" if top_k > 0 else "plain"
+    chunks = max(1, -(-positions * vocabulary // DRAW_ELEMENTS))
+    return float(DRAW_BYTES[kind] * -(-positions // chunks) * vocabulary)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn side by side: `rows` responses in blocks, prompt and response of at most `longest` positions."""
+
+    rows: int
+    block: int
+    longest: int
+    full_attention: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def sampling_bytes(size: Size, drawing: Drawing, word: int = 2) -> dict[str, float]:
+    """What sampling takes on a GPU beside the weights and the cache, by part.
+
+    A forward keeps one layer's insides: hidden states, and the feed-forward's tensors or queries and keys; a prefill
+    has a bias for each pair of its positions too. Graphs keep what the step that they recorded takes.
+    """
+    whole, blocks = drawing.rows * drawing.longest, 2 * drawing.rows * drawing.block  # with the commits of all
+
+    def forward(tokens: int, keys: int) -> float:
+        inside = max(3 * size.feed_forward, 2 * size.query_width + 4 * size.kv_width)
+        return float(tokens * (word * (2 * size.hidden + inside) + (word + 1) * keys))
+
+    if drawing.full_attention:  # every canvas as a whole
+        step = largest = forward(whole, 0)
+    else:
+        step = forward(blocks, drawing.longest)
+        largest = max(step, forward(max(drawing.longest, min(PREFILL_TOKENS, whole)), drawing.longest))
+    draw = draw_bytes(drawing.rows * drawing.block, size.vocabulary, drawing.top_k, drawing.top_p)
+    return {"draw": draw, "forward": largest, "graphs": GRAPHS + step + draw}
 
 
 def cache_bytes(size: Size, tokens: float, word: int = 2) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from common.errors import UserError, show
+from common.schema import ATTENTION
 
 # Keys of the original's YAML files. A key that the job's schema has is never looked up here.
 # Without effect here: pattern → what takes its place.
@@ -46,8 +47,6 @@ RENAMED_KEYS: dict[str, str] = {
 RENAMED_VALUES: dict[str, dict[Any, str]] = {
     "training.mixed_precision": {"bf16": "bfloat16", "no": "float32", False: "float32"},
 }
-# Families whose rows are steps of the whole response, not of a block.
-FULL_ATTENTION = ("dream", "llada", "mmada")
 # The size of an update, in rows per device, and the keys of today that `derive_update_size` sets by it, by job.
 UPDATE_SIZE = {"rl": "training.updates_per_step", "sft": "training.batch_size"}
 UPDATE_SIZE_KEYS = ("training.gradient_accumulation_steps", "training.batch_size_lm")
@@ -59,18 +58,24 @@ def original_objective(cfg: Any, values: dict[str, Any]) -> Iterator[str]:
     Under full attention its losses are means in each noised copy, and the KL a sum there; under block attention both
     are divided by the longest response. A value model learns the z-scores of groups, of process rewards by chunk.
     Programs earn the share of the tests that they pass, however long they are; other responses nothing within 5 tokens
-    of the limit.
+    of the limit. It merges steps of traces alone.
     """
-    full = cfg.model.model_base in FULL_ATTENTION
-    keys: dict[str, Any] = {"training.loss_norm": "view" if full else "length"}
-    if full and cfg.training.term == "token":
-        keys["training.kl_norm"] = "view_sum"
+    full, training = cfg.model.model_base in ATTENTION["full"], cfg.training
+    keys: dict[str, Any] = {}
+    if not full:
+        keys["training.loss_norm"] = "length"
+    elif training.term == "token":
+        keys["training.loss_norm"] = "view"
+        if training.kl_reference != "none":
+            keys["training.kl_norm"] = "view_sum"
     if cfg.model.value_base_model:
         keys["training.value_reward"] = "zscore"
         if cfg.reward.judge.reward_chunk_length:
             keys["training.process_placement"] = "chunk_end"
     if cfg.dataset.data_type == "code":
-        keys |= {"reward.code_reward": "share", "reward.truncated_is_wrong": False}
+        keys["reward.truncated_is_wrong"] = False
+        if cfg.reward.function is None and cfg.reward.kind in (None, "code"):
+            keys["reward.code_reward"] = "share"
     else:
         keys["reward.truncated_margin"] = 5
     keys = {key: value for key, value in keys.items() if key not in values}
@@ -79,6 +84,9 @@ def original_objective(cfg: Any, values: dict[str, Any]) -> Iterator[str]:
         setattr(getattr(cfg, section), name, value)
     if keys:
         yield "as the original's code: " + ", ".join(f"{key}={show(value)}" for key, value in keys.items())
+    if training.shrink > 1 and training.method in ("random_masking", "coupled"):
+        yield f"without effect here: training.shrink={training.shrink} (training.method={training.method} has no trace)"
+        training.shrink = 1
 
 
 def derive_update_size(job: str, cfg: Any, values: dict[str, Any], devices: int) -> str:
@@ -113,8 +121,9 @@ def rows_of_response(job: str, cfg: Any, values: dict[str, Any]) -> tuple[int, s
         return training.mask_times_per_sample * pairs, "noised copies"
     if job == "sft" or training.method != "TraceRL":
         return 1, f"training.method={training.method}"
-    rollout, family = cfg.rollout, cfg.model.model_base
-    if family in FULL_ATTENTION or (":" in family and "rollout.steps" in values):
+    rollout, family = cfg.rollout.at_step(1), cfg.model.model_base
+    # rows are steps of the whole response, or of a block
+    if family in ATTENTION["full"] or (":" in family and "rollout.steps" in values):
         steps, of = min(rollout.steps, rollout.max_token), "rollout.steps"
     elif rollout.remasking_strategy in ("low_confidence_static", "low_confidence_dynamic", "sequential"):
         steps, of = rollout.denoising_steps_per_block, "rollout.denoising_steps_per_block"

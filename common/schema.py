@@ -8,12 +8,15 @@ that several jobs share stands here once; a job has no key that its code does no
 # ruff: noqa: RUF009 — `key` and `section` make fields, which is what dataclass defaults are for
 
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, NewType, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NewType, Self, Union, get_args, get_origin, get_type_hints
 
-Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"]
+Strategy = Literal[
+    "low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded",
+    "factor", "hierarchical", "revoke", "edit",
+]  # fmt: skip
 RLMethod = Literal[
     "TraceRL", "random_masking", "coupled", "coupled_whole", "whole", "counts", "quadrature", "stratified"
 ]
@@ -23,8 +26,27 @@ Function = NewType("Function", str)  # module:function, of the user's own
 STRATEGIES, KINDS = get_args(Strategy), get_args(Kind)
 # Sampling keys that may be lists in an evaluation: entry i of each makes setting i.
 SETTINGS = ("block_size", "temperature", "top_k", "top_p", "remasking_strategy", "dynamic_threshold")
+# Sampling keys that one strategy alone reads, and functions of the user's own.
+STRATEGY_KEYS = {
+    "factor": ("factor",),
+    "hierarchical": ("low_threshold",),
+    "revoke": ("revoke_threshold",),
+    "edit": ("edit_threshold", "max_edit_steps", "min_unmask"),
+}
 FAMILIES_HELP = "the family: sdar, trado, sdar_moe, dream, llada, mmada, llada2, or my_module:MY_FAMILY"
 LONG_TASKS = "tasks with longer prompts are not drawn and count as wrong"
+Schedule = dict[int, int]  # a number by the RL steps done: {0: 4, 40: 8} is 8 from step 41 on
+ATTENTION = {  # the families that stand in the project, by their attention
+    "block": ("sdar", "trado", "sdar_moe", "llada2"),
+    "full": ("dream", "llada", "mmada"),
+}
+NEEDS = {  # the attention that a method's views are of; the others suit both
+    "coupled_whole": "full",
+    "whole": "full",
+    "counts": "full",
+    "quadrature": "full",
+    "stratified": "block",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +60,7 @@ class Key:
     function: bool  # module:function is allowed too
     setting: bool  # one of SETTINGS
     lists: bool  # a list of such is allowed too, an entry for each setting of an evaluation
+    schedule: bool  # a Schedule is allowed too
     default: Any
     help: str
     low: float | None
@@ -79,6 +102,7 @@ def keys_of(cls: type, prefix: str = "") -> dict[str, Key]:
             function=Function in (kind, *others),
             setting=setting,
             lists=setting and cls.takes_lists,
+            schedule=Schedule in others,
             default=entry.default if entry.default is not MISSING else entry.default_factory(),
             **entry.metadata,
         )
@@ -112,11 +136,14 @@ class Sampling:
     )
     remasking_strategy: Strategy | Function = key(
         "low_confidence_dynamic",
-        "which positions are unmasked: low_confidence_static, low_confidence_dynamic, sequential, entropy_bounded, "
-        "or my_module:my_function",
+        "which positions are written: low_confidence_static, low_confidence_dynamic, sequential, entropy_bounded, "
+        "factor, hierarchical, revoke, edit, or my_module:my_function",
     )
     dynamic_threshold: float = key(
-        0.9, "low_confidence_dynamic: unmask every candidate at or above this probability", low=0, high=1
+        0.9,
+        "low_confidence_dynamic, hierarchical, revoke, edit: unmask every candidate at or above this probability",
+        low=0,
+        high=1,
     )
     filter_order: Literal["top_k_first", "top_p_first"] = key(
         "top_k_first", "which of top_k and top_p cuts first: top_k_first, or top_p_first (Dream's)"
@@ -124,6 +151,22 @@ class Sampling:
     eb_threshold: float = key(
         0.35, "entropy_bounded: largest sum of entropies (nats) unmasked together (0.35: JetEngine's)", low=0
     )
+    factor: float = key(
+        1.0, "factor: the r-th most confident is unmasked at 1 − factor/(r+1) or above (1.0: Fast-dLLM's)", low=0
+    )
+    low_threshold: float = key(
+        0.62, "hierarchical: the best of a run of masks is unmasked at this probability (0.62: dInfer's)", low=0, high=1
+    )
+    revoke_threshold: float = key(
+        0.9, "revoke: a token under this probability is masked again (0.9: WINO's, beside 0.6 to unmask)", low=0, high=1
+    )
+    edit_threshold: float = key(
+        0.5, "edit: a token is replaced by one above this probability (LLaDA2.1: 0.5, fast 0.0)", low=0, high=1
+    )
+    max_edit_steps: int = key(
+        16, "edit, or a strategy of one's own that overwrites: forwards of a block without masks (LLaDA2.1: 16)", low=0
+    )
+    min_unmask: int = key(1, "edit: fewest masks that a forward unmasks (LLaDA2.1: 1)", low=1)
     entropy_from: Literal["raw", "sampled"] = key(
         "raw", "entropy before (raw) or after (sampled; Dream's) temperature, top-k and top-p"
     )
@@ -163,6 +206,12 @@ class Sampling:
     stop_token_list: list[str] | None = key(None, "tokens that end a response too, beside the model's own")
     start_with_think: bool = key(False, "begin the assistant's turn with <think>")
 
+    def at_step(self, number: int) -> Self:
+        """The keys as they are in that RL step, counted from 1: a number for each schedule."""
+        schedules = {name: value for name, value in vars(self).items() if isinstance(value, dict)}
+        latest = {name: max(done for done in value if done < number) for name, value in schedules.items()}
+        return replace(self, **{name: schedules[name][done] for name, done in latest.items()})
+
 
 @dataclass
 class TaskSampling(Sampling):
@@ -183,6 +232,15 @@ class RankSampling(TaskSampling):
 @dataclass
 class RolloutConfig(RankSampling):
     prefix: ClassVar[str] = "rollout."
+    block_size: int | Schedule = key(
+        4,
+        "tokens denoised together; blocks are aligned to position 0; not set: the checkpoint's own; {0: 4, 40: 8}: "
+        "8 when 40 steps are done",
+        low=1,
+    )
+    denoising_steps_per_block: int | Schedule = key(
+        4, "static: steps in which one block is unmasked; not set beside a schedule of block_size: one a token", low=1
+    )
     num_task_per_step: int = key(64, "tasks drawn in one RL step, over all devices", low=1)
     free_cache: bool = key(True, "give the cache's memory back while training")
     max_resample: int = key(1, "how many times more tasks are drawn when every group was filtered away", low=0)
@@ -200,6 +258,13 @@ class SFTEvaluationConfig(TaskSampling):
 
 @dataclass
 class EvaluationConfig(SFTEvaluationConfig):
+    block_size: int | Schedule = key(
+        4,
+        "tokens denoised together; not set: the checkpoint's own, or rollout.block_size's schedule: the size of the "
+        "last step",
+        low=1,
+    )
+    denoising_steps_per_block: int | Schedule = key(4, "static: steps in which one block is unmasked", low=1)
     eval_dataset: str = key("", "name, path or hub id; empty: dataset.eval_dataset")
     data_type: Kind | None = key(
         None,
@@ -397,6 +462,20 @@ class SFTTrainingConfig(TrainingBase):
     loss_weight: Literal["none", "elbo"] = key(
         "none", "none: mean over predicted tokens; elbo: each weighted by 1/t, t its masking probability"
     )
+    corrupt_p: float = key(
+        0.0,
+        "semi-ar, block attention: the probability with which a visible token of a view's block is replaced; above 0 "
+        "the visible tokens are predicted too, and the model learns to edit",
+        low=0,
+        high=1,
+    )
+    corrupt_from: Literal["uniform", "model"] = key(
+        "uniform",
+        "corrupt_p: by what tokens are replaced: any of the vocabulary (uniform), or what the model draws there",
+    )
+    corrupt_weight: float = key(
+        1.0, "corrupt_p: weight of a visible token's loss, where a masked one's is 1; the mean is by these", low=0.01
+    )
     block_size: int = key(4, "tokens denoised together; not set: the checkpoint's own", low=1)
     batch_size: int = key(32, "samples in one update, over all devices", low=1)
     num_train_epochs: int = key(1, "passes over the data", low=1)
@@ -545,7 +624,9 @@ class RLModelConfig(ModelConfig):
 
 @dataclass
 class EvalDatasetConfig:
-    eval_dataset: str = key("", "tasks to evaluate on: a name, a path (json, jsonl, parquet) or a hub id")
+    eval_dataset: str | None = key(
+        "", "tasks to evaluate on: a name, a path (json, jsonl, parquet) or a hub id; null (rl.py, finetuning): none"
+    )
     data_type: Kind = key(
         "math", "how answers are checked: math, code, general, option (a letter), countdown or sudoku"
     )
@@ -568,7 +649,7 @@ class DatasetConfig(EvalDatasetConfig):
 
 @dataclass
 class SFTDatasetConfig(EvalDatasetConfig):
-    eval_dataset: str = key("", "tasks on which accuracy is measured by sampling; empty: it is not")
+    eval_dataset: str | None = key("", "tasks on which accuracy is measured by sampling; empty or null: it is not")
     optimization_data: str = key("", "samples to learn: a name, a path (json, jsonl, parquet) or a hub id")
     prompt_key: str = key("prompt", "the field of a record that holds the prompt")
     response_key: str = key("response", "the field of a record that holds the response")
@@ -614,6 +695,9 @@ class RLConfig(JobConfig):
         rollout, training, has_value = self.rollout, self.training, bool(self.model.value_base_model)
         responses, keep = rollout.num_task_per_step * rollout.num_response_per_task, training.keep_accuracy
         yield from masking_faults(training)
+        family = self.model.model_base
+        yield from attention_faults(self, family, next((one for one in ATTENTION if family in ATTENTION[one]), None))
+        yield from schedule_faults(self)
         if rollout.num_response_per_task < 2 and not has_value:
             yield (
                 f"rollout.num_response_per_task={rollout.num_response_per_task}: "
@@ -681,6 +765,81 @@ class RLConfig(JobConfig):
                 "model.pretrained_model=tiny is a new, untrained network, for SFT only: give a trained model's folder "
                 "(model.made_by names the SFT config that makes it)"
             )
+        yield from idle_faults(self)
+
+
+def attention_faults(config: RLConfig, family: str, attention: str | None) -> Iterator[str]:
+    """As `JobConfig.faults`, what is of another attention than the family's; None: one of the user's own, not known."""
+    training, size = config.training, config.rollout.block_size
+    needs = {f"training.method={training.method}": NEEDS.get(training.method)}
+    if training.prompt_mask:
+        needs[f"training.prompt_mask={training.prompt_mask}"] = "full"
+    if isinstance(size, dict):
+        needs[f"rollout.block_size={size}"] = "block"
+    for written, needed in needs.items():
+        if None not in (attention, needed) and needed != attention:
+            yield (
+                f"{written} is of {needed} attention, which model.model_base={family} does not have; "
+                f"{', '.join(sorted(ATTENTION[needed]))} do"
+            )
+
+
+def idle_faults(config: RLConfig) -> Iterator[str]:
+    """As `JobConfig.faults`, of keys that would do nothing beside the others."""
+    training = config.training
+    if not config.model.value_base_model:
+        for name, usual in (("value_reward", "raw"), ("process_placement", "all")):
+            if (value := getattr(training, name)) != usual:
+                yield (
+                    f"training.{name}={value} is of a value model, and there is none; set model.value_base_model, or "
+                    f"training.{name}={usual}"
+                )
+    if training.shrink > 1 and training.method in set(get_args(RLMethod)) - {"TraceRL"}:
+        yield no_trace(training)
+    if training.term == "sequence" and training.loss_norm in ("view", "step"):
+        yield (
+            f"training.loss_norm={training.loss_norm} with training.term=sequence: a response's views and steps are "
+            "one term; set training.loss_norm=token"
+        )
+    if training.kl_norm and training.kl_reference == "none":
+        yield (
+            f"training.kl_norm={training.kl_norm} with training.kl_reference=none: there is no KL to weigh; set "
+            "training.kl_norm=null, or training.kl_reference=old"
+        )
+    yield from code_reward_faults(config.reward, config.dataset.data_type)
+
+
+def no_trace(training: RLTrainingConfig | SFTTrainingConfig) -> str:
+    """The fault of a `shrink` that has no steps to merge."""
+    return (
+        f"training.shrink={training.shrink} with training.method={training.method}: its views have no trace with steps "
+        "to merge; set training.shrink=1"
+    )
+
+
+def code_reward_faults(reward: RewardConfig, data_type: str | None) -> Iterator[str]:
+    """As `JobConfig.faults`, of a `code_reward` where no program earns anything."""
+    kind = f"reward.function={reward.function}" if reward.function else reward.kind or data_type or "code"
+    if reward.code_reward == "share" and kind != "code":
+        decides = kind if reward.function else f"{'reward.kind' if reward.kind else 'dataset.data_type'}={kind}"
+        yield f"reward.code_reward=share is of programs, but {decides} gives the rewards; set reward.code_reward=all"
+
+
+def schedule_faults(config: RLConfig) -> Iterator[str]:
+    """As `JobConfig.faults`, of schedules."""
+    for sampling in (config.rollout, config.evaluation):
+        size, steps = sampling.block_size, sampling.denoising_steps_per_block
+        if isinstance(steps, dict) and (not isinstance(size, dict) or size.keys() != steps.keys()):
+            yield (
+                f"{sampling.prefix}denoising_steps_per_block={steps} with {sampling.prefix}block_size={size}: both "
+                "change at the same steps; leave the former out, or give one number"
+            )
+        last, total = max(size) if isinstance(size, dict) else 0, config.experiment.total_step
+        if last >= total:
+            yield (
+                f"{sampling.prefix}block_size={size}: experiment.total_step={total} ends before the size of {last} is "
+                "drawn with; raise it, or leave that size out"
+            )
 
 
 @dataclass
@@ -698,6 +857,9 @@ class EvalConfig(JobConfig):
     reward: RewardConfig = section(RewardConfig)
     rollout: EvalRolloutConfig = section(EvalRolloutConfig)
 
+    def faults(self) -> Iterator[str]:
+        yield from code_reward_faults(self.reward, self.dataset.data_type)
+
 
 @dataclass
 class SFTConfig(JobConfig):
@@ -714,10 +876,22 @@ class SFTConfig(JobConfig):
 
     def faults(self) -> Iterator[str]:
         yield from masking_faults(self.training)
+        if self.training.shrink > 1 and self.training.method != "trace":
+            yield no_trace(self.training)
         if self.training.loss_weight == "elbo" and self.training.method in ("trace", "ar"):
             yield (
                 "training.loss_weight=elbo weighs by a masking probability, which "
                 f"training.method={self.training.method} does not have; set it to none"
+            )
+        if self.training.corrupt_p and self.training.method != "semi-ar":
+            yield (
+                f"training.corrupt_p={self.training.corrupt_p} with training.method={self.training.method}: only the "
+                "views of semi-ar are corrupted; set training.method=semi-ar, or training.corrupt_p=0"
+            )
+        if self.training.corrupt_p and self.training.loss_weight == "elbo":
+            yield (
+                f"training.loss_weight=elbo with training.corrupt_p={self.training.corrupt_p}: the bound is of masks "
+                "alone; set training.loss_weight=none, or training.corrupt_p=0"
             )
 
 
@@ -772,10 +946,23 @@ class RewardJobConfig(JobConfig, RewardConfig):
     out: str = key("", "the same lines with `correct`, `reward` and `verdict` added")
     kind: Literal[Kind, "judge"] | None = key(
         None,
-        "math, code, general, option, countdown, sudoku or judge; null: code for a task with a test_method, math for "
-        "another",
+        "math, code, general, option, countdown, sudoku or judge; null: by the task: code with a test_method, sudoku "
+        "with a puzzle, countdown with numbers, and else math",
     )
     workers: int | None = key(None, "processes that score side by side; null: one for each processor", low=0)
+
+    def faults(self) -> Iterator[str]:
+        yield from code_reward_faults(self, None)
+
+
+@dataclass
+class AdaptConfig(JobConfig):
+    """python -m models.adapt model=PATH family=NAME out=PATH : an autoregressive checkpoint made a diffusion model."""
+
+    model: str = key("", "folder or hub id of the autoregressive checkpoint")
+    family: str = key("", "the family it becomes: sdar, trado, dream, llada, mmada, sdar_moe, or my_module:MY_FAMILY")
+    out: str = key("", "the folder to write")
+    block_size: int | None = key(None, "tokens denoised together; null: the family's own, or 4", low=1)
 
 
 @dataclass(frozen=True)
@@ -806,6 +993,14 @@ JOBS = {
         Job("generate", "generate.py", GenerateConfig, ("model",), "temperature=0", 'model=PATH [prompt="…"]'),
         Job("trace", "sample/get_trace_viewer.py", TraceConfig, ("model",), "out=trace.html", 'model=PATH prompt="…"'),
         Job("serve", "serve.py", ServeConfig, ("model",), "port=8001", "model=PATH"),
+        Job(
+            "adapt",
+            "python -m models.adapt",
+            AdaptConfig,
+            ("model", "family", "out"),
+            "block_size=8",
+            "model=PATH family=NAME out=PATH",
+        ),
         Job(
             "reward",
             "python -m reward",

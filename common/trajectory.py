@@ -1,8 +1,9 @@
 """The records that travel from a prompt to a weight update: Task, Request, Trajectory, Score, ScoredTrajectory."""
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Self
 
 
 @dataclass
@@ -36,12 +37,22 @@ class Request:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
+class Writing(NamedTuple):
+    """One token that was written and overwritten later; a revocation writes the mask token, with logp 0."""
+
+    step: int
+    position: int  # into the response
+    token: int
+    logp: float
+
+
 @dataclass
 class Trajectory:
     """A drawn response with its trace; token ids end to end, the final block whole.
 
-    step_map[i] is the denoising step, counted over the response, at which response token i was unmasked (-1:
-    never). logp[i] is log_softmax(logits / T) of that token at that step, the mask token at minus infinity.
+    step_map[i] is the denoising step, counted over the response, at which response token i was last written (-1:
+    never). logp[i] is log_softmax(logits / T) of that token at that step, the mask token at minus infinity. What was
+    written before stands in `overwritten`; where nothing was, the step map is the whole trace.
     """
 
     task_id: str
@@ -52,12 +63,33 @@ class Trajectory:
     logp: list[float]
     confidence: list[float]
     kept_mass: float  # mean probability that top-k and top-p left to draw from
-    finish_reason: str  # "stop": a stop token; "length": the limit; "refused": never drawn, the cache is too small
+    # "stop": a stop token; "length": the limit; "edits": no room for more that is overwritten; "refused": never drawn,
+    # the cache is too small
+    finish_reason: str
     length: int  # response tokens through the stop token, at most the limit
     steps: int  # denoising forwards
     forwards: int  # denoising and commit forwards, prefill apart
     temperature: float
     text: str = ""
+    overwritten: list[Writing] = field(default_factory=list)  # in order of (step, position)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it ended by no stop token: at the limit, or for want of room for what is overwritten."""
+        return self.finish_reason in ("length", "edits")
+
+    def line(self) -> dict[str, Any]:
+        """The fields for a JSON file; `overwritten` is left out where it is empty."""
+        line = dict(vars(self))
+        return line if self.overwritten else {name: value for name, value in line.items() if name != "overwritten"}
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> Self:
+        """The trajectory in a line of a JSON file; lists that were left out are empty."""
+        empty = {one.name: [] if "list" in str(one.type) else None for one in fields(cls)}
+        trajectory = cls(**{name: line.get(name, default) for name, default in empty.items()})
+        trajectory.overwritten = [Writing(*writing) for writing in trajectory.overwritten]
+        return trajectory
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,19 @@
 """Is a file fit for use? python -m data.check FILE
 
 Reads it as tasks (question with ground_truth_answer or tests), or as SFT samples where its first record has no
-`question` but `response`, `response_ids` or `messages`; names the first record and field that are wrong. Exit code 0
-or 2.
+`question` but `response`, `response_ids`, `messages` or `text`; names the first record and field that are wrong. Exit
+code 0 or 2.
 """
 
 import collections
 import sys
 
 from common.errors import UserError, one_line_errors
-from data.sft_records import Answer, Chat, Ids, Rejected, load_samples
+from data.sft_records import Answer, Chat, Ids, Rejected, Text, load_samples
 from data.tasks import load_records, load_tasks
 
-KINDS = {Answer: "answers", Chat: "conversations", Ids: "token ids"}
+KINDS = {Answer: "answers", Chat: "conversations", Text: "texts", Ids: "token ids"}
+SFT_FIELDS = {"response", "response_ids", "messages", "conversations", "text"}
 
 
 @one_line_errors
@@ -26,7 +27,7 @@ def main() -> None:
 def check_file(name: str) -> str:
     """A line on what a good file holds; UserError for the first bad record."""
     first = load_records(name, "file")[0]
-    if "question" not in first and {"response", "response_ids", "messages", "conversations"} & first.keys():
+    if "question" not in first and SFT_FIELDS & first.keys():
         samples = [sample for _, sample in load_samples(name, "file")]
         for sample in samples:
             if isinstance(sample, Rejected):

@@ -1,11 +1,13 @@
-"""Samples to finetune on, as they stand in a data set: an answer, a conversation, or the ids of a drawn response."""
+"""Samples to finetune on, as they stand in a data set: an answer, a conversation, a text, or a drawn response's ids."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
 from common.records import Record, is_empty
+from common.trajectory import Writing
 from data.tasks import as_text, located_records
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -38,12 +40,14 @@ class Rejected:
 class Answer:
     """A prompt with its response, both text. step_map: for each of the response's tokens the step it is unmasked at.
 
-    system, tools and reasoning_content are for the chat template.
+    overwritten: what that trace wrote there before, as positions and ids of tokens. system, tools and reasoning_content
+    are for the chat template.
     """
 
     prompt: str
     response: str
     step_map: list[int] | None = None
+    overwritten: list[Writing] = dataclasses.field(default_factory=list)
     system: str | None = None
     tools: list[Record] | None = None
     reasoning_content: str | None = None
@@ -60,6 +64,13 @@ class Chat:
 
 
 @dataclass(frozen=True)
+class Text:
+    """A text that answers nothing, learned from its beginning to its end."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Ids:
     """A response as it was drawn; `length` counts its tokens through the stop token, None where nobody says."""
 
@@ -67,9 +78,10 @@ class Ids:
     response_ids: list[int]
     step_map: list[int] | None = None
     length: int | None = None
+    overwritten: list[Writing] = dataclasses.field(default_factory=list)
 
 
-Sample = Answer | Chat | Ids
+Sample = Answer | Chat | Text | Ids
 
 
 def load_samples(
@@ -104,7 +116,9 @@ def load_samples(
 
 
 def parse_sample(record: Record, prompt_key: str, response_key: str) -> Sample:
-    """A record, without empty fields, as the sample that its fields make it: ids before texts, texts before messages.
+    """A record, without empty fields, as the sample that its fields make it.
+
+    Ids come before prompt and response, these before messages, and `text` is read where there is none of them.
 
     BadSample if it is none, or if it holds more than would be learned of it.
     """
@@ -121,14 +135,30 @@ def parse_sample(record: Record, prompt_key: str, response_key: str) -> Sample:
         if not isinstance(record[chat], list):
             raise BadSample("messages", f"has `{chat}` that are no list")
         return _chat(record[chat], system, tools)
+    if "text" in record and not {prompt_key, response_key} & record.keys():
+        return _plain_text(record)
     prompt, response = _text(record, prompt_key, "prompt"), _text(record, response_key, "response")
-    return Answer(prompt, response, _step_map(record), system, tools, _optional(record, "reasoning_content", ""))
+    steps, thought = _step_map(record), _optional(record, "reasoning_content", "")
+    return Answer(prompt, response, steps, _overwritten(record, steps), system, tools, thought)
+
+
+def _plain_text(record: Record) -> Text:
+    text = record["text"]
+    for field in ("system", "tools", "reasoning_content", "step_map"):
+        if record.get(field):
+            raise BadSample("unread field", f"has `{field}` beside `text`, which is learned alone; leave it out")
+    if not isinstance(text, str):
+        raise BadSample("no text", f"has a `text` that is a {type(text).__name__}; write it as text")
+    if not text.strip():
+        raise BadSample("empty text", "has an empty `text`")
+    return Text(text)
 
 
 def _ids(record: Record) -> Ids:
     prompt, response = record.get("prompt_ids"), record["response_ids"]
     for field, ids in (("prompt_ids", prompt), ("response_ids", response)):
-        if not _whole_numbers(ids) or not ids or min(ids) < 0:
+        # a piece of a text has no prompt
+        if not _whole_numbers(ids) or min(ids, default=0) < 0 or (field == "response_ids" and not ids):
             raise BadSample("ids", f"has no `{field}` that is a list of token ids")
     steps, length = _step_map(record), record.get("length")
     if steps is not None and len(steps) != len(response):
@@ -136,7 +166,7 @@ def _ids(record: Record) -> Ids:
     if length is not None and (type(length) is not int or not 1 <= length <= len(response)):
         wanted = f"a whole number from 1 to {len(response)} was expected"
         raise BadSample("ids", f"has the `length` {length!r:.40}; {wanted}")
-    return Ids(prompt, response, steps, length)
+    return Ids(prompt, response, steps, length, _overwritten(record, steps))
 
 
 def _chat(messages: list[Any], system: str | None, tools: list[Record] | None) -> Chat:
@@ -275,6 +305,40 @@ def _step_map(record: Record) -> list[int] | None:
     if steps is not None and not _whole_numbers(steps):
         raise BadSample("step map", "has a `step_map` that is not a list of whole numbers; correct it or leave it out")
     return steps
+
+
+def _overwritten(record: Record, step_map: list[int] | None) -> list[Writing]:
+    """What a trace wrote before the last writing of a position, in order of steps; none where a record has none."""
+    writings = record.get("overwritten") or []
+    form = "a list of [step, position, token, logp] each"
+    if not isinstance(writings, list):
+        raise BadSample("overwritten", f"has an `overwritten` that is not {form}")
+    found = []
+    for number, writing in enumerate(writings, start=1):
+        whole = (
+            isinstance(writing, list) and len(writing) == 4 and _whole_numbers(writing[:3]) and min(writing[:3]) >= 0
+        )
+        if not whole or type(writing[3]) not in (int, float):
+            raise BadSample(
+                "overwritten", f"has an entry {number} of `overwritten` that is not {form}: {writing!r:.60}"
+            )
+        found.append(Writing(*writing))
+    if found and step_map is None:
+        raise BadSample(
+            "overwritten", "has `overwritten` without a `step_map`, which says when the response was written"
+        )
+    found.sort(key=lambda one: (one.step, one.position))
+    step_of: dict[int, int] = {}  # of a position's writing so far
+    for one in found:
+        if one.position >= len(step_map):
+            problem = f"overwrites the position {one.position} of a response of {len(step_map)} tokens"
+            raise BadSample("overwritten", problem)
+        last = step_map[one.position]
+        if not step_of.get(one.position, -1) < one.step < last:
+            problem = f"overwrites the position {one.position} in step {one.step}, which is not after its step before"
+            raise BadSample("overwritten", f"{problem} and before its step {last} in the `step_map`")
+        step_of[one.position] = one.step
+    return found
 
 
 def _whole_numbers(values: Any) -> bool:

@@ -18,6 +18,7 @@ from common.records import Record, fault_of, parse, present, read_bytes, read_li
 from common.trajectory import Task
 from data.arithmetic import arithmetic_tasks
 from data.countdown import countdown_tasks
+from data.published import SETS
 from data.splits import SPLITS
 from data.sudoku import sudoku_tasks
 
@@ -364,6 +365,8 @@ def _nearest(name: str) -> str:
 
 
 def _ways(name: str) -> str:
+    if name in SETS:
+        return f"get it by: python data/download_data.py --dataset {name}"
     return (
         "give arithmetic_4_train, countdown_3_train or sudoku_4_train (or dev, or test), "
         f"a path ({', '.join(SUFFIXES)}), a hub id org/name, or put {Path(name).stem}.jsonl into data/ "

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from common.config import settings_of
+from common.config import check_sampling
 from common.runtime import console, device_and_dtype
 from common.schema import OneModel, RolloutConfig, Sampling
 from models.family import LoadedModel, family_of, load_model
@@ -36,10 +36,11 @@ def take_defaults(config: Any, loaded: LoadedModel) -> None:
             if getattr(section, key) != value:
                 taken.append(f"{prefix}{key}={value}")
                 setattr(section, key, value)
-        if loaded.block_size not in (None, section.block_size):
-            differing.append(f"{prefix}block_size={section.block_size}")
+        size = section.block_size
+        if loaded.block_size not in (None, size[0] if isinstance(size, dict) else size):  # where a schedule begins
+            differing.append(f"{prefix}block_size={size}")
         if isinstance(section, Sampling):
-            settings_of(section)
+            check_sampling(section)
     if taken:
         console.print(f"not set, so as the model's kind is sampled: {', '.join(taken)}")
     if differing:

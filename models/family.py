@@ -128,13 +128,30 @@ def load_network(
     """Load the network alone, in eval mode; UserError if folder, family or a tensor is not what it should be."""
     family, folder = find_family(family_name), local_folder(path)
     check_model_type(folder, family)
+    model = read_network(folder, family.name, family.model_class, dtype, device)
+    if torch.device(device).type == "cuda":
+        fuse_norms(model)
+    return model
+
+
+def read_network(
+    folder: Path,
+    name: str,
+    model_class: type[PreTrainedModel],
+    dtype: torch.dtype | str,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """The network of a checkpoint's folder in a class of `DiffusionNetwork`, in eval mode.
+
+    UserError if a file or a tensor is not what it should be; `name` is what the network is called there.
+    """
     check_files(folder)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its report on loading is a table of what is told below in one line
     try:
-        if issubclass(family.model_class, MixtureNetwork):
-            check_split_tensors(folder, family)
-        model, report = family.model_class.from_pretrained(
+        if issubclass(model_class, MixtureNetwork):
+            check_split_tensors(folder, name, model_class)
+        model, report = model_class.from_pretrained(
             str(folder),
             dtype=dtype,
             attn_implementation="sdpa",
@@ -145,21 +162,19 @@ def load_network(
         raise
     except StrictDataclassError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{KEY}: {folder}/config.json does not fit {family.name} ({reason})") from error
+        raise UserError(f"{KEY}: {folder}/config.json does not fit {name} ({reason})") from error
     except (OSError, SafetensorError, UnpicklingError, EOFError) as error:
         # torch's own words on pickles advise to run them
         reason = "no file of plain tensors" if isinstance(error, UnpicklingError) else one_line(error)
         raise UserError(f"{KEY}: {folder} holds no weights that can be read ({reason})") from error
     except (RuntimeError, *MALFORMED) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{KEY}: {folder}/config.json or its weights do not fit {family.name} ({reason})") from error
+        raise UserError(f"{KEY}: {folder}/config.json or its weights do not fit {name} ({reason})") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    check_tensors(folder, family, report)
+    check_tensors(folder, name, model_class, report)
     model = model.to(device)
-    check_finite(folder, family, model)
-    if torch.device(device).type == "cuda":
-        fuse_norms(model)
+    check_finite(folder, model)
     return model
 
 
@@ -254,30 +269,30 @@ def check_model_type(folder: Path, family: Family) -> None:
     raise UserError(f"model.model_base: {family.name!r}, but {folder} has model_type {model_type!r}; {way_out}")
 
 
-def check_tensors(folder: Path, family: Family, report: dict[str, Any]) -> None:
+def check_tensors(folder: Path, name: str, model_class: type[PreTrainedModel], report: dict[str, Any]) -> None:
     """Raise UserError naming the first tensor that is missing, misshapen or unknown; report: from_pretrained's."""
     if missing := report["missing_keys"]:
-        raise UserError(f"{KEY}: {folder} lacks {_counted(family, missing)}; is the checkpoint whole?")
+        raise UserError(f"{KEY}: {folder} lacks {_counted(model_class, missing)}; is the checkpoint whole?")
     if report["mismatched_keys"]:
-        name, found, wanted = sorted(report["mismatched_keys"])[0]
+        tensor, found, wanted = sorted(report["mismatched_keys"])[0]
         raise UserError(
-            f"{KEY}: {folder}: tensor {family.model_class.original_name(name)} has shape "
+            f"{KEY}: {folder}: tensor {model_class.original_name(tensor)} has shape "
             f"{tuple(found)}, config.json asks for {tuple(wanted)}"
         )
-    unknown = [name for name in report["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
+    unknown = [tensor for tensor in report["unexpected_keys"] if not tensor.endswith("rotary_emb.inv_freq")]
     if unknown:
-        tensors = _counted(family, unknown)
-        raise UserError(f"{KEY}: {folder} has {tensors}, which {family.name} has no place for")
+        tensors = _counted(model_class, unknown)
+        raise UserError(f"{KEY}: {folder} has {tensors}, which {name} has no place for")
 
 
 @torch.no_grad()
-def check_finite(folder: Path, family: Family, model: PreTrainedModel) -> None:
+def check_finite(folder: Path, model: PreTrainedModel) -> None:
     """Raise UserError naming the first tensor with a value that is no number; a shard is looked at where it lies."""
     for name, parameter in model.named_parameters():
         tensor = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's ZeRO-3 keeps a rank's part there
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
             raise UserError(
-                f"{KEY}: {folder}: tensor {family.model_class.original_name(name)} holds NaN or infinite values; "
+                f"{KEY}: {folder}: tensor {model.original_name(name)} holds NaN or infinite values; "
                 "the training that wrote it failed, or the file is damaged"
             )
 
@@ -354,7 +369,7 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0].split(". ")[0]
 
 
-def _counted(family: Family, names: Iterable[str]) -> str:
+def _counted(model_class: type[PreTrainedModel], names: Iterable[str]) -> str:
     """The first of some tensors by the publisher's name, and how many more there are."""
-    names = sorted(map(family.model_class.original_name, names))
+    names = sorted(map(model_class.original_name, names))
     return f"tensor {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -29,7 +29,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a checkpoint; UserError where there is none to read."""
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"{KEY}: {folder} has no config.json; give the folder of a checkpoint")
+        trained = folder / "ckpt" / "optimized"
+        way_out = trained if (trained / file.name).is_file() else "the folder of a checkpoint"
+        raise UserError(f"{KEY}: {folder} has no config.json; give {way_out}")
     return read_object(file, KEY)
 
 

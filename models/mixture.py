@@ -53,7 +53,7 @@ class MixtureNetwork(DiffusionNetwork):
         }
 
 
-def check_split_tensors(folder: Path, family: Any) -> None:
+def check_split_tensors(folder: Path, name: str, model_class: type[MixtureNetwork]) -> None:
     """UserError for the first tensor of a mixture's checkpoint that could not be joined, or has no place.
 
     It is looked at before the weights are read, for transformers names the joined tensor, if any.
@@ -61,17 +61,19 @@ def check_split_tensors(folder: Path, family: Any) -> None:
     stored = stored_shapes(folder)
     if not stored:  # torch's own format
         return
-    wanted = family.model_class.split_tensors(family.config_class.from_pretrained(folder))
-    missing = [name for name in wanted if name not in stored]
+    wanted = model_class.split_tensors(model_class.config_class.from_pretrained(folder))
+    missing = [tensor for tensor in wanted if tensor not in stored]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{KEY}: {folder} lacks tensor {missing[0]}{more}; is the checkpoint whole?")
-    for name, shape in wanted.items():
-        if stored[name] != shape:
-            raise UserError(f"{KEY}: {folder}: tensor {name} has shape {stored[name]}, config.json asks for {shape}")
-    for name in stored:
-        if EXPERTS in name and name not in wanted:
-            raise UserError(f"{KEY}: {folder} has tensor {name}, which {family.name} has no place for")
+    for tensor, shape in wanted.items():
+        if stored[tensor] != shape:
+            raise UserError(
+                f"{KEY}: {folder}: tensor {tensor} has shape {stored[tensor]}, config.json asks for {shape}"
+            )
+    for tensor in stored:
+        if EXPERTS in tensor and tensor not in wanted:
+            raise UserError(f"{KEY}: {folder} has tensor {tensor}, which {name} has no place for")
 
 
 def check_keys(kwargs: dict[str, Any], allowed: dict[str, tuple[Any, ...]]) -> None:

@@ -6,7 +6,8 @@ out=FILE         the same lines with `correct`, `reward` and `verdict` added
 workers=N        processes that score side by side (default: one for each processor)
 key=value        any key of the reward section, as kind=code, function=my_module:my_reward, judge.base_url=URL
 
-Where kind is not given, tasks with a `test_method` are scored as code and the others as math.
+Where kind is not given a task's record tells it: with a `test_method` code, with a `puzzle` sudoku, with `numbers` and
+a number to reach countdown, else math.
 """
 
 # An entry script, though it lies beside what it runs: the only file here that knows of `data`.
@@ -29,7 +30,7 @@ from common.records import read_lines
 from common.schema import RewardJobConfig
 from common.trajectory import Score, Task
 from data.tasks import load_tasks
-from reward.score import check_tasks, make_scorer
+from reward.score import check_tasks, kind_of, make_scorer
 
 
 @one_line_errors
@@ -73,7 +74,7 @@ def read_responses(path: Path, num_tasks: int) -> list[dict[str, Any]]:
 def score_all(tasks: list[Task], lines: list[dict[str, Any]], reward: RewardJobConfig) -> list[Score]:
     """Scores in the order of the lines."""
     asked = [tasks[line["task"]] for line in lines]
-    kinds = [reward.kind or ("code" if task.record.get("test_method") else "math") for task in asked]
+    kinds = [reward.kind or kind_of(task) for task in asked]
     processes = max(1, os.cpu_count() or 1 if reward.workers is None else reward.workers)
     scorers = {kind: make_scorer(replace(reward, workers=processes), kind) for kind in set(kinds)}
     for kind, scorer in scorers.items():  # a mistake in the config or the tasks is told before any work

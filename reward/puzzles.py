@@ -10,27 +10,14 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 
-from common.boxed import extract_boxed, final_part
+from common.board import board_fault, extract_puzzle_answer, read_board
 from common.trajectory import Score, Task
 
 ATTEMPT = 0.1  # for the given numbers well used, but for another target
 MAX_LENGTH = 200  # characters of an expression; six numbers of four digits in needless parentheses take fewer
-TAGGED = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 TOKEN = re.compile(r"\s*(?:(0|[1-9][0-9]{0,8})(?![0-9])|([-+*/()]))", re.ASCII)
 SIGNS = ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"), ("×", "*"), ("·", "*"), ("÷", "/"), ("−", "-"))
 BINDING = {"+": 1, "-": 1, "*": 2, "/": 2}
-
-
-def extract_puzzle_answer(response: str) -> str | None:
-    r"""What stands in the last `<answer>…</answer>`, in the last box of it where there is one; else in the last box.
-
-    What a model thinks before it answers does not count. None where there is no answer.
-    """
-    tagged = TAGGED.findall(final_part(response))
-    if not tagged:
-        return extract_boxed(response)
-    boxed = extract_boxed(tagged[-1])
-    return tagged[-1].strip() if boxed is None else boxed
 
 
 # --- countdown
@@ -143,20 +130,9 @@ def sudoku_score(response: str, task: Task) -> Score:
     return Score(right / len(empty), correct, "passed" if correct else "failed")
 
 
-def read_board(answer: str) -> str | None:
-    """The sixteen digits of a board, whatever white space stands between them; None where it is no board."""
-    board = "".join(answer.split())
-    return board if re.fullmatch("[1-4]{16}", board) else None
-
-
 def sudoku_fault(task: Task) -> str | None:
     """What a record lacks to be judged by `sudoku_score`; None where it is fit."""
-    puzzle, solution = task.record.get("puzzle"), task.ground_truth_answer or ""
-    if not isinstance(puzzle, str) or not re.fullmatch("[0-4]{16}", puzzle) or "0" not in puzzle:
-        return "give `puzzle`, sixteen digits from 0 to 4 in a text, 0 where a cell is empty"
-    if read_board(solution) != solution or any(given not in ("0", own) for given, own in zip(puzzle, solution)):
-        return "give `ground_truth_answer`, sixteen digits from 1 to 4 that leave the given cells of `puzzle`"
-    return None
+    return board_fault(task.record.get("puzzle"), task.ground_truth_answer)
 
 
 PUZZLE_FAULTS: dict[str, Callable[[Task], str | None]] = {"countdown": countdown_fault, "sudoku": sudoku_fault}

@@ -66,7 +66,7 @@ class RewardScorer:
         if not isinstance(reward, RLRewardConfig) or not reward.truncated_is_wrong:
             return False
         near = reward.truncated_margin is not None and trajectory.length >= limit - reward.truncated_margin
-        return near or trajectory.finish_reason == "length"
+        return near or trajectory.truncated
 
     def submit(self, text: str, task: Task, truncated: bool) -> Future[Score]:
         """Have a response scored by one of `reward.workers` processes, which are kept; at once where that is 0."""
@@ -113,6 +113,13 @@ def make_scorer(reward: RewardConfig, data_type: str | None = None) -> RewardSco
             f"(vllm serve {judge.model}) and give its address, as http://127.0.0.1:8000/v1"
         )
     return RewardScorer(reward, data_type)
+
+
+def kind_of(task: Task) -> str:
+    """The kind of a task by what its record holds: code, a puzzle that can be judged, or else math."""
+    if task.record.get("test_method"):
+        return "code"
+    return next((kind for kind, fault_of in PUZZLE_FAULTS.items() if fault_of(task) is None), "math")
 
 
 def check_tasks(scorer: RewardScorer, tasks: Sequence[Task], key: str) -> None:

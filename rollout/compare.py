@@ -1,8 +1,8 @@
 """Two evaluations of the same tasks: python -m rollout.compare A B [setting=NAME]
 
 A and B are run folders (or samples.jsonl files) of eval.py or rl.py; `runs/demo@0` is a run's evaluation after 0 steps,
-without `@` the last one. Tasks are paired by id; the p-value is that of the exact paired permutation test, the
-interval a bootstrap over tasks.
+without `@` the last one; `runs/demo:dynamic` is one of its settings, so that two of a run can be compared. Tasks are
+paired by id; the p-value is that of the exact paired permutation test, the interval a bootstrap over tasks.
 """
 
 import json
@@ -41,7 +41,7 @@ def compare(a: str, b: str, only: str | None = None) -> list[dict[str, Any]]:
 
 def read_evaluation(name: str) -> dict[str, Responses]:
     """The responses of a run's evaluation, by setting."""
-    path, wanted = _samples_file(name)
+    path, wanted, setting = _samples_file(name)
     by_training_step: dict[int, dict[str, Responses]] = defaultdict(lambda: defaultdict(Responses))
     for line in read_lines(path):
         if missing := [field for field in READ if field not in line]:
@@ -56,7 +56,10 @@ def read_evaluation(name: str) -> dict[str, Responses]:
     if wanted is not None and wanted not in by_training_step:
         there = ", @".join(map(str, by_training_step))
         raise UserError(f"{name}: there is no evaluation after {wanted} steps; use @{there}")
-    return by_training_step[max(by_training_step) if wanted is None else wanted]
+    found = by_training_step[max(by_training_step) if wanted is None else wanted]
+    if setting and setting not in found:
+        raise UserError(f"{name}: there is no setting {setting}; use :{', :'.join(found)}")
+    return {setting: found[setting]} if setting else found
 
 
 def pairs(first: dict[str, Responses], second: dict[str, Responses], only: str | None) -> list[tuple[str, str, str]]:
@@ -109,15 +112,17 @@ def changes_between(a: str, b: str) -> list[str]:
     return [line for line in differences(before, after) if not line.startswith("id:")]
 
 
-def _samples_file(name: str) -> tuple[Path, int | None]:
-    """The file of an evaluation, and behind how many steps it is wanted where the name ends in `@steps`."""
-    text, at, step = name.rpartition("@")
-    if not (at and step.isdigit()):
-        text, step = name, ""
+def _samples_file(name: str) -> tuple[Path, int | None, str]:
+    """The file of an evaluation, and the steps and the setting that stand behind it as `@steps` and `:setting`."""
+    text, setting = name, ""
+    if not Path(name).exists():
+        text, _, setting = name.partition(":")
+    before, at, step = text.rpartition("@")
+    text, step = (before, step) if at and step.isdigit() else (text, "")
     path = Path(text) / "samples.jsonl" if Path(text).is_dir() else Path(text)
     if not path.is_file():
         raise UserError(f"{name}: no {path}; give the folder of a run of eval.py or rl.py")
-    return path, int(step) if step else None
+    return path, int(step) if step else None, setting
 
 
 @one_line_errors
@@ -131,7 +136,8 @@ def main(argv: list[str]) -> None:
     if len(names) != 2:
         raise UserError("give two evaluations: python -m rollout.compare runs/a runs/b [setting=dynamic]")
     rows = compare(*names, only)
-    print_table(rows, title=f"A: {names[0]}, B: {names[1]}")
+    columns = [{"": key} | {row["setting"]: row[key] for row in rows} for key in rows[0] if key != "setting"]
+    print_table(columns, title=f"A: {names[0]}, B: {names[1]}")
     for line in changes_between(*names):
         console.print(f"differs: {line}")
 

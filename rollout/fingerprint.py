@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.runtime import device_and_dtype, versions
-from common.schema import EvalConfig, Sampling
+from common.schema import STRATEGY_KEYS, EvalConfig, Sampling
 from common.trajectory import Task
 from models import LoadedModel
 from models.family import local_folder
@@ -58,10 +59,18 @@ def fingerprint_of(
         },
         "reward": dataclasses.asdict(config.reward) | {"data_type": config.dataset.data_type},
         "seed": config.seed,
-        "settings": {name: dataclasses.asdict(setting) for name, setting in settings.items()},
+        "settings": {name: _keys_read(setting) for name, setting in settings.items()},
     }
     identity = {"id": hash_json(_what_counts(fingerprint))[:12]}
     return identity | fingerprint | {"device": device.type, "versions": versions()}
+
+
+def _keys_read(setting: Sampling) -> dict[str, Any]:
+    """A setting's keys without those that another strategy alone reads; functions of the user's own may read all."""
+    strategy = setting.remasking_strategy
+    others = [] if ":" in strategy else [keys for other, keys in STRATEGY_KEYS.items() if other != strategy]
+    foreign = set(itertools.chain(*others))
+    return {key: value for key, value in dataclasses.asdict(setting).items() if key not in foreign}
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

@@ -38,14 +38,15 @@ class RunPage:
 
     folder: Path
     loaded: LoadedModel
-    block_size: int
     total_step: int
+    block_size: int = 1  # of the responses kept
     responses: list[tuple[str, int, ScoredTrajectory]] = field(default_factory=list)  # (best or worst, step, response)
     written: float = 0.0  # when the page was last finished, monotonic seconds
     cost: float = 0.0  # seconds that took
 
-    def note(self, step: int, groups: Sequence[Sequence[ScoredTrajectory]]) -> None:
-        """Keep the best and the worst responses of a step."""
+    def note(self, step: int, groups: Sequence[Sequence[ScoredTrajectory]], block_size: int) -> None:
+        """Keep the best and the worst responses of a step, drawn in blocks of that size."""
+        self.block_size = block_size
         ranked = sorted((response for group in groups for response in group), key=lambda one: one.score.reward)
         self.responses = [("best", step, response) for response in ranked[::-1][:SHOWN]]
         self.responses += [("worst", step, response) for response in ranked[:SHOWN]]

@@ -9,11 +9,11 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from common.board import extract_puzzle_answer
 from common.trajectory import ScoredTrajectory, Task
 from models import LoadedModel
 from reward import general_reward, math_reward
 from reward.option_reward import extract_option
-from reward.puzzles import extract_puzzle_answer, read_board, sudoku_fault
 from reward.score import RewardScorer
 from rollout.fingerprint import Fingerprint
 from rollout.statistics import majority_at_k, mean_and_error, pass_at_k, shown_ks
@@ -48,6 +48,7 @@ class Evaluation:
     pass_at: dict[int, float] = field(default_factory=dict)  # k → unbiased pass@k
     majority_at: dict[int, float] = field(default_factory=dict)  # k → majority@k, where answers can be compared
     categories: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # field → value → its figures
+    overwriting: dict[str, float] = field(default_factory=dict)  # as `overwriting_figures` has them
 
 
 # --- counting
@@ -86,13 +87,34 @@ def summarize(
         standard_error=error,
         tokens_per_forward=tokens_per_forward(responses),
         response_length=tokens / len(responses),
-        truncated=sum(response.trajectory.finish_reason == "length" for response in responses) / len(responses),
+        truncated=sum(response.trajectory.truncated for response in responses) / len(responses),
         tokens_per_second=(tokens if drawn is None else drawn) / seconds if seconds else 0.0,
         unanswered=len(unanswered),
         pass_at={k: over_tasks(pass_at_k(len(right), sum(right), k) for right in correct) for k in ks},
         majority_at={k: over_tasks(map(majority_at_k, votes, correct, repeat(k))) for k in ks} if votes else {},
         categories=by_category(shares),
+        overwriting=overwriting_figures(responses),
     )
+
+
+def overwriting_figures(responses: Sequence[ScoredTrajectory]) -> dict[str, float]:
+    """What was overwritten, a revocation and what came after it included; empty where nothing was.
+
+    `overwritten` writings for each token of the responses, and the share of these that ended for want of room.
+    """
+    trajectories = [response.trajectory for response in responses]
+    overwritten = sum(len(trajectory.overwritten) for trajectory in trajectories)
+    if not overwritten:
+        return {}
+    ended = sum(trajectory.finish_reason == "edits" for trajectory in trajectories)
+    tokens = sum(trajectory.length for trajectory in trajectories)
+    return {"overwritten": overwritten / tokens, "ended_by_edits": ended / len(trajectories)}
+
+
+def results_row(result: Evaluation) -> dict[str, Any]:
+    """Every figure of a setting, for a JSON file; without what was overwritten where nothing was."""
+    row = dataclasses.asdict(result)
+    return row if result.overwriting else {name: value for name, value in row.items() if name != "overwriting"}
 
 
 def vote(answer: str | None) -> str | None:
@@ -135,7 +157,7 @@ def by_category(shares: Sequence[tuple[Task, float]]) -> dict[str, dict[str, dic
 
 def write_results(folder: Path, results: Mapping[str, Evaluation], fingerprint: Fingerprint) -> None:
     """Write results.json (every figure, by setting) and results.md (tables and what they depend on)."""
-    rows = {name: dataclasses.asdict(result) for name, result in results.items()}
+    rows = {name: results_row(result) for name, result in results.items()}
     (folder / "results.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
     (folder / "results.md").write_text(results_page(results, fingerprint), encoding="utf-8")
 
@@ -222,20 +244,5 @@ def trace_of_response(loaded: LoadedModel, response: ScoredTrajectory, block_siz
     task, trajectory = response.task, response.trajectory
     name = f"{setting} {task.id} · {trajectory.sample + 1}".strip()
     reference = task.ground_truth_answer or ""
-    trace = trace_of(loaded, trajectory, block_size, name, setting, response.score.verdict, reference)
-    board = board_of(task, trace["pieces"][: trajectory.length])
-    return trace | ({"board": board} if board else {})
-
-
-def board_of(task: Task, pieces: Sequence[str]) -> dict[str, Any] | None:
-    """A response to a Sudoku as the trace page shows it: puzzle, solution, and where the digit of each cell stands.
-
-    A cell is (token, character in the token's text). None where the task is no Sudoku, or the response holds no board.
-    """
-    answer = None if sudoku_fault(task) else extract_puzzle_answer("".join(pieces))
-    if answer is None or read_board(answer) is None:
-        return None
-    places = [(token, offset) for token, piece in enumerate(pieces) for offset in range(len(piece))]
-    start = "".join(pieces).rindex(answer)
-    cells = [places[start + n] for n, character in enumerate(answer) if not character.isspace()]
-    return {"puzzle": task.record["puzzle"], "solution": task.ground_truth_answer, "cells": cells}
+    puzzle = task.record.get("puzzle")
+    return trace_of(loaded, trajectory, block_size, name, setting, response.score.verdict, reference, puzzle)

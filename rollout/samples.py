@@ -24,8 +24,10 @@ def write_samples(
     for response in (response for group in groups for response in group):
         task = {"question": response.task.question, "ground_truth_answer": response.task.ground_truth_answer}
         task |= {"prefix": response.task.prefix} if response.task.prefix else {}
+        puzzle = response.task.record.get("puzzle")
+        task |= {"puzzle": puzzle} if puzzle not in (None, response.task.question) else {}
         score = {key: value for key, value in vars(response.score).items() if (key, value) != ("chunk_votes", None)}
-        line = dict(extra or {}) | task | score | vars(response.trajectory)
+        line = dict(extra or {}) | task | score | response.trajectory.line()
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     append_lines(path, "".join(lines))
 
@@ -54,11 +56,7 @@ def take_up(path: Path, tasks: Sequence[Task], step: int) -> dict[str, dict[tupl
         by_id = {task.id: task for task in tasks}
         for line in lines:
             if line.get("step") == step and line["task_id"] in by_id:
-                trace = {  # lists that were left out are empty
-                    field.name: line.get(field.name, [] if "list" in str(field.type) else None)
-                    for field in dataclasses.fields(Trajectory)
-                }
                 score = Score(**{field.name: line.get(field.name) for field in dataclasses.fields(Score)})
-                response = ScoredTrajectory(by_id[line["task_id"]], Trajectory(**trace), score)
+                response = ScoredTrajectory(by_id[line["task_id"]], Trajectory.of(line), score)
                 found[line.get("setting")][line["task_id"], line["sample"]] = response
     return from_main(dict(found))

@@ -26,6 +26,9 @@ def main(argv: list[str]) -> None:
     if not argv or {"-h", "--help"} & set(argv):
         print(__doc__.strip())
         sys.exit(0 if argv else 2)
+    for name in ("config", "n"):
+        if len(given := [text for text in argv if text.startswith(f"{name}=")]) > 1:
+            raise UserError(f"{' '.join(given)}: {name} is given {len(given)} times; give it once")
     config = next((text.removeprefix("config=") for text in argv if text.startswith("config=")), None)
     if config is None:
         raise UserError("config= is missing: name a config of eval.py, rl.py or finetuning, as config=X.yaml")
@@ -36,8 +39,12 @@ def main(argv: list[str]) -> None:
     job, loaded = load_any(find_config(config), keys)
     if not isinstance(loaded, (EvalConfig, RLConfig, SFTConfig)):
         raise UserError(f"config={config} is a config for {job}, which has no tasks; give one of eval.py or rl.py")
-    for line in prompt_lines(loaded, int(count)):
-        print(json.dumps(line, ensure_ascii=False))
+    try:
+        for line in prompt_lines(loaded, int(count)):
+            print(json.dumps(line, ensure_ascii=False))
+    except UserError as error:
+        key = "model" if isinstance(loaded, EvalConfig) else "model.pretrained_model"
+        raise UserError(str(error).replace("model.pretrained_model", key, 1)) from error
 
 
 def prompt_lines(config: EvalConfig | RLConfig | SFTConfig, count: int) -> Iterator[dict[str, Any]]:
@@ -48,6 +55,7 @@ def prompt_lines(config: EvalConfig | RLConfig | SFTConfig, count: int) -> Itera
     from data.tasks import load_tasks
     from models import find_family, load_tokenizer
     from models.family import local_folder
+    from reward.score import check_tasks, evaluation_scorer, make_scorer
     from rollout.collect import prompt_texts
 
     if isinstance(config, EvalConfig):
@@ -57,6 +65,8 @@ def prompt_lines(config: EvalConfig | RLConfig | SFTConfig, count: int) -> Itera
         sampling = config.rollout if isinstance(config, RLConfig) else config.evaluation
     field = "train_dataset" if isinstance(config, RLConfig) else "eval_dataset"
     tasks = load_tasks(getattr(config.dataset, field), f"dataset.{field}")[:count]
+    scorer = evaluation_scorer if isinstance(config, SFTConfig) else make_scorer
+    check_tasks(scorer(config.reward, config.dataset.data_type), tasks, f"dataset.{field}")
     tokenizer = load_tokenizer(local_folder(path, weights=False))
     texts = prompt_texts(tokenizer, find_family(family), tasks, config.dataset, sampling.start_with_think)
     for task, text in zip(tasks, texts):

@@ -9,12 +9,14 @@ second line of tokens of the same sequence.
 import torch
 from torch import Tensor
 
+from common.memory import PREFILL_TOKENS
 from sample.cache import KeyValueCache
 from sample.network import CachedKeys, CommitEvery, CommitSome, FlashKeys, Network, OwnKeys, bias_of, pool_keys
 from sample.slots import Slots
 
-PREFILL_TOKENS = 16384  # in one forward, so that its mask and activations stay small
-PREFILL_STEP = 64  # on CUDA lengths are rounded up to a multiple of this, so that shapes are few
+# by device: lengths are rounded up to a multiple of the first, so that shapes are few; a forward of its own takes as
+# long as that many tokens more in another's
+PREFILL = {"cuda": (64, 512), "cpu": (1, 32)}
 
 
 def block_causal_mask(positions: Tensor, valid: Tensor, block_size: int) -> Tensor:
@@ -27,35 +29,58 @@ def block_causal_mask(positions: Tensor, valid: Tensor, block_size: int) -> Tens
 
 
 def prefill(
-    network: Network, cache: KeyValueCache, prefixes: list[tuple[int, ...]], first: int, block_size: int
+    network: Network,
+    cache: KeyValueCache,
+    slots: Slots,
+    prefixes: dict[int, tuple[int, ...]],
+    new: list[int],
+    block_size: int,
 ) -> None:
-    """Write the keys and values of the prefixes of rows from `first` on; what several rows need is computed once.
+    """Write the keys and values of the prefixes of the rows `new`; what several rows need is computed once.
 
-    `prefixes` are every row's, whole blocks of tokens; the slots before `first` hold theirs already.
+    `prefixes` are every row's, whole blocks of tokens, which the slots hold too; rows that are not new have theirs.
     """
-    row_of = {prefix: row for row, prefix in enumerate(prefixes[:first])}
+    row_of = {prefix: row for row, prefix in prefixes.items() if row not in new}
     missing, copies = [], []
-    for row, prefix in enumerate(prefixes[first:], first):
-        if prefix in row_of:
-            copies.append((row_of[prefix], row, len(prefix)))
+    for row in filter(prefixes.get, new):  # some have no whole block
+        source = row_of.setdefault(prefixes[row], row)
+        if source == row:
+            missing.append(row)
         else:
-            row_of[prefix] = row
-            missing.append(prefix)
-    missing = sorted(filter(None, missing), key=len)
-    while missing:
-        step = PREFILL_STEP if network.device.type == "cuda" else 1
-        longest = min(len(missing[-1]) + -len(missing[-1]) % step, cache.width)
-        count = max(1, min(len(missing), PREFILL_TOKENS // longest))  # the longest come first
-        chunk, missing = missing[-count:], missing[:-count]
-        known = [[row_of[prefix], len(prefix), *prefix, *[0] * (longest - len(prefix))] for prefix in chunk]
-        known = torch.tensor(known, device=network.device)  # one copy to the device
-        rows, lengths, ids = known[:, 0], known[:, 1], known[:, 2:]
+            copies.append((source, row))
+    groups = prefill_groups({row: len(prefixes[row]) for row in missing}, network.device)
+    numbers = [row for rows, _ in groups for row in rows] + [row for pair in zip(*copies) for row in pair]
+    if not numbers:
+        return
+    parts = slots.index(numbers).split([*(len(rows) for rows, _ in groups), len(copies), len(copies)])
+    for rows, (_, longest) in zip(parts, groups):
+        longest = min(longest, cache.width)
+        lengths, ids = slots.block_start[rows], slots.tokens[rows, :longest]
         positions = torch.arange(longest, device=network.device).expand_as(ids)
         bias = bias_of(block_causal_mask(positions, positions < lengths[:, None], block_size), network.dtype)
-        # padding lies behind the prefix: no real token sees it, and the response's own keys overwrite it
+        # what lies behind the prefix no token of it sees, and the response's own keys overwrite it
         network.forward(ids, positions, OwnKeys(bias, cache, cache.places(rows, positions)))
-    for source, target, length in copies:
-        cache.copy(source, target, length)
+    if copies:
+        cache.copy(*parts[-2:], max(len(prefixes[row]) for _, row in copies))
+
+
+def prefill_groups(lengths: dict[int, int], device: torch.device) -> list[tuple[list[int], int]]:
+    """Rows that are prefilled together, and the length to which they are filled up; the longest first.
+
+    One comes to longer ones until these filled up more than a forward of its own costs.
+    """
+    step, forward = PREFILL[device.type]
+    groups: list[tuple[list[int], int]] = []
+    padding = 0
+    for row in sorted(lengths, key=lambda row: -lengths[row]):
+        length = lengths[row] + -lengths[row] % step
+        rows, longest = groups[-1] if groups else ([], 0)
+        padding += longest - length
+        if not rows or padding > forward or (len(rows) + 1) * longest > PREFILL_TOKENS:
+            rows, padding = [], 0
+            groups.append((rows, length))
+        rows.append(row)
+    return groups
 
 
 def denoise(

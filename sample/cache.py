@@ -1,14 +1,19 @@
 """The key-value cache: one pool of tokens per layer, cut into slots of equal width; and how many sequences fit it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from common.runtime import console
 from sample.parallel import local
 
 SMALLEST = 64  # positions in a slot
+SHARE = 0.9  # of the memory that is left, for an allocator leaves gaps
+GIB = 2**30
+COPIED = 16384  # positions at once between slots: in between they need memory of their own
 
 
 class KeyValueCache:
@@ -47,10 +52,13 @@ class KeyValueCache:
         pairs = zip(self.keys, self.values)
         self.slots = [(keys[:end].view(shape), values[:end].view(shape)) for keys, values in pairs]
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of a slot over another's."""
+    def copy(self, sources: Tensor, targets: Tensor, length: int) -> None:
+        """Copy the first `length` positions of slots over others', which are none of them; both (copied,)."""
+        at_once = max(1, COPIED // length)
+        pairs = list(zip(sources.split(at_once), targets.split(at_once)))
         for store in (store for layer in self.slots for store in layer):
-            store[target, :length] = store[source, :length]
+            for source, target in pairs:
+                store[:, :length].index_copy_(0, target, store[source, :length])
 
     def resize(self, width: int, rows: int) -> None:
         """Cut the pool into slots of another width, moving the first `rows` slots with it."""
@@ -81,18 +89,27 @@ def bytes_per_token(model: torch.nn.Module) -> int:
     return 2 * model.config.num_hidden_layers * heads * width * next(model.parameters()).element_size()
 
 
-def affordable_tokens(model: torch.nn.Module, wanted: int) -> int:
-    """As many of the wanted tokens as fit four fifths of the device's free memory; all of them on the CPU."""
+def affordable_tokens(model: torch.nn.Module, wanted: int, parts: Mapping[str, float]) -> int:
+    """As many of the wanted tokens as fit the device's free memory, less what `parts` of the sampler take of it.
+
+    All of them on the CPU. Where they do not fit, a line says what memory there is.
+    """
     device = next(model.parameters()).device
     if device.type != "cuda":
         return wanted
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    tokens = torch.tensor(min(wanted, int(0.8 * free) // bytes_per_token(model)), device=device)
+    room = max(0.0, SHARE * (free - sum(parts.values())))
+    tokens = torch.tensor(min(wanted, int(room) // bytes_per_token(model)), device=device)
     weight = model.model.layers[0].self_attn.k_proj.weight
     if isinstance(weight, DTensor):  # processes that sample together must admit the same requests
         torch.distributed.all_reduce(tokens, torch.distributed.ReduceOp.MIN, weight.device_mesh.get_group())
-    return int(tokens)
+    if (fitting := int(tokens)) < wanted:
+        taken = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+        console.print(
+            f"the cache holds {fitting} of {wanted} tokens: of {free / GIB:.1f} GiB free these are set aside: {taken}"
+        )
+    return fitting
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +13,10 @@ from common.schema import Sampling
 
 Words = Tensor | np.ndarray
 STREAMS = {"token": 1, "alg_temp": 2, "random": 3}
-BY_CONFIDENCE = ("low_confidence_static", "low_confidence_dynamic", "sequential")  # strategies that read no entropy
+# strategies that read no entropy
+BY_CONFIDENCE = (
+    "low_confidence_static", "low_confidence_dynamic", "sequential", "factor", "hierarchical", "revoke", "edit",
+)  # fmt: skip
 SORTED = 1024  # words up to which top-p sorts: more are searched
 GROUP = 128  # words whose weights are added up before one of them is looked for; most vocabularies are a multiple
 SEARCH = ((20, 11), (9, 11), (0, 9))  # (shift, bits) of a float32 by which the search for a threshold narrows down
@@ -29,6 +32,7 @@ class Candidates:
     entropy: Tensor  # nats; `entropy_from` says of which softmax; 0 unless strategy or target ask
     margin: Tensor  # likeliest over second likeliest, under the softmax of `probability`; 0 unless target asks
     kept_mass: Tensor  # probability that top-k and top-p left
+    present_probability: Tensor | None = None  # as `probability`, of the token that stands there, where asked for
 
     def spread(self, where: Tensor, shape: torch.Size) -> Candidates:
         """These, drawn for the flat positions `where` alone, in a tensor of that shape; 0 elsewhere."""
@@ -40,8 +44,8 @@ class Candidates:
     @staticmethod
     def joined(parts: Sequence[Candidates], shape: torch.Size) -> Candidates:
         """Those of flat pieces, one behind the other, in that shape."""
-        names = [field.name for field in fields(Candidates)]
-        return Candidates(*(torch.cat([getattr(part, name) for part in parts]).view(shape) for name in names))
+        columns = zip(*(vars(part).values() for part in parts))
+        return Candidates(*(None if None in column else torch.cat(column).view(shape) for column in columns))
 
 
 def uniforms(key: Tensor, position: Tensor, step: Tensor, stream: str) -> Tensor:
@@ -79,7 +83,12 @@ def _shift_right(value: Tensor, bits: int) -> Tensor:
 
 
 def draw(
-    logits: Tensor, uniform: Tensor | None, mask_id: int, settings: Sampling, barred: Tensor | None = None
+    logits: Tensor,
+    uniform: Tensor | None,
+    mask_id: int,
+    settings: Sampling,
+    barred: Tensor | None = None,
+    present: Tensor | None = None,
 ) -> Candidates:
     """Draw a token per position by the inverse CDF in id order; temperature 0 or top_k 1 takes the argmax.
 
@@ -90,6 +99,9 @@ def draw(
 
     Ids that are `barred` (n,) are never drawn either: their logits are minus infinity for the draw, confidence, margin
     and entropy. Log-probabilities are the network's, in which they have their share; `kept_mass` says what is left.
+
+    Where tokens may be overwritten, `present` (…) are those that stand there. Where that is no mask the candidate is
+    not drawn: it is the likeliest token.
 
     The vocabulary is gone through as seldom as may be: weights exp((logits − highest) / T) are made once, in place, and
     their sums serve every softmax. The highest is that of all tokens but the mask's, so that weights do not vanish
@@ -118,11 +130,18 @@ def draw(
         kept_sum = kept.sum(-1)
     if tokens is None:
         tokens = inverse_cdf(kept, uniform)
+        if present is not None:
+            tokens = torch.where(present == mask_id, tokens, weight.argmax(-1))
     drawn = logits.gather(-1, tokens[..., None])[..., 0] - highest
 
     def raw_logp() -> Tensor:
         left = logits if barred is None else logits.index_fill(-1, barred, float("-inf"))
         return left - (highest + raw_total)[..., None]
+
+    def probability_of(ids: Tensor) -> Tensor:
+        if raw:
+            return (logits.gather(-1, ids[..., None])[..., 0] - highest - raw_total).exp()
+        return kept.gather(-1, ids[..., None])[..., 0] / kept_sum
 
     margin = entropy = torch.zeros_like(whole)
     if settings.target == "margin_confidence":
@@ -138,6 +157,7 @@ def draw(
         entropy=entropy,
         margin=margin,
         kept_mass=kept_sum / whole,
+        present_probability=None if present is None else probability_of(present),
     )
 
 

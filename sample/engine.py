@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.memory import Drawing, sampling_bytes, size_of
 from common.ranks import Queue
 from common.runtime import console
 from common.schema import Sampling
@@ -22,8 +23,19 @@ from sample.attention_kernel import attention_kernel
 from sample.cache import KeyValueCache, Room, affordable_tokens, heads_and_width, rounded
 from sample.network import Network, engine_attention, sampling_kernels
 from sample.parallel import copy_into, tensor_group_of
-from sample.slots import Finished, Progress, Refusal, Sequence, Slots, Watch, refusal_of, trajectory_of
-from sample.step import Graphs, Step
+from sample.slots import (
+    OVERWRITTEN_PER_TOKEN,
+    Finished,
+    Progress,
+    Refusal,
+    Sequence,
+    Slots,
+    Watch,
+    refusal_of,
+    trajectory_of,
+)
+from sample.step import Graphs, Step, bucket
+from sample.strategies import find_strategy, overwrites
 
 NOTHING_FITS = Room(tokens=0, rows=1, longest=0)
 
@@ -50,9 +62,10 @@ class Engine:
         self.tensor_group = tensor_group_of(model)  # ranks that draw together: they must be given the same requests
         self.said: set[str] = set()  # what is said once
         dtype, (_, width) = next(model.parameters()).dtype, heads_and_width(model)
-        self.kernel, why = attention_kernel(self.device, dtype, width)
-        if self.device.type == "cuda" and not self.full_attention:
-            console.print(f"attention: {self.kernel} ({why})")
+        self.kernel, why = attention_kernel(self.device, dtype, width, self.full_attention)
+        if self.device.type == "cuda":
+            where = " in a prefix cache's windows, bias for prompt and canvas" if self.full_attention else ""
+            console.print(f"attention: {self.kernel}{where} ({why})")
         # on CUDA steps are launched without a look at the device, and replayed: their shapes must be few
         self.graphs = Graphs() if self.device.type == "cuda" else None
         self.watch = Watch(self.device)
@@ -101,8 +114,8 @@ class Engine:
         cached = settings.use_cache or not self.full_attention
         rows = min(settings.max_active, expected.share())
         ends = [self.sequence(0, request).canvas_end for request in expected]
-        wanted = rows * rounded(min(max(ends), self.positions), self.device)
-        tokens = self.cache_tokens(wanted) if cached else wanted
+        longest = rounded(min(max(ends), self.positions), self.device)
+        tokens = self.cache_tokens(rows, longest) if cached else rows * longest
         known = [end for end in ends if end <= self.positions]
         fitting = [end for end in known if end <= tokens]
         if len(known) < len(ends):
@@ -142,13 +155,14 @@ class Engine:
         """Drop a request, wherever it is; its slot is free at once."""
         self.waiting = deque(sequence for sequence in self.waiting if sequence.id != id)
         self.done = [finished for finished in self.done if finished.id != id]
-        for row in [row for row, sequence in enumerate(self.active) if sequence.id == id]:
-            self.remove(row)
+        rows = [row for row, sequence in self.rows().items() if sequence.id == id]
+        if rows:
+            self.remove(rows)
 
     @property
     def busy(self) -> bool:
         """Whether a request waits or is being drawn."""
-        return bool(self.queue or self.waiting or self.active)
+        return bool(self.queue or self.waiting or self.seated)
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -158,7 +172,7 @@ class Engine:
         """
         with engine_attention(self.model), sampling_kernels(self.device):
             self.admit()
-            if not self.active:
+            if not self.seated:
                 return False
             try:
                 self.make_room()
@@ -166,20 +180,22 @@ class Engine:
             except Exception as error:
                 if not self.isolate_faults:
                     raise
-                self.fail(self.denoise.faulty_row(len(self.active), self.reach()), error)
+                self.close_gaps(len(self.rows()))
+                self.fail(self.denoise.faulty_row(len(self.seated), self.reach()), error)
                 return False
         return True
 
     @torch.inference_mode()
     def progress(self) -> list[Progress]:
         """How far the step brought each response that is being drawn, those that it finished included."""
-        if not self.active:
+        if not self.seated:
             return []
-        slots = self.slots.first(len(self.active))
+        slots = self.slots.first(len(self.seated))
         block = slots.block_start[:, None] + torch.arange(self.settings.block_size, device=self.device)
         tokens, masked = slots.tokens.gather(1, block), slots.masked.gather(1, block)
         seen, gains = torch.stack((block, tokens, masked), 1).tolist(), []
-        for row, (sequence, (positions, present, hidden)) in enumerate(zip(self.active, seen)):
+        for row, sequence in self.rows().items():
+            positions, present, hidden = seen[row]
             prompt, start = len(sequence.request.prompt_ids), positions[0]
             final, logp = [], []
             if start - prompt > sequence.reported:
@@ -227,7 +243,7 @@ class Engine:
         """Begin anew with no request."""
         self.queue: Queue = Queue((), shared=False)  # requests to be taken when there is room
         self.waiting: deque[Sequence] = deque()  # among them those that had to give way
-        self.active: list[Sequence] = []  # row by row
+        self.seated: list[Sequence | None] = []  # row by row; None where one has left, and no other has come yet
         self.done: list[Finished] = []  # not given back yet
         self.added = 0  # requests, so far
         self.watch.forget()
@@ -242,6 +258,17 @@ class Engine:
             raise UserError("the prompt is empty: full attention needs at least one token before the response")
         if settings.logits_eos_inf and not end_of_sequence_ids(self.model.config):
             raise UserError("rollout.logits_eos_inf: the model's config.json names no eos_token_id; set it to false")
+        if settings.remasking_strategy == "edit":
+            if self.full_attention:
+                raise UserError(
+                    "rollout.remasking_strategy: 'edit' is of block attention, where finished blocks are final, and "
+                    "this model's attention is full; take 'revoke', or low_confidence_dynamic"
+                )
+            if not getattr(self.model.config, "trained_to_edit", False):
+                self.say_once(
+                    "edit: the model's config.json does not say trained_to_edit; one that was not trained for it, as "
+                    "LLaDA2.1 was, may replace what is right"
+                )
         if self.full_attention and settings.max_token % block:
             self.say_once(
                 f"max_token {settings.max_token} is no multiple of block_size {block}: responses are drawn on a "
@@ -265,22 +292,28 @@ class Engine:
         start, end = prompt - (prompt - origin) % block, limit + (origin - limit) % block
         return Sequence(id, request, start, limit, end, reach=end if self.full_attention else start + block)
 
-    def cache_tokens(self, wanted: int) -> int:
-        """Positions for which keys may be kept: what is wanted, less where the config or the memory says so."""
-        limit = self.settings.cache_tokens
-        if limit is not None:
-            return min(limit, wanted)
+    def cache_tokens(self, rows: int, longest: int) -> int:
+        """Positions for which keys may be kept: all of the rows', less where the config or the memory says so."""
+        settings, wanted = self.settings, rows * longest
+        if settings.cache_tokens is not None:
+            return min(settings.cache_tokens, wanted)
         if self.cache is not None and self.cache.tokens >= wanted:
             return wanted
         self.sleep()  # so that the old cache's memory counts as free
-        return affordable_tokens(self.model, wanted)
+        drawing = Drawing(rows, settings.block_size, longest, self.full_attention, settings.top_k, settings.top_p)
+        size, word = size_of(self.model.config.to_dict()), next(self.model.parameters()).element_size()
+        return affordable_tokens(self.model, wanted, sampling_bytes(size, drawing, word))
 
     def reserve(self, cached: bool) -> None:
         """Make slots and cache, unless those of the last use are large enough."""
         room, rows = self.room, self.room.slots()
-        if self.slots is None or self.slots.tokens.shape[0] < rows or self.slots.tokens.shape[1] < room.longest:
+        overwritten = 0
+        if overwrites(find_strategy(self.settings.remasking_strategy)):
+            overwritten = OVERWRITTEN_PER_TOKEN * room.longest + self.settings.block_size
+        needed = rows, room.longest, overwritten
+        if self.slots is None or any(have < need for have, need in zip(self.slots.sizes(), needed)):
             self.forget_graphs()
-            self.slots = Slots.empty(rows, room.longest, self.device)
+            self.slots = Slots.empty(rows, room.longest, self.device, overwritten)
         if not cached:
             self.cache = None  # one of an earlier use may be too small for these sequences
         elif self.cache is None or self.cache.tokens < room.tokens:
@@ -289,9 +322,11 @@ class Engine:
             self.cache = self.cache_class(self.model, room.tokens, room.width(1))
         else:
             self.cache.resize(room.width(1), rows=0)
-        self.free(slice(None))
+        self.free(torch.arange(len(self.slots.finished), device=self.device))
         settings, fixed = self.settings, self.graphs is not None
         network = Network(self.model, self.slots.tokens.shape[1], self.kernel, settings.compile_kernels and fixed)
+        if network.rounds_logits:
+            self.say_once(f"logits: rounded to {network.dtype}, as {network.rounds_logits}")
         self.denoise = self.step_class(
             network, self.slots, self.cache, settings, self.mask_id, self.stop_ids, rows, fixed
         )
@@ -302,7 +337,7 @@ class Engine:
 
         Requests that no room could ever hold are refused.
         """
-        new, reaches = [], [sequence.reach for sequence in self.active]
+        new, reaches = [], [sequence.reach for sequence in self.rows().values()]
         while len(reaches) < self.room.rows and (self.waiting or self.queue):
             if not self.waiting:
                 self.add(self.queue.take(1))  # of a shared queue, nothing where other ranks took what was left
@@ -319,17 +354,19 @@ class Engine:
             self.waiting.popleft()
         if new:
             self.let_in(new)
+        # on CUDA a step is computed for the next round number of rows, whether they are in use or not
+        self.close_gaps(len(self.rows()) if self.graphs is None else bucket(len(self.rows())))
 
     def let_in(self, new: list[Sequence]) -> None:
         """Seat sequences; where that fails one after the other, so that a fault concerns one."""
-        first = len(self.active)
         try:
             self.seat(new)
         except Exception as error:
             if not self.isolate_faults:
                 raise
-            while len(self.active) > first:
-                self.remove(len(self.active) - 1)
+            rows = [row for row, sequence in self.rows().items() if sequence in new]
+            if rows:
+                self.remove(rows)
             if len(new) == 1:
                 self.done.append(Finished(new[0].id, None, error=error))
                 return
@@ -337,23 +374,25 @@ class Engine:
                 self.let_in([sequence])
 
     def seat(self, new: list[Sequence]) -> None:
-        """Give new sequences, and those that come back, the rows behind the active ones."""
-        first, longest = len(self.active), max(sequence.reach for sequence in (*self.active, *new))
+        """Give new sequences, and those that come back, rows: those first that others left."""
         self.watch.forget()
         if self.cache is not None:
-            needed = (first + len(new)) * self.cache.width
-            if longest > self.cache.width or needed > self.room.tokens:
-                self.cache.resize(self.room.width(longest), first)
-        fresh = [sequence for sequence in new if sequence.state is None]
-        back = [sequence for sequence in new if sequence.state is not None]
-        self.slots.begin(first, fresh, self.mask_id)
-        for row, sequence in enumerate(back, first + len(fresh)):
-            self.slots.put(row, sequence.state)
-        self.active += fresh + back
+            longest = max(sequence.reach for sequence in (*self.rows().values(), *new))
+            rows = max(len(self.seated), len(self.rows()) + len(new))
+            if longest > self.cache.width or rows * self.cache.width > self.room.tokens:
+                self.close_gaps(len(self.rows()))
+                self.cache.resize(self.room.width(longest), len(self.seated))
+        empty = [row for row, sequence in enumerate(self.seated) if sequence is None]
+        rows = [*empty, *range(len(self.seated), len(self.seated) + len(new))][: len(new)]
+        self.slots.begin(rows, new, self.mask_id)
+        self.seated += [None] * (max(rows) + 1 - len(self.seated))
+        for row, sequence in zip(rows, new):
+            self.seated[row] = sequence
         self.beginning += len(new)
         if not self.full_attention:
-            prefixes = [sequence.prefix() for sequence in self.active]
-            block_attention.prefill(self.denoise.network, self.cache, prefixes, first, self.settings.block_size)
+            prefixes = {row: sequence.prefix() for row, sequence in self.rows().items()}
+            network, block = self.denoise.network, self.settings.block_size
+            block_attention.prefill(network, self.cache, self.slots, prefixes, rows, block)
         for sequence in new:
             sequence.state = None
 
@@ -364,82 +403,112 @@ class Engine:
         """
         if self.cache is None or self.reach() <= self.cache.width:
             return
-        staying = sorted(self.active, key=lambda sequence: sequence.id)
-        while not self.room.fits([sequence.reach for sequence in staying]):
-            sequence = staying.pop()
-            row = self.active.index(sequence)
-            sequence.state = self.slots.select([row])
+        rows = self.rows()
+        staying = sorted(rows, key=lambda row: rows[row].id)
+        while not self.room.fits([rows[row].reach for row in staying]):
+            row = staying.pop()
+            sequence = rows[row]
+            sequence.state = self.slots.select(self.slots.index([row]))
             sequence.state.cached.copy_(sequence.state.block_start)
             sequence.reach = int(sequence.state.block_start) + self.settings.block_size
-            self.remove(row)
+            self.remove([row])
             self.waiting.appendleft(sequence)
-        self.cache.resize(self.room.width(max(sequence.reach for sequence in staying)), len(staying))
+        self.close_gaps(len(staying))
+        self.cache.resize(self.room.width(self.reach()), len(staying))
 
     # ---- behind the door: sequences are denoised and leave
 
     def run_step(self) -> None:
         """One forward, by its CUDA graph where there are graphs."""
-        rows, seen = len(self.active), self.reach()
+        rows, seen = len(self.seated), self.reach()
         if self.graphs is None:
             self.denoise(rows, seen)
         else:
             self.begun, self.beginning = self.graphs.run(self.denoise, rows, seen, min(self.beginning, rows)), 0
 
+    def rows(self) -> dict[int, Sequence]:
+        """The sequences that are being drawn, by their rows."""
+        return {row: sequence for row, sequence in enumerate(self.seated) if sequence is not None}
+
     def reach(self) -> int:
         """The next forward writes nothing at or behind this position."""
-        return max(sequence.reach for sequence in self.active)
+        return max(sequence.reach for sequence in self.rows().values())
 
     def fail(self, row: int, error: Exception) -> None:
         """End a sequence that cannot go on."""
-        self.done.append(Finished(self.active[row].id, None, error=error))
-        self.remove(row)
+        self.done.append(Finished(self.seated[row].id, None, error=error))
+        self.remove([row])
 
     def collect(self) -> None:
-        """Take finished sequences out, closing the gaps so that the active slots stay the first ones."""
-        if not self.active:
+        """Take finished sequences out; their rows stay empty until others come."""
+        if not self.seated:
             return
-        block = self.settings.block_size
-        look = self.watch.look(self.slots.first(len(self.active)))
+        block, rows = self.settings.block_size, self.rows()
+        look = self.watch.look(self.slots.first(len(self.seated)))
         if look is None:
-            for sequence in self.active:
+            for sequence in rows.values():
                 sequence.reach = min(sequence.reach + block, sequence.canvas_end)
             return
         (finished, stuck, starts, begins), age = look
         self.beginning = max(0, sum(begins) - self.begun)
+        name, most = self.settings.remasking_strategy, self.denoise.most_forwards
         fault = UserError(
-            f"rollout.remasking_strategy: {self.settings.remasking_strategy!r} unmasked nothing in some step; "
+            f"rollout.remasking_strategy: {name!r} wrote into the prompt, or did not end a block in {most} forwards; "
+            "each must unmask more than it masks again, and one without masks must end"
+            if self.denoise.overwrites
+            else f"rollout.remasking_strategy: {name!r} unmasked nothing in some step; "
             "it must choose at least one masked position of every row that has any"
         )
         if any(stuck) and not self.isolate_faults:
             raise fault
         if not self.full_attention:
-            for sequence, start in zip(self.active, starts):
-                sequence.reach = min(start + (1 + age) * block, sequence.canvas_end)
-        rows = [row for row, ended in enumerate(finished) if ended and not stuck[row]]
-        left = self.slots.select(rows) if rows else None
-        for index, row in enumerate(rows):
-            sequence = self.active[row]
-            trajectory = trajectory_of(left, index, sequence.request, self.settings, self.stop_ids, self.full_attention)
-            self.done.append(Finished(sequence.id, trajectory))
-        for row in reversed(range(len(self.active))):
+            for row, sequence in rows.items():
+                sequence.reach = min(starts[row] + (1 + age) * block, sequence.canvas_end)
+        ended = [row for row in rows if finished[row] and not stuck[row]]
+        if ended:
+            index = self.slots.index(ended)
+            left = self.slots.select(index)
+            for number, sequence in enumerate(rows[row] for row in ended):
+                trajectory = trajectory_of(
+                    left, number, sequence.request, self.settings, self.stop_ids, self.full_attention
+                )
+                self.done.append(Finished(sequence.id, trajectory))
+            self.remove(ended, index)
+        for row in rows:
             if stuck[row]:
                 self.fail(row, fault)
-            elif finished[row]:
-                self.remove(row)
 
-    def remove(self, row: int) -> None:
-        """Free an active row: the last one takes its place."""
-        last = len(self.active) - 1
-        if row != last:
-            self.slots.move(last, row)
-            if self.cache is not None:
-                self.cache.copy(last, row, min(self.active[last].reach, self.cache.width))
-            self.active[row] = self.active[last]
-        self.free(last)
-        self.active.pop()
+    def remove(self, rows: list[int], index: Tensor | None = None) -> None:
+        """Take sequences out of their rows, which stay empty; `index`: their numbers, where they are on the device."""
+        self.free(self.slots.index(rows) if index is None else index)
+        for row in rows:
+            self.seated[row] = None
+        self.trim()
         self.watch.forget()
 
-    def free(self, rows: int | slice) -> None:
+    def close_gaps(self, rows: int) -> None:
+        """Move sequences that stand behind the first `rows` rows, which have room for all, into empty ones there."""
+        sources = [row for row in self.rows() if row >= rows]
+        if not sources:
+            return
+        targets = [row for row, sequence in enumerate(self.seated) if sequence is None][: len(sources)]
+        index = self.slots.index(sources + targets)
+        self.slots.move(*index.chunk(2))
+        if self.cache is not None:
+            longest = max(self.seated[row].reach for row in sources)
+            self.cache.copy(*index.chunk(2), min(longest, self.cache.width))
+        for source, target in zip(sources, targets):
+            self.seated[target], self.seated[source] = self.seated[source], None
+        self.free(index[: len(sources)])
+        self.trim()
+        self.watch.forget()
+
+    def trim(self) -> None:
+        """No row behind the last sequence counts."""
+        while self.seated and self.seated[-1] is None:
+            self.seated.pop()
+
+    def free(self, rows: Tensor) -> None:
         """Take rows out of use: they stand at the first block that a sequence could have."""
         start = int(self.full_attention)  # where logits are shifted, a prediction is read one position earlier
         self.slots.free(rows, start, start + self.settings.block_size)

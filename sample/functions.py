@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from common.schema import Sampling
 from common.trajectory import Request
 from models.family import stop_ids_of_network
@@ -27,6 +28,13 @@ def block_diffusion_generate(
     stopping_criteria_idx: Iterable[int] | None = None,
     stop_ids: Iterable[int] | None = None,
     seed: int | None = None,
+    eb_threshold: float = 0.35,
+    factor: float = 1.0,
+    low_threshold: float = 0.62,
+    revoke_threshold: float = 0.9,
+    edit_threshold: float = 0.5,
+    max_edit_steps: int = 16,
+    min_unmask: int = 1,
 ) -> Tensor:
     """Prompt and response ids, (batch, prompt length + longest response), padded on the right.
 
@@ -35,7 +43,11 @@ def block_diffusion_generate(
     configs and the tokenizer beside its weights, and those of `stopping_criteria_idx`; `stop_ids` takes the place of
     the model's own. The same `seed` gives the same responses; without one, torch's generator gives a new one at each
     call. A block has at most as many denoising steps as tokens.
+
+    `remasking_strategy` is one of docs/strategies.md or module:function; `confidence_threshold` is its
+    `dynamic_threshold`, and the keys from `eb_threshold` on are those of that page.
     """
+    check_counts(gen_length=gen_length, block_length=block_length, denoising_steps=denoising_steps)
     settings = Sampling(
         block_size=block_length,
         denoising_steps_per_block=min(block_length, denoising_steps),
@@ -46,6 +58,13 @@ def block_diffusion_generate(
         top_p=top_p,
         remasking_strategy=remasking_strategy,
         dynamic_threshold=confidence_threshold,
+        eb_threshold=eb_threshold,
+        factor=factor,
+        low_threshold=low_threshold,
+        revoke_threshold=revoke_threshold,
+        edit_threshold=edit_threshold,
+        max_edit_steps=max_edit_steps,
+        min_unmask=min_unmask,
     )
     return generate_ids(model, prompt, mask_id, settings, stop_ids, seed, stopping_criteria_idx)
 
@@ -73,6 +92,7 @@ def diffusion_generate(
 
     Steps are divided over the blocks. `use_cache`, `further_horizon` and `target` concern full attention only.
     """
+    check_counts(gen_length=gen_length, block_length=block_length, steps=steps)
     blocks = -(-gen_length // block_length)
     settings = Sampling(
         block_size=block_length,
@@ -89,6 +109,13 @@ def diffusion_generate(
         further_horizon=further_horizon,
     )
     return generate_ids(model, prompt, mask_id, settings, stop_ids, seed, stopping_criteria_idx)
+
+
+def check_counts(**given: int) -> None:
+    """UserError for the first argument under 1, by its name."""
+    for name, count in given.items():
+        if count < 1:
+            raise UserError(f"{name}={count}: give at least 1")
 
 
 def generate_ids(

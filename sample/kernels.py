@@ -6,19 +6,23 @@ On CUDA each kernel costs microseconds to launch, and reads and writes its tenso
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 from transformers.activations import SiLUActivation
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMLP
+from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb as rotate_part
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, apply_rotary_pos_emb
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
 from common.runtime import console
 
-GATED = (LlamaMLP, Qwen2MLP, Qwen3MLP)  # feed-forwards of the form down(act(gate(x)) · up(x))
+# feed-forwards of the form down(act(gate(x)) · up(x)); experts are transformers' grouped products
+GATED = (LlamaMLP, Qwen2MLP, Qwen3MLP, Qwen3MoeMLP, Glm4MoeMLP)
 TOKENS = 64  # of the call that compiles; it serves any number above 1
 
 
@@ -27,7 +31,8 @@ class Kernels:
     """Rotary embedding of queries and keys, and the product of a feed-forward's gate; the same numbers, any form.
 
     rotate: query (lines, length, heads, width), key (lines, length, key heads, width) and the tables of cosines and
-    sines at their positions, (lines, length, width) → query and key. gate: two tensors (lines, length, inner) → one.
+    sines at their positions, (lines, length, rotated) → query and key, of which what lies behind the first `rotated`
+    of the width stays. gate: two tensors (lines, length, inner) → one.
     """
 
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -43,12 +48,18 @@ class Kernels:
 def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
     """As `Kernels.rotate`, for any shape before the heads: (x₁, x₂) → (x₁, x₂) · cos + (−x₂, x₁) · sin.
 
-    The halves change places by a flip: inductor makes one kernel of that, and several of a concatenation.
+    The halves change places by a flip, or by their numbers: inductor makes one kernel of either, and several of a
+    concatenation.
     """
-    half = cosine.shape[-1] // 2
-    first = torch.arange(2 * half, device=cosine.device) < half
-    signed, cosine = torch.where(first, -sine, sine)[..., None, :], cosine[..., None, :]
-    swapped = (x.unflatten(-1, (2, half)).flip(-2).flatten(-2) for x in (query, key))
+    rotated, width = cosine.shape[-1], query.shape[-1]
+    number, half = torch.arange(width, device=cosine.device), rotated // 2
+    if rotated < width:
+        cosine, sine = pad(cosine, (0, width - rotated), value=1.0), pad(sine, (0, width - rotated))
+        other = torch.where(number < rotated, (number + half) % rotated, number)
+        swapped = (x[..., other] for x in (query, key))
+    else:
+        swapped = (x.unflatten(-1, (2, half)).flip(-2).flatten(-2) for x in (query, key))
+    signed, cosine = torch.where(number < half, -sine, sine)[..., None, :], cosine[..., None, :]
     turned = [x * cosine + other * signed for x, other in zip((query, key), swapped)]
     return turned[0], turned[1]
 
@@ -60,14 +71,15 @@ def gate(gates: Tensor, values: Tensor) -> Tensor:
 
 @cache
 def compiled(
-    heads: int, key_heads: int, width: int, inner: int, device: torch.device, dtype: torch.dtype
+    heads: int, key_heads: int, width: int, rotated: int, device: torch.device, dtype: torch.dtype
 ) -> Kernels | None:
     """The kernels compiled for a network of those sizes, at once and for any number of tokens; said once.
 
     None, said too, where torch cannot compile, as without a C compiler or Triton.
     """
     turn, product = torch.compile(rotate), torch.compile(gate)
-    per_token = {turn: ((heads, width), (key_heads, width), (width,), (width,)), product: ((inner,), (inner,))}
+    # a gate knows no sizes: feed-forwards of one network may differ in width
+    per_token = {turn: ((heads, width), (key_heads, width), (rotated,), (rotated,)), product: ((), ())}
     start = time.perf_counter()
     try:
         for function, shapes in per_token.items():
@@ -82,14 +94,21 @@ def compiled(
     seconds = time.perf_counter() - start
     console.print(f"rotary embedding and gate compiled in {seconds:.0f} s (compile_kernels=False: not compiled)")
 
-    def joined(function: Callable, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The function with lines and length as one dimension, so that it is compiled for one number alone."""
-        shape, result = tensors[0].shape[:2], function(*(tensor.flatten(0, 1) for tensor in tensors))
-        if isinstance(result, Tensor):
-            return result.unflatten(0, shape)
-        return tuple(one.unflatten(0, shape) for one in result)
+    def turn_joined(*tensors: Tensor) -> tuple[Tensor, ...]:
+        """With lines and length as one dimension, so that it is compiled for one number alone."""
+        shape, turned = tensors[0].shape[:2], turn(*(tensor.flatten(0, 1) for tensor in tensors))
+        return tuple(one.unflatten(0, shape) for one in turned)
 
-    return Kernels(lambda *tensors: joined(turn, *tensors), lambda *tensors: joined(product, *tensors))
+    def gate_joined(gates: Tensor, values: Tensor) -> Tensor:
+        return product(gates.flatten(), values.flatten()).view(gates.shape)
+
+    return Kernels(turn_joined, gate_joined)
 
 
-PLAIN = Kernels(partial(apply_rotary_pos_emb, unsqueeze_dim=2), gate)  # launched singly a flip wins nothing
+def rotate_singly(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+    """As `rotate`, by transformers' own functions: launched singly a flip wins nothing."""
+    turn = apply_rotary_pos_emb if cosine.shape[-1] == query.shape[-1] else rotate_part
+    return turn(query, key, cosine, sine, unsqueeze_dim=2)
+
+
+PLAIN = Kernels(rotate_singly, gate)

@@ -17,7 +17,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer
-from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb as rotate_part
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
@@ -25,7 +24,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 
 from models.family import family_of_network
 from sample.attention_kernel import OPERATOR
-from sample.cache import KeyValueCache
+from sample.cache import KeyValueCache, heads_and_width
 from sample.kernels import PLAIN, Kernels, compiled
 from sample.parallel import tensor_group_of
 
@@ -206,15 +205,17 @@ class Network:
         tables = model.model.rotary_emb(weight, torch.arange(positions, device=weight.device)[None])
         self.cosine, self.sine = (table[0] for table in tables)  # (positions, the width of a head that is rotated)
         self.compile_kernels = compile_kernels and tensor_group_of(model) == 1  # a divided network has other sizes
+        self.float32_head, self.rounds_logits = head_product(model)
 
     @cached_property
     def kernels(self) -> Kernels:
         """The layers' small operations. Compiled not before they are used: what torch is set to then is compiled in."""
         if not self.compile_kernels:
             return PLAIN
-        own, mlp = self.model.config, self.model.config.intermediate_size
-        heads = (own.num_attention_heads, own.num_key_value_heads, self.cosine.shape[-1])
-        return compiled(*heads, mlp, self.device, self.dtype) or PLAIN
+        own, (key_heads, width) = self.model.config, heads_and_width(self.model)
+        return (
+            compiled(own.num_attention_heads, key_heads, width, self.cosine.shape[-1], self.device, self.dtype) or PLAIN
+        )
 
     def forward(self, ids: Tensor, positions: Tensor, attention: Attention, at: Tensor | None = None) -> Tensor:
         """Hidden states before the final norm, (lines, length, width); ids and positions (lines, length).
@@ -235,8 +236,29 @@ class Network:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head's output for hidden states (…, width), (…, vocab)."""
-        return self.model.lm_head(self.model.model.norm(hidden))
+        """The head's output for hidden states (…, width), (…, vocab); in float32 where CUDA's product can end in it."""
+        normed = self.model.model.norm(hidden)
+        if not self.float32_head:
+            return self.model.lm_head(normed)
+        product = torch.mm(normed.flatten(0, -2), self.model.lm_head.weight.T, out_dtype=torch.float32)
+        return product.unflatten(0, normed.shape[:-1])
+
+
+def head_product(model: torch.nn.Module) -> tuple[bool, str]:
+    """Whether the head's product ends in float32 though its weights are not, and else why it is rounded to theirs.
+
+    The second is empty where nothing is lost, and off CUDA, whose product alone knows it.
+    """
+    head = model.lm_head
+    if head.weight.device.type != "cuda" or head.weight.dtype == torch.float32:
+        return False, ""
+    table = (
+        (tensor_group_of(model) > 1, "the head is divided over devices"),
+        (type(head) is not torch.nn.Linear or head.bias is not None, "the head is no plain matrix"),
+        ("dtype" not in torch.ops.aten.mm.overloads(), f"torch {torch.__version__} gives a product no other precision"),
+    )
+    why = next((why for holds, why in table if holds), "")
+    return not why, why
 
 
 def by_parts(
@@ -256,10 +278,7 @@ def by_parts(
     query, key, value = own.q_proj(normed).view(heads), own.k_proj(normed).view(heads), own.v_proj(normed).view(heads)
     if isinstance(layer, NORMED_HEADS):
         query, key = own.q_norm(query), own.k_norm(key)
-    if tables[0].shape[-1] == own.head_dim:
-        query, key = kernels.rotate(query, key, *tables)
-    else:
-        query, key = rotate_part(query, key, *tables, unsqueeze_dim=2)
+    query, key = kernels.rotate(query, key, *tables)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if at is not None:
         query, hidden = query.take_along_dim(at[:, None, :, None], 2), hidden.take_along_dim(at[..., None], 1)

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.schema import Sampling
-from common.trajectory import Request, Trajectory
+from common.trajectory import Request, Trajectory, Writing
 from sample.draw import rollout_temperature
+
+# writings that a response may overwrite, for each token of its canvas: one that would overwrite more ends before it
+OVERWRITTEN_PER_TOKEN = 4
 
 
 @dataclass
@@ -30,13 +33,22 @@ class Slots:
     step: Tensor  # (slots,) denoising steps in the response
     forwards: Tensor  # (slots,) denoising and commit forwards
     finished: Tensor  # (slots,) also True of a row that nobody uses
-    stuck: Tensor  # (slots,) the strategy unmasked nothing at some step
+    stuck: Tensor  # (slots,) the strategy did not end a block within its bound, or wrote into the prompt
+    # of strategies that overwrite tokens
+    final: Tensor  # (slots,) the current block will not change any more; its commit is due
+    clean_steps: Tensor  # (slots,) denoising steps in the current block that began without masks
+    full: Tensor  # (slots,) there is no room for what is overwritten; the response ends before it
+    overwritten_count: Tensor  # (slots,)
+    # (slots, room, 4) int32, in the order in which they were overwritten: step, position, token, bits of the logp
+    overwritten: Tensor
 
     @classmethod
-    def empty(cls, slots: int, capacity: int, device: torch.device | str) -> Self:
-        """Unused rows."""
+    def empty(cls, slots: int, capacity: int, device: torch.device | str, room: int = 0) -> Self:
+        """Unused rows, with room for so many overwritten writings each."""
         shapes = {"tokens": (capacity,), "masked": (capacity,), "step_map": (capacity,), "figures": (capacity, 3)}
-        dtypes = {"figures": torch.float32, "masked": torch.bool, "finished": torch.bool, "stuck": torch.bool}
+        shapes["overwritten"] = (room, 4)
+        dtypes = {"figures": torch.float32, "overwritten": torch.int32}
+        dtypes |= dict.fromkeys(("masked", "finished", "stuck", "final", "full"), torch.bool)
         stores = {
             field.name: torch.zeros(
                 (slots, *shapes.get(field.name, ())), dtype=dtypes.get(field.name, torch.long), device=device
@@ -48,6 +60,10 @@ class Slots:
 
     def __post_init__(self) -> None:
         self.views: dict[int, Self] = {}
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Rows, positions of each, and how many overwritten writings of each there is room for."""
+        return len(self.tokens), self.tokens.shape[1], self.overwritten.shape[1]
 
     def first(self, rows: int) -> Self:
         """Views of the first rows; writing to them writes here."""
@@ -62,9 +78,9 @@ class Slots:
         return torch.cat([store.reshape(len(store), -1).long() for store in whole], 1)
 
     @classmethod
-    def unpacked(cls, numbers: Tensor, capacity: int) -> Self:
+    def unpacked(cls, numbers: Tensor, capacity: int, room: int) -> Self:
         """The rows that `packed` was made of."""
-        like = cls.empty(1, capacity, "cpu")
+        like = cls.empty(1, capacity, "cpu", room)
         stores = {field.name: getattr(like, field.name) for field in fields(cls)}
         parts = numbers.split([store.numel() for store in stores.values()], 1)
         return cls(
@@ -76,17 +92,18 @@ class Slots:
             }
         )
 
-    def select(self, rows: list[int]) -> Self:
-        """Copies of the given rows, on the host."""
-        index = torch.tensor(rows).to(self.tokens.device)
-        taken = Slots(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
-        return taken if index.device.type == "cpu" else Slots.unpacked(taken.packed().cpu(), self.tokens.shape[1])
+    def index(self, rows: list[int]) -> Tensor:
+        """Numbers of rows, where the slots are."""
+        return torch.tensor(rows).to(self.tokens.device)
 
-    def begin(self, first: int, sequences: "list[Sequence]", mask_id: int) -> None:
-        """Write new sequences, prompts and masks, into the rows from `first` on."""
-        if not sequences:
-            return
-        new = Slots.empty(len(sequences), self.tokens.shape[1], "cpu")
+    def select(self, rows: Tensor) -> Self:
+        """Copies of the rows of that `index`, on the host."""
+        taken = Slots(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        return taken if rows.device.type == "cpu" else Slots.unpacked(taken.packed().cpu(), *self.sizes()[1:])
+
+    def begin(self, rows: list[int], sequences: "list[Sequence]", mask_id: int) -> None:
+        """Write sequences into rows: prompts and masks, or what those that gave way had drawn."""
+        new = Slots.empty(len(sequences), self.tokens.shape[1], "cpu", self.overwritten.shape[1])
         new.tokens.fill_(mask_id)
         for row, sequence in enumerate(sequences):
             new.tokens[row, : len(sequence.request.prompt_ids)] = torch.tensor(sequence.request.prompt_ids)
@@ -95,34 +112,38 @@ class Slots:
         new.key = torch.tensor([sequence.request.stream_key() for sequence in sequences])
         new.response_end = torch.tensor([sequence.response_end for sequence in sequences])
         new.canvas_end = torch.tensor([sequence.canvas_end for sequence in sequences])
-        new.block_start = new.cached = torch.tensor([sequence.block_start for sequence in sequences])
+        new.block_start = torch.tensor([sequence.block_start for sequence in sequences])
+        new.cached = new.block_start.clone()
         new.step_map.fill_(-1)
         new.finished.fill_(False)
-        self.put(first, new)
+        for row, sequence in enumerate(sequences):
+            for field in fields(self) if sequence.state is not None else ():
+                getattr(new, field.name)[row] = getattr(sequence.state, field.name)[0]
+        self.put(rows, new)
 
-    def put(self, first: int, state: Self) -> None:
-        """Write rows of at most this capacity, which are on the host, to the rows from `first` on."""
-        capacity, device, new = state.tokens.shape[1], self.tokens.device, state
-        if device.type != "cpu":
-            new = Slots.unpacked(state.packed().to(device), capacity)
+    def put(self, rows: list[int], state: Self) -> None:
+        """Write rows of this capacity, which are on the host, to `rows`."""
+        index, new = torch.tensor(rows), state
+        if self.tokens.device.type != "cpu":
+            numbers = torch.cat((index[:, None], state.packed()), 1).to(self.tokens.device)
+            index, new = numbers[:, 0], Slots.unpacked(numbers[:, 1:], *self.sizes()[1:])
         for field in fields(self):
-            value = getattr(new, field.name)
-            store = getattr(self, field.name)[first : first + len(value)]
-            (store if value.dim() == 1 else store[:, :capacity]).copy_(value)
+            getattr(self, field.name).index_copy_(0, index, getattr(new, field.name))
 
-    def free(self, rows: int | slice, start: int, end: int) -> None:
+    def free(self, rows: Tensor, start: int, end: int) -> None:
         """Take rows out of use. Steps may go on to compute them, so they are put where every room has positions."""
         for store in (self.prompt_end, self.block_start, self.cached):
-            store[rows].fill_(start)
+            store.index_fill_(0, rows, start)
         for store in (self.response_end, self.canvas_end):
-            store[rows].fill_(end)
-        self.finished[rows].fill_(True)
+            store.index_fill_(0, rows, end)
+        self.finished.index_fill_(0, rows, True)
+        self.stuck.index_fill_(0, rows, False)
 
-    def move(self, source: int, target: int) -> None:
-        """Copy one row over another."""
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy rows over others, which are none of them; both (moved,)."""
         for field in fields(self):
             store = getattr(self, field.name)
-            store[target] = store[source]
+            store.index_copy_(0, targets, store[sources])
 
     def begins(self) -> Tensor:
         """Which rows have not denoised their current block yet, bool (slots,)."""
@@ -137,7 +158,7 @@ class Slots:
 class Sequence:
     """A request on its way through the engine, from `add` until it is finished.
 
-    It waits or is active; an active one stands at the same index among the active ones as its row among the slots.
+    It waits or has a row among the slots, whose number is its index among the engine's `seated`.
     """
 
     id: int  # in order of arrival: the youngest gives way when the cache runs out
@@ -222,12 +243,18 @@ class Finished:
 def trajectory_of(
     slots: Slots, row: int, request: Request, settings: Sampling, stop_ids: tuple[int, ...], full_attention: bool
 ) -> Trajectory:
-    """The record of a finished sequence."""
+    """The record of a finished sequence.
+
+    One that ended for want of room ("edits") has its last block as it then was, of which nothing counts in the length.
+    """
     start = len(request.prompt_ids)
     block_end = int(slots.block_start[row]) + settings.block_size
     end = int(slots.canvas_end[row]) if full_attention else block_end
     tokens = slots.tokens[row, start:end].tolist()
     length = next((n for n, token in enumerate(tokens[: settings.max_token], 1) if token in stop_ids), 0)
+    finish_reason = "stop" if length else "length"
+    if bool(slots.full[row]):
+        length, finish_reason = max(1, int(slots.block_start[row]) - start), "edits"
     logp, confidence, _ = slots.figures[row, start:end].T.tolist()
     return Trajectory(
         task_id=request.task_id,
@@ -238,12 +265,20 @@ def trajectory_of(
         logp=logp,
         confidence=confidence,
         kept_mass=float(slots.figures[row, start:block_end, 2].mean()),
-        finish_reason="stop" if length else "length",
+        finish_reason=finish_reason,
         length=length or min(settings.max_token, len(tokens)),
         steps=int(slots.step[row]),
         forwards=int(slots.forwards[row]),
         temperature=rollout_temperature(settings),
+        overwritten=overwritten_of(slots, row, start),
     )
+
+
+def overwritten_of(slots: Slots, row: int, start: int) -> list[Writing]:
+    """What was overwritten in a row whose response begins at position `start`, in order of (step, position)."""
+    written = slots.overwritten[row, : int(slots.overwritten_count[row])]
+    places, logp = written[:, :3].tolist(), written[:, 3].contiguous().view(torch.float32).tolist()
+    return sorted(Writing(step, position - start, token, one) for (step, position, token), one in zip(places, logp))
 
 
 def refusal_of(request: Request, settings: Sampling) -> Trajectory:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from common.memory import DRAW_ELEMENTS
 from common.runtime import console
 from common.schema import Sampling
 from models.family import end_of_sequence_ids
@@ -15,10 +16,19 @@ from sample import block_attention, full_attention
 from sample.cache import KeyValueCache
 from sample.draw import Candidates, draw, is_greedy, uniforms
 from sample.network import Network
-from sample.slots import Slots
-from sample.strategies import STRATEGIES, BlockState, even_split, find_strategy, rank_score
+from sample.slots import OVERWRITTEN_PER_TOKEN, Slots
+from sample.strategies import (
+    STRATEGIES,
+    BlockState,
+    Writes,
+    as_writes,
+    even_split,
+    find_strategy,
+    most_forwards,
+    overwrites,
+    rank_score,
+)
 
-DRAW_ELEMENTS = 1 << 25  # logits in a chunk of the draw: 128 MiB for each float32 tensor of their size
 MERGE_UP_TO = 256  # tokens in a forward on CUDA: beyond, arithmetic rather than memory is the limit
 SEEN = 256  # for a graph the reach of the blocks is rounded up to a multiple of this
 
@@ -42,11 +52,13 @@ class Step:
         if self.merge is None:
             self.merge = device.type == "cpu" or 2 * self.rows * size <= MERGE_UP_TO
         self.strategy = find_strategy(self.settings.remasking_strategy)
+        self.overwrites = overwrites(self.strategy)
+        self.most_forwards = most_forwards(self.strategy, self.settings)
         self.stops = torch.tensor(self.stop_ids, dtype=torch.long, device=device)
         barred = end_of_sequence_ids(config) if self.settings.logits_eos_inf else ()
         self.barred = torch.tensor(barred, dtype=torch.long, device=device) if barred else None
         # a small head costs less at all positions than finding the masked ones
-        self.sparse = not self.fixed and config.vocab_size > config.hidden_size
+        self.sparse = not self.fixed and not self.overwrites and config.vocab_size > config.hidden_size
         self.block = torch.arange(size, device=device)
         canvas = self.settings.max_token + -self.settings.max_token % size
         horizon = self.settings.further_horizon
@@ -66,24 +78,82 @@ class Step:
         masked = slots.masked.gather(1, positions) & ~slots.finished[:, None]
         first = rows if first is None else first
         hidden = self.forward(slots, positions, tokens, seen, first)  # (rows, block, width)
-        candidates = self.draw(hidden, slots, positions, masked)
-        ready = masked
+        candidates = self.draw(hidden, slots, positions, tokens, masked)
+        ready = masked  # what may be written
+        if self.overwrites:
+            ready = (positions >= slots.prompt_end[:, None]) & ~(slots.final | slots.finished)[:, None]
         if self.waits:
             due = slots.begins()
             waiting = due & (due.cumsum(0) > first)
-            ready = masked & ~waiting[:, None]
+            ready = ready & ~waiting[:, None]
             slots.forwards -= waiting.long()  # `advance` counts it for all
-        chosen = ready & self.choose(slots, candidates, positions, masked)
+        writes = self.choose(slots, candidates, positions, tokens, masked)
+        denoised = ready.any(1)
+        if self.overwrites:
+            self.overwrite(slots, positions, tokens, masked, ready, denoised, candidates, writes)
+            return
+        chosen = ready & writes.candidates
         tokens = torch.where(chosen, candidates.tokens, tokens)
-        self.record(slots, positions, tokens, masked & ~chosen, chosen, candidates)
-        self.advance(slots, positions, tokens, ready.any(1), ~(masked & ~chosen).any(1))
+        masked = masked & ~chosen
+        self.record(slots, positions, tokens, masked, chosen, candidates)
+        self.advance(slots, positions, tokens, denoised, denoised, ~masked.any(1))
+
+    def overwrite(
+        self,
+        slots: Slots,
+        positions: Tensor,
+        tokens: Tensor,
+        masked: Tensor,
+        ready: Tensor,
+        denoised: Tensor,
+        candidates: Candidates,
+        writes: Writes,
+    ) -> None:
+        """Carry out what a strategy writes that may overwrite tokens, in rows that were `denoised`, and advance."""
+        masks = torch.zeros_like(ready) if writes.masks is None else writes.masks & ~masked
+        in_prompt = (positions < slots.prompt_end[:, None]) & (writes.candidates | masks)
+        slots.stuck |= denoised & in_prompt.any(1)
+        fits = self.keep_overwritten(slots, positions, tokens, ready & (writes.candidates | masks))
+        ready = ready & fits[:, None]
+        revoked = ready & masks
+        chosen = ready & writes.candidates & ~masks
+        tokens = torch.where(chosen, candidates.tokens, tokens).masked_fill(revoked, self.mask_id)
+        left = (masked & ~chosen) | revoked
+        figures = {name: getattr(candidates, name).masked_fill(revoked, 0) for name in ("logp", "probability")}
+        self.record(slots, positions, tokens, left, chosen | revoked, replace(candidates, **figures))
+        slots.clean_steps += denoised & ~masked.any(1)
+        ends = ready.any(1) & ~left.any(1)  # where there was no room for what is overwritten nothing was ready
+        if writes.ends is not None:
+            ends &= writes.ends
+        self.advance(slots, positions, tokens, denoised, (chosen | revoked).any(1), slots.final | ends)
+
+    def keep_overwritten(self, slots: Slots, positions: Tensor, tokens: Tensor, written: Tensor) -> Tensor:
+        """Put what is about to be overwritten behind what was; returns the rows in which there is room for it.
+
+        The others are full, and end.
+        """
+        steps = slots.step_map.gather(1, positions)
+        leaving = written & (steps >= 0)
+        place = slots.overwritten_count[:, None] + leaving.cumsum(1) - 1
+        count = slots.overwritten_count + leaving.sum(1)
+        fits = count <= OVERWRITTEN_PER_TOKEN * (slots.canvas_end - slots.prompt_end)
+        slots.full |= ~fits
+        leaving &= fits[:, None]
+        slots.overwritten_count.copy_(torch.where(fits, count, slots.overwritten_count))
+        # the columns at the end take what is not kept: each its own, so that no two writes meet
+        spare = slots.overwritten.shape[1] - self.settings.block_size + self.block
+        logp = slots.figures[..., 0].gather(1, positions).view(torch.int32)
+        writing = torch.stack((steps.int(), positions.int(), tokens.int(), logp), -1)
+        four = torch.where(leaving, place, spare)[..., None].expand(-1, -1, 4)
+        slots.overwritten.scatter_(1, four, writing)
+        return fits
 
     def faulty_row(self, rows: int, seen: int) -> int:
         """The row that a step fails for: the last of the fewest first rows with which it fails.
 
         Rows do not see each other, so that without it the others go on; memory that runs out has no better answer.
         """
-        before = [self.slots.select([row]) for row in range(rows)]
+        before = self.slots.select(self.slots.index(list(range(rows))))
         works, fails = 0, rows
         while fails - works > 1:
             middle = (works + fails) // 2
@@ -92,8 +162,7 @@ class Step:
                 works = middle
             except Exception:  # what it is was seen before; which rows it takes is what is asked
                 fails = middle
-            for row, state in enumerate(before):
-                self.slots.put(row, state)
+            self.slots.put(list(range(rows)), before)
         return fails - 1
 
     def forward(self, slots: Slots, positions: Tensor, tokens: Tensor, seen: int, first: int) -> Tensor:
@@ -115,34 +184,37 @@ class Step:
             committing = due if len(due) else None
         return block_attention.denoise(network, self.cache, slots, positions, tokens, seen, committing)
 
-    def draw(self, hidden: Tensor, slots: Slots, positions: Tensor, masked: Tensor) -> Candidates:
-        """A candidate for every masked position of the current blocks, (rows, block); nothing is said of the others."""
+    def draw(self, hidden: Tensor, slots: Slots, positions: Tensor, tokens: Tensor, masked: Tensor) -> Candidates:
+        """A candidate for every masked position of the current blocks, (rows, block).
+
+        Nothing is said of the others, unless tokens may be overwritten: there it is the likeliest token.
+        """
         uniform = None if is_greedy(self.settings) else uniforms(slots.key, positions, slots.step, "token")
         if not self.sparse:
-            return self.draw_in_chunks(hidden, uniform)
+            return self.draw_in_chunks(hidden, uniform, tokens if self.overwrites else None)
         where = masked.flatten().nonzero()[:, 0]
         uniform = None if uniform is None else uniform.flatten()[where]
         return self.draw_in_chunks(hidden.flatten(0, 1)[where], uniform).spread(where, masked.shape)
 
-    def draw_in_chunks(self, hidden: Tensor, uniform: Tensor | None) -> Candidates:
-        """Candidates (…) for hidden states (…, width) and uniforms (…).
+    def draw_in_chunks(self, hidden: Tensor, uniform: Tensor | None, present: Tensor | None = None) -> Candidates:
+        """Candidates (…) for hidden states (…, width) and uniforms (…), where tokens `present` (…) stand.
 
         So many at a time that their logits, and what the draw makes of them, stay small.
         """
         shape = hidden.shape[:-1]
         chunks = -(-shape.numel() * self.network.model.config.vocab_size // DRAW_ELEMENTS)
         if chunks <= 1:
-            return draw(self.network.logits(hidden), uniform, self.mask_id, self.settings, self.barred)
+            return draw(self.network.logits(hidden), uniform, self.mask_id, self.settings, self.barred, present)
         states = hidden.flatten(0, -2).tensor_split(chunks)
-        numbers = [None] * chunks if uniform is None else uniform.flatten().tensor_split(chunks)
+        beside = [[None] * chunks if one is None else one.flatten().tensor_split(chunks) for one in (uniform, present)]
         parts = [
-            draw(self.network.logits(state), number, self.mask_id, self.settings, self.barred)
-            for state, number in zip(states, numbers)
+            draw(self.network.logits(state), number, self.mask_id, self.settings, self.barred, token)
+            for state, number, token in zip(states, *beside)
         ]
         return Candidates.joined(parts, shape)
 
-    def choose(self, slots: Slots, candidates: Candidates, positions: Tensor, masked: Tensor) -> Tensor:
-        """What the strategy unmasks, bool (rows, block)."""
+    def choose(self, slots: Slots, candidates: Candidates, positions: Tensor, tokens: Tensor, masked: Tensor) -> Writes:
+        """What the strategy writes in the current blocks."""
         settings, size = self.settings, self.settings.block_size
         own = settings.remasking_strategy not in STRATEGIES
         uniform = None
@@ -161,8 +233,11 @@ class Step:
         k = even_split(size, steps, slots.block_step)
         if self.network.full_attention and settings.remasking_strategy == "low_confidence_dynamic":
             k = torch.ones_like(k)  # where no candidate is sure, one position is unmasked
-        tokens = slots.tokens.gather(1, positions)
-        return self.strategy(BlockState(candidates, score, candidates.entropy, masked, k, uniform, settings, tokens))
+        response = positions >= slots.prompt_end[:, None]
+        block = BlockState(
+            candidates, score, candidates.entropy, masked, k, uniform, settings, tokens, response, slots.clean_steps
+        )
+        return as_writes(self.strategy(block), block, self.strategy)
 
     def stop(self, tokens: Tensor) -> Tensor:
         """Which tokens end a response."""
@@ -181,26 +256,38 @@ class Step:
         figures = torch.where(chosen[..., None], figures, slots.figures.gather(1, three))
         slots.figures.scatter_(1, three, figures)
 
-    def advance(self, slots: Slots, positions: Tensor, tokens: Tensor, denoised: Tensor, clean: Tensor) -> None:
-        """Count the step; end sequences at a stop token or the limit; move the others with a clean block onward."""
+    def advance(
+        self, slots: Slots, positions: Tensor, tokens: Tensor, denoised: Tensor, written: Tensor, final: Tensor
+    ) -> None:
+        """Count the step; end sequences at a stop token or the limit; move the others with a final block onward.
+
+        Bool (rows,): rows that were `denoised`, in which something was `written`, whose block is `final`.
+        """
         slots.step += denoised
         slots.block_step += denoised
         slots.forwards += ~slots.finished
-        slots.stuck |= slots.block_step > self.settings.block_size
+        slots.stuck |= slots.block_step > self.most_forwards
         ends_here = self.stop(tokens)
         ends_here &= (positions >= slots.prompt_end[:, None]) & (positions < slots.response_end[:, None])
         last = positions[:, -1] + 1 >= slots.canvas_end
-        # a clean last block is not committed: nobody would read its keys
-        slots.finished |= clean & (ends_here.any(1) | last)
-        onward = clean & ~slots.finished
+        # a final last block is not committed: nobody would read its keys
+        slots.finished |= final & (ends_here.any(1) | last)
+        if self.overwrites:
+            slots.finished |= slots.full
+        onward = final & ~slots.finished
         if not self.network.full_attention and not self.merge:
-            onward &= ~denoised  # this forward was the commit
+            onward &= ~written  # this forward was the commit: its keys are those of the tokens that stay
         if self.merge:
             slots.cached.copy_(slots.block_start)
+            if self.overwrites:  # or it was the commit here too
+                slots.cached += (onward & ~written) * self.settings.block_size
         slots.block_start += onward * self.settings.block_size
         if not self.merge:
             slots.cached.copy_(slots.block_start)
         slots.block_step *= ~onward
+        if self.overwrites:
+            slots.clean_steps *= ~onward
+            slots.final.copy_(final & ~onward)
 
 
 class Graphs:

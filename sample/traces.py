@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from common.board import board_of
 from common.checkpoint import write_whole
 from common.errors import UserError
 from common.page import fill_page
@@ -32,21 +33,26 @@ def trace_of(
     setting: str = "",
     verdict: str = "",
     reference: str = "",
+    puzzle: str | None = None,
 ) -> Trace:
     """What the page shows of one response: the text of every token with its step, confidence and log-probability.
 
-    `name` stands in the list of responses; `verdict` and `reference` are left out where they are empty.
+    `name` stands in the list of responses; `verdict` and `reference` are left out where they are empty. Where tokens
+    were overwritten, `overwritten` has the step, position, text (None: the mask) and log-probability of these writings.
+    `puzzle`: a Sudoku's, whose response is shown as a board too.
     """
     tokenizer, ids = loaded.tokenizer, trajectory.response_ids
+    pieces = pieces_of(tokenizer, ids)
+    board = board_of(puzzle, reference, pieces[: trajectory.length])
     special = set(tokenizer.all_special_ids)
     first = len(trajectory.prompt_ids) if loaded.family.attention == "block" else 0  # blocks are aligned to it
-    return {
+    trace = {
         "name": name or f"{trajectory.task_id} · {trajectory.sample + 1}",
         "setting": setting,
         "verdict": verdict,
         "reference": reference,
         "prompt": tokenizer.decode(trajectory.prompt_ids, skip_special_tokens=False),
-        "pieces": pieces_of(tokenizer, ids),
+        "pieces": pieces,
         "special": [index for index, token in enumerate(ids) if token in special],
         "steps": trajectory.step_map,
         "confidence": [round(value, 4) for value in trajectory.confidence],
@@ -58,6 +64,15 @@ def trace_of(
         "forwards": trajectory.forwards,
         "finish": trajectory.finish_reason,
     }
+    if board:
+        trace["board"] = board
+    if trajectory.overwritten:
+        old = tokenizer.batch_decode([[writing.token] for writing in trajectory.overwritten], skip_special_tokens=False)
+        trace["overwritten"] = [
+            [step, position, None if token == loaded.mask_id else text, round(logp, 4)]
+            for (step, position, token, logp), text in zip(trajectory.overwritten, old)
+        ]
+    return trace
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
@@ -123,7 +138,7 @@ def read_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
     path = Path(config.samples)
     if not path.is_file():
         raise UserError(f"samples: no file {path}; give the samples.jsonl of a run")
-    names = [field.name for field in dataclasses.fields(Trajectory)]
+    names = {field.name for field in dataclasses.fields(Trajectory)} - {"overwritten"}  # left out where it is empty
     traces: list[Trace] = []
     for number, line in read_lines(path, "samples"):
         if len(traces) == config.num_response_per_task:
@@ -137,11 +152,12 @@ def read_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
             continue
         if not line.get("step_map"):
             raise UserError(f"samples: {path} holds no traces (rollout.output_unmasking_history was False)")
-        if not set(names) <= line.keys():
+        if not names <= line.keys():
             raise foreign
-        trajectory = Trajectory(**{name: line[name] for name in names})
+        trajectory = Trajectory.of(line)
         setting, verdict, reference = (line.get(key) or "" for key in ("setting", "verdict", "ground_truth_answer"))
-        traces.append(trace_of(loaded, trajectory, config.block_size, "", setting, verdict, reference))
+        puzzle = line.get("puzzle", line.get("question"))  # a puzzle's record may ask in other words
+        traces.append(trace_of(loaded, trajectory, config.block_size, "", setting, verdict, reference, puzzle))
     if not traces:
         raise UserError(f"task_id={config.task_id}: {path} has no response to it")
     return traces

@@ -172,7 +172,7 @@ class EngineLoop:
                 self.news.append((stream, Event(error=told, status=400)))
             else:
                 end = min(trajectory.length, stream.limit)
-                finish = trajectory.finish_reason if trajectory.length <= stream.limit else "length"
+                finish = "length" if trajectory.truncated or trajectory.length > stream.limit else "stop"
                 ids, logp = trajectory.response_ids[stream.sent : end], trajectory.logp[stream.sent : end]
                 self.news.append((stream, Event(ids, logp, finish=finish)))
         for error, streams in faults.items():

@@ -17,6 +17,15 @@ from models.tiny import build_tiny
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none, in the machine's own words."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:
+            pytest.skip(str(error).splitlines()[0])
+
+
 @pytest.fixture(scope="session")
 def tiny_sdar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an untrained tiny model of family sdar; only read it."""

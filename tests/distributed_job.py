@@ -1,13 +1,14 @@
 """What several ranks do in a test: finetuning and RL steps, a step that is not finite on one rank only, checkpoints.
 
-Launched as `accelerate launch … --module tests.distributed_job MODEL FOLDER`; the same functions run in one process.
+Launched as `accelerate launch … --module tests.distributed_job MODEL SMALL FOLDER`; the same functions run in one
+process.
 """
 
 import itertools
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +16,23 @@ import torch
 
 from common import ranks
 from common.checkpoint import write_folder
-from common.schema import OptimizerParams, RLTrainingConfig, Sampling, SchedulerConfig, SFTTrainingConfig
+from common.config import load_config
+from common.config_files import recipes
+from common.schema import NEEDS, OptimizerParams, RLTrainingConfig, Sampling, SchedulerConfig, SFTTrainingConfig
 from common.trajectory import Request
-from models import LoadedModel, load_model, load_network
+from models import LoadedModel, find_family, load_model, load_network
 from models.value import load_value
 from sample.engine import Engine
 from tests.scored import scored
 from train.learner import Learner, make_accelerator, make_learner, micro_batches, update, whole_networks, whole_weights
 from train.learner_state import load_learner, save_learner
+from train.loading import frozen_reference, load_trained, policy_learner
 from train.network import Critic, Policy
 from train.packing import make_rows
+from train.recipes import keys_of_recipe
 from train.rl_step import learn
 from train.sft_trainer import sft_update
-from train.views import Example, Layout, random_block_views
+from train.views import Example, Layout, layout_of, random_block_views
 
 BLOCK, LENGTH, RESPONSES = 4, 8, 5
 TRAINING = RLTrainingConfig(tokens_per_micro_batch=100, updates_per_step=2, max_bad_steps=2)
@@ -164,19 +169,63 @@ def resumed(model: Path, folder: Path, weights: list[dict[str, torch.Tensor]]) -
     return {"step": rl_step(networks, 3), "end": [tensors(networks.learner), tensors(networks.critic)]}
 
 
-def stage(number: int, model: Path, folder: Path) -> None:
-    """`run` under a ZeRO stage; rank 0 writes what came of it."""
+def recipes_of(family: str, model: Path) -> dict:
+    """A step of each published objective on one policy, one after the other: the figures of each, the weights at last.
+
+    The responses are those that the first policy drew.
+    """
+    names = [name for name in recipes() if NEEDS.get(method_of(name), "block") == find_family(family).attention]
+    keys = ["optimizer.params.learning_rate=1e-3", "optimizer.params.epsilon=1e-5", "training.updates_per_step=1"]
+    keys += [f"model.model_base={family}", f"model.pretrained_model={model}"]
+    configs = {name: load_config("rl", ["config=configs/rl_tiny.yaml", *keys, f"recipe={name}"]) for name in names}
+    config = configs[names[-1]]
+    accelerator = make_accelerator()
+    loaded = load_trained(config.model, config.training, model)
+    learner = policy_learner(config, loaded, 100)
+    config.training.kl_reference = "initial"
+    reference = frozen_reference(config, loaded, learner)
+    with whole_networks(accelerator):
+        network = load_network(model, family)
+    settings = Sampling(max_token=LENGTH, steps=LENGTH, remasking_strategy="low_confidence_static")
+    requests = [Request(str(n), list(range(5 + 3 * n)), seed=1) for n in range(RESPONSES)]
+    drawn = sorted(Engine(network, loaded.mask_id, []).generate(requests, settings), key=lambda one: one.task_id)
+    samples = [scored(one, (-1.0) ** n, (-1.0) ** n, None) for n, one in enumerate(drawn)]
+    steps = {}
+    for number, (name, one) in enumerate(configs.items()):
+        training = replace(
+            one.training, epochs_per_step=min(2, one.training.epochs_per_step), tokens_per_micro_batch=200
+        )
+        first = reference if training.kl_reference == "initial" else None
+        layout = layout_of(loaded, BLOCK)
+        steps[name] = learn(learner, samples, training, layout, LENGTH, [number], exact=False, reference=first)
+    return {"steps": steps, "end": tensors(learner)}
+
+
+def method_of(recipe: str) -> str:
+    return keys_of_recipe(recipe)["training.method"]
+
+
+def all_recipes(models: Path) -> dict:
+    """`recipes_of` by attention, on the models of that folder."""
+    return {"block": recipes_of("sdar", models / "sdar"), "full": recipes_of("dream", models / "dream")}
+
+
+def stage(number: int, model: Path, folder: Path, models: Path | None = None) -> None:
+    """`run` under a ZeRO stage, and `all_recipes` where `models` are given; rank 0 writes what came of it."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # the process group stays
     os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(number)
     folder = folder / f"zero{number}"
     result = run(model, folder)
+    if models is not None:
+        result["recipes"] = all_recipes(models)
     if ranks.is_main():
         torch.save(result, folder / "result.pt")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for zero in (3, 2):
-        stage(zero, Path(sys.argv[1]), Path(sys.argv[2]))
+    sdar, small, target = map(Path, sys.argv[1:])
+    stage(3, sdar, target, small)
+    stage(2, sdar, target)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from common.schema import Sampling
-from common.trajectory import Request
+from common.trajectory import Request, Writing
 from sample.draw import uniforms
 
 MASK64 = (1 << 64) - 1
@@ -32,6 +32,7 @@ class Trace:
     length: int = 0
     steps: int = 0
     forwards: int = 0
+    overwritten: list[Writing] = field(default_factory=list)
 
 
 @dataclass
@@ -43,6 +44,25 @@ class Candidate:
     logp: float
     entropy: float
     kept_mass: float
+    present: float = 0.0  # probability of the token that stands there
+
+
+@dataclass
+class Canvas:
+    """Tokens, and how each position of the response was written last; what is overwritten is kept."""
+
+    tokens: list[int]
+    mask_id: int
+    written: dict[int, tuple[int, Candidate]] = field(default_factory=dict)  # step and draw
+    overwritten: list[tuple[int, int, int, float]] = field(default_factory=list)  # step, position, token, logp
+
+    def write(self, position: int, step: int, candidate: Candidate | None) -> None:
+        """The candidate, or the mask token again."""
+        if position in self.written:
+            before, drawn = self.written[position]
+            self.overwritten.append((before, position, self.tokens[position], drawn.logp))
+        drawn = candidate or Candidate(self.mask_id, 0.0, 0.0, 0.0, 1.0)
+        self.tokens[position], self.written[position] = drawn.token, (step, drawn)
 
 
 def sample_block_attention(
@@ -51,44 +71,85 @@ def sample_block_attention(
     """The response to one request."""
     block, prompt = settings.block_size, len(request.prompt_ids)
     limit = prompt + settings.max_token
-    canvas, unmasked_at, drawn = list(request.prompt_ids), {}, {}
+    canvas = Canvas(list(request.prompt_ids), mask_id)
     trace = Trace()
     start = prompt // block * block
     while True:
         end = start + block
-        canvas += [mask_id] * (end - len(canvas))
+        canvas.tokens += [mask_id] * (end - len(canvas.tokens))
         masked = [position for position in range(start, end) if position >= prompt]
-        block_step = 0
-        while masked:
-            logits = block_logits(model, canvas, block)
+        block_step = clean_steps = 0
+        final = changed = False
+        while not final:
+            logits = block_logits(model, canvas.tokens, block)
             candidates = {}
-            for position in masked:
+            for position in range(max(start, prompt), end):
                 u = uniform_of(request, position, trace.steps, "token")
-                candidates[position] = draw_one(logits[position - start], u, mask_id, settings)
+                here, token = logits[position - start], canvas.tokens[position]
+                candidates[position] = draw_one(here, u, mask_id, settings, likeliest=position not in masked)
+                candidates[position].present = float(softmax(here)[token])
             k = static_k(block, settings.denoising_steps_per_block, block_step)
-            for position in choose(candidates, k, settings):
-                canvas[position] = candidates[position].token
-                unmasked_at[position] = trace.steps
-                drawn[position] = candidates[position]
-                masked.remove(position)
+            clean_steps += not masked
+            changed, final = write(canvas, masked, candidates, k, trace.steps, clean_steps, settings)
             block_step += 1
             trace.steps += 1
             trace.forwards += 1
-        stops = [position for position in range(prompt, min(end, limit)) if canvas[position] in stop_ids]
+        stops = [position for position in range(prompt, min(end, limit)) if canvas.tokens[position] in stop_ids]
         if stops or end >= limit:
             break
-        if settings.merge_commit is False:
+        if settings.merge_commit is False and changed:
             trace.forwards += 1  # the clean block's keys and values, for the blocks that follow; else in their first
         start = end
-    response = range(prompt, end)
-    trace.response_ids = [canvas[position] for position in response]
-    trace.step_map = [unmasked_at[position] for position in response]
-    trace.logp = [drawn[position].logp for position in response]
-    trace.confidence = [drawn[position].confidence for position in response]
-    trace.kept_mass = float(np.mean([drawn[position].kept_mass for position in response]))
+    fill(trace, canvas, range(prompt, end))
     trace.finish_reason = "stop" if stops else "length"
     trace.length = stops[0] + 1 - prompt if stops else settings.max_token
     return trace
+
+
+def write(
+    canvas: Canvas,
+    masked: list[int],
+    candidates: dict[int, Candidate],
+    k: int,
+    step: int,
+    clean_steps: int,
+    settings: Sampling,
+) -> tuple[bool, bool]:
+    """What the strategy writes into a block, whose `masked` positions are kept; whether anything, and whether it ends.
+
+    `clean_steps` are the block's forwards that began without masks, this one included.
+    """
+    clean = not masked
+    chosen = choose({i: candidates[i] for i in masked}, k, settings) if masked else []
+    tokens, revoked, edited = canvas.tokens, [], []
+    if settings.remasking_strategy == "revoke":
+        weak = [i for i in candidates if i not in masked and candidates[i].present < settings.revoke_threshold]
+        revoked = sorted(weak, key=lambda i: (candidates[i].present, i))[: len(chosen) - 1]
+    if settings.remasking_strategy == "edit":
+        others = [i for i in candidates if i not in masked and candidates[i].token != tokens[i]]
+        edited = [i for i in others if candidates[i].confidence > settings.edit_threshold]
+    for position in sorted([*chosen, *edited]):
+        canvas.write(position, step, candidates[position])
+    for position in revoked:
+        canvas.write(position, step, None)
+    masked[:] = sorted({*masked, *revoked} - {*chosen})
+    final = not masked
+    if settings.remasking_strategy == "edit":
+        final = final and ((clean and not edited) or clean_steps >= settings.max_edit_steps)
+    return bool(chosen or edited or revoked), final
+
+
+def fill(trace: Trace, canvas: Canvas, response: Sequence[int]) -> None:
+    """Into the trace: what the canvas holds of a response at these positions; what was never written has step -1."""
+    written = [canvas.written.get(position, (-1, None)) for position in response]
+    trace.response_ids = [canvas.tokens[position] for position in response]
+    trace.step_map = [step for step, _ in written]
+    trace.logp = [drawn.logp if drawn else 0.0 for _, drawn in written]
+    trace.confidence = [drawn.confidence if drawn else 0.0 for _, drawn in written]
+    trace.kept_mass = float(np.mean([drawn.kept_mass for _, drawn in written if drawn]))
+    trace.overwritten = sorted(
+        Writing(step, position - response[0], token, logp) for step, position, token, logp in canvas.overwritten
+    )
 
 
 def block_logits(model: torch.nn.Module, canvas: list[int], block: int) -> np.ndarray:
@@ -102,7 +163,14 @@ def block_logits(model: torch.nn.Module, canvas: list[int], block: int) -> np.nd
     return logits[0, -block:].float().numpy()
 
 
-def draw_one(logits: np.ndarray, u: float, mask_id: int, settings: Sampling, barred: Sequence[int] = ()) -> Candidate:
+def draw_one(
+    logits: np.ndarray,
+    u: float,
+    mask_id: int,
+    settings: Sampling,
+    barred: Sequence[int] = (),
+    likeliest: bool = False,
+) -> Candidate:
     """Draw one token from its logits (vocab,): the mask token's is minus infinity, temperature, top-k, top-p.
 
     What is barred is not drawn, and confidence and entropy are without it; logp and kept mass are with it.
@@ -118,7 +186,7 @@ def draw_one(logits: np.ndarray, u: float, mask_id: int, settings: Sampling, bar
         kept = keep(allowed, settings.top_k, settings.top_p)
     else:
         kept = keep(allowed, 0, settings.top_p) & keep(allowed, settings.top_k, 1.0)
-    token = int(allowed.argmax()) if greedy else inverse_cdf(allowed, kept, u)
+    token = int(allowed.argmax()) if greedy or likeliest else inverse_cdf(allowed, kept, u)
     total = sum(allowed[i] for i in sorted(kept))
     sampled = allowed[token] / total
     of = raw.tolist() if settings.entropy_from == "raw" else [allowed[i] / total for i in sorted(kept)]
@@ -190,14 +258,51 @@ def choose(candidates: dict[int, Candidate], k: int, settings: Sampling) -> list
     match settings.remasking_strategy:
         case "low_confidence_static":
             return by_confidence[:k]
+        case "revoke":
+            return sure_or_best(candidates, 1, settings)
+        case "edit":
+            return sure_or_best(candidates, settings.min_unmask, settings)
         case "low_confidence_dynamic":
+            return sure_or_best(candidates, k, settings)
+        case "factor":
+            count = 1
+            while count < len(candidates) and reached(candidates[by_confidence[count]], count + 1, settings.factor):
+                count += 1
+            return by_confidence[:count]
+        case "hierarchical":
             sure = [i for i in candidates if candidates[i].confidence >= settings.dynamic_threshold]
-            return by_confidence[:k] if len(sure) < k else sure
+            for run in runs(sorted(candidates)):
+                best = min(run, key=lambda i: (-candidates[i].confidence, i))
+                if best not in sure and candidates[best].confidence >= settings.low_threshold:
+                    sure.append(best)
+            return sure or by_confidence[:1]
         case "sequential":
             return sorted(candidates)[:k]
         case "entropy_bounded":
             return within_bound({i: candidates[i].entropy for i in candidates}, settings.eb_threshold)
     raise AssertionError(settings.remasking_strategy)
+
+
+def sure_or_best(candidates: dict[int, Candidate], k: int, settings: Sampling) -> list[int]:
+    """All that reach the threshold, or the k most confident where those are fewer."""
+    sure = [i for i in candidates if candidates[i].confidence >= settings.dynamic_threshold]
+    return sorted(candidates, key=lambda i: (-candidates[i].confidence, i))[:k] if len(sure) < k else sure
+
+
+def reached(candidate: Candidate, rank: int, factor: float) -> bool:
+    """Whether the candidate of that rank, counted from 1, is confident enough."""
+    return candidate.confidence >= 1 - factor / (rank + 1)
+
+
+def runs(positions: list[int]) -> list[list[int]]:
+    """Neighbours together."""
+    found: list[list[int]] = []
+    for position in positions:
+        if found and found[-1][-1] == position - 1:
+            found[-1].append(position)
+        else:
+            found.append([position])
+    return found
 
 
 def within_bound(entropy: dict[int, float], bound: float) -> list[int]:

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from common.schema import Sampling
 from common.trajectory import Request
 from models.family import family_of_network
-from tests.reference import Trace, choose, draw_one, softmax, static_k, uniform_of, without
+from tests.reference import Canvas, Trace, choose, draw_one, fill, softmax, static_k, uniform_of, without, write
 
 
 def sample_full_attention(
@@ -24,44 +24,46 @@ def sample_full_attention(
     barred = [model.config.eos_token_id] if settings.logits_eos_inf else []
     prompt, size = len(request.prompt_ids), settings.block_size
     blocks = math.ceil(settings.max_token / size)
-    canvas = request.prompt_ids + [mask_id] * (blocks * size)
-    step_map, drawn = [-1] * (blocks * size), {}
+    canvas = Canvas(request.prompt_ids + [mask_id] * (blocks * size), mask_id)
     steps_of_block = [max(1, len(part)) for part in np.array_split(np.arange(settings.steps), blocks)]
     trace = Trace()
     for block in range(blocks):
         start, end = prompt + block * size, prompt + (block + 1) * size
         masked, block_step, prefix = list(range(start, end)), 0, None
         while masked:
+            tokens = canvas.tokens
             if settings.use_cache and block_step > 0:
-                horizon = len(canvas) if settings.further_horizon is None else end + settings.further_horizon
-                logits = window_logits(model, canvas, prefix, start + offset, min(horizon, len(canvas)))
+                horizon = len(tokens) if settings.further_horizon is None else end + settings.further_horizon
+                logits = window_logits(model, tokens, prefix, start + offset, min(horizon, len(tokens)))
             else:
-                logits, prefix = whole_logits(model, canvas, start + offset)
+                logits, prefix = whole_logits(model, tokens, start + offset)
             candidates, scores = {}, {}
-            for position in masked:
+            for position in range(start, end):
                 row = logits[position + offset]
                 u = uniform_of(request, position, trace.steps, "token")
-                candidates[position] = draw_one(row, u, mask_id, settings, barred)
+                likeliest = position not in masked
+                candidates[position] = draw_one(row, u, mask_id, settings, barred, likeliest)
                 row = without(row, barred)
-                scores[position] = score(request, position, trace.steps, candidates[position], row, settings, stop_ids)
+                candidates[position].present = float(softmax(row)[tokens[position]])
+                if not likeliest:
+                    one = candidates[position]
+                    scores[position] = score(request, position, trace.steps, one, row, settings, stop_ids)
             k = static_k(size, steps_of_block[block], block_step)
-            ends = {i for i in masked if candidates[i].token in stop_ids} if settings.confidence_eos_eot_inf else set()
-            for position in choose_by_score(candidates, scores, k, settings, ends):
-                canvas[position] = candidates[position].token
-                step_map[position - prompt] = trace.steps
-                drawn[position] = candidates[position]
-                masked.remove(position)
+            if settings.remasking_strategy == "revoke":
+                write(canvas, masked, candidates, k, trace.steps, 0, settings)
+            else:
+                drawn = {i: candidates[i] for i in masked}
+                ends = {i for i in masked if drawn[i].token in stop_ids} if settings.confidence_eos_eot_inf else set()
+                for position in choose_by_score(drawn, scores, k, settings, ends):
+                    canvas.write(position, trace.steps, candidates[position])
+                    masked.remove(position)
             block_step += 1
             trace.steps += 1
             trace.forwards += 1
-        stops = [i for i in range(prompt, min(end, prompt + settings.max_token)) if canvas[i] in stop_ids]
+        stops = [i for i in range(prompt, min(end, prompt + settings.max_token)) if canvas.tokens[i] in stop_ids]
         if stops:
             break
-    trace.response_ids, trace.step_map = canvas[prompt:], step_map
-    known = [drawn.get(position) for position in range(prompt, len(canvas))]
-    trace.logp = [one.logp if one else 0.0 for one in known]
-    trace.confidence = [one.confidence if one else 0.0 for one in known]
-    trace.kept_mass = float(np.mean([one.kept_mass for one in known if one]))
+    fill(trace, canvas, range(prompt, len(canvas.tokens)))
     trace.finish_reason = "stop" if stops else "length"
     trace.length = stops[0] + 1 - prompt if stops else settings.max_token
     return trace

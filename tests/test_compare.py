@@ -79,3 +79,16 @@ def test_lines_of_another_kind_are_told(tmp_path: Path) -> None:
     (tmp_path / "foreign.jsonl").write_text('{"task": 0, "response": "x"}\n')
     with pytest.raises(UserError, match=r"foreign.jsonl has a line without `task_id`; give a samples.jsonl"):
         compare(str(tmp_path / "foreign.jsonl"), str(run))
+
+
+def test_two_settings_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", {"1": [True], "2": [False]}, setting="static")
+    write_run(tmp_path / "other", {"1": [True], "2": [True]}, setting="dynamic")
+    with (run / "samples.jsonl").open("a") as file:
+        file.write((tmp_path / "other" / "samples.jsonl").read_text())
+    (row,) = compare(f"{run}:static", f"{run}:dynamic")
+    assert (row["setting"], row["B - A"][:5]) == ("static / dynamic", "+50.0")
+    with pytest.raises(UserError, match="no setting threshold; use :static, :dynamic"):
+        compare(f"{run}:threshold", str(run))
+    main([str(run), str(run)])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= max(80, len(f"A: {run}, B: {run}"))

@@ -1,5 +1,7 @@
 """Configs: layers, types, older keys, and one line for every mistake."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -366,6 +368,134 @@ def test_lists_of_settings_belong_to_evaluation(job, argument, told):
     with pytest.raises(UserError) as caught:
         load_config(job, ["model=M", argument])
     assert str(caught.value).startswith(told) and str(caught.value).endswith("; lists belong to evaluation")
+
+
+SCHEDULES = [
+    ("{40: 8}", "rollout.block_size={40: 8}: the steps of a schedule ascend from 0, as in {0: 4, 40: 8}"),
+    ("{0: 4, 9: 8, 5: 16}", "rollout.block_size={0: 4, 9: 8, 5: 16}: the steps of a schedule ascend from 0"),
+    ("{0: 4, 5: 0}", "rollout.block_size={0: 4, 5: 0}: must be at least 1"),
+    (
+        "{0: 4, 5: many}",
+        "rollout.block_size={0: 4, 5: 'many'}: expected a whole number, or a schedule as {0: 4, 40: 8}",
+    ),
+    ("{0: 4, 5.5: 8}", "rollout.block_size={0: 4, 5.5: 8}: expected a whole number, or a schedule as {0: 4, 40: 8}"),
+    ("{first: 4}", "unknown key rollout.block_size.first=4 in the command line; did you mean rollout.block_size?"),
+    ("{0: 4, 50: 8}", "rollout.block_size={0: 4, 50: 8}: experiment.total_step=50 ends before the size of 50 is drawn"),
+    (
+        "{0: 4, 5: 2} rollout.denoising_steps_per_block=4",
+        "rollout.denoising_steps_per_block=4 is more than rollout.blo",
+    ),
+    ("{0: 4, 5: 8} rollout.denoising_steps_per_block={0: 2, 6: 4}", "rollout.denoising_steps_per_block={0: 2, 6: 4} w"),
+    (
+        "4 rollout.denoising_steps_per_block={0: 2, 6: 4}",
+        "rollout.denoising_steps_per_block={0: 2, 6: 4} with rollout.b",
+    ),
+    (
+        "{0: 4, 5: 8} model.model_base=dream",
+        "rollout.block_size={0: 4, 5: 8} is of block attention, which model.model_b",
+    ),
+    ("4 training.seed={0: 1}", "training.seed={0: 1}: expected a whole number"),
+]
+
+
+@pytest.mark.parametrize(("written", "told"), SCHEDULES, ids=[one[0] for one in SCHEDULES])
+def test_a_schedule_that_cannot_be_is_refused(load, written, told):
+    with pytest.raises(UserError) as caught:
+        load("rl", *re.split(r" (?=[a-z]+\.)", f"rollout.block_size={written}"))
+    assert str(caught.value).startswith(told) and "\n" not in str(caught.value)
+
+
+def test_a_schedule_holds_for_what_follows_it(load, tmp_path, capsys):
+    """For the steps of a block and for evaluations, unless these are set; it is read back as it was written."""
+    config = load("rl", "rollout.block_size={0: 4, 5: 8}", "evaluation.top_k=[0,1]")
+    assert (
+        "rollout.block_size={0: 4, 5: 8} → rollout.denoising_steps_per_block, evaluation.b" in capsys.readouterr().err
+    )
+    sizes = [(one.block_size, one.denoising_steps_per_block) for one in map(config.rollout.at_step, (1, 5, 6, 60))]
+    assert sizes == [(4, 4), (4, 4), (8, 8), (8, 8)]
+    assert [one.block_size for one in settings_of(config.evaluation.at_step(6))] == [8, 8]
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config("rl", [f"config={tmp_path / 'config.yaml'}"]) == config
+    config = load("rl", "recipe=just_grpo", "rollout.block_size={0: 4, 5: 8}", "evaluation.block_size=[4,8]")
+    assert config.rollout.at_step(6).denoising_steps_per_block == 8 and config.evaluation.block_size == [4, 8]
+    with pytest.raises(UserError, match=r"^rollout.block_size=\{0: 4\}: expected a whole number, or a list of such$"):
+        load("eval", "rollout.block_size={0: 4}")
+
+
+IDLE = [
+    (
+        "rl",
+        "training.value_reward=zscore",
+        "training.value_reward=zscore is of a value model, and there is none; set m",
+    ),
+    (
+        "rl",
+        "training.process_placement=chunk_end reward.judge.reward_chunk_length=8",
+        "training.process_placement=chunk_end is of a value model, and th",
+    ),
+    (
+        "rl",
+        "training.shrink=2 training.method=coupled",
+        "training.shrink=2 with training.method=coupled: its views hav",
+    ),
+    ("sft", "training.shrink=2", "training.shrink=2 with training.method=semi-ar: its views have no trace"),
+    (
+        "rl",
+        "training.term=sequence training.loss_norm=step",
+        "training.loss_norm=step with training.term=sequence: a r",
+    ),
+    ("rl", "training.kl_norm=view_sum training.kl_reference=none", "training.kl_norm=view_sum with training.kl_refere"),
+    ("rl", "reward.code_reward=share", "reward.code_reward=share is of programs, but dataset.data_type=math gives"),
+    ("eval", "reward.code_reward=share reward.kind=option", "reward.code_reward=share is of programs, but reward.kind"),
+    (
+        "rl",
+        "reward.code_reward=share dataset.data_type=code reward.function=m:f",
+        "reward.code_reward=share is of prog",
+    ),
+    ("rl", "model.model_base=llada recipe=ebpo", "training.method=stratified is of block attention, which model.model"),
+    (
+        "sft",
+        "recipe=dapo",
+        "recipe=dapo in the command line: train/sft_<family>.py does not read it, only rl.py; leave i",
+    ),
+    ("eval", "recipe=dapo", "recipe=dapo in the command line: eval.py does not read it, only rl.py; leave it out"),
+]
+
+
+@pytest.mark.parametrize(("job", "written", "told"), IDLE, ids=[f"{one[0]} {one[1]}" for one in IDLE])
+def test_what_would_do_nothing_is_refused(load, job, written, told):
+    with pytest.raises(UserError) as caught:
+        load(job, *written.split())
+    assert str(caught.value).startswith(told) and "\n" not in str(caught.value)
+
+
+def test_where_these_keys_do_something_they_are_taken(load):
+    load("rl", "training.value_reward=zscore", "model.value_base_model=V")
+    load("rl", "training.shrink=2", "training.method=my_module:my_views")
+    load("rl", "training.term=sequence", "training.loss_norm=length")
+    load("rl", "reward.code_reward=share", "dataset.data_type=code")
+    config = load_config("reward", ["data=d", "responses=r", "out=o", "code_reward=share"])
+    assert config.code_reward == "share"
+
+
+def test_a_recipe_in_the_file_of_another_job_is_refused(load):
+    for job in ("sft", "eval"):
+        with pytest.raises(UserError, match=r"^recipe=dapo in .*mine\.yaml: .* does not read it, only rl\.py"):
+            load(job, text=f"{CONTENT[job]}\nrecipe: dapo\n")
+
+
+def test_a_reader_that_is_gone_ends_a_program_without_a_word():
+    """As `| head` goes; at once, and where what was printed is first written at the end."""
+    for unbuffered in ("", "1"):
+        code, environment = "print('a' * 100)", os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        program = f"from common.errors import one_line_errors\n@one_line_errors\ndef main():\n {code}\nmain()"
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=writing, stderr=subprocess.PIPE
+        )
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_the_reward_job_takes_its_keys_with_and_without_their_section():

@@ -8,8 +8,7 @@ import yaml
 
 from common.config import load_config, settings_of
 from common.errors import UserError
-from common.older_keys import FULL_ATTENTION
-from common.schema import RLConfig
+from common.schema import ATTENTION, RLConfig
 from models.family import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,7 +243,8 @@ def test_rows_of_a_response_as_the_original_made_them(load, family, rollout, tra
 
 def test_families_whose_rows_are_steps_of_the_response():
     ours = [one for one in FAMILIES.values() if one.model_class.__module__.startswith("models.")]
-    assert {one.name for one in ours if one.attention == "full"} == set(FULL_ATTENTION) and len(ours) > 3
+    for attention, names in ATTENTION.items():
+        assert {one.name for one in ours if one.attention == attention} == set(names) and len(names) > 2
 
 
 def test_the_devices_of_an_update_are_those_that_were_launched(load, capsys, monkeypatch):
@@ -324,18 +324,27 @@ def test_groups_to_keep_follow_what_is_learned(load, capsys):
     """Raw rewards of a value model are not compared in groups; shares of tests are, of programs that fail too."""
     raw = load("rl", "model.value_base_model=some/model").training
     assert (raw.value_reward, raw.keep_accuracy) == ("raw", None)
-    share = load("rl", "reward.code_reward=share").training
+    share = load("rl", "reward.code_reward=share", "dataset.data_type=code").training
     assert (share.keep_accuracy, share.drop_equal) == (None, True)
     assert "reward.code_reward=share → training.keep_accuracy=null" in capsys.readouterr().err
-    kept = load("rl", "reward.code_reward=share", "training.keep_accuracy=[0.1,0.9]").training
+    kept = load("rl", "reward.code_reward=share", "dataset.data_type=code", "training.keep_accuracy=[0.1,0.9]").training
     assert (kept.keep_accuracy, kept.drop_equal) == ([0.1, 0.9], False)
 
 
 def test_another_term_than_the_originals_takes_no_kl_norm_of_its_own(load):
     """What is derived from a file of the original does not contradict what its user sets."""
     training = load_original(load, "rl", "training.term=sequence", family="llada").training
-    assert (training.term, training.kl_norm) == ("sequence", None)
+    assert (training.term, training.kl_norm, training.loss_norm) == ("sequence", None, "token")
     assert load_original(load, "rl", family="llada").training.kl_norm == "view_sum"
+    assert load_original(load, "rl", "training.kl_reference=none", family="llada").training.kl_norm is None
+    keys = ("reward.kind=general", "dataset.data_type=code")
+    assert load_original(load, "rl", *keys, family="llada").reward.code_reward == "all"
+
+
+def test_steps_that_the_original_does_not_merge_are_said(load, capsys):
+    keys = ("training.method=coupled", "training.shrink=4")
+    assert load_original(load, "rl", *keys, family="llada").training.shrink == 1
+    assert "training.shrink=4 (training.method=coupled has no trace)" in capsys.readouterr().err
 
 
 def test_norms_and_placements_that_fit_nothing_are_refused(load):

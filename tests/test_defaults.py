@@ -129,5 +129,5 @@ def test_the_file_is_read_on_the_way(tiny_sdar: Path, tmp_path: Path) -> None:
     arguments = [f"model.pretrained_model={folder}", f"experiment.runs_dir={tmp_path / 'runs'}"]
     config = load_config("rl", [f"config={ROOT}/configs/rl_tiny.yaml", *arguments])
     run = rl_trainer.set_up(config, rl_trainer.read_inputs(config), Stopwatch())
-    assert run.config.rollout.block_size == run.config.evaluation.block_size == 8 == run.page.block_size
+    assert run.config.rollout.block_size == run.config.evaluation.block_size == 8
     assert "block_size: 8" in (run.folder / "config.yaml").read_text()

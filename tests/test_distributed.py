@@ -10,6 +10,8 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from shipped import shipped
 
+from common.config_files import recipes
+from models import tiny
 from tests import distributed_job
 from train.learner_state import load_learner
 
@@ -36,10 +38,20 @@ def alone(tiny_sdar: Path, folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def together(tiny_sdar: Path, folder: Path) -> dict[str, dict[str, Any]]:
+def small(folder: Path) -> Path:
+    """The folder of untrained models of two layers, one for each attention."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "LAYERS", 2)
+        for family in ("sdar", "dream"):
+            tiny.build_tiny(family, folder / "small" / family, seed=3)
+    return folder / "small"
+
+
+@pytest.fixture(scope="module")
+def together(tiny_sdar: Path, small: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """What two processes give, by stage."""
     config = ROOT / "accelerate_configs" / "1_node_2_cpus_deepspeed_zero3.yaml"
-    done = accelerate_launch("--config_file", config, "--module", "tests.distributed_job", tiny_sdar, folder)
+    done = accelerate_launch("--config_file", config, "--module", "tests.distributed_job", tiny_sdar, small, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return {stage: torch.load(folder / stage / "result.pt", weights_only=False) for stage in STAGES}
 
@@ -65,6 +77,19 @@ def test_steps_of_two_processes_equal_those_of_one(alone: dict, together: dict, 
             assert other[key] == pytest.approx(value, rel=1e-4, abs=0.1 if "clip" in key else 1e-4), key
     for one, other in zip(alone["end"], two["end"], strict=True):
         assert_close(one, other)
+
+
+def test_every_recipe_is_the_same_on_two_ranks(together: dict, small: Path) -> None:
+    """A step of each, with the first model to refer to; the weights that the last one leaves."""
+    alone, two = distributed_job.all_recipes(small), together["zero3"]["recipes"]
+    assert sorted([*alone["block"]["steps"], *alone["full"]["steps"]]) == list(recipes())
+    for attention, found in alone.items():
+        for name, figures in found["steps"].items():
+            other = two[attention]["steps"][name]
+            assert figures["updates"] >= 1 and figures.keys() == other.keys()
+            for key, value in figures.items():
+                assert other[key] == pytest.approx(value, rel=1e-4, abs=0.1 if "clip" in key else 1e-4), (name, key)
+        assert_close(found["end"], two[attention]["end"])
 
 
 @pytest.mark.parametrize("stage", STAGES)

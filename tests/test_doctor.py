@@ -39,6 +39,22 @@ def test_needs_of_sampling_by_hand() -> None:
     assert found["weights, sampling"] == 4e9 and found["keys and values"] == 2 * 36 * 256 * 128 * 2048 * 2
 
 
+def test_full_attention_keeps_keys_where_it_has_a_cache() -> None:
+    config = load_config("rl", [*RL, "model.model_base=llada"])
+    found = needs("rl", config, EIGHT_B, low_precision=True)
+    assert "keys and values" not in found
+    assert found["forward, sampling"] == 128 * 2048 * 2 * (2 * 4096 + 3 * 12288)  # prompts and canvases as a whole
+    config.rollout.use_cache = True
+    assert needs("rl", config, EIGHT_B, low_precision=True)["keys and values"] == 2 * 36 * 1024 * 128 * 2048 * 2
+
+
+def test_the_draw_of_an_evaluation_is_that_of_its_dearest_setting() -> None:
+    config = load_config("eval", ["config=configs/eval_tiny.yaml", "rollout.max_active=64"])
+    config.rollout.block_size, config.rollout.top_k, config.rollout.top_p = [4, 32], [0, 5], [1.0, 0.9]
+    chunk = 64 * 32 // 10 + 1  # 2,048 positions of 151,936 words are ten chunks
+    assert needs("eval", config, EIGHT_B, True)["draw, sampling"] == pytest.approx(40 * chunk * 151_936, rel=1e-2)
+
+
 def test_needs_of_training_by_hand() -> None:
     config = load_config("rl", RL)
     config.training.tokens_per_micro_batch = 16384

@@ -13,6 +13,7 @@ from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model
 from models.tiny import build_tiny
+from sample.block_attention import prefill_groups
 from sample.cache import KeyValueCache, Room
 from sample.engine import Engine
 from sample.network import Network
@@ -120,6 +121,31 @@ def test_many_prompts_are_prefilled_in_pieces(tiny: LoadedModel, monkeypatch: py
         check(trajectory, whole[task])
 
 
+def test_prompts_of_like_lengths_are_prefilled_together() -> None:
+    lengths = {5: 20, 0: 64, 1: 60, 2: 36, 3: 60, 4: 8}
+    assert prefill_groups(lengths, torch.device("cpu")) == [([0, 1, 3], 64), ([2, 5], 36), ([4], 8)]
+    assert prefill_groups(lengths, torch.device("cuda")) == [([0, 1, 3, 2, 5, 4], 64)]
+    far = dict(enumerate((1000, 900, 400, 130)))
+    assert prefill_groups(far, torch.device("cuda")) == [([0, 1], 1024), ([2, 3], 448)]
+    assert prefill_groups({}, torch.device("cpu")) == []
+
+
+def test_who_comes_takes_the_row_that_was_left(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved, copy = [], KeyValueCache.copy
+
+    def watched(cache: KeyValueCache, *args: object) -> None:
+        moved.append(bool(engine.queue))
+        copy(cache, *args)
+
+    monkeypatch.setattr(KeyValueCache, "copy", watched)
+    engine, requests = Engine(tiny.model, tiny.mask_id, [14]), requests_of(*range(3, 17))
+    got = run(engine, requests, Sampling(max_token=12, max_active=4, dynamic_threshold=0.1))
+    assert moved and not any(moved), "a row was moved while others waited"
+    for request in requests[::5]:
+        alone = run(Engine(tiny.model, tiny.mask_id, [14]), [request], Sampling(max_token=12, dynamic_threshold=0.1))
+        check(got[request.task_id], alone[request.task_id])
+
+
 # ---- room
 
 
@@ -161,7 +187,7 @@ def test_sequences_that_give_way_lose_nothing(
     def on_step() -> None:
         # how full the cache is, and who gave way, no call of the door says
         waited.extend(sequence.id for sequence in engine.waiting if sequence.state is not None)
-        assert len(engine.active) * engine.cache.width <= tokens
+        assert len(engine.seated) * engine.cache.width <= tokens
 
     got = {t.task_id: t for t in engine.generate(requests, settings, on_step)}
     assert waited and got.keys() == long_ones.keys()

@@ -103,8 +103,6 @@ def test_folding_heads_into_positions_changes_nothing(queries: int) -> None:
 
 @pytest.fixture
 def on_gpu(tiny_sdar: Path) -> LoadedModel:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     return load_model(tiny_sdar, "sdar", torch.float32, "cuda")
 
 

@@ -53,6 +53,7 @@ def check_against_reference(loaded: LoadedModel, settings: Sampling, stops: tupl
             assert getattr(one, name) == getattr(expected, name), name
         for name in ("logp", "confidence"):
             assert getattr(one, name) == pytest.approx(getattr(expected, name), rel=0, abs=1e-5), name
+        assert [writing[:3] for writing in one.overwritten] == [writing[:3] for writing in expected.overwritten]
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -60,6 +61,14 @@ def check_against_reference(loaded: LoadedModel, settings: Sampling, stops: tupl
 @pytest.mark.parametrize("family", FAMILIES)
 def test_strategies(tiny, family, strategy, cache):
     settings = Sampling(**BASE, **CACHES[cache], remasking_strategy=strategy)
+    check_against_reference(tiny[family], settings)
+
+
+@pytest.mark.parametrize("strategy", ["factor", "hierarchical", "revoke"])
+@pytest.mark.parametrize("family, cache", [("dream", "horizon"), ("llada", "exact")])
+def test_strategies_without_a_schedule(tiny, family, cache, strategy):
+    bounds = {"dynamic_threshold": 0.08, "low_threshold": 0.06, "revoke_threshold": 0.07, "factor": 2.8}
+    settings = Sampling(**BASE | bounds, **CACHES[cache], remasking_strategy=strategy)
     check_against_reference(tiny[family], settings)
 
 

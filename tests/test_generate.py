@@ -16,7 +16,7 @@ import generate
 from common.errors import UserError
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
-from generate import block_diffusion_generate
+from generate import block_diffusion_generate, diffusion_generate
 from models import load_model, load_tokenizer
 from models.family import stop_ids_of_network
 from models.prompts import stop_ids_of
@@ -252,8 +252,10 @@ def test_mistakes_are_told(model: PreTrainedModel, tokenizer: PreTrainedTokenize
     tokens, mask_id = encoded(tokenizer, "4"), tokenizer.mask_token_id
     with pytest.raises(UserError, match="low_confidence_dynamic"):
         block_diffusion_generate(model, tokens, mask_id, remasking_strategy="low_confidence")
-    with pytest.raises(UserError, match="max_token"):
-        block_diffusion_generate(model, tokens, mask_id, gen_length=0)
+    for function, last in ((block_diffusion_generate, "denoising_steps"), (diffusion_generate, "steps")):
+        for name in ("gen_length", "block_length", last):
+            with pytest.raises(UserError, match=f"^{name}=0: give at least 1"):
+                function(model, tokens, mask_id, **{name: 0})
 
 
 # ---- the command

@@ -29,7 +29,10 @@ REWARDS = [1.0, 0.0, 0.25]
 
 @dataclass(frozen=True)
 class Case:
-    """A policy, a reference, a value model whose head is not zero, trajectories whose logp is not the policy's."""
+    """A policy, a reference, a value model whose head is not zero, trajectories whose logp is not the policy's.
+
+    Two of the three have edits and revocations.
+    """
 
     policy: torch.nn.Module
     reference: torch.nn.Module  # near the policy
@@ -58,19 +61,24 @@ def case(request: pytest.FixtureRequest) -> Case:
     vocabulary, mask_id = model.config.vocab_size, model.config.mask_token_id
     size = BLOCK if family.attention == "block" else None
     rng, trajectories = np.random.default_rng(5), []
-    for prompt, blocks in ((5, 3), (8, 2), (2, 4)):
+    for prompt, blocks, edits in ((5, 3, False), (8, 2, True), (2, 4, True)):
         one = plain.random_trajectory(rng, prompt, blocks, BLOCK, vocabulary, mask_id)
+        one = plain.edited_trajectory(rng, one, size, vocabulary, mask_id) if edits else one
         trajectories.append(replace(one, length=len(one.response_ids) - 1, temperature=0.8))
     layout = Layout(mask_id, size, family.logit_offset)
     views = [views_of(one, n, RLTrainingConfig(post_num=LIMIT), layout) for n, one in enumerate(trajectories)]
     with torch.no_grad():
         exact = plain_outputs(trajectories, views, layout, lambda *rows: plain_logp(model, *rows, mask_id, 0.8))
-    index = np.concatenate([one.response_index[one.predict] for one in views])
-    owner = np.repeat(np.arange(3), [int(one.predict.sum()) for one in views])
-    for number, one in enumerate(trajectories):
-        own = np.argsort(index[owner == number])
-        logp = exact[owner == number].numpy()[own] + rng.normal(0, 0.3, len(own))  # some ratios beyond the clip
-        trajectories[number] = replace(one, logp=logp.tolist())
+    sizes = [int(one.predict.sum()) for one in views]
+    for number, (one, own, logp) in enumerate(zip(trajectories, views, exact.split(sizes))):
+        logp = (logp.numpy() + rng.normal(0, 0.3, len(logp))).tolist()  # some ratios beyond the clip
+        known = dict(zip(zip(own.response_index[own.predict], own.writing[own.predict]), logp))
+        overwritten = [
+            writing._replace(logp=known.get((writing.position, index), 0.0))  # not there: a revocation
+            for index, writing in enumerate(one.overwritten)
+        ]
+        last = [known[index, -1] for index in range(len(one.response_ids))]
+        trajectories[number] = replace(one, logp=last, overwritten=overwritten)
     return Case(model, reference, critic, layout, trajectories)
 
 
@@ -112,7 +120,9 @@ def plain_tokens(case: Case, training: RLTrainingConfig, critic: bool) -> tuple[
         ).split(sizes)
     responses, targets = [], []
     for number, (one, own) in enumerate(zip(case.trajectories, views)):
-        old = [one.logp[i] for i in own.response_index[own.predict]]
+        writing = np.full_like(own.response_index, -1) if own.writing is None else own.writing
+        predictions = zip(own.response_index[own.predict], writing[own.predict])
+        old = [one.logp[i] if index < 0 else one.overwritten[index].logp for i, index in predictions]
         advantage = [ADVANTAGES[number]] * len(old)
         if critic:
             steps = steps_of(own)

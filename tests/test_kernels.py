@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from benchmarks import kernels
 from benchmarks.cost_model import Load, launches
@@ -57,7 +57,10 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # ---- norms
 
 
-@pytest.mark.parametrize("family", ["sdar", "dream", "llada"])
+NORMS_OF_A_LAYER = {"sdar": 4, "dream": 2, "llada": 2, "sdar_moe": 4, "llada2": 4}
+
+
+@pytest.mark.parametrize("family", NORMS_OF_A_LAYER)
 def test_fused_norms_change_neither_names_nor_numbers(family: str, tmp_path: Path) -> None:
     model, ids = tiny_network(family, tmp_path), torch.arange(24).view(2, 12)
     results, before = [], {name: one.data_ptr() for name, one in model.named_parameters()}
@@ -66,7 +69,7 @@ def test_fused_norms_change_neither_names_nor_numbers(family: str, tmp_path: Pat
         results.append((logits.detach(), torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.parameters()))))
         fuse_norms(model)
     assert not any(isinstance(module, NORMS) for module in model.modules())
-    assert sum(isinstance(module, FusedNorm) for module in model.modules()) == 4 * (4 if family == "sdar" else 2) + 1
+    assert sum(isinstance(module, FusedNorm) for module in model.modules()) == 4 * NORMS_OF_A_LAYER[family] + 1
     assert {name: one.data_ptr() for name, one in model.named_parameters()} == before
     (wanted, slopes), (found, own) = results
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
@@ -91,19 +94,20 @@ def test_a_fused_norm_is_of_the_same_precision(weight: torch.dtype, hidden: torc
 # ---- rotary embedding and gate
 
 
-def test_a_flip_turns_as_a_concatenation_does() -> None:
+@pytest.mark.parametrize("rotated", [16, 8])
+def test_compiled_rotation_turns_as_a_concatenation_does(rotated: int) -> None:
     query, key, cosine, sine = (
         torch.randn(3, 5, 4, 16),
         torch.randn(3, 5, 2, 16),
-        torch.rand(3, 5, 16),
-        torch.rand(3, 5, 16),
+        torch.rand(3, 5, rotated),
+        torch.rand(3, 5, rotated),
     )
-    wanted = apply_rotary_pos_emb(query, key, cosine, sine, unsqueeze_dim=2)
+    wanted = PLAIN.rotate(query, key, cosine, sine)
     assert all(torch.equal(*pair) for pair in zip(rotate(query, key, cosine, sine), wanted, strict=True))
 
 
 @pytest.mark.usefixtures("without_inductor")
-@pytest.mark.parametrize("family", ["sdar", "llada"])
+@pytest.mark.parametrize("family", ["sdar", "llada", "llada2"])
 def test_compiled_kernels_give_the_same_and_are_compiled_once(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ SCRIPTS = {
     "trace": ("sample/get_trace_viewer.py",),
     "serve": ("serve.py",),
     "reward": ("reward/__main__.py",),
+    "adapt": ("models/adapt.py",),
 }
 ONE_CHOICE = {"optimizer.name"}  # adamw: to name another is refused, so there is nothing to read
 

@@ -1,19 +1,38 @@
 """common/memory.py: sizes are those of the networks, and a layer keeps what the formulas say."""
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.shapes import SHAPES
-from common.memory import Arithmetic, activation_bytes, adapter_parameters, cache_bytes, size_of, state_bytes
-from common.schema import LoraSettings
+from common.memory import (
+    DRAW_ELEMENTS,
+    GRAPHS,
+    PREFILL_TOKENS,
+    Arithmetic,
+    Drawing,
+    Size,
+    activation_bytes,
+    adapter_parameters,
+    cache_bytes,
+    draw_bytes,
+    sampling_bytes,
+    size_of,
+    state_bytes,
+)
+from common.schema import LoraSettings, Sampling
 from models import load_network
 from models.sdar import SDARConfig, SDARForCausalLM
 from models.tiny import build_tiny
 from sample.cache import bytes_per_token
+from sample.draw import draw
 
 SHAPE = {"vocab_size": 64, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 SHAPE |= {"intermediate_size": 320, "tie_word_embeddings": True}
@@ -39,6 +58,70 @@ def test_counted_parameters_are_the_networks(tmp_path: Path) -> None:
         held = sum(one.numel() for one in {id(one): one for one in model.parameters()}.values())
         assert size.parameters == pytest.approx(held, rel=2e-3)  # but for the norms of heads and biases
         assert cache_bytes(size, 1, word=4) == bytes_per_token(model)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors that were there at one time, of those made while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **kwargs or {})
+        for tensor in (one for one in tree_leaves(result) if isinstance(one, torch.Tensor)):
+            memory = tensor.untyped_storage()
+            if memory._cdata not in self.known:
+                self.known.add(memory._cdata)
+                self.now += memory.nbytes()
+                weakref.finalize(memory, self.gone, memory._cdata, memory.nbytes())
+        self.most = max(self.most, self.now)
+        return result
+
+    def gone(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.now -= size
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.7},
+        {"remasking_strategy": "entropy_bounded"},
+        {"top_k": 50},
+        {"top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_a_draw_takes_what_is_said(settings: dict) -> None:
+    positions, vocabulary = 16, 20_001
+    drawn, counted = Sampling(**settings), LiveBytes()
+    with counted:
+        draw(torch.randn(positions, vocabulary), torch.rand(positions), 7, drawn)
+    told = draw_bytes(positions, vocabulary, drawn.top_k, drawn.top_p)
+    assert 0.4 * told < counted.most <= 1.02 * told, counted.most / positions / vocabulary
+
+
+def test_a_draw_is_made_in_chunks() -> None:
+    whole = DRAW_ELEMENTS // 1000
+    assert draw_bytes(10, 1000) == 16 * 10_000
+    assert draw_bytes(whole, 1000, top_k=1) == 20 * whole * 1000
+    assert draw_bytes(8 * whole, 1000, top_p=0.5) <= 40 * DRAW_ELEMENTS
+    assert draw_bytes(3, 2 * DRAW_ELEMENTS) == 16 * 2 * DRAW_ELEMENTS  # a position at a time
+
+
+def test_sampling_by_hand() -> None:
+    size = Size(0, 36, 4096, 32, 8, 128, 12_288, 1000)
+    found = sampling_bytes(size, Drawing(rows=64, block=4, longest=2048))
+    token = 2 * (2 * 4096 + 3 * 12_288)
+    assert found["forward"] == PREFILL_TOKENS * (token + 3 * 2048)
+    assert found["draw"] == 16 * 256 * 1000
+    assert found["graphs"] == GRAPHS + found["draw"] + 512 * (token + 3 * 2048)
+    full = sampling_bytes(size, Drawing(64, 32, 2048, full_attention=True))
+    assert full["forward"] == 64 * 2048 * token and full["graphs"] == GRAPHS + full["draw"] + full["forward"]
 
 
 def test_adapters_are_counted_as_peft_makes_them() -> None:

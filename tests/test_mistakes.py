@@ -129,6 +129,7 @@ MISTAKES: list[tuple[str, Callable[[Place], Any], str]] = [
         r"base=rl_blok: no file .*there are: .*rl_block",
     ),
     ("data that are not there", lambda p: load_tasks("arithmetic_4_tset"), r"dataset.train_dataset: 'arithmetic_4_tset' was not found; did you mean"),
+    ("a published set that was not fetched", lambda p: load_tasks("MATH_train"), r"'MATH_train' was not found; get it by: python data/download_data.py --dataset MATH_train"),
     ("a folder for data", lambda p: load_tasks(str(p.folder)), r"is a folder; give one of its files"),
     ("data without questions", lambda p: load_tasks(p.file("x.jsonl", '{"problem": "1+2"}\n')), r"record 1 of .*no `question` \(its fields: problem\)"),
     ("a broken line of data", lambda p: load_tasks(p.file("x.jsonl", record() + "{oh\n")), r"line 2 of .*is not valid JSON"),
@@ -152,6 +153,11 @@ MISTAKES: list[tuple[str, Callable[[Place], Any], str]] = [
     ("an id twice", lambda p: load_tasks(p.file("x.jsonl", record(id=7) * 2)), r"records 1 and 2 of .* the same id '7'"),
     ("no such model", lambda p: load_model(p.folder / "absent", "sdar"), r"model.pretrained_model: no folder .*give a folder with config.json"),
     ("a folder that is no model", lambda p: load_model(p.folder, "sdar"), r"has no config.json; give the folder of a checkpoint"),
+    (
+        "a run's folder as a model",
+        lambda p: load_model(shutil.copytree(p.model, p.folder / "ckpt" / "optimized").parents[1], "sdar"),
+        r"has no config.json; give .*ckpt/optimized",
+    ),
     (
         "a tokenizer without a chat template",
         lambda p: encode_prompt(load_model(p.spoiled("tokenizer_config.json", lambda c: c.pop("chat_template")), "sdar"), "1+2", "{question}"),

@@ -215,10 +215,16 @@ def test_show_prompts(job: str, tiny_sdar: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_mistakes_of_show_prompts(tiny_sdar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = tmp_path / "code.json"
+    code.write_text(json.dumps([{"question": "q", "test_method": "function", "test_list": ["assert f(1) == 1"]}]))
     for arguments, message in (
         (["model=x"], "config= is missing: name a config of eval.py, rl.py or finetuning"),
         (["config=configs/eval_tiny.yaml", "n=0"], "n=0: expected how many tasks to show"),
         (["config=configs/eval_tiny.yaml", f"model={tmp_path}"], f"{tmp_path} has no tokenizer"),
+        (["config=configs/eval_tiny.yaml", f"model={tmp_path}"], "error: model: "),
+        (["config=configs/eval_tiny.yaml", "n=1", "n=2"], "n=1 n=2: n is given 2 times"),
+        (["config=configs/eval_tiny.yaml", "config=configs/rl_tiny.yaml"], "config is given 2 times; give it once"),
+        (["config=configs/eval_tiny.yaml", f"dataset.eval_dataset={code}"], "has no `ground_truth_answer`, which dat"),
         (["config=configs/eval_tiny.yaml", "seeds=1"], "unknown key seeds=1"),
         (["config=configs/sft_trado.yaml", f"model.pretrained_model={tiny_sdar}"], "dataset.eval_dataset is empty"),
     ):

@@ -1,11 +1,14 @@
 """Countdown and Sudoku: tasks that can be solved, splits that share none, and a verifier that is not fooled."""
 
 import itertools
+import json
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
+from common.board import extract_puzzle_answer
 from common.errors import UserError
 from common.schema import PromptsConfig, RewardConfig
 from common.trajectory import Score, Task
@@ -16,7 +19,8 @@ from data.sudoku import solved_boards, sudoku_tasks
 from data.tasks import load_tasks
 from models import find_family
 from models.prompts import instruction
-from reward.puzzles import extract_puzzle_answer, parse_expression
+from reward.__main__ import main as score_file
+from reward.puzzles import parse_expression
 from reward.score import check_tasks, make_scorer
 
 RIGHT, ATTEMPT, WRONG = Score(1.0, True, "passed"), Score(0.1, False, "failed"), Score(0.0, False, "failed")
@@ -305,3 +309,23 @@ def test_the_instruction_asks_for_a_box(kind: str) -> None:
     words = instruction(find_family("llada"), kind, PromptsConfig())
     assert "{question}" in words and "\\boxed{}" in words
     assert instruction(find_family("llada"), kind, PromptsConfig(**{kind: "{question}="})) == "{question}="
+
+
+def test_a_records_kind_is_told_by_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m reward` without a kind: puzzles are no maths."""
+    record = {"question": "q", "ground_truth_answer": "22"}
+    records = [
+        record | {"numbers": [3, 7, 5]},
+        record | {"ground_truth_answer": SOLUTION, "puzzle": PUZZLE},
+        record,
+        record | {"numbers": "in words"},
+    ]
+    answers = ["<answer>3*5+7</answer>", f"<answer>{SOLUTION}</answer>", "\\boxed{22}", "\\boxed{44/2}"]
+    (tmp_path / "tasks.json").write_text(json.dumps(records))
+    lines = [json.dumps({"task": task, "response": text}) for task, text in enumerate(answers)]
+    (tmp_path / "responses.jsonl").write_text("\n".join(lines))
+    files = [f"data={tmp_path}/tasks.json", f"responses={tmp_path}/responses.jsonl", f"out={tmp_path}/out.jsonl"]
+    monkeypatch.setattr("sys.argv", ["reward", *files, "workers=0"])
+    score_file()
+    scored = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [one["verdict"] for one in scored] == ["passed"] * 4

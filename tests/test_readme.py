@@ -55,6 +55,7 @@ ELSEWHERE = {
     "python data/download_data.py --dataset MATH500": "tests/test_data_publishers.py",
     "python -m rollout.verify_published TraDo-8B-Instruct MATH500": "tests/test_verify_published.py",
     "python -m reward data=TASKS responses=FILE out=FILE": "tests/test_scoring.py",
+    "python -m models.adapt model=PATH family=sdar out=PATH": "tests/test_adapt.py",
     'make demo ARGS="experiment.project=coin reward.function=benchmarks.coin_flip:coin_flip"': "tests/test_rl.py",
 }
 

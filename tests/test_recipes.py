@@ -16,24 +16,26 @@ from accelerate import Accelerator
 from scored import scored
 from torch import Tensor
 
+from benchmarks import recipe_costs
 from common.config import load_config
 from common.config_files import recipes
 from common.errors import UserError
-from common.schema import RLTrainingConfig
+from common.schema import NEEDS, RLConfig, RLTrainingConfig
 from common.trajectory import ScoredTrajectory, Trajectory
 from models import LoadedModel, find_family, load_model
 from models.tiny import build_tiny
 from train.learner import Learner
 from train.network import Policy
-from train.recipes import table
+from train.recipes import keys_of_recipe, main, table
 from train.rl_step import learn
-from train.views import NEEDS, Layout, Views, check_views, layout_of, view_method
+from train.views import Layout, Views, check_views, layout_of, view_method
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DOCS = CONFIGS.parent / "docs" / "objectives.md"
 BLOCK, LIMIT, SEED = 4, 20, [5, 1]
 ADVANTAGES = [1.0, -0.6]
 COPIES = 2  # random ones of a response
+NEEDED = {"coupled_grpo": "full", "diffu_grpo": "full", "ebpo": "block", "espo": "full", "gdpo": "full"}
 CASES = [
     *[("sdar", name) for name in ("tracerl", "random_masking", "coupled", "ebpo", "just_grpo", "dapo")],
     *[("dream", name) for name in ("tracerl", "coupled", "coupled_grpo", "diffu_grpo", "espo", "gdpo", "dapo")],
@@ -270,15 +272,44 @@ def test_all_recipes_are_tried_and_listed() -> None:
     assert len(lines) == len(recipes()) + 2 and all("arXiv" in line or "report" in line for line in lines[2:])
 
 
+@pytest.mark.parametrize("name", [*sorted(NEEDED), "tracerl", "just_grpo"])
+def test_what_a_recipe_costs_is_as_the_page_says(name: str) -> None:
+    """Counted by the code that packs and learns; those whose views are hundreds under full attention under block's."""
+    line = f"| {' | '.join(recipe_costs.costs(name, NEEDED.get(name, 'block')))} |\n"
+    assert line in DOCS.read_text(encoding="utf-8"), "put what python -m benchmarks.recipe_costs prints there"
+
+
+@pytest.mark.parametrize("name", ["tracerl", "espo", "just_grpo"])
+def test_a_recipe_is_told_in_full(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every key that it sets, in words that may be typed after a config, for each attention."""
+    main([name])
+    source, attention, *lines = capsys.readouterr().out.splitlines()
+    assert source.startswith(f"{name}: ")
+    assert attention == f"attention: {NEEDS.get(keys_of_recipe(name)['training.method'], 'block or full')}"
+    for family, its in (("sdar", "block"), ("llada", "full")):
+        if its in attention:
+            typed = [line.partition("  # ")[0] for line in lines if "  # " not in line or line.endswith(f"# {its}")]
+            files = f"config={CONFIGS / f'rl_{family}.yaml'}"
+            assert load_config("rl", [files, *typed]) == load_config("rl", [files, f"recipe={name}"])
+    assert len(lines) > 15
+    for wrong, told in ((["espi"], "did you mean espo"), (["recipe=espo"], "names of recipes")):
+        with pytest.raises(SystemExit) as ended:
+            main(wrong)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and told in error and error.count("\n") == 1
+
+
 def test_a_recipe_that_does_not_fit_is_refused() -> None:
+    """When the config is read; of a family of the user's own when that is known."""
     with pytest.raises(UserError, match=r"^training.method=counts is of full attention, which .*=sdar .*; dream, lla"):
-        check_views(settings("sdar", "espo"), find_family("sdar"))
+        settings("sdar", "espo")
     with pytest.raises(UserError, match=r"^training.method=stratified is of block attention, .*=dream .*, trado do"):
-        check_views(settings("dream", "ebpo"), find_family("dream"))
-    with pytest.raises(UserError, match=r"^training.prompt_mask=0.5 is of full attention"):
-        check_views(RLTrainingConfig(prompt_mask=0.5), find_family("sdar"))
+        settings("dream", "ebpo")
+    own = replace(find_family("sdar"), name="mine:MINE")
+    with pytest.raises(UserError, match=r"^training.prompt_mask=0.5 is of full attention, which .*=mine:MINE does"):
+        check_views(RLConfig(training=RLTrainingConfig(prompt_mask=0.5)), own)
     for family, name in CASES:
-        check_views(settings(family, name), find_family(family))
+        check_views(RLConfig(training=settings(family, name)), find_family(family))
     assert set(NEEDS.values()) == {"block", "full"}
 
 

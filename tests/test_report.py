@@ -45,8 +45,8 @@ def rollout(task: str, reward: float) -> ScoredTrajectory:
 
 def test_a_living_run(browser: Any, tiny_sdar: Path, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "one")
-    page = RunPage(folder, load_model(tiny_sdar, "sdar"), 4, 50)
-    page.note(40, [[rollout(str(number), number / 9) for number in range(5)], [rollout("9", 1.0)]])
+    page = RunPage(folder, load_model(tiny_sdar, "sdar"), 50)
+    page.note(40, [[rollout(str(number), number / 9) for number in range(5)], [rollout("9", 1.0)]], 4)
     assert page.refresh()
     opened, faults = open_page(browser, folder / "report.html")
     titles = opened.evaluate("[...document.querySelectorAll('.panel h3')].map(e => e.textContent)")
@@ -92,7 +92,7 @@ def test_it_is_rewritten_rarely(tiny_sdar: Path, tmp_path: Path, monkeypatch: py
         return slow(folder)
 
     monkeypatch.setattr(report, "run_data", run_data_slowly)
-    page = RunPage(write_run(tmp_path / "run"), load_model(tiny_sdar, "sdar"), 4, 40)
+    page = RunPage(write_run(tmp_path / "run"), load_model(tiny_sdar, "sdar"), 40)
     assert page.refresh() and page.cost == 2.0
     clock[0] += 399
     assert not page.refresh()

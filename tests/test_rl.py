@@ -1,10 +1,12 @@
 """Reinforcement learning from config to exported model on an untrained tiny network; seconds a run."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -246,11 +248,40 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert before[0] == before[1]
 
 
-def test_a_finished_run_can_be_prolonged(runs: Runs, tmp_path: Path) -> None:
+def test_a_finished_run_can_be_prolonged(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_rl(runs.model, tmp_path, experiment__total_step=2)
     longer = run_rl(runs.model, tmp_path, experiment__total_step=3, experiment__start_from_scratch=False)
+    told = "goes on under other keys than it began with: experiment.total_step=3 (was 2)\n"
+    assert told in capsys.readouterr().out
     assert steps_of(longer, untimed=True) == steps_of(runs.first, untimed=True)
     assert same_weights(longer / "ckpt" / "optimized", runs.first / "ckpt" / "optimized")
+
+
+def test_blocks_grow_by_schedule(tiny_sdar: Path, tmp_path: Path) -> None:
+    """Two steps in blocks of 4, one in blocks of 8: drawn, learned, evaluated and saved so, and resumed in the last."""
+    grow = {"rollout__block_size": "{0: 4, 2: 8}", "rollout__max_token": 10, "evaluation__denoising_steps_per_block": 2}
+    grow |= {"model__value_base_model": tiny_sdar, "evaluation__num_task": 2, "evaluation__max_token": 8}
+    grow |= {"rollout__num_task_per_step": 2, "rollout__num_response_per_task": 2}
+    folder = run_rl(tiny_sdar, tmp_path / "whole", **grow)
+    for number, (row, size) in enumerate(zip(steps_of(folder), (4, 4, 8), strict=True), 1):
+        lines = lines_of(folder / "rollouts" / f"step-{number:04d}.jsonl")
+        ends = {(len(one["prompt_ids"]) + len(one["response_ids"])) % 8 for one in lines}
+        assert row["logp_diff_max"] <= 2e-5 and (ends == {0}) == (size == 8)
+    named = {path.parent.name: json.loads(path.read_text())["block_size"] for path in folder.glob("ckpt/*/config.json")}
+    named |= {
+        step: load_model(folder / "ckpt" / step / "model", "sdar").block_size for step in ("step-0002", "step-0003")
+    }
+    assert named == {"step-0002": 4, "step-0003": 8, "optimized": 8, "optimized_value": 8}
+    assert '"block_size":8' in (folder / "trace.html").read_text()
+    evaluated = [(one["step"], one["steps"], len(one["response_ids"])) for one in lines_of(folder / "samples.jsonl")]
+    assert {steps for step, steps, _ in evaluated if step == 2} != {steps for step, steps, _ in evaluated if step == 3}
+
+    stopped = tmp_path / "stopped" / "rl_tiny"
+    shutil.copytree(folder, stopped)
+    shutil.rmtree(stopped / "ckpt" / "step-0003")
+    resumed = run_rl(tiny_sdar, stopped.parent, **grow, experiment__start_from_scratch=False)
+    assert rows_of(resumed, untimed=True) == rows_of(folder, untimed=True)
+    assert same_weights(resumed / "ckpt" / "optimized", folder / "ckpt" / "optimized")
 
 
 # ---- what a step may meet
@@ -391,11 +422,37 @@ def test_a_run_of_equal_rewards_ends_where_it_began(tiny_sdar: Path, tmp_path: P
         experiment__total_step=2,
         experiment__eval_every=0,
         model__value_base_model=tiny_sdar if value == "model" else "null",
+        dataset__eval_dataset="null" if value == "null" else "arithmetic_4_test",
         evaluation__remasking_strategy="low_confidence_static",
     )
+    assert (folder / "samples.jsonl").exists() == (value == "model"), "without held-out tasks nothing is evaluated"
     for row in steps_of(folder):
         assert row["groups_kept"] == 4 and row["updates"] == 0 and row["updates_skipped"] == 2
     assert same_weights(tiny_sdar, folder / "ckpt" / "optimized")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "words"),
+    [
+        (
+            [[False, False]] * 2,
+            "0% to 0%, 0% in the mean): nothing is right. 4 of 4 responses reached rollout.max_token",
+        ),
+        ([[True, True]], "100% to 100%, 100% in the mean): all is right; take harder tasks"),
+        (
+            [[True, True], [False, False]],
+            "no group has an accuracy within training.keep_accuracy [0.2, 0.8] (they are 0%",
+        ),
+    ],
+)
+def test_why_no_group_is_kept(verdicts: list[list[bool]], words: str) -> None:
+    config = load_config("rl", ["config=configs/rl_trado.yaml"])
+    trajectory = SimpleNamespace(finish_reason="length")
+    groups = [
+        [SimpleNamespace(score=SimpleNamespace(correct=one), trajectory=trajectory) for one in group]
+        for group in verdicts
+    ]
+    assert words in rl_trainer.why_none_is_kept(config, groups)
 
 
 # ---- the check that the trainer reproduces the engine

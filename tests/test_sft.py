@@ -99,10 +99,14 @@ def test_no_stop_without_being_asked(tmp_path: Path) -> None:
 
 
 def test_epochs_without_a_number_of_steps(tmp_path: Path) -> None:
-    """Every pass over three samples takes two updates of two; the last one is filled from the next pass."""
+    """Every pass over three samples takes two updates of two; the last one is filled from the next pass.
+
+    The model says in what blocks it learned.
+    """
     short = {"training__max_steps": 0, "training__num_train_epochs": 2, "training__batch_size": 2}
-    _, rows = finetune(sft_config(tmp_path, RECORDS, dataset__eval_dataset="", **short))
+    target, rows = finetune(sft_config(tmp_path, RECORDS, dataset__eval_dataset="", training__block_size=8, **short))
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert load_model(target, "sdar").block_size == 8
 
 
 def test_the_same_command_gives_the_same_model(tmp_path: Path) -> None:
@@ -227,7 +231,7 @@ def test_rows_of_an_epoch_are_all_learned(tmp_path: Path) -> None:
         patch.setattr(
             sft_trainer,
             "rows_of",
-            lambda training, loaded, chosen, rng: prompts.extend(one[0].prompt_ids[1] for one in chosen) or [],
+            lambda training, loaded, chosen, *_: prompts.extend(one[0].prompt_ids[1] for one in chosen) or [],
         )
         for _ in range(5):
             figures = sft_trainer.train_step(run)

@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import training_reference as plain
 
 from common.config import load_config
 from common.errors import UserError
 from common.schema import Sampling, SFTConfig, SFTTrainingConfig
 from common.trajectory import Request, Score, ScoredTrajectory, Task
 from data.check import check_file
-from data.sft_records import Answer, Chat, Ids, load_samples
+from data.sft_records import Answer, Chat, Ids, Text, load_samples
 from models import LoadedModel, load_model
 from models.tiny import build_tiny
 from rollout.samples import write_samples
@@ -106,6 +107,8 @@ def test_forms_of_a_record(tmp_path: Path) -> None:
             {"prompt": "a", "messages": CHAT},
             {"prompt": "a", "response": "b", "prompt_ids": [1], "response_ids": [2, 3], "step_map": [1, 0]},
             {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
+            {"text": "a", "prompt": None, "url": "b"},
+            {"text": "a", "messages": CHAT[:2]},
         ],
     )
     samples = load_samples(str(path))
@@ -114,11 +117,14 @@ def test_forms_of_a_record(tmp_path: Path) -> None:
         Chat(CHAT, (1, 3)),
         Ids([1], [2, 3], [1, 0]),
         Chat([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], (1,)),
+        Text("a"),
+        Chat(CHAT[:2], (1,)),
     ]
     assert [place for place, _ in samples][1] == f"line 3 of '{path}'"
     assert check_file(str(write(tmp_path / "y.jsonl", [{"messages": CHAT}]))).endswith(
         "(1 conversations), 0 with a step map"
     )
+    assert "2 SFT samples (2 texts)" in check_file(str(write(tmp_path / "z.jsonl", [{"text": "a"}, {"text": "b"}])))
 
 
 def test_columns_by_key_from_parquet(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
@@ -141,6 +147,7 @@ def saying(**changes: object) -> dict:
     return {"messages": [CHAT[0], CHAT[1] | changes]}
 
 
+EDITED = {"prompt_ids": [1], "response_ids": [2, 3], "step_map": [2, 1]}
 BAD = [
     ("{broken", "is not valid JSON", "broken line"),
     ("[1, 2]", "is a list, not an object", "broken line"),
@@ -150,6 +157,14 @@ BAD = [
     ({"prompt": "1", "response": "3", "step_map": [0.5]}, "not a list of whole numbers", "step map"),
     ({"prompt": "1", "response": "345", "step_map": [0, 1]}, "`step_map` of 2 entries.* 3 tokens, or 4", "step map"),
     ({"prompt_ids": [1], "response_ids": [2, 3], "step_map": [0]}, "1 entries for 2 `response_ids`", "step map"),
+    (EDITED | {"overwritten": "3"}, r"`overwritten` that is not a list of \[step, position", "overwritten"),
+    (EDITED | {"overwritten": [[0, 0, 3]]}, r"an entry 1 of `overwritten` that is not a list", "overwritten"),
+    (EDITED | {"overwritten": [[0, 0, 2.5, -1]]}, r"an entry 1 of `overwritten` .* \[0, 0, 2.5, -1\]", "overwritten"),
+    (EDITED | {"overwritten": [[0, 2, 3, -1]]}, "overwrites the position 2 of a response of 2 tokens", "overwritten"),
+    (EDITED | {"overwritten": [[1, 1, 3, -1]]}, "position 1 in step 1, .* before its step 1 in the", "overwritten"),
+    (EDITED | {"overwritten": [[1, 0, 3, -1], [1, 0, 4, -1]]}, "in step 1, which is not after its step", "overwritten"),
+    (EDITED | {"overwritten": [[0, 0, 999, -1]]}, "token ids beyond the 39 of the model", "ids"),
+    ({"prompt": "1", "response": "3", "overwritten": [[0, 0, 3, -1]]}, "without a `step_map`", "overwritten"),
     ({"prompt_ids": [1], "response_ids": [2, 999]}, "token ids beyond the 39 of the model", "ids"),
     ({"prompt_ids": [1], "response_ids": [2], "length": 2}, "has the `length` 2", "ids"),
     ({"response_ids": [2, 3]}, "has no `prompt_ids`", "ids"),
@@ -182,6 +197,10 @@ BAD = [
     ({"system": "9", "messages": [{"role": "system", "content": "8"}, *CHAT]}, "and a turn of the system", "messages"),
     ({"prompt": "1", "response": "3", "history": [["1", "2"]]}, "has `history`, which is not learned", "unread field"),
     ({"prompt": "1", "response": "3", "reasoning_content": "9"}, "`reasoning_content` of .* out", "chat template"),
+    ({"text": " "}, "has an empty `text`", "empty text"),
+    ({"text": 3}, "has a `text` that is a int", "no text"),
+    ({"text": "1+2=3", "step_map": [0]}, "has `step_map` beside `text`", "unread field"),
+    ({"prompt": "1+2", "text": "3"}, "has no `response` that is text", "no response"),
     ({"prompt": NAN, "response": "3"}, "has no `prompt` that is text", "no prompt"),
     ({"prompt": "1", "response": NAN}, "has no `response` that is text", "no response"),
     ({"prompt": -math.inf, "response": "3"}, "has no `prompt` that is text", "no prompt"),
@@ -404,6 +423,47 @@ def test_the_split_keeps_a_prompts_samples_together() -> None:
         split(conversations[:1], 0.5, seed=1)
 
 
+# ---- texts
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("sdar", "semi-ar"), ("dream", "semi-ar"), ("dream", "random_masking"), ("dream", "ar")],
+)
+def test_a_text_is_learned_in_pieces_of_the_limit(
+    family: str, method: str, tmp_path: Path, tiny: dict[str, LoadedModel]
+) -> None:
+    loaded, written = tiny[family], "1+2=3;3+4=7;" * 5
+    path = write(tmp_path / "x.jsonl", [{"text": written}, {"text": "9"}])
+    limits = {"training__max_gen_length": 26, "training__block_size": 4, "training__post_num": 0}
+    config = config_of(path, training__method=method, **limits)
+    examples = [one[0] for one in samples_of(loaded, config).conversations]
+    assert [example.length for example in examples] == ([24, 24, 13, 2] if family == "sdar" else [24, 24, 12, 1])
+    shown = [text(loaded, one.prompt_ids + one.response_ids[: one.length]) for one in examples]
+    overlap = loaded.family.logit_offset  # Dream's pieces begin with the token before
+    assert "".join(part[-overlap * (number > 0) :] for number, part in enumerate(shown[:3])) == f"{written}<|im_end|>"
+    assert shown[3] == "9<|im_end|>" and {len(one.prompt_ids) for one in examples} == {-overlap}
+    rows = rows_of(config.training, loaded, [[one] for one in examples], np.random.default_rng(1))
+    predicted = sum(len(row.target) for row in rows)
+    if method == "ar":
+        assert predicted == len(written) + 1, "all but the first tokens of two texts"
+    assert predicted > 20
+
+
+def test_texts_are_prompts_of_their_own_in_the_split(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    path = write(tmp_path / "x.jsonl", [{"text": f"{n}+1"} for n in range(8)])
+    conversations = samples_of(tiny["sdar"], config_of(path)).conversations
+    learned, held_out = split(conversations, 0.25, seed=1)
+    assert (len(learned), len(held_out)) == (6, 2)
+
+
+def test_ids_without_a_prompt_need_logits_that_are_not_shifted(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    path = write(tmp_path / "x.jsonl", [{"prompt_ids": [], "response_ids": [1, 2]}])
+    assert samples_of(tiny["sdar"], config_of(path)).conversations[0][0].prompt_ids == []
+    with pytest.raises(UserError, match="has empty `prompt_ids`; dream predicts a token at the one before it"):
+        samples_of(tiny["dream"], config_of(path))
+
+
 # ---- samples of eval.py, and prepared ones
 
 
@@ -419,6 +479,9 @@ def test_drawn_samples_are_learned_with_their_ids_and_steps(
         [Request(str(n), ids, seed=3) for n, ids in enumerate(prompts)], settings
     )
     drawn = sorted(drawn, key=lambda one: one.task_id)
+    size, sizes = 4 if family == "sdar" else None, (loaded.model.config.vocab_size, loaded.mask_id)
+    drawn[1] = plain.edited_trajectory(np.random.default_rng(0), drawn[1], size, *sizes)  # not an engine's
+    assert any(token == loaded.mask_id for _, _, token, _ in drawn[1].overwritten)
     for one in drawn:
         one.text = loaded.tokenizer.decode(one.response_ids[: one.length])
     groups = [[ScoredTrajectory(Task(one.task_id, "1+2", "3"), one, Score(1.0, True, "passed"))] for one in drawn]
@@ -427,9 +490,9 @@ def test_drawn_samples_are_learned_with_their_ids_and_steps(
     config.dataset.correct_only = True
     examples = [one[0] for one in samples_of(loaded, config).conversations]
     assert [one.prompt_ids for one in examples] == prompts
-    size = 4 if family == "sdar" else None
     for example, trajectory in zip(examples, drawn):
         assert (example.response_ids, example.step_map) == (trajectory.response_ids, trajectory.step_map)
+        assert example.overwritten == trajectory.overwritten
         ours = trace_views(example, Layout(loaded.mask_id, size))
         theirs = trace_views(trajectory, Layout(loaded.mask_id, size))
         assert len(ours) > 1 and (ours.inputs == theirs.inputs).all() and (ours.predict == theirs.predict).all()
@@ -445,10 +508,11 @@ def test_prepared_samples_are_those_that_they_came_from(
     tmp_path: Path, tiny: dict[str, LoadedModel], capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [
-        {"prompt": "1+2", "response": "3", "step_map": [0, 1]},
+        {"prompt": "1+2", "response": "3", "step_map": [3, 1], "overwritten": [[0, 0, 9, -1.5], [2, 0, 38, 0]]},
         {"messages": CHAT[:2]},
         {"prompt": "4" * 30, "response": "5"},
         "broken",
+        {"text": "1+2=3;" * 5},
     ]
     raw = write(tmp_path / "raw.jsonl", records)
     folder = tiny["sdar"].model.config.name_or_path
@@ -456,12 +520,14 @@ def test_prepared_samples_are_those_that_they_came_from(
     config, out = config_of(raw, **options), tmp_path / "new" / "out.jsonl"
     write_prepared(config, out)
     told = capsys.readouterr().out
-    assert "3 samples" in told and "left out: 1 broken line; the first: line 4 of" in told
+    assert "5 samples" in told and "left out: 1 broken line; the first: line 4 of" in told
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(lines) == 3, "long ones are counted, not dropped"
-    assert lines[0]["prompt"] == "<|im_start|>1+2<|assistant|>" and lines[0]["step_map"] == [0, 1]
+    assert len(lines) == 5, "long ones are counted, not dropped"
+    assert [len(line["response_ids"]) for line in lines[3:]] == [24, 7] and lines[4]["prompt_ids"] == []
+    assert lines[0]["prompt"] == "<|im_start|>1+2<|assistant|>" and lines[0]["step_map"] == [3, 1]
+    assert lines[0]["overwritten"] == [[0, 0, 9, -1.5], [2, 0, 38, 0]] and "overwritten" not in lines[1]
     again = samples_of(tiny["sdar"], config_of(out, training__max_prompt_len=20)).conversations
-    assert again == samples_of(tiny["sdar"], config).conversations and len(again) == 2
+    assert again == samples_of(tiny["sdar"], config).conversations and len(again) == 4
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr("sys.argv", ["prepare_sft", f"config={ROOT}/configs/sft_tiny.yaml"])
         prepare_sft.main()

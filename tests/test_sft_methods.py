@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from common.errors import UserError
 from common.schema import SFTTrainingConfig
+from common.trajectory import Writing
 from models import LoadedModel, load_network
 from models.family import find_family
 from train import sft_trainer
@@ -29,6 +30,7 @@ METHODS = {
 }
 CASES = [(family, method, "none") for family, methods in METHODS.items() for method in methods]
 CASES += [("sdar", "semi-ar", "elbo"), ("llada", "random_masking", "elbo"), ("dream", "semi-ar", "elbo")]
+CASES += [("sdar", "semi-ar", "corrupt")]
 BLOCK, CANVAS = 4, 12
 
 
@@ -42,7 +44,7 @@ def golden() -> dict[str, LoadedModel]:
 
 
 def some_conversations(loaded: LoadedModel, seed: int = 5) -> list[Conversation]:
-    """Examples of mixed lengths, filled up as the family's attention asks, in a random order of unmasking."""
+    """Examples of mixed lengths, filled up as the family's attention asks, unmasked and edited in a random order."""
     rng = np.random.default_rng(seed)
     vocabulary, mask_id = loaded.model.config.vocab_size, loaded.mask_id
     tokens = [token for token in range(vocabulary) if token != mask_id]
@@ -54,7 +56,12 @@ def some_conversations(loaded: LoadedModel, seed: int = 5) -> list[Conversation]
         prompt = rng.choice(tokens, prompt_length).tolist()
         response = rng.choice(tokens, size).tolist()
         steps = rng.integers(0, 5, length).tolist() + [-1] * (size - length)
-        conversations.append([Example(prompt, response, length, steps)])
+        overwritten = [
+            Writing(step - 1, n, int(rng.choice([*tokens, mask_id])), 0.0)
+            for n, step in enumerate(steps)
+            if step > 0 and rng.random() < 0.5
+        ]
+        conversations.append([Example(prompt, response, length, steps, overwritten)])
     return conversations
 
 
@@ -63,7 +70,7 @@ def plain_loss(
 ) -> torch.Tensor:
     """One forward per view with all its logits; the weighted mean as DESIGN has it."""
     method, family = SFT_METHODS[loaded.family.attention][training.method], loaded.family
-    total, predicted, predictable = torch.zeros(()), 0, 0
+    total, predicted, predictable, weighs = torch.zeros(()), 0, 0, training.loss_weight == "elbo" or training.corrupt_p
     for example in (example for conversation in conversations for example in conversation):
         views = method(example, layout_of(loaded, BLOCK), training, rng)
         prompt, whole = len(example.prompt_ids), example.prompt_ids + example.response_ids
@@ -78,9 +85,10 @@ def plain_loss(
             allowed = torch.arange(logits.shape[-1]) != loaded.mask_id
             for offset in np.flatnonzero(views.predict[view]).tolist():
                 row = logits[start + offset + family.logit_offset]
-                logp = row[whole[start + offset]] - row[allowed].logsumexp(-1)
-                total = total - logp * (views.weight[view, offset] if training.loss_weight == "elbo" else 1)
-                predicted += 1
+                logp = row[views.targets[view, offset]] - row[allowed].logsumexp(-1)
+                weight = views.weight[view, offset] if weighs else 1
+                total = total - logp * weight
+                predicted += weight if training.corrupt_p else 1
         predictable += min(example.length + training.post_num, len(example.response_ids))
     return total / (predictable * training.mask_times_per_sample if training.loss_weight == "elbo" else predicted)
 
@@ -110,7 +118,8 @@ def test_loss_and_gradient_equal_the_reference(
     golden: dict[str, LoadedModel], family: str, method: str, loss_weight: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = golden[family]
-    training = SFTTrainingConfig(method=method, block_size=BLOCK, post_num=1, shrink=2, loss_weight=loss_weight)
+    weights = {"corrupt_p": 0.5, "corrupt_weight": 0.3} if loss_weight == "corrupt" else {"loss_weight": loss_weight}
+    training = SFTTrainingConfig(method=method, block_size=BLOCK, post_num=1, shrink=2, **weights)
     conversations = some_conversations(loaded)
     loaded.model.zero_grad()
     wanted = plain_loss(loaded, training, conversations, np.random.default_rng(1))

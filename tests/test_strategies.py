@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,16 @@ from common.trajectory import Request
 from models import load_model
 from sample.draw import Candidates
 from sample.engine import Engine
-from sample.strategies import STRATEGIES, BlockState, even_split, find_strategy, rank_score, top_k_masked
+from sample.strategies import (
+    STRATEGIES,
+    BlockState,
+    Writes,
+    as_writes,
+    even_split,
+    find_strategy,
+    rank_score,
+    top_k_masked,
+)
 from tests import reference
 
 examples = settings(deadline=None, database=None, derandomize=True, max_examples=100)
@@ -44,16 +54,22 @@ def blocks(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     }
 
 
-def call(name: str, block: dict[str, torch.Tensor], **sampling: float) -> list[set[int]]:
-    """The positions that a strategy unmasks, row by row."""
+def written(name: str, block: dict[str, torch.Tensor], **sampling: float) -> Writes:
+    """What a strategy writes."""
     other = torch.zeros_like(block["entropy"])
-    candidates = Candidates(other.long(), block["probability"], other, block["entropy"], other, other)
-    settings, tokens = Sampling(**sampling), block.get("tokens", other.long())
-    chosen = find_strategy(name)(
-        BlockState(
-            candidates, block["confidence"], block["entropy"], block["masked"], block["k"], other, settings, tokens
-        )
-    )
+    drawn, tokens = block.get("drawn", other.long()), block.get("tokens", other.long())
+    present = block.get("present", other + 1)
+    candidates = Candidates(drawn, block["probability"], other, block["entropy"], other, other, present)
+    response, clean_steps = torch.ones_like(block["masked"]), block.get("clean_steps", 0 * block["k"])
+    ranked = block["confidence"], block["entropy"], block["masked"], block["k"], other
+    state = BlockState(candidates, *ranked, Sampling(**sampling), tokens, response, clean_steps)
+    strategy = find_strategy(name)
+    return as_writes(strategy(state), state, strategy)
+
+
+def call(name: str, block: dict[str, torch.Tensor], **sampling: float) -> list[set[int]]:
+    """The positions whose candidates a strategy writes, row by row."""
+    chosen = written(name, block, **sampling).candidates
     assert chosen.dtype == torch.bool and chosen.shape == block["masked"].shape
     return [set(row.nonzero()[:, 0].tolist()) for row in chosen]
 
@@ -105,6 +121,47 @@ def test_entropy_bounded_unmasks_while_the_sum_stays_within_the_bound(
         entropy = {i: block["entropy"][row, i].item() for i in masked}
         expected.append(set(reference.within_bound(entropy, bound)) if entropy else set())
     assert call("entropy_bounded", block, eb_threshold=bound) == expected
+
+
+def candidates_of(block: dict[str, torch.Tensor], row: int) -> dict[int, reference.Candidate]:
+    """Those of a row as the plain loop has them, which ranks by confidence."""
+    probability, tokens = block["probability"][row].tolist(), block["drawn"][row].tolist()
+    present = block["present"][row].tolist()
+    return {i: reference.Candidate(token, probability[i], 0.0, 0.0, 1.0, present[i]) for i, token in enumerate(tokens)}
+
+
+@settings(examples, max_examples=60)
+@given(
+    blocks(),
+    st.sampled_from(["factor", "hierarchical", "revoke", "edit"]),
+    st.sampled_from(SCORES),
+    st.sampled_from(SCORES),
+    st.integers(0, 2),
+)
+def test_the_newer_ones_do_as_the_plain_loop(
+    block: dict[str, torch.Tensor], name: str, threshold: float, other: float, count: int
+) -> None:
+    """Where ties are common; the tokens that stand, what is drawn and their probabilities are made of the scores."""
+    block["confidence"] = block["probability"]
+    block |= {"drawn": (4 * block["probability"]).long(), "tokens": (8 * block["entropy"]).long() % 5}
+    block |= {"present": block["entropy"].clamp(max=1), "clean_steps": block["k"] % 3}
+    keys = {"factor": 1 + other, "low_threshold": other, "revoke_threshold": other, "edit_threshold": other}
+    sampling = Sampling(
+        remasking_strategy=name, dynamic_threshold=threshold, max_edit_steps=count, min_unmask=1 + count
+    )
+    sampling = replace(sampling, **keys)
+    got = written(name, block, **vars(sampling))
+    for row, masked in enumerate(masked_rows(block)):
+        clean = int(block["clean_steps"][row]) + (not masked)
+        canvas = reference.Canvas(block["tokens"][row].tolist(), -1)
+        left = list(masked)
+        _, ends = reference.write(canvas, left, candidates_of(block, row), 0, 0, clean, sampling)
+        expected = {i for i, (_, candidate) in canvas.written.items() if candidate.token >= 0}
+        assert set(got.candidates[row].nonzero()[:, 0].tolist()) == expected
+        if got.masks is not None:
+            assert set(got.masks[row].nonzero()[:, 0].tolist()) == canvas.written.keys() - expected
+        if got.ends is not None:
+            assert bool(got.ends[row]) == ends
 
 
 @examples
@@ -229,8 +286,12 @@ def test_what_a_strategy_of_the_users_own_takes(
     assert call(f"taken{number}:mine", block) == [{0, 2} if "masked, " in code else {0}]
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["record", "seven arguments"])
-def test_the_strategies_of_the_docs(number, tiny_sdar, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "number, name",
+    [(0, "sure_and_calm"), (1, "sure_and_calm"), (2, "second_thoughts")],
+    ids=["record", "seven arguments", "overwriting"],
+)
+def test_the_strategies_of_the_docs(number, name, tiny_sdar, tmp_path, monkeypatch):
     """docs/strategies.md: its function draws, unmasks what it says, and takes one position where nothing is sure."""
     page = (Path(__file__).resolve().parents[1] / "docs" / "strategies.md").read_text(encoding="utf-8")
     code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -248,9 +309,9 @@ def test_the_strategies_of_the_docs(number, tiny_sdar, tmp_path, monkeypatch):
             max_token=11,
             dynamic_threshold=0.01,
             eb_threshold=bound,
-            remasking_strategy="my_strategies:sure_and_calm",
+            remasking_strategy=f"my_strategies:{name}",
         )
         (drawn,) = engine.generate([request], settings)
         assert len(drawn.response_ids) == 11 and min(drawn.step_map) >= 0
         steps[bound] = drawn.steps
-    assert steps[0.0] == 11 and steps[100.0] < 11
+    assert steps[100.0] < 11 and (number == 2 or steps[0.0] == 11)

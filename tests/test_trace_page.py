@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from common.board import board_of
 from common.config import load_config
 from common.errors import UserError
 from common.page import allow_script, embed_json, fill_page
-from common.trajectory import Task
+from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models import load_model
-from rollout.results import board_of
+from rollout.samples import write_samples
 from sample.traces import TEMPLATE, main, pieces_of, trace_page
 from tests.browser import chromium, open_page, read_data
 
@@ -124,6 +125,41 @@ def test_hostile_text_stays_text(browser: Any, tmp_path: Path) -> None:
     assert not faults
 
 
+def test_edits_and_revocations(browser: Any, tmp_path: Path) -> None:
+    """Token 1 is edited in steps 1 and 3; token 2 is revoked in step 2 and comes back in step 4."""
+    history = [[0, 1, "old ", -0.5], [0, 2, "gone ", -0.5], [1, 1, "new ", -0.5], [2, 2, None, 0]]
+    made = trace(4, steps=[0, 3, 4, 1], overwritten=history, length=4, special=[], first=0)
+    file = tmp_path / "trace.html"
+    file.write_text(trace_page([made, trace(4)], "title"), encoding="utf-8")
+    page, faults = open_page(browser, file)
+    assert page.text_content("#heading") == "Response · 2 edits · 1 revoked"
+
+    def row() -> list[str]:
+        return page.evaluate("[...document.querySelectorAll('.t')].map(e => e.matches('.on') ? e.innerHTML : '?')")
+
+    assert row() == ["w0 ", "<s>new </s>w1 ", "w2 ", "w3 "]
+    assert "before, in step 1\nold␣" in (page.evaluate("look(1)"), page.inner_text("#look"))[1]
+    stages = [
+        (["?", "?", "?", "?"], 0),
+        (["w0 ", "old ", "gone ", "?"], 3),
+        (["w0 ", "<s>old </s>new ", "gone ", "w3 "], 4),
+        (["w0 ", "<s>old </s>new ", "?", "w3 "], 3),
+        (["w0 ", "<s>new </s>w1 ", "?", "w3 "], 3),
+        (["w0 ", "<s>new </s>w1 ", "w2 ", "w3 "], 4),
+    ]
+    page.keyboard.press("Home")
+    for key, walk in (("ArrowRight", stages), ("ArrowLeft", stages[::-1])):
+        for stage, (expected, count) in enumerate(walk):
+            assert row() == expected and page.inner_text("#have") == f"{count} of 4 tokens"
+            if stage < len(walk) - 1:
+                page.keyboard.press(key)
+        if key == "ArrowRight":
+            assert page.evaluate("document.querySelectorAll('.t.now').length") == 1
+    page.keyboard.press("ArrowDown")
+    assert page.text_content("#heading") == "Response"
+    assert not faults
+
+
 def test_the_shipped_page_opens(browser: Any) -> None:
     for width in (1200, 360):
         page, faults = open_page(browser, TEMPLATE, width=width)
@@ -187,6 +223,21 @@ def test_the_command(tiny_sdar: Path, tmp_path: Path) -> None:
             main(load_config("trace", [*arguments, f"samples={tmp_path}/samples.jsonl"]))
 
 
+def test_samples_of_a_sudoku_have_their_board(tiny_sdar: Path, tmp_path: Path) -> None:
+    """The puzzle is the question, or stands beside one in other words; a task of another kind has no board."""
+    loaded = load_model(tiny_sdar, "sdar")
+    ids, puzzle = loaded.tokenizer.encode("\\boxed{2431312412434312}"), SUDOKU.record["puzzle"]
+    count = len(ids)
+    drawn = Trajectory("1", 0, [5], ids, [0] * count, [-1.0] * count, [0.5] * count, 1.0, "stop", count, 1, 1, 1.0)
+    puzzles = [Task("1", puzzle, SUDOKU.ground_truth_answer, SUDOKU.record), SUDOKU, Task("1", "4+2", "6")]
+    scored = [ScoredTrajectory(task, drawn, Score(1.0, True, "passed")) for task in puzzles]
+    write_samples(tmp_path / "samples.jsonl", [scored])
+    arguments = [f"model={tiny_sdar}", "num_response_per_task=3", f"out={tmp_path}/trace.html"]
+    page = main(load_config("trace", [*arguments, f"samples={tmp_path}/samples.jsonl"])).read_text(encoding="utf-8")
+    boards = [one.get("board") for one in read_data(page)["responses"]]
+    assert [board and board["puzzle"] for board in boards] == [puzzle, puzzle, None] and len(boards[0]["cells"]) == 16
+
+
 SUDOKU = Task("1", "q", "2431312412434312", {"puzzle": "0401002010030310"})
 
 
@@ -196,7 +247,7 @@ def test_a_sudoku_is_filled_step_by_step(browser: Any, tmp_path: Path) -> None:
     count = len(pieces)
     made = trace(count, pieces=pieces, steps=steps, confidence=[0.5] * count, length=count, special=[count - 1])
     file = tmp_path / "trace.html"
-    with_board = made | {"board": board_of(SUDOKU, pieces)}
+    with_board = made | {"board": board_of(SUDOKU.record["puzzle"], SUDOKU.ground_truth_answer, pieces)}
     file.write_text(trace_page([with_board, trace()], "title"), encoding="utf-8")
     page, faults = open_page(browser, file)
     filled = (
@@ -225,8 +276,8 @@ def test_a_sudoku_is_filled_step_by_step(browser: Any, tmp_path: Path) -> None:
 
 def test_where_the_digits_of_a_board_stand() -> None:
     pieces = ["1111 ", "\\boxed{", "2431", "3124\n1243", "4312", "}"]
-    board = board_of(SUDOKU, pieces)
+    board = board_of(SUDOKU.record["puzzle"], SUDOKU.ground_truth_answer, pieces)
     assert "".join(pieces[token][offset] for token, offset in board["cells"]) == SUDOKU.ground_truth_answer
     assert board["cells"][0] == (2, 0) and board["cells"][8] == (3, 5)
-    assert board_of(SUDOKU, pieces[:4]) is None, "no board"
-    assert board_of(Task("1", "4+2", "6"), ["\\boxed{", "6", "}"]) is None, "no sudoku"
+    assert board_of(SUDOKU.record["puzzle"], SUDOKU.ground_truth_answer, pieces[:4]) is None, "no board"
+    assert board_of(None, "6", ["\\boxed{", "6", "}"]) is None, "no sudoku"

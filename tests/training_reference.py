@@ -5,13 +5,13 @@ Nothing here imports the trainer. Tests hold the packed forward, the vectorised 
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.trajectory import Trajectory
+from common.trajectory import Trajectory, Writing
 
 
 @dataclass
@@ -24,6 +24,7 @@ class PlainView:
     targets: list[int]
     response_indices: list[int]
     steps: list[int]
+    recorded: list[float] = field(default_factory=list, compare=False)  # the sampler's logp of each target
 
 
 @dataclass
@@ -83,27 +84,93 @@ def random_trajectory(
     )
 
 
+def edited_trajectory(
+    rng: np.random.Generator,
+    trajectory: Trajectory,
+    block_size: int | None,
+    vocabulary: int,
+    mask_id: int,
+    logp: Callable[[list[int], int, int], float] | None = None,
+) -> Trajectory:
+    """The trajectory with its response drawn anew by a plain loop that unmasks, edits and revokes as `rng` says.
+
+    `logp(canvas, position, token)` is what it records of a writing, given all ids up to the block's end; without it
+    numbers of no meaning. block_size None: the whole response is one block.
+    """
+    prompt, size = trajectory.prompt_ids, len(trajectory.response_ids)
+    tokens = [token for token in range(vocabulary) if token != mask_id]
+    canvas = prompt + [mask_id] * size
+    history: list[list[Writing]] = [[] for _ in range(size)]
+    step = 0
+    width = block_size or len(canvas)
+    for end in range(width, len(canvas) + 1, width):
+        own = [i for i in range(max(0, end - width - len(prompt)), end - len(prompt))] if end > len(prompt) else []
+        first = step
+        while any(canvas[len(prompt) + i] == mask_id for i in own) or (own and rng.random() < 0.5):
+            before = canvas[:end]
+            masked = [i for i in own if before[len(prompt) + i] == mask_id]
+            unmasked = rng.choice(masked, int(rng.integers(1, len(masked) + 1)), replace=False) if masked else []
+            for i in own:
+                kind = "unmask" if i in unmasked else "nothing"
+                if i not in masked:
+                    kind = rng.choice(["nothing", "edit", "revoke"], p=[0.7, 0.2, 0.1])
+                if kind == "nothing" or (kind == "revoke" and step > first + 5):  # it must end
+                    continue
+                position = len(prompt) + i
+                token = mask_id
+                if kind != "revoke":
+                    token = int(rng.choice([token for token in tokens if token != before[position]]))
+                value = 0.0 if token == mask_id else logp(before, position, token) if logp else float(-rng.random())
+                history[i].append(Writing(step, i, token, value))
+                canvas[position] = token
+            step += 1
+    last = [one[-1] for one in history]
+    return replace(
+        trajectory,
+        response_ids=[one.token for one in last],
+        step_map=[one.step for one in last],
+        logp=[one.logp for one in last],
+        steps=step,
+        overwritten=sorted(writing for one in history for writing in one[:-1]),
+    )
+
+
+def history_of(trajectory: Trajectory, index: int) -> list[Writing]:
+    """All writings of one position of the response, in order."""
+    last = (trajectory.step_map[index], index, trajectory.response_ids[index], trajectory.logp[index])
+    return [one for one in trajectory.overwritten if one.position == index] + [Writing(*last)]
+
+
 def trace_views(
-    trajectory: Trajectory, block_size: int, mask_id: int, shrink: int = 1, post_num: int = 0
+    trajectory: Trajectory, block_size: int | None, mask_id: int, shrink: int = 1, post_num: int = 0
 ) -> list[PlainView]:
-    """TraceRL's views: for every block, every `shrink` neighbouring distinct steps of it, which are one step then."""
-    prompt, response, step_map = trajectory.prompt_ids, trajectory.response_ids, trajectory.step_map
+    """TraceRL's views: for every block, every `shrink` neighbouring steps that wrote tokens in it, one step then.
+
+    block_size None: the response is one block, which starts behind the prompt.
+    """
+    prompt, response = trajectory.prompt_ids, trajectory.response_ids
+    first, width = (0, block_size) if block_size else (len(prompt), len(response))
     views = []
-    for start in range(0, len(prompt) + len(response), block_size):
-        indices = [position - len(prompt) for position in range(start, start + block_size)]
-        steps = sorted({step_map[i] for i in indices if i >= 0})
+    for start in range(first, len(prompt) + len(response), width):
+        indices = [position - len(prompt) for position in range(start, start + width)]
+        histories = {i: history_of(trajectory, i) for i in indices if i >= 0}
+        steps = sorted({one.step for history in histories.values() for one in history if one.token != mask_id})
         while steps:
             merged, steps = steps[:shrink], steps[shrink:]
             view = PlainView(start, [], [], [], [], [])
             for offset, i in enumerate(indices):
-                token = response[i] if i >= 0 else prompt[i + len(prompt)]
-                seen = i < 0 or step_map[i] < merged[0]
-                view.tokens.append(token if seen else mask_id)
-                if i >= 0 and step_map[i] in merged and i < trajectory.length + post_num:
+                if i < 0:
+                    view.tokens.append(prompt[i + len(prompt)])
+                    continue
+                before = [one.token for one in histories[i] if one.step < merged[0]]
+                view.tokens.append(before[-1] if before else mask_id)
+                wrote = [one for one in histories[i] if merged[0] <= one.step <= merged[-1] and one.token != mask_id]
+                if wrote and i < trajectory.length + post_num:
                     view.offsets.append(offset)
-                    view.targets.append(token)
+                    view.targets.append(wrote[-1].token)
                     view.response_indices.append(i)
                     view.steps.append(merged[0])
+                    view.recorded.append(wrote[-1].logp)
             if view.offsets:
                 views.append(view)
     return views

@@ -49,7 +49,7 @@ class Learner:
         """Whether a rank holds but a part of every weight (ZeRO-3)."""
         return self.deepspeed is not None and self.deepspeed.zero_optimization_partition_weights()
 
-    def forward(self, batch: PackedBatch, *options: float) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, batch: PackedBatch, *options: float | Tensor) -> Tensor | tuple[Tensor, ...]:
         """What the network says of a packed batch. Under ZeRO-3 all ranks must call it."""
         beat()
         return (self.deepspeed or self.network)(batch, *options)

@@ -8,7 +8,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from common.schema import Sampling
 from models.value import ValueNetwork
+from sample.draw import draw
 from train.attention import TILE, attention_mask, take_block_masks
 from train.packing import PackedBatch
 
@@ -36,9 +38,15 @@ class Policy(torch.nn.Module):
         """What a checkpoint holds, under the names of its parameters."""
         return self.backbone
 
-    def forward(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """logp (predicted,) with gradient, as the engine defines it, and entropy (predicted,) without, in nats."""
-        return self.head(predicted_states(self.backbone, batch), batch.target, temperature)
+    def forward(
+        self, batch: PackedBatch, temperature: float = 1.0, uniform: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """logp (predicted,) with gradient, as the engine defines it, and entropy (predicted,) without, in nats.
+
+        `uniform` (predicted,) in [0, 1) takes the place of the targets: the ids that they draw (predicted,) are
+        returned with their logp.
+        """
+        return self.head(predicted_states(self.backbone, batch), batch.target, temperature, uniform)
 
 
 class Head(torch.nn.Module):
@@ -52,13 +60,24 @@ class Head(torch.nn.Module):
         self.lm_head = lm_head
         self.mask_id = mask_id
 
-    def forward(self, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """logp and entropy (predicted,) of the targets (predicted,) given hidden (predicted, hidden)."""
+    def forward(
+        self, hidden: Tensor, target: Tensor, temperature: float, uniform: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """logp and entropy (predicted,) of the targets (predicted,) given hidden (predicted, hidden).
+
+        With `uniform` (predicted,) ids drawn by it, and their logp, without gradient.
+        """
+        size = chunk_positions(self.lm_head.out_features, hidden.device)
+        if uniform is not None:
+            settings = Sampling(temperature=temperature)
+            with torch.no_grad():
+                chunks = zip(hidden.split(size), uniform.split(size))
+                drawn = [draw(self.lm_head(states), number, self.mask_id, settings) for states, number in chunks]
+            return torch.cat([one.tokens for one in drawn]), torch.cat([one.logp for one in drawn])
 
         def of_chunk(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
             return TargetLogp.apply(self.lm_head(states), ids, self.mask_id, temperature)
 
-        size = chunk_positions(self.lm_head.out_features, hidden.device)
         chunks = zip(hidden.split(size), target.split(size))
         logp, entropy = zip(*(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks))
         return torch.cat(logp), torch.cat(entropy)

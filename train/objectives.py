@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.schema import RLTrainingConfig
-from common.trajectory import ScoredTrajectory
+from common.trajectory import ScoredTrajectory, Trajectory
 from train.packing import Row, moved
 
 ROUNDING = 1e-12  # of a reward, relative
@@ -34,6 +34,7 @@ class Tokens:
     response_index: Tensor | None = None  # where in the response
     view: Tensor | None = None  # which of the step's views predicts it
     trace_step: Tensor | None = None  # its step of the trace, the first of those merged; without a trace, its noising
+    writing: Tensor | None = None  # of its position: an index into its trace's overwritten ones, -1: the last
     engine_logp: Tensor | None = None  # as it was drawn
     trainer_logp: Tensor | None = None  # the policy's before the step, on these views; None: not computed
     old_logp: Tensor | None = None  # what the ratio starts from; None: the policy's own in the update
@@ -71,16 +72,42 @@ def tokens_of(rows: Sequence[Row], samples: Sequence[ScoredTrajectory]) -> Token
     coefficient = None
     if all(row.weight is not None for row in rows):
         coefficient = torch.tensor(np.concatenate([row.weight for row in rows]), dtype=torch.float32)
-    engine_logp = [np.asarray(samples[row.trajectory].trajectory.logp)[row.response_index] for row in rows]
+    writing = [np.full(len(row.target), -1) if row.writing is None else row.writing for row in rows]
+    engine_logp = [recorded_logp(samples[row.trajectory].trajectory, row, one) for row, one in zip(rows, writing)]
     return Tokens(
         trajectory=torch.from_numpy(trajectory),
         response_index=torch.from_numpy(np.concatenate([row.response_index for row in rows])),
         view=torch.from_numpy(np.concatenate(view)),
         trace_step=torch.from_numpy(np.concatenate([row.trace_step for row in rows])),
+        writing=torch.from_numpy(np.concatenate(writing)),
         engine_logp=torch.tensor(np.concatenate(engine_logp), dtype=torch.float32),
         coefficient=coefficient,
         advantage=torch.tensor([sample.advantage for sample in samples], dtype=torch.float32)[trajectory],
     )
+
+
+def recorded_logp(trajectory: Trajectory, row: Row, writing: np.ndarray) -> np.ndarray:
+    """The engine's logp of what a row predicts, (predicted,): of the position's last writing or an overwritten one."""
+    logp = np.asarray(trajectory.logp)[row.response_index]
+    earlier = writing >= 0
+    logp[earlier] = [trajectory.overwritten[index].logp for index in writing[earlier]]
+    return logp
+
+
+def written_tokens(*parts: Tokens) -> list[np.ndarray]:
+    """For each of the parts a number of the token that every prediction is of, (predicted,), the same in all parts.
+
+    It ascends by response, position and writing: several random views predict one token, the last of its position,
+    and a trace with edits predicts several tokens of one position.
+    """
+    columns = [(one.trajectory, one.response_index, 1 + last_writings(one)) for one in parts]
+    sizes = [1 + int(torch.cat(column).max()) for column in zip(*columns)]
+    return [np.ravel_multi_index([column.numpy() for column in one], sizes) for one in columns]
+
+
+def last_writings(tokens: Tokens) -> Tensor:
+    """`Tokens.writing`, (predicted,), -1 everywhere where it is not there."""
+    return torch.full_like(tokens.response_index, -1) if tokens.writing is None else tokens.writing
 
 
 # ---- advantages of a group
@@ -154,11 +181,12 @@ def value_targets(
 
     The views are those of traces, and steps that were merged are one. An outcome's reward, raw or its z-score in the
     group, lies on the tokens of the last predicted step; process rewards on every token or, as `chunk_rewards`, on
-    the last step of each chunk. UserError where a reward is too large for the loss, in float32.
+    the last step of each chunk. What was overwritten later has no process reward of its own: its position's lies on the
+    last writing. UserError where a reward is too large for the loss, in float32.
     """
     chunks = chunk_rewards(samples) if training.process_placement == "chunk_end" else None
-    columns = (tokens.trajectory, tokens.response_index, tokens.trace_step)
-    trajectory, index, step = (column.numpy() for column in columns)
+    columns = (tokens.trajectory, tokens.response_index, tokens.trace_step, last_writings(tokens))
+    trajectory, index, step, writing = (column.numpy() for column in columns)
     value = tokens.old_value.double().numpy()
     advantages, returns = np.zeros_like(value), np.zeros_like(value)
     for number in np.unique(trajectory):
@@ -168,7 +196,7 @@ def value_targets(
             prompt = len(sample.trajectory.prompt_ids)
             reward = place_chunks(chunks[number], index[own], step[own], prompt, block_size)
         else:
-            reward = token_rewards(sample, index[own], step[own], training.value_reward == "zscore")
+            reward = token_rewards(sample, index[own], step[own], training.value_reward == "zscore", writing[own])
         if (largest := np.abs(reward).max()) > LARGEST_REWARD:
             raise UserError(
                 f"task '{sample.trajectory.task_id}': a reward of size {largest:g}; a value model learns "
@@ -178,8 +206,14 @@ def value_targets(
     return torch.tensor(advantages, dtype=torch.float32), torch.tensor(returns, dtype=torch.float32)
 
 
-def token_rewards(sample: ScoredTrajectory, index: np.ndarray, step: np.ndarray, zscore: bool = False) -> np.ndarray:
-    """The reward of each predicted token of one response, (predicted,); `index` into the response.
+def token_rewards(
+    sample: ScoredTrajectory,
+    index: np.ndarray,
+    step: np.ndarray,
+    zscore: bool = False,
+    writing: np.ndarray | int = -1,
+) -> np.ndarray:
+    """The reward of each predicted token of one response, (predicted,); `index` into the response, writing as in Views.
 
     `zscore` takes the group's z-score of an outcome's reward instead of the raw one, as dLLM-RL does. UserError where
     process rewards are not one for each token of the response.
@@ -194,7 +228,7 @@ def token_rewards(sample: ScoredTrajectory, index: np.ndarray, step: np.ndarray,
         )
     rewards = np.zeros(len(trajectory.response_ids))  # tokens behind the end earn nothing
     rewards[: trajectory.length] = sample.score.token_rewards
-    return rewards[index]
+    return np.where(writing == -1, rewards[index], 0.0)
 
 
 def chunk_rewards(samples: Sequence[ScoredTrajectory]) -> list[list[tuple[int, float]]]:
@@ -352,13 +386,13 @@ def noisings(training: RLTrainingConfig) -> int:
 def terms_of(tokens: Tokens, training: RLTrainingConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Which position or sequence each prediction is in, counted from 0; its coefficient and its share there.
 
-    All (predicted,). Coefficients are the views' own; where they have none, of a sequence those of its ELBO per token,
-    of a position those of the mean. By the shares, which sum to 1, a term takes the mean of what its predictions share.
+    All (predicted,). Of a position that its trace wrote several times each writing is a term: they are other tokens.
+    Coefficients are the views' own; where they have none, of a sequence those of its ELBO per token, of a position
+    those of the mean. By the shares, which sum to 1, a term takes the mean of what its predictions share.
     """
-    response_index = tokens.response_index.numpy() if training.term == "position" else np.zeros(len(tokens), dtype=int)
-    pairs = np.stack([tokens.trajectory.numpy(), response_index])
-    _, term, size = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
-    term = term.ravel()
+    (written,) = written_tokens(tokens)
+    owner = written if training.term == "position" else tokens.trajectory.numpy()
+    _, term, size = np.unique(owner, return_inverse=True, return_counts=True)
     if training.term == "sequence" and tokens.coefficient is None:
         term, share = sequence_shares(tokens, by_noising=training.method != "TraceRL")
         return term, share, share
@@ -367,15 +401,19 @@ def terms_of(tokens: Tokens, training: RLTrainingConfig) -> tuple[Tensor, Tensor
 
 
 def response_lengths(tokens: Tokens) -> np.ndarray:
-    """How many positions of each response, in order, are predicted in some view."""
-    pairs = np.unique(np.stack([tokens.trajectory.numpy(), tokens.response_index.numpy()]), axis=1)
-    return np.unique(pairs[0], return_counts=True)[1]
+    """How many tokens of each response, in order, are predicted in some view: its positions, and what was overwritten.
+
+    So where all weigh the same, a sequence's length times its mean is the sum over its trace.
+    """
+    (written,) = written_tokens(tokens)
+    _, first = np.unique(written, return_index=True)
+    return np.unique(tokens.trajectory.numpy()[first], return_counts=True)[1]
 
 
 def sequence_shares(tokens: Tokens, by_noising: bool) -> tuple[Tensor, Tensor]:
     """How a response's ELBO per token is made of its predicted tokens' logp: (response, share), (predicted,) each.
 
-    `response` counts the update's responses from 0, and the shares of each sum to 1. Along a trace every token is
+    `response` counts the update's responses from 0, and the shares of each sum to 1. Along a trace every writing is
     predicted once: all weigh the same. A noising that masks l of L tokens estimates the ELBO by L/l times their sum
     (ESPO, LLaDA), per token their mean; several noisings of a response are averaged.
     """
@@ -391,15 +429,15 @@ def importance_weights(tokens: Tokens, replayed: Tokens, cap: float, by_sequence
     """min(π_trainer / π_engine, cap) of every token, (predicted,) (truncated importance sampling).
 
     Both log-probabilities are of `replayed`, the same trajectories' exact replays. `by_sequence`: of a response's mean
-    difference, as its ratio is. Tokens that no replay predicts weigh 1.
+    difference, as its ratio is. What no replay predicts weighs 1, and each writing of a position has its own weight.
     """
     trajectory = replayed.trajectory.numpy()
     log_ratio = (replayed.trainer_logp - replayed.engine_logp).double().numpy()
     if by_sequence:
         total, size = np.bincount(trajectory, log_ratio), np.bincount(trajectory)
         log_ratio = (total / np.maximum(size, 1))[trajectory]
-    width = 1 + int(torch.cat([tokens.response_index, replayed.response_index]).max())
-    wanted, known = ((one.trajectory * width + one.response_index).numpy() for one in (tokens, replayed))
-    weight = np.ones(1 + max(wanted.max(), known.max()))  # by trajectory and index in the response
-    weight[known] = np.minimum(np.exp(log_ratio), cap)
-    return torch.from_numpy(weight[wanted]).float()
+    wanted, known = written_tokens(tokens, replayed)
+    _, place = np.unique(np.concatenate([known, wanted]), return_inverse=True)
+    weight = np.ones(1 + place.max())  # by token
+    weight[place[: len(known)]] = np.minimum(np.exp(log_ratio), cap)
+    return torch.from_numpy(weight[place[len(known) :]]).float()

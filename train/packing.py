@@ -37,6 +37,7 @@ class Row:
     response_index: np.ndarray  # (predicted,)
     trace_step: np.ndarray  # (predicted,) of a trace, or the noising
     weight: np.ndarray | None = None  # (predicted,) in the loss of finetuning, or in its term; None: 1
+    writing: np.ndarray | None = None  # (predicted,) as in Views; None: all are the last of their positions
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -111,8 +112,7 @@ def _predictions(views: Views, chosen: slice, start: int) -> dict[str, np.ndarra
     """What a row of the chosen views predicts, by the names of Row; its token `start` is where their first is read."""
     flat = np.flatnonzero(views.predict[chosen])
     columns = {"target": views.targets, "response_index": views.response_index, "trace_step": views.step}
-    if views.weight is not None:
-        columns["weight"] = views.weight
+    columns |= {name: getattr(views, name) for name in ("weight", "writing") if getattr(views, name) is not None}
     return {"predict_at": start + flat} | {name: values[chosen].ravel()[flat] for name, values in columns.items()}
 
 

@@ -3,8 +3,8 @@
 python -m train.prepare_sft config=configs/sft_trado.yaml dataset.optimization_data=org/name out=data/mine.jsonl
 
 Reads what finetuning reads (records, chats, columns) by the same keys and writes one line for each turn of the
-assistant: prompt_ids and response_ids to learn from, prompt and response to look at, step_map where there is one.
-Nothing is dropped for its length. Of the model only the tokenizer is loaded.
+assistant: prompt_ids and response_ids to learn from, prompt and response to look at, step_map and overwritten
+where there are such. Nothing is dropped for its length. Of the model only the tokenizer is loaded.
 """
 
 import sys

@@ -1,19 +1,22 @@
-"""The published objectives, as their configs say: python -m train.recipes"""
+"""The published objectives, as their configs say: python -m train.recipes [NAME]
 
+With a name: its source, the attention that it is of, and every key that it sets.
+"""
+
+import sys
 from pathlib import Path
 from typing import Any
 
-from common.config_files import read_layers, recipes
-from train.views import NEEDS
+from common.config_files import read_recipe, recipes
+from common.errors import UserError, one_line_errors, show
+from common.schema import ATTENTION, NEEDS
 
 HEAD = ("recipe", "views", "term", "mean over", "clip", "advantage", "groups", "KL", "epochs", "attention", "source")
 
 
 def row_of(name: str, path: Path) -> tuple[str, ...]:
     """The cells of a recipe's line; where the two attentions differ it is block attention's."""
-    keys: dict[str, Any] = {}
-    for _, layer in read_layers(path):
-        keys |= {key.removeprefix("training."): value for key, value in layer.items()}
+    keys = {key.removeprefix("training."): value for key, value in keys_of_recipe(name).items()}
     estimator = "k3" if keys["use_kl_estimator_k3"] else "k2" if keys["term"] == "sequence" else "k1"
     kl = (f"{keys['beta']} {estimator}", keys["kl_reference"], keys["kl_norm"])
     return (
@@ -27,8 +30,21 @@ def row_of(name: str, path: Path) -> tuple[str, ...]:
         "none" if keys["kl_reference"] == "none" else ", ".join(filter(None, kl)),
         str(keys["epochs_per_step"]),
         NEEDS.get(keys["method"], "any"),
-        path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "),
+        source_of(path),
     )
+
+
+def keys_of_recipe(name: str, attention: str = "block") -> dict[str, Any]:
+    """Every key that a recipe sets, for families of that attention; UserError where there is no such recipe."""
+    keys: dict[str, Any] = {}
+    for _, layer in read_recipe(name, ATTENTION[attention][0]):
+        keys |= layer
+    return keys
+
+
+def source_of(path: Path) -> str:
+    """Where a recipe's objective was published, as its file's first line says."""
+    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
 
 
 def table() -> str:
@@ -37,5 +53,27 @@ def table() -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def described(name: str) -> str:
+    """A recipe in full; a key whose value depends on the attention stands there once for each."""
+    method = keys_of_recipe(name)["training.method"]
+    found = {one: keys_of_recipe(name, one) for one in ATTENTION if NEEDS.get(method, one) == one}
+    text = f"{name}: {source_of(recipes()[name])}\nattention: {' or '.join(found)}\n"
+    for key in dict.fromkeys(key for keys in found.values() for key in keys):
+        values = {f"{key}={show(keys[key])}": attention for attention, keys in found.items()}
+        text += "".join(f"{line}  # {one}\n" if len(values) > 1 else f"{line}\n" for line, one in values.items())
+    return text
+
+
+@one_line_errors
+def main(argv: list[str]) -> None:
+    """Print the table, or the recipes that are named."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__.strip())
+        return
+    if any("=" in argument or argument.startswith("-") for argument in argv):
+        raise UserError(f"{' '.join(argv)}: expected nothing, or names of recipes, as in python -m train.recipes espo")
+    print("\n".join(map(described, argv)) if argv else table(), end="")
+
+
 if __name__ == "__main__":
-    print(table(), end="")
+    main(sys.argv[1:])

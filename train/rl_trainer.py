@@ -1,6 +1,5 @@
 """Reinforcement learning in one resident program: sample, score, update, hand the weights back, evaluate, report."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from models.defaults import take_defaults
 from reward.score import RewardScorer, check_tasks, make_scorer
 from rollout.collect import collect, encode_tasks, prompts_within
 from rollout.report import RunPage
-from rollout.results import Evaluation, tokens_per_forward
+from rollout.results import Evaluation, overwriting_figures, results_row, tokens_per_forward
 from rollout.samples import write_samples
 from sample.engine import Engine
 from train.learner import Learner, whole_weights
@@ -94,6 +93,7 @@ def reinforce(config: RLConfig, inputs: Inputs | None = None, stages: Stopwatch 
         try:
             with run.stages("load"):
                 resume(run)
+                name_block_size(run)
                 if run.checkpoint is not None:
                     run.engine.load_weights(whole_weights(run.learner.network.backbone))
             before = first_evaluation(run)
@@ -126,9 +126,9 @@ def read_inputs(config: RLConfig) -> Inputs:
         )
     scorer = make_scorer(config.reward, dataset.data_type)
     check_tasks(scorer, tasks, "dataset.train_dataset")
-    check_views(config.training, find_family(config.model.model_base))
-    key = "evaluation.eval_dataset"
-    eval_tasks = load_tasks(evaluation.eval_dataset or dataset.eval_dataset, key=key)
+    check_views(config, find_family(config.model.model_base))
+    key, held_out_set = "evaluation.eval_dataset", evaluation.eval_dataset or dataset.eval_dataset
+    eval_tasks = load_tasks(held_out_set, key=key) if held_out_set is not None else []
     own_kind = None if config.reward.kind == "judge" else config.reward.kind
     judged_as = evaluation.data_type or own_kind or dataset.data_type
     held_out = held_out_tasks(config, eval_tasks, key, judged_as, evaluation.data_type or dataset.data_type)
@@ -170,7 +170,7 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         scorer=inputs.scorer,
         engine=Engine(drawing.model, drawing.mask_id, drawing.stop_ids),
         reference=reference,
-        page=RunPage(folder, drawing, config.rollout.block_size, experiment.total_step),
+        page=RunPage(folder, drawing, experiment.total_step),
         stages=stages,
     )
 
@@ -184,6 +184,7 @@ def train(run: RLRun) -> None:
     while progress.step < experiment.total_step:
         figures = rl_step(run)
         progress.step += 1
+        name_block_size(run)
         run.metrics.log({"step": progress.step} | figures)
         console.print(
             f"step {progress.step}/{experiment.total_step}  reward {figures['reward']:.3f}  "
@@ -210,7 +211,8 @@ def rl_step(run: RLRun) -> dict[str, float]:
     if is_main():
         file.unlink(missing_ok=True)  # a run that stopped after its last checkpoint wrote this step before
     write_samples(file, groups)
-    run.page.note(number, groups)
+    rollout = config.rollout.at_step(number)
+    run.page.note(number, groups, rollout.block_size)
     figures: dict[str, float] = {"updates": 0, "lr": run.learner.scheduler.get_last_lr()[0]}
     if config.rollout.free_cache:
         run.engine.sleep()
@@ -221,7 +223,7 @@ def rl_step(run: RLRun) -> dict[str, float]:
                 run.learner,
                 samples,
                 config.training,
-                layout_of(run.loaded, config.rollout.block_size),
+                layout_of(run.loaded, rollout.block_size),
                 config.rollout.max_token,
                 seed=[config.training.seed, number],
                 exact=run.loaded.model.dtype == torch.float32 and not approximate,
@@ -230,12 +232,7 @@ def rl_step(run: RLRun) -> dict[str, float]:
                 train_value=number % config.experiment.train_value_every == 0,
             )
     else:
-        unequal = config.training.drop_equal or config.training.dynamic_sampling
-        equal = " with rewards that differ" if unequal else ""
-        console.print(
-            f"step {number}: no group{equal} has an accuracy within training.keep_accuracy "
-            f"{config.training.keep_accuracy}; no update"
-        )
+        console.print(f"step {number}: no update; {why_none_is_kept(config, groups)}")
     if figures["updates"]:
         with watch("sync"):
             run.engine.load_weights(whole_weights(run.learner.network.backbone))
@@ -253,7 +250,7 @@ def draw_groups(
     many groups are kept as there were to be. UserError where every prompt is too long.
     """
     config, training = run.config, run.config.training
-    wanted = config.rollout.num_task_per_step
+    wanted, rollout = config.rollout.num_task_per_step, config.rollout.at_step(number)
     groups: list[list[ScoredTrajectory]] = []
     samples: list[ScoredTrajectory] = []
     missing, cursor = wanted, run.progress.cursor
@@ -265,9 +262,7 @@ def draw_groups(
         prompts = encode_tasks(run.loaded, tasks, config.dataset, config.rollout.start_with_think)
         prompts = prompts_within(prompts, training.max_prompt_len)
         label = f"step {number}: rollout"
-        groups += collect(
-            run.engine, run.loaded, prompts, config.rollout, run.scorer, watch, training.seed, number, label
-        )
+        groups += collect(run.engine, run.loaded, prompts, rollout, run.scorer, watch, training.seed, number, label)
         drop_equal = training.drop_equal or training.dynamic_sampling
         samples = kept_samples(groups, training.keep_accuracy, drop_equal, training.advantage)
         kept = len({sample.trajectory.task_id for sample in samples})
@@ -278,6 +273,27 @@ def draw_groups(
         raise UserError("training.max_prompt_len: every prompt of the step is longer; raise it")
     run.progress.cursor = cursor  # not before: a step that was stopped is done again when the run is resumed
     return groups, samples
+
+
+def why_none_is_kept(config: RLConfig, groups: list[list[ScoredTrajectory]]) -> str:
+    """In words, why no group of a step is learned from: its accuracies, and what they usually come from."""
+    unequal = config.training.drop_equal or config.training.dynamic_sampling
+    equal = " with rewards that differ" if unequal else ""
+    shares = [sum(one.score.correct for one in group) / len(group) for group in groups]
+    reason = (
+        f"no group{equal} has an accuracy within training.keep_accuracy {config.training.keep_accuracy} "
+        f"(they are {min(shares):.0%} to {max(shares):.0%}, {sum(shares) / len(shares):.0%} in the mean)"
+    )
+    if max(shares) == 0:
+        cut = sum(one.trajectory.finish_reason == "length" for group in groups for one in group)
+        count = sum(map(len, groups))
+        return (
+            f"{reason}: nothing is right. {cut} of {count} responses reached rollout.max_token; else look at "
+            "dataset.data_type, at the prompts (python -m rollout.show_prompts) and at the run's rollouts/"
+        )
+    if min(shares) == 1:
+        return f"{reason}: all is right; take harder tasks"
+    return reason
 
 
 def step_figures(
@@ -296,7 +312,8 @@ def step_figures(
         "reward": sum(response.score.reward for response in responses) / count,
         "accuracy": sum(response.score.correct for response in responses) / count,
         "response_length": tokens / count,
-        "truncated": sum(response.trajectory.finish_reason == "length" for response in responses) / count,
+        "truncated": sum(response.trajectory.truncated for response in responses) / count,
+        **overwriting_figures(responses),
         "tokens_per_forward": tokens_per_forward(responses),
         "kept_mass": sum(response.trajectory.kept_mass for response in responses) / count,
         "groups": len(groups),
@@ -309,11 +326,29 @@ def step_figures(
     }
 
 
+def name_block_size(run: RLRun) -> None:
+    """Give the networks' config.json, as it will be saved, the size of the blocks that the last step drew."""
+    size = run.config.rollout.at_step(max(run.progress.step, 1)).block_size
+    if run.loaded.family.attention != "block":
+        return
+    networks = [run.learner.network.backbone]
+    if run.critic is not None:
+        networks.append(run.critic.network.value_network.network)
+    for own in (network.config for network in networks):
+        if hasattr(own, "block_size") or size != run.loaded.block_size:  # a family's own size need not stand there
+            own.block_size = size
+
+
 # --- evaluations and results
 
 
 def evaluate_now(run: RLRun) -> dict[str, Evaluation]:
-    """Accuracy on the held-out tasks under each evaluation setting; logged, every response in samples.jsonl."""
+    """Accuracy on the held-out tasks under each evaluation setting; logged, every response in samples.jsonl.
+
+    Empty where there are no such tasks.
+    """
+    if not run.held_out.tasks:
+        return {}
     with run.stages("evaluation"):
         results, figures = evaluate_held_out(run, run.engine, run.loaded, run.folder / "samples.jsonl")
     run.metrics.log({"step": run.progress.step} | figures)
@@ -325,7 +360,7 @@ def first_evaluation(run: RLRun) -> dict[str, dict[str, float]]:
     path = run.folder / "before.json"
     if run.progress.step > 0 and from_main(path.exists()):
         return json.loads(path.read_text())
-    before = {name: dataclasses.asdict(result) for name, result in evaluate_now(run).items()}
+    before = {name: results_row(result) for name, result in evaluate_now(run).items()}
     if is_main():
         with unless_full(path):
             write_whole(path, json.dumps(before))
@@ -336,7 +371,7 @@ def write_results(
     folder: Path, seed: int, before: dict[str, dict[str, float]], after: dict[str, Evaluation], stages: Stopwatch
 ) -> None:
     """results.json (every figure), summary.json (accuracy before and after, seconds by stage) and a table."""
-    results = {"before": before, "after": {name: dataclasses.asdict(result) for name, result in after.items()}}
+    results = {"before": before, "after": {name: results_row(result) for name, result in after.items()}}
     (folder / "results.json").write_text(json.dumps(results, indent=2))
     keep = ("accuracy", "tokens_per_forward")
     short = {
@@ -360,5 +395,6 @@ def write_results(
                 "tokens/forward after": f"{now['tokens_per_forward']:.2f}",
             }
         )
-    print_table(rows, title=f"held-out tasks, {folder}")
+    if rows:
+        print_table(rows, title=f"held-out tasks, {folder}")
     console.print("seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items()))

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from common import ranks
-from common.checkpoint import Writer, newest_step, save_step, step_folders, write_folder
+from common.checkpoint import Writer, newest_step, save_step, step_folders, write_folder, write_whole
 from common.config import dump_config, settings_of
-from common.errors import UserError
+from common.config_files import flatten
+from common.errors import UserError, show
 from common.metrics import MetricsLog, open_metrics
 from common.runtime import console, prepare_run_folder, seed_everything
 from common.schema import EvalDatasetConfig, RLConfig, SFTConfig
@@ -102,17 +105,29 @@ def make_folder(config: RLConfig | SFTConfig) -> Path:
 def open_records(config: RLConfig | SFTConfig, folder: Path) -> tuple[MetricsLog, Path | None, dict[str, Any]]:
     """Write config.yaml and open the metrics; returns these, the newest whole checkpoint, and its trainer.json.
 
-    What was logged after that checkpoint is dropped: it is logged again.
+    What was logged after that checkpoint is dropped: it is logged again. Keys that are others than before are said.
     """
     experiment = config.experiment
-    if ranks.is_main():
-        (folder / "config.yaml").write_text(dump_config(config))
     checkpoints = [] if experiment.start_from_scratch else step_folders(folder / "ckpt")
     step, checkpoint = checkpoints[-1] if checkpoints else (-1, None)
+    if ranks.is_main():
+        file, content = folder / "config.yaml", dump_config(config)
+        if checkpoint is not None and file.is_file():
+            say_changes(file.read_text(), content)
+        write_whole(file, content)
     resume_step = None if experiment.start_from_scratch else step
     metrics = open_metrics(folder, experiment.trackers, experiment.project, dataclasses.asdict(config), resume_step)
     state = {} if checkpoint is None else json.loads((checkpoint / "trainer.json").read_text())
     return metrics, checkpoint, state
+
+
+def say_changes(before: str, now: str) -> None:
+    """Say which keys of a run that goes on are others than they were; both configs as config.yaml holds them."""
+    old, new = (flatten(yaml.safe_load(text) or {}) for text in (before, now))
+    del new["experiment.start_from_scratch"]
+    changed = [f"{key}={show(new[key])} (was {show(old[key])})" for key in new if key in old and old[key] != new[key]]
+    if changed:
+        console.print(f"goes on under other keys than it began with: {', '.join(changed)}")
 
 
 # --- measuring
@@ -127,7 +142,7 @@ def evaluate_held_out(
         engine,
         loaded,
         held_out.tasks,
-        settings_of(config.evaluation),
+        settings_of(config.evaluation.at_step(max(run.progress.step, 1))),
         held_out.scorer,
         held_out.dataset,
         config.evaluation.max_prompt_len,

@@ -15,7 +15,7 @@ from common.metrics import print_table
 from common.records import Record
 from common.runtime import console
 from common.schema import SFTConfig, SFTDatasetConfig, SFTTrainingConfig
-from data.sft_records import Answer, BadSample, Chat, Ids, Rejected, Sample, load_samples
+from data.sft_records import Answer, BadSample, Chat, Ids, Rejected, Sample, Text, load_samples
 from models import LoadedModel
 from models.family import Family, find_family, local_folder
 from models.prompts import ChatTemplateError, end_of_sequence, end_of_turn, instruction, turns_text
@@ -90,7 +90,7 @@ def make_samples(config: SFTConfig, loaded: LoadedModel, located: Located) -> Sa
     around, stop = instruction_of(config, loaded.family), end_of_turn(loaded.tokenizer)
 
     def encode(sample: Sample) -> list[Example]:
-        examples = encode_sample(sample, loaded.tokenizer, dataset, around, stop)
+        examples = encode_sample(sample, loaded.tokenizer, loaded.family, config, around, stop)
         return [example if too_long(example, training) else fill(example, loaded, config) for example in examples]
 
     samples = Samples()
@@ -125,23 +125,27 @@ def instruction_of(config: SFTConfig, family: Family) -> str:
 
 
 def encode_sample(
-    sample: Sample, tokenizer: PreTrainedTokenizerBase, dataset: SFTDatasetConfig, around: str, stop: int
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, family: Family, config: SFTConfig, around: str, stop: int
 ) -> list[Example]:
-    """One example for each of the assistant's turns, not filled up, texts ended by `stop`.
+    """One example for each of the assistant's turns, or each piece of a text, not filled up; `stop` ends a turn.
 
     BadSample if unfit, ChatTemplateError if the template says so. Ids stay as they are: text is never made of them and
     tokenised again.
     """
+    dataset = config.dataset
+    if isinstance(sample, Text):
+        return text_pieces(sample, tokenizer, family, config.training)
     if isinstance(sample, Ids):
         ends = [n for n, token in enumerate(sample.response_ids, 1) if token in (stop, tokenizer.eos_token_id)]
         length = sample.length or (ends[0] if ends else len(sample.response_ids))
-        return [Example(sample.prompt_ids, sample.response_ids, length, sample.step_map)]
+        return [Example(sample.prompt_ids, sample.response_ids, length, sample.step_map, sample.overwritten)]
+    step_map, overwritten = (None, []) if isinstance(sample, Chat) else (sample.step_map, sample.overwritten)
     if isinstance(sample, Chat):
-        pairs, step_map = chat_turns(sample, tokenizer, stop), None
+        pairs = chat_turns(sample, tokenizer, stop)
     elif dataset.apply_chat_template:
-        pairs, step_map = chat_turns(as_chat(sample, around), tokenizer, stop), sample.step_map
+        pairs = chat_turns(as_chat(sample, around), tokenizer, stop)
     else:
-        pairs, step_map = [(sample.prompt, without_stop(sample.response, tokenizer, stop))], sample.step_map
+        pairs = [(sample.prompt, without_stop(sample.response, tokenizer, stop))]
         for name in ("system", "tools", "reasoning_content"):
             if getattr(sample, name):
                 problem = f"has `{name}`, which needs the chat template; dataset.apply_chat_template is False"
@@ -152,8 +156,23 @@ def encode_sample(
             raise BadSample("empty response", "has a response that is nothing but its stop token")
         ids = [*tokenizer.encode(response, add_special_tokens=False), stop]
         steps = whole_step_map(step_map, len(ids))
-        examples.append(Example(tokenizer.encode(prompt, add_special_tokens=False), ids, len(ids), steps))
+        examples.append(Example(tokenizer.encode(prompt, add_special_tokens=False), ids, len(ids), steps, overwritten))
     return examples
+
+
+def text_pieces(
+    sample: Text, tokenizer: PreTrainedTokenizerBase, family: Family, training: SFTTrainingConfig
+) -> list[Example]:
+    """A text, ended by the end of sequence, in pieces of as many whole blocks as training.max_gen_length holds.
+
+    A piece is a response to no prompt. Where logits are shifted the prompt is the token before it, in the text's first
+    piece the text's first token, which nothing predicts.
+    """
+    ids = [*tokenizer.encode(sample.text, add_special_tokens=False), end_of_sequence(tokenizer)]
+    length = training.max_gen_length // training.block_size * training.block_size or training.max_gen_length
+    given = -family.logit_offset  # tokens at the beginning that are not predicted
+    pieces = [ids[start : start + given + length] for start in range(0, len(ids) - given, length)]
+    return [Example(piece[:given], piece[given:], len(piece) - given) for piece in pieces]
 
 
 def as_chat(sample: Answer, around: str) -> Chat:
@@ -231,18 +250,22 @@ def whole_step_map(step_map: list[int] | None, length: int) -> list[int] | None:
 def fill(example: Example, loaded: LoadedModel, config: SFTConfig) -> Example:
     """The example as long as while it is sampled: whole blocks, or the canvas of full attention; BadSample if unfit.
 
-    A trace keeps what was drawn behind the stop token, and positions that it never unmasked stay masks. Otherwise stop
-    tokens fill the rest.
+    A trace keeps what was drawn behind the stop token, and positions that it never unmasked, or revoked in the end,
+    stay masks. Otherwise stop tokens fill the rest.
     """
     training, family = config.training, loaded.family
-    response, steps = example.response_ids[: example.length], None
+    if family.logit_offset and not example.prompt_ids:
+        raise BadSample("ids", f"has empty `prompt_ids`; {family.name} predicts a token at the one before it")
+    response, steps, overwritten = example.response_ids[: example.length], None, []
     if training.method == "trace":
         if example.step_map is None:
             raise BadSample("no step map", "has no `step_map`, which training.method=trace replays")
-        response, steps = example.response_ids, example.step_map
-    drawn = [token for token, step in zip(response, steps or [0] * len(response)) if step >= 0]
+        response, steps, overwritten = example.response_ids, example.step_map, example.overwritten
+    revoked = {writing.position for writing in overwritten}
+    written = [(n, token) for n, (token, step) in enumerate(zip(response, steps or [0] * len(response))) if step >= 0]
+    drawn = [token for n, token in written if token != loaded.mask_id or n not in revoked]
     vocabulary = loaded.model.config.vocab_size
-    if max([*example.prompt_ids, *response]) >= vocabulary:
+    if max([*example.prompt_ids, *response, *(writing.token for writing in example.overwritten)]) >= vocabulary:
         raise BadSample("ids", f"has token ids beyond the {vocabulary} of the model; were they made by another?")
     if loaded.mask_id in drawn or not drawn:
         raise BadSample("ids", "has the mask token in its response, or nothing but masks")
@@ -254,7 +277,7 @@ def fill(example: Example, loaded: LoadedModel, config: SFTConfig) -> Example:
         padding = -(-training.max_gen_length // training.block_size) * training.block_size - len(response)
     if padding > 0:
         response = response + [end_of_sequence(loaded.tokenizer)] * padding
-    return Example(example.prompt_ids, response, example.length, steps and steps + [-1] * padding)
+    return Example(example.prompt_ids, response, example.length, steps and steps + [-1] * padding, overwritten)
 
 
 def conversations_of(examples: Sequence[Example], family: Family) -> list[Conversation]:
@@ -276,15 +299,14 @@ def split(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Conversations to learn from and to validate on, the latter all those of a `share` of the prompts.
 
-    Which prompts these are depends on a hash of the prompt and the seed, not on their order. UserError where nothing
-    would be left to learn from.
+    Which prompts these are depends on a hash of the prompt and the seed, not on their order. A piece of a text, which
+    has no prompt, counts as one of its own. UserError where nothing would be left to learn from.
     """
     if share == 0:
         return list(conversations), []
-    hashes = [
-        hashlib.sha256(f"{seed}:{','.join(map(str, conversation[0].prompt_ids))}".encode()).hexdigest()
-        for conversation in conversations
-    ]
+    firsts = [conversation[0] for conversation in conversations]
+    keys = [",".join(map(str, one.prompt_ids or one.response_ids)) for one in firsts]
+    hashes = [hashlib.sha256(f"{seed}:{key}".encode()).hexdigest() for key in keys]
     prompts = sorted(set(hashes))
     chosen = set(prompts[: int(np.ceil(share * len(prompts)))])
     if len(chosen) == len(prompts):
@@ -306,11 +328,12 @@ def write_prepared(config: SFTConfig, out: Path) -> None:
     """
     dataset = config.dataset
     tokenizer = load_tokenizer(local_folder(config.model.pretrained_model))
-    around, stop = instruction_of(config, find_family(config.model.model_base)), end_of_turn(tokenizer)
+    family = find_family(config.model.model_base)
+    around, stop = instruction_of(config, family), end_of_turn(tokenizer)
     samples, examples = Samples(), []
 
     def encode(sample: Sample) -> list[Example]:
-        return encode_sample(sample, tokenizer, dataset, around, stop)
+        return encode_sample(sample, tokenizer, family, config, around, stop)
 
     for place, sample in read_samples(dataset):
         examples += samples.encoded(place, sample, encode, dataset)
@@ -319,7 +342,7 @@ def write_prepared(config: SFTConfig, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
         for example in examples:
-            line = {key: value for key, value in vars(example).items() if value is not None}
+            line = {key: value for key, value in vars(example).items() if value not in (None, [])}
             line["prompt"] = tokenizer.decode(example.prompt_ids)
             line["response"] = tokenizer.decode(example.response_ids[: example.length])
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

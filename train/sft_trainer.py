@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from common.runtime import Stopwatch, console, progress
 from common.schema import SFTConfig, SFTTrainingConfig
 from common.stop import Stopped, stop_requested
 from data.tasks import load_tasks
-from models import Family, LoadedModel, find_family
+from models import FAMILIES, Family, LoadedModel, find_family
 from models.defaults import take_defaults
 from models.tiny import build_tiny
 from rollout.collect import encode_tasks
 from sample.engine import Engine
-from train.learner import Learner, batch_logp, micro_batches, update
+from train.learner import Learner, batch_logp, batch_outputs, micro_batches, update
 from train.learner_state import write_network
 from train.loading import load_trained, policy_learner, whole_model
 from train.packing import PackedBatch, Row, make_rows
@@ -43,7 +43,7 @@ from train.run import (
     until_stopped,
 )
 from train.sft_data import Conversation, Samples, make_samples, read_samples, split
-from train.views import SFT_METHODS, join_views, layout_of
+from train.views import SFT_METHODS, Layout, Views, join_views, layout_of
 
 TINY = "tiny"  # as model.pretrained_model: a new small network of the family, made in the run's folder
 REPORT_SECONDS = 60.0  # between lines on a console that shows no progress bar
@@ -104,6 +104,7 @@ def set_up(config: SFTConfig) -> SFTRun:
     begin(config)
     dataset, training, model_config = config.dataset, config.training, config.model
     check_method(training.method, find_family(model_config.model_base))
+    check_corruption(training, find_family(model_config.model_base))
     located = read_samples(dataset)
     tasks = load_tasks(dataset.eval_dataset, "dataset.eval_dataset") if dataset.eval_dataset else []
     held_out = held_out_tasks(config, tasks, "dataset.eval_dataset", dataset.data_type, dataset.data_type)
@@ -118,6 +119,10 @@ def set_up(config: SFTConfig) -> SFTRun:
         ranks.wait_for_all()
     loaded = load_trained(model_config, training, path)
     take_defaults(config, loaded)
+    if loaded.block_size not in (None, training.block_size):
+        loaded.model.config.block_size = training.block_size  # what it learns is written with it
+    if training.corrupt_p:
+        loaded.model.config.trained_to_edit = True  # config.json says so to who samples from it
     encode_tasks(loaded, tasks[:1], held_out.dataset, config.evaluation.start_with_think)  # a mistake shows here
     samples = make_samples(config, loaded, located)
     if reasons := samples.reasons(training):
@@ -158,6 +163,16 @@ def check_method(method: str, family: Family) -> None:
         raise UserError(
             f"training.method={method}: {family.name} has {family.attention} attention{shifted}, "
             f"for which there is {' or '.join(methods)}"
+        )
+
+
+def check_corruption(training: SFTTrainingConfig, family: Family) -> None:
+    """UserError where tokens are to be corrupted under an attention whose sampling does not edit."""
+    if training.corrupt_p and family.attention != "block":
+        others = ", ".join(sorted(name for name, one in FAMILIES.items() if one.attention == "block"))
+        raise UserError(
+            f"training.corrupt_p={training.corrupt_p}: {family.name} has full attention, where no sampling edits; "
+            f"set it to 0, or take a family of block attention ({others})"
         )
 
 
@@ -205,7 +220,7 @@ def train_step(run: SFTRun) -> dict[str, float]:
         state.order += rng.permutation(len(run.learned)).tolist()
     chosen, state.order = state.order[: training.batch_size], state.order[training.batch_size :]
     conversations = [run.learned[index] for index in chosen]
-    rows = rows_of(training, run.loaded, conversations, rng)
+    rows = rows_of(training, run.loaded, conversations, rng, run.learner)
     state.rng = rng.bit_generator.state
     weights = loss_weights(training, conversations, rows)
     figures = sft_update(run.learner, rows, training.tokens_per_micro_batch, *weights)
@@ -217,25 +232,68 @@ def train_step(run: SFTRun) -> dict[str, float]:
 
 
 def rows_of(
-    training: SFTTrainingConfig, loaded: LoadedModel, conversations: Sequence[Conversation], rng: np.random.Generator
+    training: SFTTrainingConfig,
+    loaded: LoadedModel,
+    conversations: Sequence[Conversation],
+    rng: np.random.Generator,
+    learner: Learner | None = None,
 ) -> list[Row]:
-    """Packed rows of conversations under freshly drawn views."""
+    """Packed rows of conversations under freshly drawn views; `learner` draws what its model is to corrupt."""
     method, layout = SFT_METHODS[loaded.family.attention][training.method], layout_of(loaded, training.block_size)
+    views = [
+        join_views([method(example, layout, training, rng) for example in conversation])
+        for conversation in conversations
+    ]
+    if training.corrupt_p and training.corrupt_from == "model":
+        views = with_drafts(learner, conversations, views, layout, training.tokens_per_micro_batch, rng)
+    return packed(conversations, views, layout)
+
+
+def packed(conversations: Sequence[Conversation], views: Sequence[Views], layout: Layout) -> list[Row]:
+    """The rows of conversations, given the views of each."""
     rows = []
-    for number, conversation in enumerate(conversations):
-        views = join_views([method(example, layout, training, rng) for example in conversation])
+    for number, (conversation, own) in enumerate(zip(conversations, views)):
         last = conversation[-1]  # its prompt holds the examples before it
-        rows += make_rows(number, last.prompt_ids, last.response_ids, views, layout.logit_offset)
+        rows += make_rows(number, last.prompt_ids, last.response_ids, own, layout.logit_offset)
     return rows
+
+
+def with_drafts(
+    learner: Learner,
+    conversations: Sequence[Conversation],
+    views: Sequence[Views],
+    layout: Layout,
+    token_budget: int,
+    rng: np.random.Generator,
+) -> list[Views]:
+    """The views with tokens that the model draws, all at once at temperature 1, in place of their drafted masks."""
+    sizes = [int(one.drafted.sum()) for one in views]
+    rows = packed(conversations, [replace(one, predict=one.drafted) for one in views], layout)
+    uniform = torch.from_numpy(rng.uniform(size=sum(sizes)).astype(np.float32))
+
+    def draw(batch: PackedBatch) -> Tensor:
+        return learner.forward(batch, 1.0, uniform[batch.predicted].to(batch.ids.device))[0]
+
+    drawn = batch_outputs(learner, micro_batches(rows, token_budget), draw)  # ids are exact in float32 up to 2^24
+    filled = []
+    for one, tokens in zip(views, drawn.long().split(sizes)):
+        inputs = one.inputs.copy()
+        inputs[one.drafted] = tokens.numpy()
+        filled.append(replace(one, inputs=inputs))
+    return filled
 
 
 def loss_weights(
     training: SFTTrainingConfig, conversations: Sequence[Conversation], rows: Sequence[Row]
-) -> tuple[int, Tensor | None]:
+) -> tuple[float, Tensor | None]:
     """What the summed losses are divided by, and the weight of each, (predicted,), in the order of the rows.
 
     Without weights (None) each counts 1 and the divisor is their number; under the ELBO that of all predictable tokens.
+    Where visible tokens are predicted beside masked ones it is the sum of their weights.
     """
+    if training.corrupt_p:
+        weight = torch.from_numpy(np.concatenate([row.weight for row in rows])).float()
+        return float(weight.sum()), weight
     if training.loss_weight == "none":
         return sum(len(row.target) for row in rows), None
     examples = [example for conversation in conversations for example in conversation]
@@ -248,7 +306,7 @@ def sft_update(
     learner: Learner,
     rows: Sequence[Row],
     token_budget: int,
-    denominator: int | None = None,
+    denominator: float | None = None,
     weight: Tensor | None = None,
 ) -> dict[str, float]:
     """One update on the weighted sum of the predicted tokens' cross-entropies over `denominator`, or on their mean."""
@@ -323,7 +381,7 @@ def validation_loss(
     learner: Learner, loaded: LoadedModel, conversations: Sequence[Conversation], training: SFTTrainingConfig
 ) -> float:
     """The loss on samples that are not learned, under the same noise every time."""
-    rows = rows_of(training, loaded, conversations, np.random.default_rng([training.seed, 1]))
+    rows = rows_of(training, loaded, conversations, np.random.default_rng([training.seed, 1]), learner)
     logp = batch_logp(learner, micro_batches(rows, training.tokens_per_micro_batch), 1.0)  # (predicted,)
     denominator, weight = loss_weights(training, conversations, rows)
     return -float((logp if weight is None else logp * weight).sum()) / denominator

@@ -8,15 +8,15 @@ positions, given the clean blocks before it; tokens of the prompt's remainder in
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import numpy as np
 
 from common.errors import UserError, load_function
-from common.schema import RLTrainingConfig, SFTTrainingConfig, TrainingBase
-from common.trajectory import Trajectory
-from models.family import FAMILIES, Family, LoadedModel
+from common.schema import RLConfig, RLTrainingConfig, SFTTrainingConfig, TrainingBase, attention_faults
+from common.trajectory import Trajectory, Writing
+from models.family import Family, LoadedModel
 
 
 @dataclass(frozen=True)
@@ -26,26 +26,29 @@ class Layout:
     mask_id: int
     block_size: int | None  # None: full attention
     logit_offset: int = 0  # the prediction for position i is at i + logit_offset
+    vocabulary: int = 0  # how many ids the network has; read where tokens are corrupted
 
 
 def layout_of(loaded: LoadedModel, block_size: int) -> Layout:
     """The layout of a family's responses, in blocks of that size where its attention has blocks."""
     family = loaded.family
-    return Layout(loaded.mask_id, None if family.attention == "full" else block_size, family.logit_offset)
+    size = None if family.attention == "full" else block_size
+    return Layout(loaded.mask_id, size, family.logit_offset, loaded.model.config.vocab_size)
 
 
 @dataclass(frozen=True)
 class Example:
     """A prompt with the response to learn, filled up to whole blocks or to the canvas.
 
-    `length` counts through the stop token; a step of -1 marks what a trace never unmasked. A `Trajectory` has the same
-    fields, and is an example too.
+    `length` counts through the stop token; a step of -1 marks what a trace never unmasked, and what it wrote and
+    overwrote stands in `overwritten`. A `Trajectory` has the same fields, and is an example too.
     """
 
     prompt_ids: list[int]
     response_ids: list[int]
     length: int
     step_map: list[int] | None = None
+    overwritten: list[Writing] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,18 @@ class Views:
     whole: bool  # full attention: each view is the whole response
     block: np.ndarray  # (views,) index of the block, block 0 at position 0; 0 for whole responses
     inputs: np.ndarray  # (views, width) ids, masked where noised
-    targets: np.ndarray  # (views, width) clean ids
+    targets: np.ndarray  # (views, width) what is predicted, elsewhere the clean ids
     predict: np.ndarray  # (views, width) bool
     response_index: np.ndarray  # (views, width) index into the response, negative in the prompt
     step: np.ndarray  # (views, width) the trace's step, the first of those merged; without a trace, the noising
     weight: np.ndarray | None = None  # (views, width) of each prediction in finetuning's loss, or in its term; None: 1
     prompt: np.ndarray | None = None  # (views, prompt) ids, masked where noised; None: the prompt as it is
     causal: bool = False  # each token sees those before it, and nothing is masked
+    # (views, width) which writing of its position is predicted: an index into the trace's overwritten ones, or -1 for
+    # the last. None: the last everywhere
+    writing: np.ndarray | None = None
+    # (views, width) bool: masks in whose place the model is to draw tokens before it learns to edit them
+    drafted: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.block)
@@ -104,26 +112,79 @@ def block_grid(prompt_ids: list[int], response_ids: list[int], block_size: int |
 # ---- views of a trace
 
 
-def trace_views(example: Example | Trajectory, layout: Layout, shrink: int = 1, post_num: int = 0) -> Views:
-    """TraceRL: replay the trace; one view for each block and each `shrink` neighbouring distinct steps of it.
+@dataclass(frozen=True)
+class Writings:
+    """A trace's writings on the grid, (layers, blocks, width): layer n holds each position's n-th writing."""
 
-    What was unmasked before the view's steps is visible, the rest is masked; the tokens of the view's steps are
-    predicted, those behind the response's end (plus `post_num`) are not. Positions that were never unmasked (step -1)
-    stay masks.
+    step: np.ndarray  # -1 where a position has no such writing
+    token: np.ndarray
+    overwritten: np.ndarray  # index into the trace's overwritten writings; -1: the position's last one
+
+
+def writings_of(grid: BlockGrid, example: Example | Trajectory) -> Writings:
+    """Every writing of an example's trace, in the order in which each position was written."""
+    last = _trace_on(grid, example.step_map)
+    count = np.zeros(len(example.response_ids), dtype=int)  # of a position's overwritten writings
+    layer = []
+    for writing in example.overwritten:
+        layer.append(count[writing.position])
+        count[writing.position] += 1
+    layers = (1 + int(count.max()), *last.shape)
+    found = Writings(np.full(layers, -1), np.zeros(layers, dtype=np.int64), np.full(layers, -1))
+    block, offset = np.nonzero(grid.in_response)
+    top = (count[grid.response_index[block, offset]], block, offset)
+    found.step[top], found.token[top] = last[block, offset], grid.ids[block, offset]
+    if example.overwritten:
+        step, position, token, _ = (np.array(column) for column in zip(*example.overwritten))
+        below = (np.array(layer), block[position], offset[position])
+        found.step[below], found.token[below] = step, token
+        found.overwritten[below] = np.arange(len(step))
+    return found
+
+
+def trace_views(example: Example | Trajectory, layout: Layout, shrink: int = 1, post_num: int = 0) -> Views:
+    """TraceRL: replay the trace; one view for each block and each `shrink` neighbouring steps that wrote tokens in it.
+
+    A view shows the canvas as it was before its steps: each position's last earlier writing, a mask where there is none
+    or where that was a revocation. Predicted is what its steps wrote, into masks and in place of other tokens; of a
+    position that they wrote several times, the last token. A revocation chose a position and drew nothing: it is never
+    predicted. Nor is what lies behind the response's end (plus `post_num`). Positions that were never unmasked (step
+    -1) stay masks.
     """
     grid = block_grid(example.prompt_ids, example.response_ids, layout.block_size)
-    trace = _trace_on(grid, example.step_map)  # (blocks, width)
-    block, offset = np.nonzero(trace >= 0)
-    pairs = np.unique(np.stack([block, trace[block, offset]], 1), axis=0)  # (distinct steps, 2): block, step
+    writings = writings_of(grid, example)
+    drawn = (writings.step >= 0) & (writings.token != layout.mask_id)
+    layer, block, offset = np.nonzero(drawn)
+    pairs = np.unique(np.stack([block, writings.step[layer, block, offset]], 1), axis=0)  # (steps, 2): block, step
     rank = np.arange(len(pairs)) - np.searchsorted(pairs[:, 0], pairs[:, 0], side="left")  # of a step in its block
     start = np.nonzero(rank % shrink == 0)[0]  # where each view's steps begin in `pairs`
     row = pairs[start, 0]
     first_step, last_step = pairs[start, 1], pairs[np.append(start[1:], len(pairs)) - 1, 1]
-    not_earlier = trace[row] >= first_step[:, None]  # (views, width)
-    masked = not_earlier | (grid.in_response & (trace < 0))[row]
-    predict = not_earlier & (trace[row] <= last_step[:, None])
+
+    inputs = np.where(grid.in_response, layout.mask_id, grid.ids)[row]  # (views, width)
+    targets, predict = grid.ids[row], np.zeros(inputs.shape, dtype=bool)
+    writing = np.full(inputs.shape, -1)
+    step = writings.step[:, row]  # (layers, views, width)
+    earlier = (step >= 0) & (step < first_step[:, None])
+    own = drawn[:, row] & ~earlier & (step <= last_step[:, None])
+    for n in range(len(drawn)):  # later writings of a position over its earlier ones
+        inputs = np.where(earlier[n], writings.token[n, row], inputs)
+        targets = np.where(own[n], writings.token[n, row], targets)
+        writing = np.where(own[n], writings.overwritten[n, row], writing)
+        predict |= own[n]
     predict &= grid.response_index[row] < example.length + post_num
-    return _views(grid, row, masked, predict, layout.mask_id, step=first_step[:, None])
+    return _kept(
+        Views(
+            whole=grid.whole,
+            block=grid.block[row],
+            inputs=inputs,
+            targets=targets,
+            predict=predict,
+            response_index=grid.response_index[row],
+            step=np.broadcast_to(first_step[:, None], inputs.shape),
+            writing=writing,
+        )
+    )
 
 
 def replayed_trace(
@@ -240,7 +301,8 @@ def noised_views(
     away. The prompt's tokens are masked with probability `prompt_mask` (full attention).
     """
     grid = block_grid(example.prompt_ids, example.response_ids, layout.block_size)
-    drawn = _trace_on(grid, example.step_map) >= 0
+    # what was revoked and never written again is a mask still
+    drawn = (_trace_on(grid, example.step_map) >= 0) & (grid.ids != layout.mask_id)
     predictable = drawn & (grid.response_index < example.length + training.post_num)
     noisings = noise(predictable, training, rng) if predictable.any() else [(predictable, None)]
     predict = np.concatenate([masked for masked, _ in noisings])  # (noisings × blocks, width)
@@ -276,11 +338,27 @@ def random_block_views(
 
     Every response token is masked with probability t. A block's draw is repeated until it masks a token to predict;
     blocks that have none are left out.
+
+    With `corrupt_p` a view mixes mask-to-token and token-to-token prediction (LLaDA2.1, arXiv 2602.08676): each visible
+    token that could be predicted is replaced with that probability, by a token drawn uniformly from the vocabulary, or
+    where the model is to draw them (`corrupt_from: model`, arXiv 2606.17175) by a mask which `drafted` names. All
+    visible ones are predicted, the right ones too: an editor has to know what to leave as it is. Weights are 1 of masks
+    and `corrupt_weight` of visible tokens. A view without masks is kept, since that is what an editor sees last.
     """
     grid = block_grid(example.prompt_ids, example.response_ids, layout.block_size)
     predictable = grid.in_response & (grid.response_index < example.length + training.post_num)
     row, masked, predict, weight = _noise_blocks(grid.in_response, predictable, training, rng)
-    return _views(grid, row, masked, predict, layout.mask_id, weight=weight)
+    if training.corrupt_p == 0:
+        return _views(grid, row, masked, predict, layout.mask_id, weight=weight)
+    visible = predictable[row] & ~masked
+    corrupted = visible & (rng.uniform(size=visible.shape) < training.corrupt_p)
+    views = _views(grid, row, masked, predict | visible, layout.mask_id)
+    views = replace(views, weight=np.where(masked, 1.0, training.corrupt_weight))
+    if training.corrupt_from == "model":
+        return replace(views, inputs=np.where(corrupted, layout.mask_id, views.inputs), drafted=corrupted)
+    others = rng.integers(0, layout.vocabulary - 1, visible.shape)
+    others += others >= layout.mask_id  # any but the mask token
+    return replace(views, inputs=np.where(corrupted, others, views.inputs))
 
 
 def random_response_views(
@@ -320,7 +398,7 @@ def next_token_views(example: Example, layout: Layout, training: SFTTrainingConf
 
 def join_views(parts: Sequence[Views]) -> Views:
     """The views of several responses whose clean tokens are one sequence, in its order."""
-    arrays = [field.name for field in fields(Views) if isinstance(getattr(parts[0], field.name), np.ndarray)]
+    arrays = [one.name for one in fields(Views) if isinstance(getattr(parts[0], one.name), np.ndarray)]
     return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays})
 
 
@@ -336,13 +414,6 @@ RL_METHODS: dict[str, ViewMethod] = {
     "quadrature": partial(noised_views, noise=quadrature),
     "stratified": partial(noised_views, noise=stratified),
 }
-NEEDS = {  # the attention that a method's views are of; the others suit both
-    "coupled_whole": "full",
-    "whole": "full",
-    "counts": "full",
-    "quadrature": "full",
-    "stratified": "block",
-}
 SFT_METHODS: dict[str, dict[str, ViewMethod]] = {  # by the family's attention
     "block": {"semi-ar": random_block_views, "trace": replayed_trace},
     "full": {
@@ -354,19 +425,14 @@ SFT_METHODS: dict[str, dict[str, ViewMethod]] = {  # by the family's attention
 }
 
 
-def check_views(training: RLTrainingConfig, family: Family) -> None:
-    """UserError where the configured views are of another attention than the family's, in a line that names who has it.
+def check_views(config: RLConfig, family: Family) -> None:
+    """UserError where the configured views or blocks are of another attention than the family's, or no such method is.
 
-    Also where there is no such method.
+    The line names the families that have it.
     """
-    view_method(training.method)
-    needed = NEEDS.get(training.method) or ("full" if training.prompt_mask else None)
-    if needed not in (None, family.attention):
-        key = f"method={training.method}" if training.method in NEEDS else f"prompt_mask={training.prompt_mask}"
-        others = ", ".join(sorted(name for name, one in FAMILIES.items() if one.attention == needed))
-        raise UserError(
-            f"training.{key} is of {needed} attention, which model.model_base={family.name} does not have; {others} do"
-        )
+    view_method(config.training.method)
+    for fault in attention_faults(config, family.name, family.attention):
+        raise UserError(fault)
 
 
 def view_method(method: str) -> ViewMethod:
@@ -408,6 +474,7 @@ def _noise_blocks(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Mask the tokens of each block that has some to predict, with a t of its own; again until one of them is masked.
 
+    Where visible tokens are predicted too (`corrupt_p`) the first draw stands.
     maskable and predictable (blocks, width) bool. Every such block comes `mask_times_per_sample` times. Returns its
     index (views,), what is masked and what of that is predicted, (views, width) bool, and the ELBO's weight (views, 1).
     """
@@ -420,7 +487,8 @@ def _noise_blocks(
     while len(empty):
         shares[empty] = share = rng.uniform(lower_p, upper_p, size=(len(empty), 1))
         masked[empty] = (rng.uniform(size=(len(empty), maskable.shape[1])) < share) & maskable[empty]
-        empty = empty[~(masked[empty] & predictable[empty]).any(1)]
+        predicted = predictable if training.corrupt_p else masked & predictable
+        empty = empty[~predicted[empty].any(1)]
     weight = elbo_weight(shares, predictable.sum(1, keepdims=True), lower_p, upper_p)
     return block, masked, masked & predictable, weight
 
@@ -449,16 +517,23 @@ def _views(
     weight: np.ndarray | None = None,  # (views, 1)
 ) -> Views:
     """Views of the grid's rows; those that predict nothing are left out."""
-    step = np.broadcast_to(step, predict.shape)
-    keep = predict.any(1)
-    row, targets = row[keep], grid.ids[row[keep]]
-    return Views(
-        whole=grid.whole,
-        block=grid.block[row],
-        inputs=np.where(masked[keep], mask_id, targets),
-        targets=targets,
-        predict=predict[keep],
-        response_index=grid.response_index[row],
-        step=step[keep],
-        weight=None if weight is None else np.broadcast_to(weight[keep], targets.shape),
+    targets = grid.ids[row]
+    return _kept(
+        Views(
+            whole=grid.whole,
+            block=grid.block[row],
+            inputs=np.where(masked, mask_id, targets),
+            targets=targets,
+            predict=predict,
+            response_index=grid.response_index[row],
+            step=np.broadcast_to(step, predict.shape),
+            weight=None if weight is None else np.broadcast_to(weight, predict.shape),
+        )
     )
+
+
+def _kept(views: Views) -> Views:
+    """The views that predict something."""
+    keep = views.predict.any(1)
+    arrays = {name: one[keep] for name, one in vars(views).items() if isinstance(one, np.ndarray)}
+    return replace(views, **arrays)

@@ -15,10 +15,12 @@ import emulation
 import patches
 import torch
 
+from common.memory import Drawing, sampling_bytes, size_of
 from common.runtime import seed_everything
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model, tiny
+from sample.cache import KeyValueCache, bytes_per_token
 from sample.engine import Engine
 from sample.functions import block_diffusion_generate, diffusion_generate
 from sample.step import Step
@@ -27,6 +29,7 @@ from sample.strategies import STRATEGIES
 BLOCK = Sampling(max_token=14, max_active=3, dynamic_threshold=0.113)  # no probability comes close to it
 FULL = replace(BLOCK, block_size=8, steps=12)
 LENGTHS = (3, 8, 13, 4, 9, 1, 22)
+NEWER = ("factor", "hierarchical", "revoke", "edit")  # strategies that `overwriting` draws with
 STOP = 14
 FIGURES = dict[str, Any]
 
@@ -81,6 +84,8 @@ def check_same(got: dict[str, Trajectory], expected: dict[str, Trajectory]) -> N
         for name in ("finish_reason", "response_ids", "step_map", "length", "steps", "forwards"):
             here, there = getattr(got[task], name), getattr(one, name)
             assert here == there, f"{task}: {name} is {here} on the device, {there} on the CPU"
+        here, there = ([writing[:3] for writing in each.overwritten] for each in (got[task], one))
+        assert here == there, f"{task}: overwritten {here} on the device, {there} on the CPU"
         apart = max((abs(a - b) for a, b in zip(got[task].logp, one.logp)), default=0.0)
         assert apart < 1e-4, f"{task}: logp differs by {apart}"
 
@@ -119,8 +124,19 @@ def strategies(family: str, base: dict, merge: bool | None = None) -> FIGURES:
     """Every strategy, greedy and not, filtered and not."""
     plain = replace(FULL if family != "sdar" else BLOCK, merge_commit=merge, **base)
     draws = itertools.cycle(({}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}))
-    runs = [(replace(plain, remasking_strategy=name, **draw), LENGTHS) for name, draw in zip(STRATEGIES, draws)]
+    names = [name for name in STRATEGIES if name not in NEWER]
+    runs = [(replace(plain, remasking_strategy=name, **draw), LENGTHS) for name, draw in zip(names, draws)]
     return check_runs(family, runs)
+
+
+def overwriting(merge: bool) -> FIGURES:
+    """Tokens revoked and edited, in too small a cache too; and strategies that go by no schedule."""
+    plain = replace(BLOCK, merge_commit=merge, dynamic_threshold=0.063, low_threshold=0.051, revoke_threshold=0.3)
+    plain = replace(plain, edit_threshold=0.093, max_edit_steps=2, factor=2.8, block_size=8)
+    pressed = replace(plain, max_token=24, cache_tokens=132)
+    runs = [(replace(plain, remasking_strategy=name), (3, 8, 13, 4)) for name in NEWER]
+    runs += [(replace(pressed, remasking_strategy=name), (45, 41)) for name in ("revoke", "edit")]
+    return check_runs("sdar", runs)
 
 
 def targets(family: str) -> FIGURES:
@@ -160,6 +176,56 @@ def cached_and_not() -> FIGURES:
     plain = replace(FULL, max_active=4)
     cached, longer = replace(plain, use_cache=True), replace(plain, max_token=32)
     return check_runs("llada", [(cached, (3, 5)), (longer, (40, 30, 9, 20, 50)), (cached, LENGTHS)])
+
+
+def coming_and_going(family: str, task: int = 1, **base: object) -> FIGURES:
+    """Many short responses through few rows: what it takes to let sequences in and out, a time that it happens.
+
+    `task` requests in a row have one prompt. Copies are kernels that move a slot's keys and values to another.
+    """
+    on_cpu, on_device = on_both(family)
+    engine, logs = watched_engine(on_device), {"admit": [], "collect": [], "copies": []}
+
+    def counting(name: str, function: Callable) -> Callable:
+        def run(*args: Any) -> Any:
+            with emulation.DEVICE.watching() as log:
+                result = function(*args)
+            logs[name].append(log)
+            return result
+
+        return run
+
+    engine.admit, engine.collect = counting("admit", engine.admit), counting("collect", engine.collect)
+    engine.cache_class = type("Counted", (KeyValueCache,), {"copy": counting("copies", KeyValueCache.copy)})
+    settings = replace(BLOCK if family == "sdar" else FULL, max_active=8, **base)
+    lengths = [3 + 11 * (n // task) % 150 for n in range(40)]
+    expected = responses(Engine(on_cpu.model, on_cpu.mask_id, [STOP]), settings, lengths)
+    check_same(responses(engine, settings, lengths), expected)
+    figures: FIGURES = {}
+    for name, least in (("admit", 1), ("collect", 25)):  # a look alone is 13 kernels
+        found = [log for log in logs[name] if log.kernels >= least]
+        waits, kernels = (sum(each) / len(found) for each in zip(*((len(log.waits), log.kernels) for log in found)))
+        figures |= {f"{name} times": len(found), f"{name} waits": round(waits, 2), f"{name} kernels": round(kernels)}
+    return figures | {"copies": sum(log.kernels for log in logs["copies"])} | counted(engine)
+
+
+def mixture(family: str) -> FIGURES:
+    """Experts in grouped products, norms fused, heads rotated in part."""
+    return check_runs(family, [(replace(BLOCK, merge_commit=merge), LENGTHS) for merge in (True, False)])
+
+
+def little_memory() -> FIGURES:
+    """The cache leaves room for draw, forwards and graphs, whatever is free; all responses are there nevertheless."""
+    on_cpu, on_device = on_both("sdar")
+    engine, settings, lengths = watched_engine(on_device), replace(BLOCK, max_token=60, max_active=16), range(10, 71, 6)
+    drawing = Drawing(11, BLOCK.block_size, 144, False)
+    parts = sampling_bytes(size_of(on_device.model.config.to_dict()), drawing, word=4)
+    left = 700 * bytes_per_token(on_device.model)
+    emulation.DEVICE.free_memory = int(sum(parts.values()) + left)
+    expected = responses(Engine(on_cpu.model, on_cpu.mask_id, [STOP]), settings, lengths)
+    check_same(responses(engine, settings, lengths), expected)
+    assert 0.85 * left < engine.cache.tokens * bytes_per_token(on_device.model) <= 0.9 * left
+    return counted(engine)
 
 
 def sleep_and_wake() -> FIGURES:
@@ -219,6 +285,9 @@ def attention_kernels(dtype: str, expected: list[str]) -> FIGURES:
     if dtype == "bfloat16":  # a step needs no mask
         in_steps = sum((one.attention for one in WatchedStep.counted), start=emulation.Counter())
         assert set(in_steps) == {"flash, pool"}, f"attention in steps: {dict(in_steps)}"
+        network = engine.denoise.network
+        states = torch.zeros(3, 2, network.model.config.hidden_size, dtype=torch.bfloat16, device="cuda")
+        assert network.logits(states).dtype == torch.float32, "logits are rounded to the weights' precision"
     assert torch.backends.cuda.cudnn_sdp_enabled(), "others' attention would not be cuDNN's any more"
     return counted(engine) | {"attention": dict(log.attention)}
 

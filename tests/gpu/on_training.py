@@ -1,6 +1,7 @@
 """What training is put through on the emulated device: each function is a scenario, in a process of its own."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,32 +62,50 @@ def on_cpu(network: torch.nn.Module, like: Learner) -> Learner:
     return Learner(network, optimizer, schedule, SimpleNamespace(device=torch.device("cpu")), like.max_grad_norm)
 
 
-def step(learner: Learner, samples: list, family: str, objective: dict, exact: bool, **more: Any) -> FIGURES:
+def step(learner: Learner, samples: list, family: str, training: RLTrainingConfig, exact: bool, **more: Any) -> FIGURES:
     loaded = load_model(built(family), family)
-    training, layout = RLTrainingConfig(**objective), layout_of(loaded, SEMI.block_size)
+    layout = layout_of(loaded, SEMI.block_size)
     return learn(learner, samples, training, layout, 16, [0], exact, **more)
 
 
 def objectives(family: str, dtype: str, **keys: object) -> FIGURES:
-    """A step of every objective; in float32 with the CPU's figures, in lower precision with figures that are finite."""
+    """A step of every objective, as `learned`."""
     config, samples, counts = config_of(family, model__dtype=dtype, **keys), drawn(family), []
     for objective in OBJECTIVES:
-        trained = load_trained(config.model, config.training, config.model.pretrained_model)
-        learner = policy_learner(config, trained, 10)
-        initial = objective.get("kl_reference") == "initial"
-        config.training.kl_reference = "initial" if initial else "old"
-        reference = frozen_reference(config, trained, learner)
-        with emulation.DEVICE.watching() as log:
-            got = step(learner, samples, family, objective, dtype == "float32", reference=reference)
-        assert got["updates"] == objective.get("updates_per_step", 1), f"{objective}: {got}"
-        assert all(math.isfinite(value) for value in got.values()), f"{objective}: {got}"
-        counts.append((len(log.waits), log.kernels))
-        if dtype == "float32":
-            loaded, first = load_model(built(family), family), load_model(built(family), family)
-            old = on_cpu(Policy(first.model, first.mask_id), learner) if initial else None
-            other = on_cpu(Policy(loaded.model, loaded.mask_id), learner)
-            check_figures(got, step(other, samples, family, objective, True, reference=old), objective)
+        training = RLTrainingConfig(**objective)
+        counts.append(learned(replace(config, training=training), samples, training.method))
     return {"waits": round(sum(waits for waits, _ in counts) / len(counts)), "kernels": counts[0][1]}
+
+
+def recipes(family: str, names: list[str], dtype: str) -> FIGURES:
+    """A step of every published objective of those names, as `learned`; in an epoch or two."""
+    samples, waits = drawn(family), 0
+    for name in names:
+        config = config_of(family, recipe=name, model__dtype=dtype, training__updates_per_step=1)
+        config.training.epochs_per_step = min(2, config.training.epochs_per_step)
+        waits += learned(config, samples, name)[0]
+    return {"waits": round(waits / len(names))}
+
+
+def learned(config: RLConfig, samples: list[ScoredTrajectory], case: str) -> tuple[int, int]:
+    """A step; in float32 it has the CPU's figures, in lower precision figures that are finite.
+
+    Returns how often it waited for the device, and its kernels.
+    """
+    family, training, exact = config.model.model_base, config.training, config.model.dtype == "float32"
+    trained = load_trained(config.model, training, config.model.pretrained_model)
+    learner = policy_learner(config, trained, 10)
+    reference = frozen_reference(config, trained, learner)
+    with emulation.DEVICE.watching() as log:
+        got = step(learner, samples, family, training, exact, reference=reference)
+    assert got["updates"] == training.updates_per_step * training.epochs_per_step, f"{case}: {got}"
+    assert all(math.isfinite(value) for value in got.values()), f"{case}: {got}"
+    if exact:
+        loaded, first = load_model(built(family), family), load_model(built(family), family)
+        old = on_cpu(Policy(first.model, first.mask_id), learner) if reference is not None else None
+        other = on_cpu(Policy(loaded.model, loaded.mask_id), learner)
+        check_figures(got, step(other, samples, family, training, True, reference=old), case)
+    return len(log.waits), log.kernels
 
 
 def check_figures(got: FIGURES, expected: FIGURES, case: object) -> None:
@@ -101,13 +120,13 @@ def value_model(dtype: str) -> FIGURES:
     config, samples = config_of("sdar", model__dtype=dtype, model__value_base_model=built("sdar", 4)), drawn("sdar")
     trained = load_trained(config.model, config.training, config.model.pretrained_model)
     learner, critic = policy_learner(config, trained, 10), value_learner(config, 10)
-    got = step(learner, samples, "sdar", {}, dtype == "float32", critic=critic)
+    got = step(learner, samples, "sdar", RLTrainingConfig(), dtype == "float32", critic=critic)
     assert all(math.isfinite(value) for value in got.values()) and got["value_bad_steps"] == 0, got
     if dtype == "float32":
         loaded = load_model(built("sdar"), "sdar")
         other = on_cpu(Policy(loaded.model, loaded.mask_id), learner)
         judge = on_cpu(Critic(load_value(built("sdar", 4), "sdar")), critic)
-        check_figures(got, step(other, samples, "sdar", {}, True, critic=judge), "value model")
+        check_figures(got, step(other, samples, "sdar", RLTrainingConfig(), True, critic=judge), "value model")
     return {}
 
 
@@ -120,7 +139,7 @@ def adapters_and_the_engine(dtype: str) -> FIGURES:
     assert own.model is not trained.model
     engine = Engine(own.model, own.mask_id, [STOP])
     before = list(engine.generate(requests_of(PROMPTS), SEMI))
-    got = step(learner, samples, "sdar", {}, False)
+    got = step(learner, samples, "sdar", RLTrainingConfig(), False)
     assert got["updates"] == 1, got
     engine.load_weights(whole_weights(learner.network.saved))
     assert len(list(engine.generate(requests_of(PROMPTS), SEMI))) == len(before)

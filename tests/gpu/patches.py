@@ -308,6 +308,8 @@ def switch_on() -> None:
     made = torch.empty  # memory is never pinned here
     torch.empty = lambda *size, pin_memory=False, **named: made(*size, **named)
     torch.compile = lambda function, **_: function
+    counted = torch.histc  # the host's takes no integers, CUDA's does
+    torch.histc = lambda one, *rest, **named: counted(one.float() if one.is_cuda else one, *rest, **named).to(one.dtype)
     for name, stand_in in STAND_INS.items():
         setattr(torch.cuda, name, stand_in)
     Tensor.to = to
@@ -324,6 +326,7 @@ def switch_on() -> None:
     for name in ("empty.memory_format", "empty_strided"):
         library.impl(name, empty, "CUDA")
     library.impl("_flash_attention_forward", flash_attention, "CPU")
+    library.impl("mm.dtype", lambda left, right, dtype: left.to(dtype) @ right.to(dtype), "CPU")
     for name in TO_FLOAT32:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCPU"):
             packet, _, overload = name.partition(".")

@@ -6,11 +6,15 @@ from typing import Any
 import pytest
 from apart import Apart
 
+BLOCK_RECIPES = ["tracerl", "random_masking", "coupled", "ebpo", "just_grpo", "dapo"]
+FULL_RECIPES = ["coupled_grpo", "diffu_grpo", "espo", "gdpo"]
 # by name: scenario, arguments, keywords
 SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
     "strategies, commits merged": ("on_engine.strategies", ["sdar", {}, True], {}),
     "strategies, commits alone": ("on_engine.strategies", ["sdar", {}, False], {}),
     "strategies, full attention": ("on_engine.strategies", ["dream", {}], {}),
+    "tokens overwritten, commits merged": ("on_engine.overwriting", [True], {}),
+    "tokens overwritten, commits alone": ("on_engine.overwriting", [False], {}),
     "targets, full attention": ("on_engine.targets", ["llada"], {}),
     "full attention cached": ("on_engine.full_cached", ["dream"], {}),
     "longer, shorter: block attention": ("on_engine.longer_and_shorter", ["sdar"], {}),
@@ -21,6 +25,12 @@ SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
     "full attention, cached and not": ("on_engine.cached_and_not", [], {}),
     "memory pressure 384 to 592": ("on_engine.memory_pressure", [[384, 448, 520, 592]], {}),
     "memory pressure 656 to 800": ("on_engine.memory_pressure", [[656, 720, 800]], {}),
+    "coming and going": ("on_engine.coming_and_going", ["sdar"], {}),
+    "coming and going, samples of a prompt": ("on_engine.coming_and_going", ["sdar", 8], {}),
+    "coming and going, full attention": ("on_engine.coming_and_going", ["llada"], {"use_cache": True}),
+    "little memory": ("on_engine.little_memory", [], {}),
+    "mixture of experts, sdar_moe": ("on_engine.mixture", ["sdar_moe"], {}),
+    "mixture of experts, llada2": ("on_engine.mixture", ["llada2"], {}),
     "sleep, wake, new weights": ("on_engine.sleep_and_wake", [], {}),
     "generate.py's functions": ("on_engine.generate_functions", [], {}),
     "deterministic algorithms": ("on_engine.deterministic", [], {}),
@@ -41,6 +51,10 @@ SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
         ["sdar", "auto"],
         {"training__gradient_checkpointing_enable": True},
     ),
+    "recipes, float32": ("on_training.recipes", ["sdar", BLOCK_RECIPES, "float32"], {}),
+    "recipes, bfloat16": ("on_training.recipes", ["sdar", BLOCK_RECIPES, "auto"], {}),
+    "recipes, full attention": ("on_training.recipes", ["dream", FULL_RECIPES, "float32"], {}),
+    "recipes, full attention, bfloat16": ("on_training.recipes", ["llada", FULL_RECIPES, "auto"], {}),
     "value model, float32": ("on_training.value_model", ["float32"], {}),
     "value model, bfloat16": ("on_training.value_model", ["auto"], {}),
     "adapters": ("on_training.adapters_and_the_engine", ["auto"], {}),
@@ -90,6 +104,12 @@ def test_scenario(apart: Apart, name: str) -> None:
 def test_a_planted_fault_is_caught(apart: Apart, fault: str) -> None:
     found = apart.run("planted.caught", fault)["error"]
     assert FAULTS[fault] in found, found
+
+
+def test_every_recipe_is_tried() -> None:
+    from common.config_files import recipes  # apart.py, which takes SCENARIOS from here, does without the project
+
+    assert sorted(BLOCK_RECIPES + FULL_RECIPES) == list(recipes())
 
 
 def test_the_device_is_as_a_gpu(apart: Apart) -> None:

@@ -1,0 +1,112 @@
+"""What each published objective costs for one response, counted by the code that packs and learns; no network is run.
+
+    python -m benchmarks.recipe_costs
+
+A response of 2,000 tokens to a prompt of 300, learned from in bfloat16, where log-probabilities before the step are
+computed anew. Under block attention it has the step maps of a tiny model's rollouts, 1.58 steps a block of 4; where it
+is drawn sequentially, and under full attention, one step a token. Keys are those of `configs/rl_sdar.yaml` and
+`configs/rl_llada.yaml` under the recipe, but for two updates a step. The replay of a few responses that measures the
+mismatch is left out.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from benchmarks.made_trajectories import BLOCK, MASK, make_trajectories
+from common.config import load_config
+from common.config_files import ROOT, recipes
+from common.schema import NEEDS, RLTrainingConfig
+from common.trajectory import Score, ScoredTrajectory, Task
+from train.learner import Learner
+from train.packing import PackedBatch, make_rows
+from train.recipes import keys_of_recipe
+from train.rl_step import learn, sample_rows
+from train.views import Layout, trace_views
+
+PROMPT, RESPONSE = 300, 2000
+CONFIGS = {"block": "rl_sdar", "full": "rl_llada"}
+SEED = [0, 1]
+HEAD = (
+    *("recipe", "attention", "views", "packed tokens", "longest row", "passes with gradient", "without"),
+    *("tokens in all", "of prompt + response", "first model", "value model"),
+)
+
+
+class Counting(torch.nn.Module):
+    """In a policy's place: counts the tokens that come, and gives all of them the same log-probability."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logp = torch.nn.Parameter(torch.tensor(-1.0))
+        self.learned = self.read = 0
+
+    def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        tokens = int((batch.trajectory >= 0).sum())
+        if torch.is_grad_enabled():
+            self.learned += tokens
+        else:
+            self.read += tokens
+        return self.logp.expand(len(batch.target)), torch.zeros(len(batch.target))
+
+
+def responses(one_by_one: bool) -> list[ScoredTrajectory]:
+    """Two of them, one good and one bad; `one_by_one`: a token a step."""
+    found = []
+    for one, advantage in zip(make_trajectories(2, [RESPONSE]), (1.0, -1.0)):
+        steps = list(range(RESPONSE)) if one_by_one else one.step_map
+        drawn = replace(one, prompt_ids=[0] * PROMPT, logp=[-1.0] * RESPONSE, step_map=steps)
+        found.append(ScoredTrajectory(Task("t", ""), drawn, Score(advantage, advantage > 0, ""), advantage))
+    return found
+
+
+def counted(training: RLTrainingConfig, samples: list[ScoredTrajectory], layout: Layout) -> Counting:
+    """The tokens of a step on these responses, without what measures the mismatch."""
+    network = Counting()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1.0)
+    learner = Learner(network, optimizer, schedule, SimpleNamespace(device=torch.device("cpu")), 0.0)
+    reference = learner if training.kl_reference == "initial" else None
+    learn(learner, samples, training, layout, RESPONSE, SEED, exact=False, reference=reference)
+    if training.method != "TraceRL" or training.shrink > 1:
+        one = samples[0].trajectory
+        rows = make_rows(0, one.prompt_ids, one.response_ids, trace_views(one, layout), layout.logit_offset)
+        network.read -= sum(map(len, rows))
+    return network
+
+
+def costs(name: str, attention: str) -> tuple[str, ...]:
+    """The cells of a recipe's line."""
+    config = load_config("rl", [f"config={ROOT}/configs/{CONFIGS[attention]}.yaml", f"recipe={name}"])
+    keys = {"updates_per_step": 2, "mismatch_sample": 1, "post_num": min(config.training.post_num, RESPONSE)}
+    training = replace(config.training, **keys)
+    layout = Layout(MASK, BLOCK if attention == "block" else None)
+    samples = responses(attention == "full" or config.rollout.remasking_strategy == "sequential")
+    rows = sample_rows(samples[:1], replace(training, tokens_per_micro_batch=10**9), layout, SEED)
+    packed, views = sum(map(len, rows)), sum(int(row.view.max()) for row in rows) or len(rows)
+    both = sum(map(len, sample_rows(samples, replace(training, tokens_per_micro_batch=10**9), layout, SEED)))
+    network = counted(training, samples, layout)
+    total = (network.learned + network.read) / 2
+    has_value = training.method == "TraceRL" and training.term == "token"
+    return (
+        *(name, attention, f"{views:,}", f"{packed:,}", f"{max(map(len, rows)):,}"),
+        *(f"{network.learned / both:.3g}", f"{network.read / both:.3g}", f"{total:,.0f}"),
+        f"{total / (PROMPT + RESPONSE):,.1f}",
+        "kept too" if training.kl_reference == "initial" else "–",
+        "may be" if has_value else "–",
+    )
+
+
+def table() -> str:
+    """Markdown: a line for each recipe under each attention that it is of."""
+    lines = [HEAD, ["---"] * len(HEAD)]
+    for name in recipes():
+        needed = NEEDS.get(keys_of_recipe(name)["training.method"])
+        lines += [costs(name, attention) for attention in CONFIGS if needed in (None, attention)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+if __name__ == "__main__":
+    print(table(), end="")
