@@ -1,12 +1,14 @@
 """What sampling and training must cost on a GPU, by plain arithmetic; nothing is run.
 
-    python -m benchmarks.cost_model --shape 8b --batch 1 64 128 --chip h100 [--context 1000 --longest 2048]
+    python -m benchmarks.cost_model --shape 8b --batch 1 64 128 --chip h100 [--context 1000 --before --longest 2048]
     python -m benchmarks.cost_model --config PATH/config.json --chip 4090
 
-Three tables: one step of the sampler, one response in training, the memory of both. The limit of a step is what its
-bytes and its arithmetic must take on that chip; the other columns are what the code as it stands should take, from how
-many kernels it launches and what they move. Weights and activations are bfloat16, blocks have four positions, attention
-is torch's own with a mask. docs/performance.md sets measurements beside it, where there are any.
+One step of the sampler and what it moves, the draw, one response in training, the memory of both. The limit of a step
+is what its bytes and its arithmetic must take on that chip; the other columns are what the code as it stands should
+take, from how many kernels it launches and what they move. Weights and activations are bfloat16, blocks have four
+positions, attention is torch's FlashAttention over the pool of keys, without a mask. `--before` counts what stood here
+earlier: transformers' modules kernel by kernel, a dense bias, the draw by the definition's words. docs/performance.md
+sets measurements beside it, where there are any.
 """
 
 import argparse
@@ -64,20 +66,26 @@ def chip_of(device: str) -> str | None:
 LARGE_PRODUCT = 0.8  # of the peak, by a large product: 790 of 989 TFLOP/s were measured on an H200
 STEP_PRODUCT = 0.55  # of the peak, by products of a few hundred rows
 STREAMED = 0.8  # of the bandwidth, by a kernel that reads weights or logits once
-ATTENDED = 0.75  # of the bandwidth, by attention under a mask
+ATTENDED = 0.75  # of the bandwidth, by attention
 SHORT = 0.4  # of the bandwidth, by an elementwise kernel over some megabytes
 LAUNCH = 1.8e-6  # seconds that the shortest kernel of a replayed graph takes
-SHORTEST_ATTENTION = 14e-6  # seconds of a layer's attention for one sequence
+SHORTEST_ATTENTION = 14e-6  # seconds of one call of a layer's attention for one sequence
+# Keys that FlashAttention reads at once where a head is 128 wide: a sequence's last ones fill half of that on average
+# (flash-attention, csrc/flash_attn/src/flash_fwd_launch_template.h)
+KEY_TILE = 64
 
-# Bytes that the elementwise kernels of a layer move for each number of a width. RMSNorm: to float32, square, mean,
-# scale, to bfloat16, weight; the sum with epsilon and the root are launches alone. Rotary: by the cosine, negate a
-# half, join, by the sine, add.
-NORM = (6, 8, 4, 8, 6, 4, 0, 0)
-ROTARY = (4, 2, 4, 4, 6)
+# Bytes that the elementwise kernels of a layer move for each number of a width, (before, now). RMSNorm was: to float32,
+# square, mean, scale, to bfloat16, weight; the sum with epsilon and the root were launches alone. Rotary was: by the
+# cosine, negate a half, join, by the sine, add. The feed-forward's gate was silu, then its product.
+NORM = ((6, 8, 4, 8, 6, 4, 0, 0), (4,))
+ROTARY = ((4, 2, 4, 4, 6), (4,))
+GATE = ((4, 6), (6,))
+PRODUCTS = 7  # of matrices, in a layer
 
+HEAD_WORD = 4  # bytes of a logit as the head's product writes it: on CUDA it ends in float32
 # Bytes that the draw moves for each word of the vocabulary, operation by operation as sample/draw.py calls them, from
-# the head's bfloat16 output on. top-k's selection is counted as four readings.
-WEIGHTS = {"highest": 2, "difference": 6, "exp": 8, "sum": 4}
+# the head's output on. top-k's selection is counted as four readings.
+WEIGHTS = {"highest": HEAD_WORD, "difference": HEAD_WORD + 4, "exp": 8, "sum": 4}
 TEMPERED = {"raw exp": 8, "raw sum": 4, "divide": 8}
 SAMPLE = {"sums of groups": 4}
 KEEP = {"equal, above": 10, "running count": 5, "compare, join": 11, "product": 9, "kept sum": 4}
@@ -88,8 +96,8 @@ DRAWS = {
     "temperature, top-k and top-p": WEIGHTS | TEMPERED | {"top-k": 16} | KEEP | SAMPLE,
     "temperature, top-p": WEIGHTS | TEMPERED | SEARCH | KEEP | SAMPLE,
 }
-# the same for a draw by the definition's own words: log_softmax, full running sums, stable sorts (16 each and what
-# sorting itself takes), which is what stood here before
+# The same for a draw by the definition's own words from bfloat16 on, which is what stood here before: log_softmax, full
+# running sums, stable sorts (16 each and what sorting itself takes).
 READ = {"to float32": 6, "logsumexp: max, difference, exp, sum": 24, "mask token out": 8, "log_softmax": 16}
 SUMMED = {"exp": 8, "running sum": 8, "kept, beyond, both": 13, "first id": 9, "last kept id": 9, "kept mass": 4}
 BY_SORT = {"top-p: sort": 16, "shares, their sum": 20, "mass before": 12, "compare": 5, "mask": 13, "scatter back": 16}
@@ -100,7 +108,8 @@ PLAIN_DRAWS = {
     "temperature, top-p": READ | {"divide": 8} | BY_SORT | SUMMED,
 }
 PARTS = ("matrix products", "small kernels", "attention", "draw")  # of a step
-DRAW_LAUNCHES = 170  # kernels of hash, draw, choice, record and advance
+# Kernels outside the layers, (before, now): embedding, tables, head, hash, draw, choice, record and advance
+STEP_LAUNCHES = (170, 167)
 
 
 @dataclass(frozen=True)
@@ -109,13 +118,27 @@ class Load:
 
     batch: int
     context: float = 1000  # positions that a sequence sees, on average
-    longest: float = 2048  # to which the mask makes attention read all
+    longest: float = 2048  # to which a mask makes attention read all
+
+    @property
+    def merged(self) -> bool:
+        """Whether the commits ride beside the current blocks."""
+        return 2 * self.batch * BLOCK <= MERGE_UP_TO
 
     @property
     def rows(self) -> int:
         """Tokens in the layers of one forward: the current blocks, and where it pays the commits beside them."""
-        tokens = self.batch * BLOCK
-        return 2 * tokens if 2 * tokens <= MERGE_UP_TO else tokens
+        return self.batch * BLOCK * (2 if self.merged else 1)
+
+    def attentions(self, before: bool = False) -> int:
+        """Calls in a layer: one for the current blocks, and over the pool another one for the commits."""
+        return 2 if self.merged and not before else 1
+
+    def positions_read(self, before: bool = False) -> float:
+        """Whose keys and values a layer's attention reads, over all sequences."""
+        if before:
+            return self.batch * self.longest
+        return self.attentions() * self.batch * (self.context + KEY_TILE / 2)
 
 
 def streamed_weights(size: Size) -> int:
@@ -145,28 +168,51 @@ def limit_rate(size: Size, chip: Chip, batch: int, context: float, steps_per_blo
     return batch * BLOCK / (steps_per_block + 1) / limit_seconds(size, chip, batch, context)
 
 
-def step_seconds(size: Size, chip: Chip, load: Load, draw: str = "temperature 1") -> dict[str, float]:
-    """Seconds of one step of the sampler by part, as the code stands."""
+def step_seconds(
+    size: Size, chip: Chip, load: Load, draw: str = "temperature 1", before: bool = False
+) -> dict[str, float]:
+    """Seconds of one step of the sampler by part, as the code stands or as it was before."""
     layers, head = 2 * size.layers * size.layer_weights, 2 * size.head_weights  # bytes, and FLOP a token
     positions = load.batch * BLOCK
     flops = layers * load.rows + head * positions
-    products = max((layers + head) / (STREAMED * chip.bandwidth), flops / (STEP_PRODUCT * chip.peak))
-    kernels = [max(LAUNCH, load.rows * moved / (SHORT * chip.bandwidth)) for moved in small_kernels(size)]
-    read = load.batch * cache_bytes(size, load.longest) / (ATTENDED * chip.bandwidth)
-    drawn = positions * size.vocabulary * sum(DRAWS[draw].values())
-    attention = max(size.layers * SHORTEST_ATTENTION, read)
-    draws = DRAW_LAUNCHES * LAUNCH + drawn / (STREAMED * chip.bandwidth)
+    touched = layers + head + HEAD_WORD * positions * size.vocabulary
+    products = max(touched / (STREAMED * chip.bandwidth), flops / (STEP_PRODUCT * chip.peak))
+    moved = small_kernels(size, load.merged, before)
+    kernels = [max(LAUNCH, load.rows * each / (SHORT * chip.bandwidth)) for each in moved]
+    read = attention_bytes(size, load, before) / (ATTENDED * chip.bandwidth)
+    attention = max(size.layers * load.attentions(before) * SHORTEST_ATTENTION, read)
+    drawn = draw_bytes(size, load, draw, before) / (STREAMED * chip.bandwidth)
+    draws = STEP_LAUNCHES[not before] * LAUNCH + drawn
     return dict(zip(PARTS, (products, size.layers * sum(kernels), attention, draws)))
 
 
-def small_kernels(size: Size) -> list[int]:
+def attention_bytes(size: Size, load: Load, before: bool = False) -> float:
+    """Keys and values that attention reads in one step, all layers."""
+    return cache_bytes(size, load.positions_read(before))
+
+
+def draw_bytes(size: Size, load: Load, draw: str = "temperature 1", before: bool = False) -> float:
+    """What the draw moves in one step, from the head's output on."""
+    moved = PLAIN_DRAWS if before else DRAWS
+    return float(load.batch * BLOCK * size.vocabulary * sum(moved[draw].values()))
+
+
+def small_kernels(size: Size, merged: bool, before: bool = False) -> list[int]:
     """Bytes a token that each kernel of a layer moves which is no matrix product and no attention."""
     hidden, query, kv, wide = size.hidden, size.query_width, size.kv_width, size.feed_forward
-    norms = [moved * width for width in (hidden, hidden, query, kv) for moved in NORM]
-    rotary = [moved * width for width in (query, kv) for moved in ROTARY]
-    others = [6 * hidden, 6 * hidden, 4 * wide, 6 * wide]  # residual sums, silu, its product
-    copies = [4 * kv] * 4 + [4 * query] * 2  # keys and values made flat and written, queries folded, heads joined
-    return norms + rotary + others + copies
+    norm, rotary, gate = (counts[not before] for counts in (NORM, ROTARY, GATE))
+    kernels = [moved * width for width in (hidden, hidden, query, kv) for moved in norm]
+    kernels += [moved * width for width in (query, kv) for moved in rotary] + [moved * wide for moved in gate]
+    kernels += [6 * hidden] * 2 + [4 * kv] * 2 + [4 * query] * 2  # sums, keys written, queries folded, heads joined
+    if before:
+        return kernels + [4 * kv] * 2  # keys and values made flat
+    return kernels + [4 * query] * merged  # both attentions joined
+
+
+def launches(size: Size, load: Load, before: bool = False) -> int:
+    """Kernels of one step."""
+    layer = len(small_kernels(size, load.merged, before)) + PRODUCTS + load.attentions(before)
+    return size.layers * layer + STEP_LAUNCHES[not before]
 
 
 @dataclass(frozen=True)
@@ -198,13 +244,15 @@ def training_flops(size: Size, response: Response, frozen: bool = False, checkpo
     return linear + head + attention
 
 
-def step_rows(size: Size, chips: Sequence[str], batches: Sequence[int], context: float, longest: float) -> list[dict]:
+def step_rows(
+    size: Size, chips: Sequence[str], batches: Sequence[int], context: float, longest: float, before: bool = False
+) -> list[dict]:
     """One step of the sampler: milliseconds by part, the limit and the share of it that is reached."""
     rows = []
     for name in chips:
         for batch in batches:
             limit = limit_seconds(size, CHIPS[name], batch, context)
-            parts = step_seconds(size, CHIPS[name], Load(batch, context, longest))
+            parts = step_seconds(size, CHIPS[name], Load(batch, context, longest), before=before)
             total = sum(parts.values())
             shown = {part: f"{1e3 * seconds:.1f}" for part, seconds in ({"limit": limit} | parts).items()}
             shown |= {"sum": f"{1e3 * total:.1f}", "of the limit": f"{100 * limit / total:.0f} %"}
@@ -212,11 +260,27 @@ def step_rows(size: Size, chips: Sequence[str], batches: Sequence[int], context:
     return rows
 
 
+def moved_rows(size: Size, batches: Sequence[int], context: float, longest: float) -> list[dict]:
+    """What attention and the draw move in one step, GB, and the kernels of the step: before and as it is done."""
+    rows = []
+    for batch in batches:
+        load = Load(batch, context, longest)
+        before, now = (
+            (attention_bytes(size, load, earlier) / 1e9, draw_bytes(size, load, before=earlier) / 1e9)
+            for earlier in (True, False)
+        )
+        row = {"batch": batch, "keys and values seen": f"{batch * cache_bytes(size, context) / 1e9:.1f}"}
+        row |= {"attention before": f"{before[0]:.1f}", "attention": f"{now[0]:.1f}"}
+        row |= {"draw before": f"{before[1]:.2f}", "draw": f"{now[1]:.2f}"}
+        rows.append(row | {"kernels before": launches(size, load, True), "kernels": launches(size, load)})
+    return rows
+
+
 def draw_rows(size: Size, chips: Sequence[str], batch: int) -> list[dict]:
     """Bytes that the draw moves for each position and word, by the plain definition and as it is done; its ms."""
     rows = []
     for draw, moved in DRAWS.items():
-        row = {"draw": draw, "bytes, plainly": sum(PLAIN_DRAWS[draw].values()), "bytes": sum(moved.values())}
+        row = {"draw": draw, "bytes before": sum(PLAIN_DRAWS[draw].values()), "bytes": sum(moved.values())}
         seconds = {name: step_seconds(size, CHIPS[name], Load(batch), draw)["draw"] for name in chips}
         rows.append(row | {f"{name}, ms": f"{1e3 * value:.1f}" for name, value in seconds.items()})
     return rows
@@ -290,7 +354,8 @@ def main() -> None:
     parser.add_argument("--chip", choices=CHIPS, nargs="+", default=["h100"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 128], help="sequences side by side")
     parser.add_argument("--context", type=float, default=1000, help="positions that a sequence sees, on average")
-    parser.add_argument("--longest", type=float, default=2048, help="positions to which attention reads all")
+    parser.add_argument("--longest", type=float, default=2048, help="positions to which a mask reads all")
+    parser.add_argument("--before", action="store_true", help="a step as it was counted before, too")
     parser.add_argument("--tokens", type=int, default=16384, help="training: tokens of a micro-batch")
     parser.add_argument("--rank", type=int, default=64, help="training: rank of LoRA's adapters")
     parser.add_argument("--devices", type=int, default=8, help="training: devices under ZeRO-3")
@@ -301,8 +366,12 @@ def main() -> None:
             raise UserError(f"--{key}: must be above 0")
     size = size_of(read_object(options.config, "--config") if options.config else SHAPES[options.shape])
     name, chips = options.config or options.shape, options.chip
-    steps = step_rows(size, chips, options.batch, options.context, options.longest)
-    print_table(steps, title=f"{name}, {size.parameters / 1e9:.2f} B: one step of the sampler, ms")
+    loads = (options.batch, options.context, options.longest)
+    title = f"{name}, {size.parameters / 1e9:.2f} B: one step of the sampler, ms"
+    if options.before:
+        print_table(step_rows(size, chips, *loads, before=True), title=f"{title}, before")
+    print_table(step_rows(size, chips, *loads), title=title)
+    print_table(moved_rows(size, *loads), title="\nGB that attention and draw move in a step, and its kernels")
     print_table(draw_rows(size, chips, max(options.batch)), title=f"\nthe draw of {max(options.batch)} blocks")
     print_table(training_rows(size, chips, Response()), title="\none response in training, checkpointed")
     memory = memory_rows(size, chips, options.tokens, options.rank, options.devices)

@@ -33,7 +33,7 @@ check_packages("make gpu", "torch", "transformers", "accelerate", "peft", "omega
 
 import torch
 
-from benchmarks.cost_model import CHIPS, LARGE_PRODUCT, PARTS, Response, chip_of, step_rows, training_flops
+from benchmarks.cost_model import CHIPS, LARGE_PRODUCT, PARTS, Response, chip_of, moved_rows, step_rows, training_flops
 from benchmarks.shapes import SHAPES
 from common.memory import size_of
 from common.metrics import print_table
@@ -48,6 +48,7 @@ BATCHES = {"1.7b": (64,), "4b": (128,), "8b": (1, 64, 128), "mini": (2,)}
 MEASURED = ("1.7b", "4b", "8b")
 PROMPT, TOKENS, TOKENS_PER_FORWARD, CONTEXT = 744, 512, 1.8, 1000  # positions seen on average
 LENGTH, MADE_PROMPT = 2000, 64  # of the trajectories of benchmarks/training_gpu.py
+MOVED = "8b"  # the shape whose bytes are shown
 COMPUTED = ("h100", "h200")  # chips in the table that no measurement is there of
 ABSENT = "not measured"
 
@@ -173,6 +174,8 @@ def tables(results: Path) -> str:
     sections = [
         "A step of the sampler in ms: prompts of 744 tokens, responses of 512, 1.8 tokens a denoising step:",
         markdown(rollout),
+        f"{MOVED.upper()}: GB that attention and the draw move in such a step, and its kernels, computed:",
+        markdown(moved_rows(size_of(SHAPES[MOVED]), BATCHES[MOVED], CONTEXT, PROMPT + TOKENS)),
         "Training, LoRA with checkpointing, 8 trajectories of 2,000 tokens; MFU counts no recomputation:",
         markdown(training),
     ]

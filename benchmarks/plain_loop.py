@@ -1,6 +1,6 @@
 """Block-attention sampling as a plain loop: one sequence, transformers' own cache, one call of the model per forward.
 
-What the engine is measured against; tests/test_engine_speed.py holds the two to the same responses. The draw and the
+What the engine is measured against; tests/test_engine_cache.py holds the two to the same responses. The draw and the
 choice of positions are the project's own functions, so that the loop spends its time in the model.
 """
 

@@ -3,6 +3,7 @@
 torch is imported where it is used, so that what only prints starts at once.
 """
 
+import ctypes
 import functools
 import importlib.metadata
 import itertools
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 THREADS_SET = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 PARAMETERS_PER_THREAD = 1_000_000  # below this a second thread costs more in waiting than it works
+MALLOC_SET = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+KEPT_BYTES = 512 << 20  # of freed memory
 IDLE_WINDOW = 0.2  # seconds over which it is measured how busy the machine is
 NUMERIC = ("torch", "transformers", "tokenizers", "numpy", "math-verify")  # whose versions can change a result
 # one rank speaks for all; brackets in paths and errors are no markup
@@ -94,6 +98,19 @@ def free_cores() -> int:
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(busy))
     idle = sum(1 - busy[core] / 100 for core in mine if core < len(busy))
     return max(1, min(cores(), round(idle)))
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for what comes next, up to 512 MiB, where it is glibc.
+
+    By itself it gives large pieces back at once, and the processor's network asks for them again in the next layer: the
+    kernel clears every page anew. What the user set (MALLOC_TRIM_THRESHOLD_ and the like) stays.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version") or any(os.environ.get(name) for name in MALLOC_SET):
+        return
+    for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        library.mallopt(parameter, KEPT_BYTES)
 
 
 def seed_everything(seed: int) -> None:

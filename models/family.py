@@ -24,7 +24,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.initialization import no_init_weights
 
 from common.errors import UserError, load_object
-from common.runtime import settle_threads
+from common.runtime import keep_freed_memory, settle_threads
 from models.files import KEY, MALFORMED, TOKENIZER_FILES, check_files, read_config
 from models.mixture import MixtureNetwork, check_split_tensors
 from models.norms import fuse_norms
@@ -110,6 +110,7 @@ def load_model(
     model = load_network(folder, family_name, dtype, device)
     if torch.device(device).type == "cpu":
         settle_threads(model.num_parameters())
+        keep_freed_memory()
     tokenizer = load_tokenizer(folder)
     mask_id = find_mask_id(model, tokenizer, family)
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))

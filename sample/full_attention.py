@@ -20,8 +20,7 @@ def denoise(network: Network, slots: Slots, positions: Tensor, longest: int) -> 
 
     positions (batch, block) absolute; `longest` is at or behind the end of every canvas.
     """
-    hidden = _forward_all(network, slots.tokens, slots.canvas_end, longest)
-    return _at(hidden, positions + network.logit_offset)
+    return _forward_all(network, slots.tokens, slots.canvas_end, longest, positions + network.logit_offset)
 
 
 def denoise_cached(
@@ -37,13 +36,13 @@ def denoise_cached(
     states = torch.empty(*index.shape, network.model.config.hidden_size, dtype=network.dtype, device=network.device)
     first, later = (rows.nonzero()[:, 0] for rows in (slots.block_step == 0, slots.block_step > 0))
     if len(first):
-        hidden = _forward_all(network, slots.tokens[first], slots.canvas_end[first], longest, cache, first)
-        states[first] = _at(hidden, index[first])
+        tokens, ends = slots.tokens[first], slots.canvas_end[first]
+        states[first] = _forward_all(network, tokens, ends, longest, index[first], cache, first)
     if len(later):
         start, end = index[later, 0], _window_end(slots, positions, further_horizon)[later]
         width, seen = int((end - start).max()), int(end.max())
-        hidden = _forward_window(network, cache, slots.tokens[later], start, end, later, width, seen)
-        states[later] = _at(hidden, index[later] - start[:, None])
+        at = index[later] - start[:, None]
+        states[later] = _forward_window(network, cache, slots.tokens[later], start, end, later, width, seen, at)
     return states
 
 
@@ -64,15 +63,15 @@ def denoise_cached_fixed(
     """
     index = positions + network.logit_offset
     start, end = index[:, 0], _window_end(slots, positions, further_horizon)
-    hidden = _forward_window(network, cache, slots.tokens, start, end, None, window, longest)
-    states = _at(hidden, index - start[:, None])
+    states = _forward_window(network, cache, slots.tokens, start, end, None, window, longest, index - start[:, None])
     if first == 0:
         return states
     due = slots.begins()
     rows = due.long().argsort(descending=True, stable=True)[:first]
     due = due[rows]  # a row that is within a block keeps what it has
-    hidden = _forward_all(network, slots.tokens[rows], slots.canvas_end[rows], longest, cache, rows, due)
-    states[rows] = torch.where(due[:, None, None], _at(hidden, index[rows]), states[rows])
+    tokens, ends = slots.tokens[rows], slots.canvas_end[rows]
+    begun = _forward_all(network, tokens, ends, longest, index[rows], cache, rows, due)
+    states[rows] = torch.where(due[:, None, None], begun, states[rows])
     return states
 
 
@@ -88,18 +87,22 @@ def _forward_all(
     tokens: Tensor,
     canvas_end: Tensor,
     longest: int,
+    at: Tensor,
     cache: KeyValueCache | None = None,
     rows: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Of prompts and canvases; with a cache the keys are kept in slots `rows`, or in those of them that are `kept`."""
+    """Hidden states `at` (rows, block) positions from a forward of prompts and canvases.
+
+    With a cache the keys are kept in slots `rows`, or in those of them that are `kept`.
+    """
     ids = tokens[:, :longest]
     position = torch.arange(longest, device=ids.device).expand_as(ids)
     places = None if cache is None else cache.places(rows, position)
     if kept is not None:
         places = torch.where(kept.repeat_interleave(longest, output_size=len(places)), places, cache.tokens)
     bias = bias_of(position < canvas_end[:, None], network.dtype)[:, None, None]
-    return network.forward(ids, position, OwnKeys(bias, cache, places))
+    return network.forward(ids, position, OwnKeys(bias, cache, places), at)
 
 
 def _forward_window(
@@ -111,10 +114,12 @@ def _forward_window(
     rows: Tensor | None,
     width: int,
     seen: int,
+    at: Tensor,
 ) -> Tensor:
-    """Of the positions from `start` up to `end` (rows,) alone, over the kept keys of what lies before.
+    """Hidden states `at` (rows, block) places of the window, over the kept keys of what lies before it.
 
-    Rows are the first slots where no others are named. No window is wider than `width`, none ends behind `seen`.
+    The window holds the positions from `start` up to `end` (rows,). Rows are the first slots where no others are named.
+    No window is wider than `width`, none ends behind `seen`.
     """
     position = start[:, None] + torch.arange(width, device=tokens.device)
     # rows with a shorter window repeat their last position, whose keys come out the same
@@ -122,11 +127,11 @@ def _forward_window(
     slots = torch.arange(len(start), device=tokens.device) if rows is None else rows
     places = cache.places(slots, position)
     if network.kernel == "torch" and rows is None:
-        attention = pool_keys(network, cache, places, end[None], width, seen)
-    else:
-        bias = bias_of(torch.arange(seen, device=tokens.device) < end[:, None], network.dtype)[:, None, None]
-        attention = CachedKeys(bias, cache, places, slice(len(start)) if rows is None else rows, seen)
-    return network.forward(tokens.gather(1, position), position, attention)
+        attention = pool_keys(network, cache, places, end[None], width, seen)  # for queries of the whole window
+        return _at(network.forward(tokens.gather(1, position), position, attention), at)
+    bias = bias_of(torch.arange(seen, device=tokens.device) < end[:, None], network.dtype)[:, None, None]
+    attention = CachedKeys(bias, cache, places, slice(len(start)) if rows is None else rows, seen)
+    return network.forward(tokens.gather(1, position), position, attention, at)
 
 
 def _at(hidden: Tensor, index: Tensor) -> Tensor:

@@ -228,16 +228,22 @@ class Network:
             compiled(own.num_attention_heads, key_heads, width, self.cosine.shape[-1], self.device, self.dtype) or PLAIN
         )
 
-    def forward(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states before the final norm, (lines, length, width); ids and positions (lines, length)."""
+    def forward(self, ids: Tensor, positions: Tensor, attention: Attention, at: Tensor | None = None) -> Tensor:
+        """Hidden states before the final norm, (lines, length, width); ids and positions (lines, length).
+
+        Those `at` (lines, wanted) alone, indices into the length, where they are named: the last layer is not computed
+        for the others. The attention's bias must then be the same for all queries of a line.
+        """
         hidden, tables = self.model.model.embed_tokens(ids), (self.cosine[positions], self.sine[positions])
         with noting_experts(self.routers) as chosen:
             for layer in self.model.model.layers:
+                wanted = at if layer is self.model.model.layers[-1] else None
                 if isinstance(layer, PRE_NORM):
-                    hidden = by_parts(layer, hidden, tables, attention, self.kernels)
+                    hidden = by_parts(layer, hidden, tables, attention, self.kernels, wanted)
                 else:
                     named = {"position_ids": positions, "position_embeddings": tables, "attention": attention}
                     hidden = layer(hidden, attention_mask=None, **named)
+                    hidden = hidden if wanted is None else hidden.take_along_dim(wanted[..., None], 1)
         if chosen:
             dtype = torch.uint8 if self.routers[0].num_experts <= 256 else torch.int16
             self.experts = torch.stack(chosen, 1).to(dtype).unflatten(0, ids.shape)
@@ -270,9 +276,17 @@ def head_product(model: torch.nn.Module) -> tuple[bool, str]:
 
 
 def by_parts(
-    layer: torch.nn.Module, hidden: Tensor, tables: tuple[Tensor, Tensor], attention: Attention, kernels: Kernels
+    layer: torch.nn.Module,
+    hidden: Tensor,
+    tables: tuple[Tensor, Tensor],
+    attention: Attention,
+    kernels: Kernels,
+    at: Tensor | None = None,
 ) -> Tensor:
-    """The layer's output, by its own parts: its `forward`'s numbers, on a CPU in three quarters of the time."""
+    """The layer's output, by its own parts: its `forward`'s numbers, on a CPU in three quarters of the time.
+
+    `at` (lines, wanted): the output at these of each line's places alone.
+    """
     own, normed = layer.self_attn, layer.input_layernorm(hidden)
     heads = (*hidden.shape[:2], -1, own.head_dim)
     query, key, value = own.q_proj(normed).view(heads), own.k_proj(normed).view(heads), own.v_proj(normed).view(heads)
@@ -280,6 +294,8 @@ def by_parts(
         query, key = own.q_norm(query), own.k_norm(key)
     query, key = kernels.rotate(query, key, *tables)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if at is not None:
+        query, hidden = query.take_along_dim(at[:, None, :, None], 2), hidden.take_along_dim(at[..., None], 1)
     hidden = hidden + own.o_proj(attention.attend(own.layer_idx, query, key, value, own.scaling))
     return hidden + kernels.feed_forward(layer.mlp, layer.post_attention_layernorm(hidden))
 

@@ -9,35 +9,69 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import cost_model
-from benchmarks.cost_model import CHIPS, GIB, Load, Response, limit_rate, limit_seconds, memory_of, step_seconds
+from benchmarks.cost_model import (
+    CHIPS,
+    GIB,
+    HEAD_WORD,
+    KEY_TILE,
+    Load,
+    Response,
+    attention_bytes,
+    limit_rate,
+    limit_seconds,
+    memory_of,
+    moved_rows,
+    step_seconds,
+)
 from benchmarks.shapes import SHAPES
 from common.errors import UserError
-from common.memory import activation_bytes, size_of
+from common.memory import activation_bytes, cache_bytes, size_of
 from common.schema import Sampling
 from sample.draw import draw
 from train import network
 
 EIGHT, FOUR = size_of(SHAPES["8b"]), size_of(SHAPES["4b"])
 TOLERANCE = 0.07  # of the parts of a step, whose figures have two digits or one
-STEPS = {  # milliseconds of the limit and of the parts, at a context of 1,000 and a longest of 2,048
+STEPS = {  # ms of the limit and of the parts as they were before, at a context of 1,000 and a longest of 2,048
     ("h200", 1): (3.2, 3.9, 3.4, 0.5, 0.3),
     ("h200", 64): (5.1, 7.1, 5.3, 5.4, 1.4),
     ("h200", 128): (10.2, 14.2, 8.5, 11, 2.4),
     ("h100", 1): (4.6, 5.6, 3.4, 0.5, 0.3),
     ("h100", 64): (7.3, 7.1, 6.7, 7.7, 1.8),
     ("h100", 128): (10.2, 14.2, 11, 15, 3.3),
-}  # the draw's are of the plain one
+}
 
 
 @pytest.mark.parametrize("chip, batch", STEPS)
-def test_a_step(chip: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step(chip: str, batch: int) -> None:
     limit, *parts = STEPS[chip, batch]
-    now = step_seconds(EIGHT, CHIPS[chip], Load(batch))["draw"]
-    monkeypatch.setattr(cost_model, "DRAWS", cost_model.PLAIN_DRAWS)
     assert 1e3 * limit_seconds(EIGHT, CHIPS[chip], batch, 1000) == pytest.approx(limit, rel=0.015)
-    got = step_seconds(EIGHT, CHIPS[chip], Load(batch))
-    assert now <= got["draw"]
-    assert [1e3 * got[part] for part in cost_model.PARTS] == pytest.approx(parts, rel=TOLERANCE, abs=0.05)
+    before = step_seconds(EIGHT, CHIPS[chip], Load(batch), before=True)
+    assert [1e3 * before[part] for part in cost_model.PARTS] == pytest.approx(parts, rel=TOLERANCE, abs=0.05)
+    now = step_seconds(EIGHT, CHIPS[chip], Load(batch))
+    assert now["matrix products"] == before["matrix products"]
+    assert now["small kernels"] < before["small kernels"] / 3 and now["draw"] <= before["draw"]
+    assert sum(now.values()) < sum(before.values())
+
+
+def test_attention_reads_what_is_seen() -> None:
+    """Without a mask the keys in use, up to the kernel's tile; where commits ride along a call each, and both read."""
+    seen = cache_bytes(EIGHT, 1000 + KEY_TILE / 2)
+    assert attention_bytes(EIGHT, Load(64)) == 64 * seen
+    assert attention_bytes(EIGHT, Load(1)) == 2 * seen
+    one, many = (step_seconds(EIGHT, CHIPS["h100"], Load(batch))["attention"] for batch in (1, 64))
+    assert one == 2 * 36 * cost_model.SHORTEST_ATTENTION  # nothing shares out the keys of one sequence
+    assert many == pytest.approx(64 * seen / (cost_model.ATTENDED * 3.35e12))
+    assert attention_bytes(EIGHT, Load(64, longest=4096)) == attention_bytes(EIGHT, Load(64))
+    assert attention_bytes(EIGHT, Load(64, longest=4096), before=True) == 64 * cache_bytes(EIGHT, 4096)
+
+
+def test_what_is_moved_before_and_now() -> None:
+    few, many = moved_rows(EIGHT, [1, 128], 1000, 2048)
+    assert float(many["keys and values seen"]) <= float(many["attention"]) < 0.51 * float(many["attention before"])
+    assert float(many["attention before"]) == pytest.approx(38.7, abs=0.1)
+    assert float(many["draw"]) == pytest.approx(2.18, abs=0.01)
+    assert (few["kernels before"], few["kernels"], many["kernels"]) == (36 * 60 + 170, 36 * 23 + 167, 36 * 21 + 167)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +94,8 @@ def test_bytes_of_the_draw() -> None:
     )
     greedy, drawn, filtered, _ = plain.values()
     assert (greedy, drawn) == (58, 105) and filtered == pytest.approx(230, rel=0.05)
-    assert now["temperature 1"] * 4 < drawn and now["greedy"] * 2 < greedy
+    assert now["greedy"] == now["temperature 1"] == 20 + 2 * HEAD_WORD
+    assert now["temperature 1"] * 3.7 < drawn and now["greedy"] * 2 < greedy
     assert now["temperature, top-k and top-p"] * 2 < filtered
 
 
@@ -89,7 +124,7 @@ class Moved(TorchDispatchMode):
 @pytest.mark.parametrize("draw_name, keys", [("greedy", {"temperature": 0.0}), ("temperature 1", {})])
 def test_the_draw_moves_what_is_counted(draw_name: str, keys: dict) -> None:
     words = 128 * 100
-    logits, uniform = torch.randn(8, words).bfloat16(), torch.rand(8)
+    logits, uniform = torch.randn(8, words).to({2: torch.bfloat16, 4: torch.float32}[HEAD_WORD]), torch.rand(8)
     with Moved(8 * (words - 100)) as moved:
         draw(logits, uniform, 3, Sampling(remasking_strategy="low_confidence_static", **keys))
     assert moved.bytes / (8 * words) == pytest.approx(sum(cost_model.DRAWS[draw_name].values()), rel=0.02)
@@ -130,6 +165,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(sys, "argv", ["cost_model", "--config", str(config), "--chip", "4090", "--batch", "1"])
     cost_model.main()
     printed = capsys.readouterr().out
+    assert "one step of the sampler, ms, before" not in printed
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--before"])
+    cost_model.main()
+    printed = capsys.readouterr().out
+    assert "one step of the sampler, ms, before" in printed and "kernels before" in printed
     assert "4.02 B" in printed and "4090" in printed and "LoRA, bfloat16 base" in printed
     config.write_text("[]")
     with pytest.raises(SystemExit) as ended:

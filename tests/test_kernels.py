@@ -10,6 +10,9 @@ from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from benchmarks import kernels
+from benchmarks.cost_model import Load, launches
+from benchmarks.shapes import SHAPES
+from common.memory import size_of
 from common.schema import Sampling
 from common.trajectory import Request
 from models import load_model
@@ -161,3 +164,5 @@ def test_a_step_of_an_8b_launches_at_most_a_thousand_kernels(monkeypatch: pytest
     (layers, step), (fused_layers, fused_step) = kernels.kernels_of_a_step(False), kernels.kernels_of_a_step(True)
     assert layers / 36 > 55 and step > 2000  # else nothing was counted
     assert fused_layers / 36 < 25 and fused_step <= 1000
+    size, load = size_of(SHAPES["8b"]), Load(kernels.ROWS)
+    assert [launches(size, load, before) for before in (True, False)] == pytest.approx([step, fused_step], rel=0.005)

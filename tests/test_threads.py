@@ -1,6 +1,8 @@
-"""Threads: what a network is worth, what is free, and that nobody spins where others want the core."""
+"""Threads and memory of the processor: threads by what a network is worth and what is free, waiting threads asleep, and
+freed memory kept."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +98,33 @@ def test_the_quota_of_a_container(tmp_path: Path, files: dict[str, str], cores: 
 
 def test_at_least_one_core_is_free() -> None:
     assert 1 <= runtime.free_cores() <= runtime.cores()
+
+
+# says how many MiB stay in memory of 64 that were given back, before and after freed memory is kept
+KEPT = """
+from pathlib import Path
+from common.runtime import keep_freed_memory
+
+def stays():
+    pages = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+    before = pages()
+    bytearray(b"1" * (64 << 20))
+    return pages() - before
+
+first = stays()
+keep_freed_memory()
+print(first, stays())
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="the C library is not glibc")
+def test_freed_memory_is_kept_unless_the_user_says_otherwise() -> None:
+    def stays(**variables: str) -> list[int]:
+        environment = {key: value for key, value in os.environ.items() if key not in runtime.MALLOC_SET} | variables
+        command = [sys.executable, "-c", KEPT]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+        return list(map(int, done.stdout.split()))
+
+    before, after = stays()
+    assert before < 8 and after > 56
+    assert max(stays(MALLOC_TRIM_THRESHOLD_="131072")) < 8
