@@ -165,6 +165,8 @@ def improve(runs: Path, seed: int) -> dict[str, float]:
             "model.pretrained_model": runs / f"sft_from_adapted_{seed}" / "ckpt" / "optimized",
             "model.made_by": "null",
             "training.seed": seed,
+            "optimizer.params.learning_rate": 1e-4,  # at 3e-4 the first update takes it far off (docs/log.md)
+            "lr_scheduler.params.warmup_steps": 10,
             "evaluation.remasking_strategy": f"[{','.join(strategies)}]",
             "evaluation.top_k": "[0,0,1,1]",
         }
