@@ -36,7 +36,8 @@ from train import rl_trainer, sft_trainer
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "learning.jsonl"
 DOCS = ROOT / "docs"
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4)
+WARM_UP = 4  # updates; without it Adam's first ones cost a short run more than it learns
 TUNING_SEED = 4
 START, COIN = "start", "coin flip"  # beside the recipes: no step at all; TraceRL with rewards by chance
 RESPONSES = 8  # to a task
@@ -132,9 +133,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--recipes", nargs="+", default=list(everything), choices=everything)
     parser.add_argument("--seeds", nargs="+", type=int, help="of the reported ones; default: all")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tasks", type=int, default=16, help=f"of a step, {RESPONSES} responses each")
-    parser.add_argument("--evaluations", type=int, default=3, help="in a run, after the first")
+    parser.add_argument("--evaluations", type=int, default=2, help="in a run, after the first")
     parser.add_argument("--eval-tasks", type=int, default=320, help="held-out tasks; 0: all")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once, one thread each")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of models and runs")
@@ -234,6 +235,7 @@ def learn(job: Job, runs: Path) -> Curve:
         "model.pretrained_model": model_of(part, job.seed, runs),
         "training.seed": job.seed,
         "optimizer.params.learning_rate": job.rate or RATES[0],
+        "lr_scheduler.params.warmup_steps": WARM_UP,
         "experiment.project": f"learning_{job.part}_{job.recipe}_{job.seed}_{job.rate:g}".replace(" ", "_"),
         "experiment.runs_dir": runs,
         "experiment.total_step": budget.steps,
