@@ -1,241 +1,397 @@
-"""What each objective learns from the same rollouts: the tiny job, every method, several seeds.
+"""What each recipe learns on the tiny models: from one start, at a learning rate of its own, over several seeds.
 
-    python -m benchmarks.learning --jobs 2                  # all of it; goes on where it was stopped
-    python -m benchmarks.learning --methods TraceRL --steps 3 --runs /tmp/try   # a trial
+    python -m benchmarks.learning                                   # whatever is missing in RESULTS, then the table
+    python -m benchmarks.learning --parts block --recipes tracerl   # of that what is missing
+    python -m benchmarks.learning --table                           # the table alone
 
-A seed's methods start from one finetuned checkpoint and draw the same tasks. Accuracy on the held-out tasks is read at
-equal rollouts (as many responses as the steps ask for) and at equal seconds of sampling and learning (those of the
-seed's fastest method). The table goes to docs/learning.md, the figure to docs/pictures/learning.png.
+A part is a kind of task and an attention: `block` and `full` are additions, `countdown` is Countdown under block
+attention. Every recipe of a part starts from the seed's one finetuned model and draws its tasks in the same order. Its
+rate is the one of RATES with the highest accuracy on a seed that is not reported. Accuracy is of held-out tasks, by
+dynamic sampling. `coin flip` is TraceRL where a coin gives the rewards. Each run that ends is a line of RESULTS.
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from common.config import load_config
+from common.runtime import Stopwatch
+from rollout.statistics import mean_and_error
+from train import rl_trainer, sft_trainer
+
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = "configs/rl_tiny.yaml"
+RESULTS = ROOT / "benchmarks" / "learning.jsonl"
+DOCS = ROOT / "docs"
+RATES = (3e-5, 1e-4, 3e-4)
+WARM_UP = 4  # updates; without it Adam's first ones cost a short run more than it learns
+TUNING_SEED = 4
+START, COIN = "start", "coin flip"  # beside the recipes: no step at all; TraceRL with rewards by chance
 RESPONSES = 8  # to a task
-MODEL = "{runs}/sft_tiny_sdar_{seed}/ckpt/optimized"
-# method: keys beside configs/rl_tiny.yaml; every one predicts each token once or nearly so
-METHODS: dict[str, dict[str, object]] = {
-    "TraceRL": {},
-    "random masking": {"training.method": "random_masking", "training.mask_times_per_sample": 2},
-    "coupled": {"training.method": "coupled"},
-    "TraceRL + value": {
-        "model.value_base_model": MODEL,
-        "training.keep_accuracy": "null",
-        "optimizer.params.value_learning_rate": 1e-3,
-    },
-    "sequence level": {"training.method": "coupled", "training.term": "sequence"},
-    "DAPO-like": {
-        "training.eps_high": 0.28,
-        "training.beta": 0,
-        "training.keep_accuracy": "null",
-        "training.dynamic_sampling": "true",
-        "rollout.max_resample": 3,
-    },
-    "coin flip": {"reward.function": "benchmarks.coin_flip:coin_flip"},
+# A recipe leaves open how many noised copies there are.
+COPIES = {"random_masking": 2, "coupled": 1}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A task and a network, and the recipes that go with its attention."""
+
+    title: str
+    family: str
+    task: str  # of configs/rl_{task}.yaml and configs/sft_{task}.yaml
+    recipes: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+PARTS = {
+    "block": Part(
+        "additions, block attention (sdar)",
+        "sdar",
+        "tiny",
+        ("tracerl", "dapo", "just_grpo", "random_masking", "coupled", "ebpo", COIN),
+        (1, 2, 3),
+    ),
+    "full": Part(
+        "additions, full attention (llada)",
+        "llada",
+        "tiny",
+        ("tracerl", "gdpo", "coupled_grpo", "espo", "diffu_grpo", COIN),
+        (1, 2, 3),
+    ),
+    "countdown": Part(
+        "Countdown, block attention (sdar)", "sdar", "countdown_tiny", ("tracerl", "dapo", "just_grpo", COIN), (1, 2)
+    ),
 }
 
 
-@dataclass
+@dataclass(frozen=True)
+class Budget:
+    """What a run may spend, the same for every recipe."""
+
+    steps: int
+    tasks: int  # of a step
+    evaluations: int  # after the first one
+    eval_tasks: int  # held-out ones; 0: all
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    part: str
+    recipe: str  # or START, or COIN
+    seed: int
+    rate: float
+    budget: Budget
+
+
+@dataclass(frozen=True)
 class Curve:
-    """One run, by evaluation: what had been spent by then and what it gave."""
+    """What a run had spent by each evaluation and what it gave."""
 
     rollouts: list[int]
-    seconds: list[float]
-    accuracy: dict[str, list[float]]  # by sampling setting
+    seconds: list[float]  # of the processor, in sampling, scoring and learning
+    accuracy: list[float]
+
+
+Curves = dict[Job, Curve]
 
 
 def main() -> None:
     options = parse()
-    runs = Path(options.runs)
-    jobs = [(method, seed) for seed in options.seeds for method in options.methods]
-    if not options.table:
-        for seed in options.seeds:  # before the jobs, which share it
-            finetune(runs, seed)
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda job: train(runs, *job, options), jobs))
-    curves = {job: read_curve(folder_of(runs, *job)) for job in jobs if finished(folder_of(runs, *job))}
-    if not curves:
-        sys.exit("no finished run")
-    table = markdown(curves, options)
-    print(table)
-    target = Path(options.out)
-    (target / "pictures").mkdir(parents=True, exist_ok=True)
-    (target / "learning.md").write_text(table, encoding="utf-8")
-    draw(curves, options.methods, target / "pictures" / "learning.png")
+    budget = Budget(options.steps, options.tasks, options.evaluations, options.eval_tasks)
+    for part in () if options.table else options.parts:
+        for stage in (starts, tuning_runs, reported_runs):  # each needs what the one before it found
+            done = read_curves(options.results)
+            jobs = [job for job in stage(part, done, budget) if job not in done and asked_for(job, options)]
+            run_all(jobs, options)
+    curves = read_curves(options.results)
+    page = tables(curves, budget)
+    print(page)
+    write_page(page, DOCS / "learning.md")
+    draw(curves, budget, DOCS / "pictures" / "learning.png")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--tasks", type=int, default=32, help=f"of a step, {RESPONSES} responses each")
-    parser.add_argument("--eval-every", type=int, default=10)
-    parser.add_argument("--eval-tasks", type=int, default=0, help="held-out tasks; 0: all")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--runs", default=str(ROOT / "runs"))
-    parser.add_argument("--out", default=str(ROOT / "docs"), help="folder of learning.md and pictures/learning.png")
-    parser.add_argument("--table", action="store_true", help="only table and figure, of the runs that are finished")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.learning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    everything = dict.fromkeys(recipe for part in PARTS.values() for recipe in part.recipes)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--recipes", nargs="+", default=list(everything), choices=everything)
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the reported ones; default: all")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--tasks", type=int, default=16, help=f"of a step, {RESPONSES} responses each")
+    parser.add_argument("--evaluations", type=int, default=2, help="in a run, after the first")
+    parser.add_argument("--eval-tasks", type=int, default=320, help="held-out tasks; 0: all")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once, one thread each")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of models and runs")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="run nothing: only table and figure")
     return parser.parse_args()
 
 
-def folder_of(runs: Path, method: str, seed: int) -> Path:
-    return runs / f"learning_{method.replace(' ', '_').replace('+', 'and')}_{seed}"
+def asked_for(job: Job, options: argparse.Namespace) -> bool:
+    """Whether the command line asks for a job."""
+    seeds = [TUNING_SEED, *(options.seeds or PARTS[job.part].seeds)]
+    return job.recipe in (START, *options.recipes) and job.seed in seeds
 
 
-def finished(folder: Path) -> bool:
-    return (folder / "summary.json").is_file()
+# --- the jobs of a part, in the order in which they are run
 
 
-def finetune(runs: Path, seed: int) -> None:
-    """The checkpoint from which a seed's runs start."""
-    if Path(MODEL.format(runs=runs, seed=seed)).is_dir():
+def starts(part: str, _curves: Curves, budget: Budget) -> list[Job]:
+    """The finetuned models' own accuracy."""
+    return [start_of(part, seed, budget) for seed in (TUNING_SEED, *PARTS[part].seeds)]
+
+
+def start_of(part: str, seed: int, budget: Budget) -> Job:
+    return Job(part, START, seed, 0.0, budget)
+
+
+def tuning_runs(part: str, _curves: Curves, budget: Budget) -> list[Job]:
+    """Every recipe at every rate on the seed that is not reported."""
+    recipes = [recipe for recipe in PARTS[part].recipes if recipe != COIN]
+    return [Job(part, recipe, TUNING_SEED, rate, budget) for recipe in recipes for rate in RATES]
+
+
+def reported_runs(part: str, curves: Curves, budget: Budget) -> list[Job]:
+    """Every recipe at its rate, seed by seed; without those whose rate is not known yet."""
+    rates = {recipe: best_rate(curves, part, recipe, budget) for recipe in PARTS[part].recipes}
+    pairs = [(seed, recipe) for seed in PARTS[part].seeds for recipe in PARTS[part].recipes]
+    return [Job(part, recipe, seed, rates[recipe], budget) for seed, recipe in pairs if rates[recipe] is not None]
+
+
+def best_rate(curves: Curves, part: str, recipe: str, budget: Budget) -> float | None:
+    """The rate that was best on the tuning seed after equal rollouts, for a coin TraceRL's; None before all ran."""
+    recipe = "tracerl" if recipe == COIN else recipe
+    runs = [job for job in tuning_runs(part, curves, budget) if job.recipe == recipe]
+    if not all(job in curves for job in runs):
+        return None
+    return max(runs, key=lambda job: at(curves[job].rollouts, curves[job].accuracy, rollouts_of(budget))).rate
+
+
+def rollouts_of(budget: Budget) -> int:
+    return budget.steps * budget.tasks * RESPONSES
+
+
+# --- a run
+
+
+def run_all(jobs: list[Job], options: argparse.Namespace) -> None:
+    """Run jobs side by side and write down each that ends; a job that fails ends the program."""
+    for part, seed in dict.fromkeys((job.part, job.seed) for job in jobs):
+        finetune(PARTS[part], seed, options.runs)  # before the jobs, which share it
+    with ProcessPoolExecutor(
+        options.jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        running = {pool.submit(learn, job, options.runs): job for job in jobs}
+        for future in as_completed(running):
+            job = running[future]
+            with options.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(job) | asdict(future.result())) + "\n")
+
+
+def model_of(part: Part, seed: int, runs: Path) -> Path:
+    return runs / f"sft_{part.task}_{part.family}_{seed}" / "ckpt" / "optimized"
+
+
+def finetune(part: Part, seed: int, runs: Path) -> None:
+    """Make the model from which a seed's runs start, unless it is there."""
+    if model_of(part, seed, runs).is_dir():
         return
-    call(
-        [sys.executable, "train/sft_sdar.py", "config=configs/sft_tiny.yaml"],
-        runs / f"sft_{seed}.log",
-        {
-            "training.seed": seed,
-            "experiment.runs_dir": runs,
-            "experiment.project": f"sft_tiny_sdar_{seed}",
-        },
-    )
+    keys = {"model.model_base": part.family, "training.seed": seed, "experiment.runs_dir": runs}
+    torch.set_num_threads(1)
+    sft_trainer.finetune(load_config("sft", arguments(f"sft_{part.task}", keys)))
 
 
-def train(runs: Path, method: str, seed: int, options: argparse.Namespace) -> None:
-    """One run, unless it is finished; one that was stopped goes on from its last checkpoint."""
-    folder = folder_of(runs, method, seed)
-    if finished(folder):
-        return
-    keys = {
-        "experiment.project": folder.name,
+def arguments(config: str, keys: dict[str, object]) -> list[str]:
+    """A command line."""
+    keys = keys | {"experiment.trackers": "[]"}
+    return [f"config={ROOT}/configs/{config}.yaml", *(f"{key}={value}" for key, value in keys.items())]
+
+
+def learn(job: Job, runs: Path) -> Curve:
+    """Run a job in this process; what it writes beside the returned curve is deleted."""
+    part, budget = PARTS[job.part], job.budget
+    steps = 0 if job.recipe == START else budget.steps
+    recipe = "tracerl" if job.recipe in (START, COIN) else job.recipe
+    keys: dict[str, object] = {
+        "recipe": recipe,
+        "model.model_base": part.family,
+        "model.pretrained_model": model_of(part, job.seed, runs),
+        "training.seed": job.seed,
+        "optimizer.params.learning_rate": job.rate or RATES[0],
+        "lr_scheduler.params.warmup_steps": WARM_UP,
+        "experiment.project": f"learning_{job.part}_{job.recipe}_{job.seed}_{job.rate:g}".replace(" ", "_"),
         "experiment.runs_dir": runs,
-        "experiment.start_from_scratch": "false",
-        "experiment.total_step": options.steps,
-        "experiment.eval_every": options.eval_every,
-        "experiment.save_every": options.eval_every,
-        "experiment.trackers": "[]",
-        "rollout.num_task_per_step": options.tasks,
+        "experiment.total_step": budget.steps,
+        "rollout.num_task_per_step": budget.tasks,
         "rollout.num_response_per_task": RESPONSES,
-        "evaluation.num_task": options.eval_tasks,
-        "training.seed": seed,
+        "evaluation.num_task": budget.eval_tasks,
+        "evaluation.remasking_strategy": "low_confidence_dynamic",
     }
-    own = {key: str(value).format(runs=runs, seed=seed) for key, value in METHODS[method].items()}
-    call([sys.executable, "rl.py", f"config={CONFIG}"], runs / f"{folder.name}.log", keys | own)
-
-
-def call(command: list[str], log: Path, keys: dict[str, object]) -> None:
-    """Run a command with keys on one thread, its output in a log; stop where it fails."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as output:
-        print(f"{log.stem} …", flush=True)
-        arguments = [f"{key}={value}" for key, value in keys.items()]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        code = subprocess.run(
-            [*command, *arguments], cwd=ROOT, stdout=output, stderr=output, env=environment
-        ).returncode
-    if code:
-        sys.exit(f"{log.stem} failed with exit code {code}; see {log}")
-
-
-def read_curve(folder: Path) -> Curve:
-    """A run's evaluations from metrics.jsonl, beside the rollouts and seconds of the steps before each."""
+    if recipe in COPIES:
+        keys["training.mask_times_per_sample"] = COPIES[recipe]
+    if recipe == "dapo":
+        keys["rollout.max_resample"] = 3
+    if job.recipe == COIN:
+        keys["reward.function"] = "benchmarks.coin_flip:coin_flip"
+    config = load_config("rl", arguments(f"rl_{part.task}", keys))
+    run = rl_trainer.set_up(config, rl_trainer.read_inputs(config), Stopwatch())
+    curve = Curve([], [], [])
     rollouts, seconds = 0, 0.0
-    curve = Curve([], [], {})
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if "reward" in row:
-            rollouts += row["groups"] * RESPONSES
-            seconds += row["seconds"]
-        found = {key.split("/")[1]: value for key, value in row.items() if key.endswith("/accuracy")}
-        if found:
-            curve.rollouts.append(rollouts)
-            curve.seconds.append(seconds)
-            for setting, value in found.items():
-                curve.accuracy.setdefault(setting, []).append(value)
+    if not steps:
+        measure(run, curve, rollouts, seconds)
+    for step in range(1, steps + 1):
+        started = time.process_time()
+        figures = rl_trainer.rl_step(run)
+        seconds += time.process_time() - started
+        rollouts += int(figures["groups"]) * RESPONSES
+        run.progress.step = step
+        if step % max(1, steps // budget.evaluations) == 0 or step == steps:
+            measure(run, curve, rollouts, seconds)
+    run.metrics.close()
+    shutil.rmtree(run.folder)
     return curve
 
 
-def at(axis: list[float], values: list[float], where: float) -> float:
+def measure(run: rl_trainer.RLRun, curve: Curve, rollouts: int, seconds: float) -> None:
+    """Add the accuracy of now to the curve."""
+    (result,) = rl_trainer.evaluate_now(run).values()
+    curve.rollouts.append(rollouts)
+    curve.seconds.append(seconds)
+    curve.accuracy.append(result.accuracy)
+
+
+# --- results and tables
+
+
+def read_curves(path: Path) -> Curves:
+    """The finished runs; a curve other than a start's own begins at its start, where that is known."""
+    curves: Curves = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        row = json.loads(line)
+        budget = Budget(**row.pop("budget"))
+        curve = Curve(**{name: row.pop(name) for name in ("rollouts", "seconds", "accuracy")})
+        curves[Job(**row, budget=budget)] = curve
+    for job, curve in curves.items():
+        start = curves.get(start_of(job.part, job.seed, job.budget))
+        if start and job.recipe != START:
+            curves[job] = Curve([0, *curve.rollouts], [0.0, *curve.seconds], start.accuracy + curve.accuracy)
+    return curves
+
+
+def at(axis: Sequence[float], values: Sequence[float], where: float) -> float:
     """A curve's value at a place on its axis, straight between its points, its last value behind them."""
     return float(np.interp(where, axis, values))
 
 
-def markdown(curves: dict[tuple[str, int], Curve], options: argparse.Namespace) -> str:
-    """The table: per method the mean over seeds, and each seed's own, before and after."""
-    settings = list(next(iter(curves.values())).accuracy)
-    rollouts = options.steps * options.tasks * RESPONSES
-    fastest = {seed: min(curve.seconds[-1] for (_, s), curve in curves.items() if s == seed) for _, seed in curves}
-    head = ["method", "seeds"]
-    for setting in settings:
-        head += [f"{setting}: before → after {rollouts:,} rollouts", f"{setting}: after equal seconds"]
-    lines = [[*head, "seconds"], ["---"] * (len(head) + 1)]
-    for method in options.methods:
-        own = {seed: curve for (name, seed), curve in curves.items() if name == method}
+def own_curves(curves: Curves, part: str, recipe: str, budget: Budget) -> dict[int, Curve]:
+    """A recipe's reported runs, by seed."""
+    rate = best_rate(curves, part, recipe, budget)
+    jobs = [Job(part, recipe, seed, rate or 0.0, budget) for seed in PARTS[part].seeds]
+    return {job.seed: curves[job] for job in jobs if job in curves}
+
+
+def tables(curves: Curves, budget: Budget) -> str:
+    """Markdown: for each part a table of its recipes, and one of what each rate gave."""
+    return "\n".join(table_of(curves, part, budget) for part in PARTS)
+
+
+def table_of(curves: Curves, part: str, budget: Budget) -> str:
+    """A part's two tables; what is missing is "not run"."""
+    wanted, rollouts = PARTS[part], rollouts_of(budget)
+    found = {recipe: own_curves(curves, part, recipe, budget) for recipe in wanted.recipes}
+    fastest = {
+        seed: min((own[seed].seconds[-1] for own in found.values() if seed in own), default=0.0)
+        for seed in wanted.seeds
+    }
+    head = ["recipe", "rate", "seeds", "before", f"after {rollouts:,} rollouts", "after equal seconds", "seconds"]
+    lines = [head, ["---"] * len(head)]
+    for recipe, own in found.items():
+        rate = best_rate(curves, part, recipe, budget)
         if not own:
+            lines.append([recipe, "–" if rate is None else f"{rate:g}", "0", *["not run"] * 4])
             continue
-        cells = [method, str(len(own))]
-        for setting in settings:
-            before = [curve.accuracy[setting][0] for curve in own.values()]
-            after = [at(curve.rollouts, curve.accuracy[setting], rollouts) for curve in own.values()]
-            timed = [at(curve.seconds, curve.accuracy[setting], fastest[seed]) for seed, curve in own.items()]
-            cells += [f"{shown(before)} → {shown(after)}", shown(timed)]
-        cells.append(f"{np.mean([curve.seconds[-1] for curve in own.values()]):.0f}")
-        lines.append(cells)
-    rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"""# What each objective learns on the tiny model
+        after = [at(curve.rollouts, curve.accuracy, rollouts) for curve in own.values()]
+        timed = [at(curve.seconds, curve.accuracy, fastest[seed]) for seed, curve in own.items()]
+        seconds = np.mean([curve.seconds[-1] for curve in own.values()])
+        before = [curve.accuracy[0] for curve in own.values()]
+        count = f"{len(own)} of {len(wanted.seeds)}"
+        lines.append([recipe, f"{rate:g}", count, shown(before), shown(after), shown(timed), f"{seconds:.0f}"])
+    tuning = [["recipe", *(f"{rate:g}" for rate in RATES)], ["---"] * (1 + len(RATES))]
+    for recipe in wanted.recipes:
+        jobs = [job for job in tuning_runs(part, curves, budget) if job.recipe == recipe]
+        cells = [
+            f"{100 * at(curves[job].rollouts, curves[job].accuracy, rollouts):.1f}" if job in curves else "not run"
+            for job in jobs
+        ]
+        tuning += [[recipe, *cells]] if jobs else []
+    start = curves.get(start_of(part, TUNING_SEED, budget))
+    begun = f"{100 * start.accuracy[0]:.1f} %" if start else "a model that is not measured"
+    return f"""### {wanted.title[0].upper()}{wanted.title[1:]}
 
-`python -m benchmarks.learning --steps {options.steps} --tasks {options.tasks}`: accuracy in per cent on the held-out
-tasks, the mean over seeds and in brackets each seed's. Equal seconds are those of the seed's fastest method, of
-sampling and learning alone. Between two evaluations values are read off a straight line.
+{markdown(lines)}
 
-{rows}
+Seed {TUNING_SEED}, by which the rate was chosen, from {begun}:
 
-![accuracy by rollouts and by seconds](pictures/learning.png)
+{markdown(tuning)}
 """
 
 
+def markdown(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def shown(values: list[float]) -> str:
-    """Mean and each value, in per cent."""
-    each = ", ".join(f"{100 * value:.1f}" for value in values)
-    return f"{100 * np.mean(values):.1f} ({each})"
+    """Mean in per cent, and where there are several its standard error and each one."""
+    mean, error = mean_and_error([100 * value for value in values])
+    if len(values) == 1:
+        return f"{mean:.1f}"
+    return f"{mean:.1f} ± {error:.1f} ({', '.join(f'{100 * value:.1f}' for value in values)})"
 
 
-def draw(curves: dict[tuple[str, int], Curve], methods: list[str], path: Path) -> None:
-    """Accuracy by rollouts and by seconds, a panel for each setting; thin lines are seeds, thick ones their mean."""
-    settings = list(next(iter(curves.values())).accuracy)
-    figure, axes = plt.subplots(len(settings), 2, figsize=(12, 4 * len(settings)), sharey="row", squeeze=False)
-    for row, setting in enumerate(settings):
-        for column, name in enumerate(("rollouts", "seconds")):
+def write_page(page: str, path: Path) -> None:
+    """Put the tables between the page's two marks."""
+    text = path.read_text(encoding="utf-8")
+    marked = re.compile(r"<!-- recipes -->.*<!-- end -->", re.DOTALL)
+    text, count = marked.subn(lambda _: f"<!-- recipes -->\n{page}<!-- end -->", text)
+    assert count == 1, f"{path} lacks the marks of the tables"
+    path.write_text(text, encoding="utf-8")
+
+
+def draw(curves: Curves, budget: Budget, path: Path) -> None:
+    """Accuracy by rollouts and by seconds, a row for each part; the mean over the seeds."""
+    figure, axes = plt.subplots(len(PARTS), 2, figsize=(12, 4 * len(PARTS)), sharey="row", squeeze=False)
+    for row, (part, wanted) in enumerate(PARTS.items()):
+        for column, (name, words) in enumerate((("rollouts", "responses drawn"), ("seconds", "processor seconds"))):
             axis = axes[row][column]
-            for number, method in enumerate(methods):
-                own = [curve for (one, _), curve in curves.items() if one == method]
+            for recipe in wanted.recipes:
+                own = list(own_curves(curves, part, recipe, budget).values())
                 if not own:
                     continue
-                lines = [(getattr(curve, name), [100 * value for value in curve.accuracy[setting]]) for curve in own]
-                for x, y in lines:
-                    axis.plot(x, y, color=f"C{number}", linewidth=0.6, alpha=0.4)
-                grid = np.linspace(0, min(x[-1] for x, _ in lines), 50)
-                mean = np.mean([np.interp(grid, x, y) for x, y in lines], axis=0)
-                axis.plot(grid, mean, color=f"C{number}", linewidth=2, label=method)
-            axis.set_xlabel("responses drawn" if name == "rollouts" else "seconds of sampling and learning")
-            axis.set_ylabel(f"accuracy, {setting} (%)")
+                grid = np.linspace(0, min(getattr(curve, name)[-1] for curve in own), 50)
+                mean = np.mean([np.interp(grid, getattr(curve, name), curve.accuracy) for curve in own], axis=0)
+                axis.plot(grid, 100 * mean, label=recipe, linewidth=2, linestyle="--" if recipe == COIN else "-")
+                axis.legend(fontsize=8)
+            axis.set_title(wanted.title)
+            axis.set_xlabel(words)
+            axis.set_ylabel("accuracy (%)")
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

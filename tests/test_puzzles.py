@@ -72,6 +72,29 @@ def test_countdown_responses_are_right_and_their_steps_too(count: int) -> None:
         assert int(result) == int(task.ground_truth_answer)
 
 
+def values_of(a: int, b: int) -> list[int]:
+    return [a + b, abs(a - b), a * b]
+
+
+def test_a_search_goes_on_until_the_target_comes_up() -> None:
+    found = 0
+    for task in load_tasks("countdown_3_9_test"):
+        (x, y, z), target = task.record["numbers"], int(task.ground_truth_answer)
+        written, results = "", []
+        for a, b, c in ((x, y, z), (x, z, y), (y, z, x)):
+            written += f"{a},{b},{c}:" * (target not in results)
+            for value in filter(None, values_of(a, b)):
+                if target not in results:
+                    results = values_of(value, c)
+                    written += f"{value}:{','.join(str(one if one <= 100 else 0) for one in results)};"
+        working, answer = task.record["search"].split("\\boxed")
+        assert working == written
+        assert ("/" in answer) == (target not in results)
+        assert score_of(task.record["search"], task, "countdown") == RIGHT
+        found += target in results
+    assert found > 150
+
+
 def test_countdown_splits_share_no_task_in_any_order() -> None:
     splits = {
         split: {
