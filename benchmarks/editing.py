@@ -180,7 +180,9 @@ def measure(project: str, seed: int, options: argparse.Namespace) -> None:
     prompts, scorer = encode_tasks(loaded, tasks, config.dataset, False), make_scorer(config.reward, "math")
     engine = Engine(loaded.model, loaded.mask_id, loaded.stop_ids)
     for name in missing:
-        setting = TaskSampling(max_token=40, temperature=1.0, block_size=options.block_size, **SETTINGS[name])
+        size = options.block_size  # as many steps: dynamic unmasks at least one token a forward, as edit does
+        sizes = {"max_token": 40, "block_size": size, "denoising_steps_per_block": size}
+        setting = TaskSampling(temperature=1.0, **sizes, **SETTINGS[name])
         found, drawn = evaluate_setting(engine, loaded, prompts, name, setting, scorer, 4096, seed)
         tokens = sum(len(one.trajectory.response_ids) for one in drawn)
         again = sum(len(one.trajectory.overwritten) for one in drawn)  # a revoked token counts twice
