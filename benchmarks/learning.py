@@ -313,8 +313,11 @@ def tables(curves: Curves, budget: Budget) -> str:
 
 
 def table_of(curves: Curves, part: str, budget: Budget) -> str:
-    """A part's two tables; what is missing is "not run"."""
+    """A part's two tables, or a line where nothing of it was run; what is missing is "not run"."""
     wanted, rollouts = PARTS[part], rollouts_of(budget)
+    title = f"### {wanted.title[0].upper()}{wanted.title[1:]}"
+    if not any(job.part == part and job.recipe != START and job.budget == budget for job in curves):
+        return f"{title}\n\n{', '.join(wanted.recipes)}: not run.\n"
     found = {recipe: own_curves(curves, part, recipe, budget) for recipe in wanted.recipes}
     fastest = {
         seed: min((own[seed].seconds[-1] for own in found.values() if seed in own), default=0.0)
@@ -343,7 +346,7 @@ def table_of(curves: Curves, part: str, budget: Budget) -> str:
         tuning += [[recipe, *cells]] if jobs else []
     start = curves.get(start_of(part, TUNING_SEED, budget))
     begun = f"{100 * start.accuracy[0]:.1f} %" if start else "a model that is not measured"
-    return f"""### {wanted.title[0].upper()}{wanted.title[1:]}
+    return f"""{title}
 
 {markdown(lines)}
 

@@ -41,7 +41,7 @@ def test_the_table_says_what_was_not_run(results: Path) -> None:
     lines = learning.table_of(curves, "block", BUDGET).splitlines()
     reported = [line for line in lines if line.startswith("| tracerl")]
     # 64 rollouts are half of what the run drew: half of the way from 40 to 80 %; alone it is the fastest too
-    assert reported[0] == "| tracerl | 0.0003 | 1 of 3 | 40.0 | 60.0 | 80.0 | 10 |"
+    assert reported[0] == f"| tracerl | {RATES[1]:g} | 1 of 3 | 40.0 | 60.0 | 80.0 | 10 |"
     assert reported[1] == "| tracerl | 50.0 | 70.0 | 60.0 |"
     assert [line for line in lines if line.startswith("| dapo")] == [
         "| dapo | – | 0 | not run | not run | not run | not run |",
@@ -49,12 +49,17 @@ def test_the_table_says_what_was_not_run(results: Path) -> None:
     ]
 
 
+def test_a_part_without_a_run_is_a_line(results: Path) -> None:
+    lines = learning.table_of(learning.read_curves(results), "countdown", BUDGET).splitlines()
+    assert lines[2:] == ["tracerl, dapo, just_grpo, coin flip: not run."]
+
+
 def test_equal_seconds_are_those_of_the_fastest(results: Path) -> None:
     for rate in RATES[1:]:
         write(results, Job("block", "dapo", TUNING_SEED, rate, BUDGET), Curve([64], [8.0], [0.4]))
     write(results, Job("block", "dapo", 2, RATES[0], BUDGET), Curve([64], [40.0], [0.6]))
     table = learning.table_of(learning.read_curves(results), "block", BUDGET)
-    assert "| dapo | 0.0001 | 1 of 3 | 40.0 | 60.0 | 45.0 | 40 |" in table
+    assert f"| dapo | {RATES[0]:g} | 1 of 3 | 40.0 | 60.0 | 45.0 | 40 |" in table
 
 
 def test_only_what_is_missing_is_run(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
