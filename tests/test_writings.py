@@ -91,8 +91,11 @@ def tiny(tiny_sdar: Path) -> LoadedModel:
     return load_model(tiny_sdar, "sdar")
 
 
-@pytest.mark.parametrize("merge", [True, False])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["prompt"])
+@pytest.mark.parametrize(
+    "case, merge",
+    [(case, True) for case in CASES] + [(case, False) for case in CASES if case["prompt"] in ("prompt_6", "prompt_10")],
+    ids=lambda value: value["prompt"] if isinstance(value, dict) else None,
+)
 def test_edits_as_the_reference_makes_them(golden: torch.nn.Module, case: dict, merge: bool) -> None:
     """Tokens, the steps of first unmasking, every edit and the number of forwards."""
     expected = load_file(GOLDEN / "expected.safetensors")
@@ -142,14 +145,14 @@ def test_equals_the_plain_loop(tiny: LoadedModel, strategy: str, merge: bool, bl
     assert all((one.token == tiny.mask_id) <= (one.logp == 0) for one in overwritten)
 
 
-@pytest.mark.parametrize("merge", [True, False])
-@pytest.mark.parametrize("strategy", ["revoke", "edit"])
+@pytest.mark.parametrize("strategy, merge", [("revoke", False), ("edit", True)])
 def test_company_memory_and_late_looks_change_nothing(tiny: LoadedModel, strategy: str, merge: bool) -> None:
     """Alone, side by side, in a cache in which not all fit, in fixed shapes that are looked at every third step."""
     settings = Sampling(block_size=8, max_token=18, remasking_strategy=strategy, merge_commit=merge, **RESTLESS)
     requests = requests_of(3, 9, 13, 4)
     engine = Engine(tiny.model, tiny.mask_id, [14])
     alone = {one.task_id: one for request in requests for one in engine.generate([request], settings)}
+    assert any(one.overwritten for one in alone.values())
     for change in ({"max_active": 2}, {"cache_tokens": 96}):
         for task, trajectory in run(engine, requests[::-1], replace(settings, **change)).items():
             check(trajectory, alone[task])
