@@ -373,8 +373,11 @@ class RLTrainingConfig(TrainingBase):
     )
     gam: float = key(1.0, "value model: discount of later steps' rewards and values (γ)", low=0, high=1)
     lam: float = key(1.0, "value model: weight of later steps in the advantage (λ of GAE)", low=0, high=1)
-    mismatch_sample: int = key(
-        16, "trajectories replayed to measure mismatch_kl where the method's views are no replay", low=1
+    mismatch_views: int = key(
+        64,
+        "most views replayed to measure mismatch_kl where the method's own are no replay: a random part of all "
+        "trajectories', fewer where it would take more than a twentieth of the step",
+        low=1,
     )
     old_logp: Literal["auto", "engine", "recompute", "detach"] = key(
         "auto", "auto, engine, recompute or detach: whose log-probabilities the ratio starts from"
