@@ -406,8 +406,13 @@ class SFTTrainingConfig(TrainingBase):
     max_steps: int = key(0, "stop after so many updates; 0: by epochs", low=0)
     max_gen_length: int = key(
         2000,
-        "samples with longer responses are dropped and counted; full attention: the canvas they are learned on",
+        "samples with longer responses are dropped and counted; full attention: the longest canvas",
         low=1,
+    )
+    canvas: Literal["batch", "full"] = key(
+        "batch",
+        "full attention: the end of sequence fills a response up to the longest of four in a row, in whole blocks "
+        "(batch), or to max_gen_length (full); trace replays the canvas that was sampled",
     )
     stop_at_accuracy: float | None = key(
         None, "stop when sampling accuracy on eval_dataset reaches this share", low=0, high=1
