@@ -24,6 +24,7 @@ STRATEGIES, KINDS = get_args(Strategy), get_args(Kind)
 # Sampling keys that may be lists in an evaluation: entry i of each makes setting i.
 SETTINGS = ("block_size", "temperature", "top_k", "top_p", "remasking_strategy", "dynamic_threshold")
 FAMILIES_HELP = "the family: sdar, trado, sdar_moe, dream, llada, mmada, llada2, or my_module:MY_FAMILY"
+CUDA_TOKENS, CPU_TOKENS = 16384, 1024  # in a forward of the trainer, where the config does not say
 LONG_TASKS = "tasks with longer prompts are not drawn and count as wrong"
 
 
@@ -289,7 +290,9 @@ class RLRewardConfig(RewardConfig):
 class TrainingBase:
     seed: int = key(10086, "of weights, data order and draws", low=0)
     max_prompt_len: int = key(784, "longer prompts are dropped and counted", low=1)
-    tokens_per_micro_batch: int = key(16384, "packed tokens in one forward of the trainer", low=1)
+    tokens_per_micro_batch: int | None = key(
+        None, f"packed tokens in one forward of the trainer; null: {CUDA_TOKENS} on a GPU, {CPU_TOKENS} on a CPU", low=1
+    )
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: they are not", low=0)
     max_bad_steps: int = key(
         3, "updates in a row whose loss or gradient is not finite: they are skipped, so many end the run", low=1

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -139,17 +140,28 @@ def flex_or_sdpa(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' FlexAttention or SDPA, by the mask's kind; output (batch, length, heads, width)."""
     if isinstance(attention_mask, TiledMask):
-        parts = []
-        for own, keys, seen in attention_mask.tiles:
-            some_key, some_value = (torch.cat([one[:, :, run] for run in keys], 2) for one in (key, value))
-            part, _ = sdpa_attention_forward(module, query[:, :, own], some_key, some_value, seen, **kwargs)
-            parts.append(part)
-        return torch.cat(parts, 1), None
+        return tiled_attention(query, key, value, attention_mask, kwargs.get("scaling")), None
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     # under autocast norms and rotary tables make float32 of queries and keys; FlexAttention's backward takes one dtype
     query, key = query.to(value.dtype), key.to(value.dtype)
     return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def tiled_attention(query: Tensor, key: Tensor, value: Tensor, mask: TiledMask, scale: float | None) -> Tensor:
+    """Attention tile by tile; query (rows, heads, length, width), key and value with as many heads or a part of them.
+
+    Returns (rows, length, heads, width). Keys are not repeated for the heads that share them, as transformers does.
+    """
+    parts = []
+    for own, keys, seen in mask.tiles:
+        some_key, some_value = (torch.cat([one[:, :, run] for run in keys], 2) for one in (key, value))
+        parts.append(
+            scaled_dot_product_attention(
+                query[:, :, own], some_key, some_value, attn_mask=seen, scale=scale, enable_gqa=True
+            )
+        )
+    return torch.cat(parts, 2).transpose(1, 2)
 
 
 def take_block_masks(model: PreTrainedModel) -> None:

@@ -120,7 +120,7 @@ def sample_rows(
         views = method(trajectory, layout, training, np.random.default_rng([*seed, number]))
         rows += make_rows(number, trajectory.prompt_ids, trajectory.response_ids, views, layout.logit_offset)
     budget = training.tokens_per_micro_batch
-    if long := [len(row) for row in rows if len(row) > budget]:
+    if long := [len(row) for row in rows if budget and len(row) > budget]:
         console.print(
             f"{len(long)} of {len(rows)} packed trajectories exceed training.tokens_per_micro_batch={budget} (longest "
             f"{max(long)}): each is a micro-batch of its own; raise it where memory allows, or lower rollout.max_token"

@@ -247,7 +247,7 @@ def loss_weights(
 def sft_update(
     learner: Learner,
     rows: Sequence[Row],
-    token_budget: int,
+    token_budget: int | None,
     denominator: int | None = None,
     weight: Tensor | None = None,
 ) -> dict[str, float]:
