@@ -80,7 +80,7 @@ def counted(training: RLTrainingConfig, samples: list[ScoredTrajectory], layout:
 def costs(name: str, attention: str) -> tuple[str, ...]:
     """The cells of a recipe's line."""
     config = load_config("rl", [f"config={ROOT}/configs/{CONFIGS[attention]}.yaml", f"recipe={name}"])
-    keys = {"updates_per_step": 2, "mismatch_sample": 1, "post_num": min(config.training.post_num, RESPONSE)}
+    keys = {"updates_per_step": 2, "mismatch_views": 1, "post_num": min(config.training.post_num, RESPONSE)}
     training = replace(config.training, **keys)
     layout = Layout(MASK, BLOCK if attention == "block" else None)
     samples = responses(attention == "full" or config.rollout.remasking_strategy == "sequential")

@@ -56,7 +56,7 @@ def measure(name: str, path: Path, options: argparse.Namespace) -> list[dict[str
     device = "cuda" if torch.cuda.is_available() else "cpu"
     drawn = draw(name, path, device, options)
     loaded = load_model(path, name, device=device)
-    training = RLTrainingConfig(mismatch_sample=options.responses)
+    training = RLTrainingConfig()
     policy = Policy(loaded.model, loaded.mask_id)
     learner = make_learner(policy, OptimizerParams(), SchedulerConfig(), 1, training, "bf16")
     mixture = bool(routers(loaded.model))

@@ -33,6 +33,7 @@ from common.memory import (
 )
 from common.records import read_object
 from common.runtime import project_version, version_of
+from common.schema import CPU_TOKENS, CUDA_TOKENS
 
 REQUIRED = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "omegaconf", "rich")
 OPTIONAL = {
@@ -179,7 +180,7 @@ def needs(
         found["activations"] = activations(config, size, low_precision, zero, bool(adapters))
         if value:
             found["activations"] = max(found["activations"], activations(config, value, low_precision, zero, False))
-        found["logits, training"] = head_bytes(size, min(2048, training.tokens_per_micro_batch))
+        found["logits, training"] = head_bytes(size, min(2048, training.tokens_per_micro_batch or CUDA_TOKENS))
     return found
 
 
@@ -198,7 +199,8 @@ def activations(config: Any, size: Size, low_precision: bool, zero: int, frozen:
     frozen_word = 2 if zero and low_precision else 4
     training = config.training
     checkpointing = training.gradient_checkpointing_enable
-    return activation_bytes(size, training.tokens_per_micro_batch, checkpointing, arithmetic, frozen_word)
+    tokens = training.tokens_per_micro_batch or CUDA_TOKENS
+    return activation_bytes(size, tokens, checkpointing, arithmetic, frozen_word)
 
 
 def advice(config: Any, found: dict[str, float], room: float) -> list[str]:
@@ -259,6 +261,8 @@ def memory_report(argv: Sequence[str]) -> None:
     )
     room, on_gpu, devices = device_room()
     low_precision = dtype == "bfloat16" or (dtype == "auto" and on_gpu)
+    if not on_gpu and job in ("rl", "sft"):
+        config.training.tokens_per_micro_batch = config.training.tokens_per_micro_batch or CPU_TOKENS
     value = read_size(config.model.value_base_model) if job == "rl" and config.model.value_base_model else None
     found = needs(job, config, read_size(model), low_precision, *sharing(job, config, devices), value)
     parts = found | {"sum, an estimate": sum(found.values()), "there is": room}

@@ -1,4 +1,4 @@
-"""Keys of the original's YAML files, and what became of them."""
+"""Keys of the original's YAML files and of earlier versions, and what became of them."""
 
 import math
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 from common.errors import UserError, show
 from common.schema import ATTENTION
 
-# Keys of the original's YAML files. A key that the job's schema has is never looked up here.
+# Keys of the original's YAML files and former ones. A key that the job's schema has is never looked up here.
 # Without effect here: pattern → what takes its place.
 OBSOLETE_KEYS: dict[str, str] = {
     "system.*": "no paths or proxies are configured",
@@ -21,6 +21,7 @@ OBSOLETE_KEYS: dict[str, str] = {
     "rollout.reward_model.*": "the judge's server decides",
     "training.num_train_epochs": "each step's responses are learned from once",
     "training.enable_tf32": "model.dtype decides",
+    "training.mismatch_sample": "training.mismatch_views counts what is replayed, in views",
     "*.tensor_parallel_size": "rollout.tensor_parallel_size of eval.py and rl.py decides, in evaluation too",
     "rollout.output_unmasking_history": "samples.jsonl always holds the trace",
     "optimizer.params.scale_lr": "the learning rate is taken as it is",

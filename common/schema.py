@@ -34,6 +34,7 @@ STRATEGY_KEYS = {
     "edit": ("edit_threshold", "max_edit_steps", "min_unmask"),
 }
 FAMILIES_HELP = "the family: sdar, trado, sdar_moe, dream, llada, mmada, llada2, or my_module:MY_FAMILY"
+CUDA_TOKENS, CPU_TOKENS = 16384, 1024  # in a forward of the trainer, where the config does not say
 LONG_TASKS = "tasks with longer prompts are not drawn and count as wrong"
 Schedule = dict[int, int]  # a number by the RL steps done: {0: 4, 40: 8} is 8 from step 41 on
 ATTENTION = {  # the families that stand in the project, by their attention
@@ -354,7 +355,9 @@ class RLRewardConfig(RewardConfig):
 class TrainingBase:
     seed: int = key(10086, "of weights, data order and draws", low=0)
     max_prompt_len: int = key(784, "longer prompts are dropped and counted", low=1)
-    tokens_per_micro_batch: int = key(16384, "packed tokens in one forward of the trainer", low=1)
+    tokens_per_micro_batch: int | None = key(
+        None, f"packed tokens in one forward of the trainer; null: {CUDA_TOKENS} on a GPU, {CPU_TOKENS} on a CPU", low=1
+    )
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: they are not", low=0)
     max_bad_steps: int = key(
         3, "updates in a row whose loss or gradient is not finite: they are skipped, so many end the run", low=1
@@ -438,8 +441,11 @@ class RLTrainingConfig(TrainingBase):
     )
     gam: float = key(1.0, "value model: discount of later steps' rewards and values (γ)", low=0, high=1)
     lam: float = key(1.0, "value model: weight of later steps in the advantage (λ of GAE)", low=0, high=1)
-    mismatch_sample: int = key(
-        16, "trajectories replayed to measure mismatch_kl where the method's views are no replay", low=1
+    mismatch_views: int = key(
+        64,
+        "most views replayed to measure mismatch_kl where the method's own are no replay: a random part of all "
+        "trajectories', fewer where it would take more than a twentieth of the step",
+        low=1,
     )
     replay_routes: bool = key(
         False,
@@ -486,8 +492,13 @@ class SFTTrainingConfig(TrainingBase):
     max_steps: int = key(0, "stop after so many updates; 0: by epochs", low=0)
     max_gen_length: int = key(
         2000,
-        "samples with longer responses are dropped and counted; full attention: the canvas they are learned on",
+        "samples with longer responses are dropped and counted; full attention: the longest canvas",
         low=1,
+    )
+    canvas: Literal["batch", "full"] = key(
+        "batch",
+        "full attention: the end of sequence fills a response up to the longest of four in a row, in whole blocks "
+        "(batch), or to max_gen_length (full); trace replays the canvas that was sampled",
     )
     stop_at_accuracy: float | None = key(
         None, "stop when sampling accuracy on eval_dataset reaches this share", low=0, high=1

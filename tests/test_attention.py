@@ -13,7 +13,16 @@ from torch.nn.attention.flex_attention import flex_attention
 from common.schema import RLTrainingConfig
 from models import load_network
 from train import network as network_module
-from train.attention import NAME, attention_mask, block_mask, flex_or_sdpa, mask_function, visible, visible_tiles
+from train.attention import (
+    NAME,
+    TiledMask,
+    attention_mask,
+    block_mask,
+    flex_or_sdpa,
+    mask_function,
+    visible,
+    visible_tiles,
+)
 from train.network import Policy
 from train.packing import PackedBatch, Row, make_rows, pack
 from train.views import RL_METHODS, Layout
@@ -87,6 +96,50 @@ def test_flex_attention_follows_the_mask() -> None:
     found = flex_attention(query, key, value, block_mask=block_mask(batch, 16))
     wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, visible(batch))
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([8, 16, 32]), st.booleans(), st.booleans())
+def test_tiles_are_the_dense_mask_s(seed: int, tile: int, together: bool, full: bool) -> None:
+    """Every pair is in one tile, and a key that no query of a tile sees is not among its own."""
+    (batch,) = pack(random_rows(seed, 3, full), 10**6)
+    batch = joined(batch) if together else batch
+    mask, dense = TiledMask(batch, tile), visible(batch)
+    found = torch.zeros_like(dense)
+    for own, keys, seen in mask.tiles:
+        assert seen.any(2).any(0).all()
+        parts = seen.split([key.stop - key.start for key in keys], dim=3)
+        for key, part in zip(keys, parts):
+            found[:, :, own, key] = part
+    assert torch.equal(found, dense) and mask.shape == dense.shape
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["block", "full"])
+def test_tiles_give_the_gradients_of_the_dense_mask(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows side by side, of several lengths; also where layers are computed again in the backward pass."""
+    model = load_network(GOLDEN, "sdar")
+    (batch,), results = pack(random_rows(6, 4, full), 10**6), []
+    policy = Policy(model, MASK)
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable()
+            model.train()
+        for mask in (visible, lambda batch: TiledMask(batch, 16)):
+            monkeypatch.setattr(network_module, "attention_mask", mask)
+            logp, _ = policy(batch)
+            results.append((logp.detach(), torch.autograd.grad(logp.sum(), list(model.parameters()))))
+    dense, wanted = results[0]
+    for tiled, found in results[1:]:
+        torch.testing.assert_close(tiled, dense, rtol=0, atol=2e-6)
+        for one, other in zip(found, wanted):
+            assert (one - other).abs().max() <= 2e-6 * other.abs().max()
+
+
+def test_long_rows_are_taken_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    (batch,) = pack(random_rows(4, 2), 10**6)
+    assert not isinstance(attention_mask(batch), TiledMask)
+    monkeypatch.setattr("train.attention.TILE", batch.ids.shape[1] // 2 - 1)
+    assert isinstance(attention_mask(batch), TiledMask)
 
 
 def test_a_network_takes_dense_masks_as_before() -> None:

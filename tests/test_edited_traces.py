@@ -17,6 +17,7 @@ from common.schema import RLTrainingConfig, Sampling
 from common.trajectory import Request, Trajectory, Writing
 from models import find_family, load_network
 from sample.engine import Engine
+from train import rl_step
 from train.learner import Learner, batch_logp
 from train.network import Policy
 from train.objectives import Tokens, importance_weights, response_lengths, terms_of, tokens_of, value_targets
@@ -192,12 +193,13 @@ def test_the_trainer_s_numbers_are_the_engine_s(family: str, settings_of_draw: d
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, {"method": "random_masking", "mismatch_sample": 2}, {"shrink": 2, "tis_cap": 2.0}], ids=str
+    "keys", [{}, {"method": "random_masking", "mismatch_views": 1000}, {"shrink": 2, "tis_cap": 2.0}], ids=str
 )
 def test_a_wrong_number_of_an_overwritten_token_is_seen(
-    model: torch.nn.Module, drawn: list[Trajectory], keys: dict
+    model: torch.nn.Module, drawn: list[Trajectory], keys: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the method: the replay that measures the mismatch goes over every writing."""
+    """Whatever the method: the replay that measures the mismatch, here of all views, goes over every writing."""
+    monkeypatch.setattr(rl_step, "MISMATCH_SHARE", 1000)
     layout, training = Layout(model.config.mask_token_id, BLOCK), RLTrainingConfig(**keys)
     samples = [scored(one, (-1.0) ** n) for n, one in enumerate(drawn)]
     figures = learn(learner_of(model), samples, training, layout, 20, [0], exact=True)

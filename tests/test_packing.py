@@ -16,12 +16,20 @@ from safetensors.torch import load_file
 from scored import scored
 
 from common.errors import UserError
-from common.schema import OptimizerParams, RLTrainingConfig, Sampling, SchedulerConfig, SchedulerParams
+from common.schema import (
+    CPU_TOKENS,
+    CUDA_TOKENS,
+    OptimizerParams,
+    RLTrainingConfig,
+    Sampling,
+    SchedulerConfig,
+    SchedulerParams,
+)
 from common.trajectory import Request, Trajectory
 from models import load_model, load_network
 from sample.engine import Engine
 from train.attention import visible
-from train.learner import Learner, batch_logp, make_learner, rate_factor, update
+from train.learner import Learner, batch_logp, make_learner, micro_batches, rate_factor, update
 from train.network import Policy, chunk_positions
 from train.objectives import loss_weights, policy_loss, tokens_of
 from train.packing import PackedBatch, Row, make_rows, pack
@@ -309,6 +317,15 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_nothing() -> None:
         assert not model.training  # the engine may share the network
     assert results[1][0] == 2 * results[0][0]
     assert_same_gradients(results[1][1], results[0][1], network, 1e-6)
+
+
+def test_a_processor_has_a_smaller_budget_of_its_own(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = packed_rows(network, random_trajectories(network, 3, seed=3)) * 20
+    for cuda, tokens in ((False, CPU_TOKENS), (True, CUDA_TOKENS)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        own, asked = (micro_batches(rows, budget) for budget in (None, tokens))
+        assert [batch.predicted.tolist() for batch in own] == [batch.predicted.tolist() for batch in asked]
+    assert CPU_TOKENS < CUDA_TOKENS
 
 
 # ---- rows and mask

@@ -23,7 +23,7 @@ from models.tiny import build_tiny
 from rollout.samples import write_samples
 from sample.engine import Engine
 from train import prepare_sft
-from train.sft_data import Samples, make_samples, read_samples, split, write_prepared
+from train.sft_data import Samples, level, make_samples, read_samples, split, write_prepared
 from train.sft_trainer import rows_of
 from train.views import Example, Layout, trace_views
 
@@ -262,13 +262,32 @@ def test_fill(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
     for family, total in (("sdar", 12 - 5), ("dream", 24)):
         loaded = tiny[family]
         stop = loaded.tokenizer.eos_token_id
-        size = {"training__block_size": 4}
+        size = {"training__block_size": 4, "training__canvas": "full"}
         example = samples_of(loaded, config_of(path, **size)).conversations[0][0]
         assert example.length == 4 and example.response_ids[3:] == [stop] * (total - 3) and example.step_map is None
         example = samples_of(loaded, config_of(path, **size, training__method="trace")).conversations[0][0]
         assert example.step_map == [2, 0, 1, 3] + [-1] * (total - 4)
     with pytest.raises(UserError, match=r"line 1 .* has no `step_map`, which training\.method=trace replays"):
         samples_of(tiny["sdar"], config_of(write(path, [{"prompt": "1", "response": "2"}]), training__method="trace"))
+
+
+def test_four_samples_share_a_canvas(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:
+    """As long as the longest of them, in whole blocks; whatever comes behind them, and whatever blocks attend."""
+    answers = ["3", "3" * 9, "3" * 2, "3" * 4, "3" * 3, "3" * 2]
+    path = write(tmp_path / "x.jsonl", [{"prompt": "1+2", "response": answer} for answer in answers])
+    widths = {"dream": [12, 12, 12, 12, 4, 4], "sdar": [3, 11, 3, 7, 7, 3]}
+    for family, wanted in widths.items():
+        loaded, config = tiny[family], config_of(path, training__block_size=4)
+        conversations = level(samples_of(loaded, config).conversations, loaded, config.training)
+        assert [len(one.response_ids) for (one,) in conversations] == wanted
+        assert all(
+            one.response_ids[one.length :] == [loaded.tokenizer.eos_token_id] * (width - one.length)
+            for (one,), width in zip(conversations, wanted)
+        )
+        assert level(conversations, loaded, config.training) == conversations
+    full = config_of(path, training__block_size=4, training__canvas="full")
+    conversations = samples_of(tiny["dream"], full).conversations
+    assert {len(one.response_ids) for (one,) in level(conversations, tiny["dream"], full.training)} == {24}
 
 
 def test_a_stop_token_at_the_end_is_not_doubled(tmp_path: Path, tiny: dict[str, LoadedModel]) -> None:

@@ -1,9 +1,11 @@
-"""Who sees whom in a packed batch: a FlexAttention block mask on CUDA, a dense boolean one elsewhere, and the kernels.
+"""Who sees whom in a packed batch: a FlexAttention block mask on CUDA, boolean ones elsewhere, and the kernels.
 
-Both masks apply one rule, `sees`. A block mask holds, for each tile of queries, the tiles of keys that are seen in part
-or in full; the rest costs nothing, so that many trajectories can share one long row. A network under `flex_or_sdpa` is
-sampled from with dense masks and trained with block masks, and the mask's kind chooses the kernel. transformers hands a
-BlockMask through unchanged, as it does any four-dimensional mask (5.17 and 5.23 alike).
+All masks apply one rule, `sees`. A block mask holds, for each tile of queries, the tiles of keys that are seen in part
+or in full; the rest costs nothing, so that many trajectories can share one long row. Elsewhere queries of long rows are
+taken tile by tile too, each with the keys that it sees: of a trajectory's row mostly its clean copy, a fraction of the
+row. A network under `flex_or_sdpa` is sampled from with dense masks and trained with the others, and the mask's kind
+chooses the kernel. transformers hands a BlockMask through unchanged, as it does any four-dimensional mask (5.17 and
+5.23 alike).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,8 +31,10 @@ QUERIES = 2048  # looked at together: no (tokens × tokens) mask exists
 
 
 def attention_mask(batch: PackedBatch) -> Tensor | BlockMask:
-    """The mask that suits the device of the batch."""
-    return block_mask(batch) if batch.ids.is_cuda else visible(batch)
+    """The mask that suits the device of the batch and the length of its rows."""
+    if batch.ids.is_cuda:
+        return block_mask(batch)
+    return visible(batch) if batch.ids.shape[1] <= 2 * TILE else TiledMask(batch)
 
 
 def sees(query: Sequence[Tensor] | Tensor, key: Sequence[Tensor] | Tensor) -> Tensor:
@@ -44,6 +49,35 @@ def visible(batch: PackedBatch) -> Tensor:
     """The dense attention mask of a batch: bool (rows, 1, tokens, tokens), True where the query sees the key."""
     integers = torch.stack([batch.trajectory, batch.block, batch.view])  # (3, rows, tokens)
     return sees(integers[:, :, :, None], integers[:, :, None, :])[:, None]
+
+
+class TiledMask(BlockMask):
+    """For each tile of queries its slice, the slices of keys that any of them sees, and the dense mask between them.
+
+    A BlockMask for transformers only, which hands it through; nothing else of one is in it.
+    """
+
+    def __init__(self, batch: PackedBatch, tile: int = TILE):
+        rows, length = batch.ids.shape
+        self.seq_lengths = (length, length)
+        self.rows = rows
+        integers = torch.stack([batch.trajectory, batch.block, batch.view]).int()  # (3, rows, tokens)
+        self.tiles: list[tuple[slice, list[slice], Tensor]] = []
+        for start in range(0, length, tile):
+            own = slice(start, start + tile)
+            seen = sees(integers[:, :, own, None], integers[:, :, None, :])  # (rows, queries, tokens)
+            keys = runs(seen.any(0).any(0))
+            self.tiles.append((own, keys, torch.cat([seen[:, :, run] for run in keys], 2)[:, None]))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows, 1, *self.seq_lengths
+
+
+def runs(chosen: Tensor) -> list[slice]:
+    """The slices that hold what is True of chosen (tokens,)."""
+    edges = torch.nn.functional.pad(chosen.int(), (1, 1)).diff().nonzero().flatten().tolist()
+    return [slice(start, end) for start, end in zip(edges[::2], edges[1::2])]
 
 
 def block_mask(batch: PackedBatch, tile: int = TILE) -> BlockMask:
@@ -105,11 +139,29 @@ def flex_or_sdpa(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' FlexAttention or SDPA, by the mask's kind; output (batch, length, heads, width)."""
+    if isinstance(attention_mask, TiledMask):
+        return tiled_attention(query, key, value, attention_mask, kwargs.get("scaling")), None
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     # under autocast norms and rotary tables make float32 of queries and keys; FlexAttention's backward takes one dtype
     query, key = query.to(value.dtype), key.to(value.dtype)
     return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def tiled_attention(query: Tensor, key: Tensor, value: Tensor, mask: TiledMask, scale: float | None) -> Tensor:
+    """Attention tile by tile; query (rows, heads, length, width), key and value with as many heads or a part of them.
+
+    Returns (rows, length, heads, width). Keys are not repeated for the heads that share them, as transformers does.
+    """
+    parts = []
+    for own, keys, seen in mask.tiles:
+        some_key, some_value = (torch.cat([one[:, :, run] for run in keys], 2) for one in (key, value))
+        parts.append(
+            scaled_dot_product_attention(
+                query[:, :, own], some_key, some_value, attn_mask=seen, scale=scale, enable_gqa=True
+            )
+        )
+    return torch.cat(parts, 2).transpose(1, 2)
 
 
 def take_block_masks(model: PreTrainedModel) -> None:

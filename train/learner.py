@@ -18,7 +18,7 @@ from torch import Tensor
 from common import ranks
 from common.errors import UserError
 from common.runtime import console
-from common.schema import OptimizerParams, SchedulerConfig, TrainingBase
+from common.schema import CPU_TOKENS, CUDA_TOKENS, OptimizerParams, SchedulerConfig, TrainingBase
 from common.stop import beat
 from models.lora import adapted_layer, is_adapter, merged, plain_name
 from models.mixture import expert_biases
@@ -160,13 +160,15 @@ def rate_factor(schedule: SchedulerConfig, done: int, updates: int) -> float:
     return lowest + (1 - lowest) * left
 
 
-def micro_batches(rows: Sequence[Row], token_budget: int) -> list[PackedBatch]:
+def micro_batches(rows: Sequence[Row], token_budget: int | None) -> list[PackedBatch]:
     """The rows of an update as micro-batches, the same on every rank; one for each at least, where rows are enough.
 
-    Packed as suits the device: joined, in whole tiles, where attention skips what is not visible, else side by side.
+    None takes the device's budget. Packed as suits the device: joined, in whole tiles, where attention skips what is
+    not visible, else side by side.
     """
     joined = torch.cuda.is_available()
     multiple = TILE if joined else 1
+    token_budget = token_budget or (CUDA_TOKENS if joined else CPU_TOKENS)
     return pack(rows, token_budget, ranks.world(), together=joined, most_padding=MOST_PADDING, multiple=multiple)
 
 

@@ -30,8 +30,11 @@ from train.objectives import (
 )
 from train.packing import PackedBatch, Row, make_rows
 from train.routing import FIGURES as ROUTING_FIGURES
-from train.views import Layout, trace_views, view_method
+from train.views import Layout, some_views, trace_views, view_method
 
+FLIPS_SAMPLE = 16  # responses on which a mixture's choice of experts is compared with the sampler's
+MISMATCH_SHARE = 0.05  # of a step's work that measuring the mismatch may take
+UPDATE_COST = 3  # forward and backward, over a forward alone
 RATIO_TOLERANCE = 1e-4  # fp32: rounding stays under 2e-5, a wrong replay or stale weights move it above 1e-2
 
 # An update's share of the step: its micro-batches, and what is known of the tokens that they predict.
@@ -64,7 +67,7 @@ def learn(
     shares: list[Share] = []
     replays = training.method == "TraceRL" and training.shrink == 1  # the views are the very ones the engine drew from
     if known := [sample for sample in samples if sample.trajectory.routes is not None]:
-        compared = replay_rows(known[: training.mismatch_sample], training, layout, with_routes=True)
+        compared = replay_rows(known[:FLIPS_SAMPLE], training, layout, with_routes=True)
         figures["route_flips"] = route_flips(learner, micro_batches(compared, training.tokens_per_micro_batch))
     for epoch in range(training.epochs_per_step):
         # all before the first update: ratios of every pass start from the policy before the step
@@ -78,8 +81,7 @@ def learn(
         # log-probabilities that ratios and KL start from, and whether they are the engine's
         take_starting_logp(learner, batches, tokens, training, temperature, engine_is_policy=replays and exact)
         if not passes and not replays:
-            replayed = replay(learner, samples[: training.mismatch_sample], training, layout)
-            mismatch = mismatch_of(replayed.trainer_logp, replayed.engine_logp, exact)
+            mismatch = sampled_mismatch(learner, samples, rows, training, layout, seed, exact)
         elif not passes and tokens.trainer_logp is not None:
             mismatch = mismatch_of(tokens.trainer_logp, tokens.engine_logp, exact)
         if reference is not None:
@@ -123,7 +125,7 @@ def sample_rows(
         routes = trajectory.routes if training.replay_routes else None
         rows += make_rows(number, trajectory.prompt_ids, trajectory.response_ids, views, layout.logit_offset, routes)
     budget = training.tokens_per_micro_batch
-    if long := [len(row) for row in rows if len(row) > budget]:
+    if long := [len(row) for row in rows if budget and len(row) > budget]:
         console.print(
             f"{len(long)} of {len(rows)} packed trajectories exceed training.tokens_per_micro_batch={budget} (longest "
             f"{max(long)}): each is a micro-batch of its own; raise it where memory allows, or lower rollout.max_token"
@@ -185,10 +187,13 @@ def shares_of(
 # ---- is what is trained what was sampled?
 
 
-def mismatch_of(trainer_logp: Tensor, engine_logp: Tensor, exact: bool) -> dict[str, float]:
+def mismatch_of(
+    trainer_logp: Tensor, engine_logp: Tensor, exact: bool, expected: float | None = None
+) -> dict[str, float]:
     """Mean k3 of trainer ‖ engine, and the largest difference of a log-probability; (predicted,) each.
 
-    Where the two must be equal (`exact`) and are not, UserError: ratios before the step's first update would not be 1.
+    Of a random part the k3 are summed over the `expected` size of such a part, so that the mean has no bias. Where the
+    two must be equal (`exact`) and are not, UserError: ratios before the step's first update would not be 1.
     """
     difference = float((trainer_logp - engine_logp).abs().max())
     if exact and not difference <= RATIO_TOLERANCE:
@@ -196,13 +201,53 @@ def mismatch_of(trainer_logp: Tensor, engine_logp: Tensor, exact: bool) -> dict[
             f"logp_diff_max {difference:.2e} before the first update exceeds {RATIO_TOLERANCE:.0e}: the trainer does "
             "not reproduce the engine's log-probabilities (stale weights, a wrong replay or another temperature)"
         )
-    mean = float(kl_estimate(trainer_logp.double(), engine_logp.double()).mean())
-    return {"mismatch_kl": mean, "logp_diff_max": difference}
+    total = float(kl_estimate(trainer_logp.double(), engine_logp.double()).sum())
+    return {"mismatch_kl": total / (expected or len(trainer_logp)), "logp_diff_max": difference}
 
 
-def replay(learner: Learner, samples: Sequence[ScoredTrajectory], training: RLTrainingConfig, layout: Layout) -> Tokens:
-    """The tokens of the trajectories' exact replays, whatever the method, with the trainer's and the engine's logp."""
-    rows = replay_rows(samples, training, layout, training.replay_routes)
+def sampled_mismatch(
+    learner: Learner,
+    samples: Sequence[ScoredTrajectory],
+    rows: Sequence[Row],
+    training: RLTrainingConfig,
+    layout: Layout,
+    seed: Sequence[int],
+    exact: bool,
+) -> dict[str, float]:
+    """`mismatch_of` some views of the exact replays of all trajectories, each as likely as any other.
+
+    They are `mismatch_views`, or as many fewer as keep this within its share of the step whose rows are given. A view
+    may take a forward of its whole trajectory, and is counted so.
+    """
+    views, predicted = np.zeros(len(samples), dtype=int), 0
+    for number, sample in enumerate(samples):  # made for one after another: those of all may not fit the memory
+        own = trace_views(sample.trajectory, layout, post_num=training.post_num)
+        views[number] = len(own)
+        predicted += int(own.predict.sum())
+    tokens = sum(len(row) for row in rows)
+    longest = max(len(one.trajectory.prompt_ids) + len(one.trajectory.response_ids) for one in samples)
+    affordable = int(MISMATCH_SHARE * UPDATE_COST * tokens / longest)
+    size = min(training.mismatch_views, max(1, affordable), int(views.sum()))
+    # no trajectory's own views are drawn by a seed of this length and end
+    drawn = np.random.default_rng([*seed, len(samples)]).choice(int(views.sum()), size, replace=False)
+    first = np.cumsum(views) - views  # number of each trajectory's first view
+    chosen = [np.sort(drawn[(drawn >= start) & (drawn < start + count)]) - start for start, count in zip(first, views)]
+    replayed = replay(learner, samples, training, layout, chosen)
+    return mismatch_of(replayed.trainer_logp, replayed.engine_logp, exact, predicted * size / int(views.sum()))
+
+
+def replay(
+    learner: Learner,
+    samples: Sequence[ScoredTrajectory],
+    training: RLTrainingConfig,
+    layout: Layout,
+    chosen: Sequence[np.ndarray] | None = None,
+) -> Tokens:
+    """The tokens of the trajectories' exact replays, whatever the method, with the trainer's and the engine's logp.
+
+    `chosen` are the indices of the views of each that are replayed, else all.
+    """
+    rows = replay_rows(samples, training, layout, training.replay_routes, chosen)
     tokens = tokens_of(rows, samples)
     batches = micro_batches(rows, training.tokens_per_micro_batch)
     tokens.trainer_logp = batch_logp(learner, batches, samples[0].trajectory.temperature)
@@ -210,13 +255,24 @@ def replay(learner: Learner, samples: Sequence[ScoredTrajectory], training: RLTr
 
 
 def replay_rows(
-    samples: Sequence[ScoredTrajectory], training: RLTrainingConfig, layout: Layout, with_routes: bool
+    samples: Sequence[ScoredTrajectory],
+    training: RLTrainingConfig,
+    layout: Layout,
+    with_routes: bool,
+    chosen: Sequence[np.ndarray] | None = None,
 ) -> list[Row]:
-    """The packed rows of the trajectories' exact replays; `with_routes`: with the sampler's experts."""
+    """The packed rows of the trajectories' exact replays; `with_routes`: with the sampler's experts.
+
+    `chosen` are the indices of the views of each that are replayed, else all.
+    """
     rows = []
     for number, sample in enumerate(samples):
+        if chosen is not None and len(chosen[number]) == 0:
+            continue
         one = sample.trajectory
         views = trace_views(one, layout, post_num=training.post_num)
+        if chosen is not None:
+            views = some_views(views, chosen[number])
         routes = one.routes if with_routes else None
         rows += make_rows(number, one.prompt_ids, one.response_ids, views, layout.logit_offset, routes)
     return rows

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,8 @@ from train.views import Example
 # Examples of one conversation, each of whose prompts goes on from the example before it. Under block attention they
 # share one clean copy. A single question with its answer is a conversation of one.
 Conversation = list[Example]
+
+CANVAS_SAMPLES = 4  # that share a canvas: the rows a GPU of the original's, where LLaDA fills up to the longest
 
 LONG_PROMPT = "prompts over training.max_prompt_len"
 LONG_RESPONSE = "responses over training.max_gen_length"
@@ -251,7 +253,7 @@ def fill(example: Example, loaded: LoadedModel, config: SFTConfig) -> Example:
     """The example as long as while it is sampled: whole blocks, or the canvas of full attention; BadSample if unfit.
 
     A trace keeps what was drawn behind the stop token, and positions that it never unmasked, or revoked in the end,
-    stay masks. Otherwise stop tokens fill the rest.
+    stay masks. Otherwise stop tokens fill the rest; where the canvas is a batch's they do so when it is made.
     """
     training, family = config.training, loaded.family
     if family.logit_offset and not example.prompt_ids:
@@ -269,15 +271,43 @@ def fill(example: Example, loaded: LoadedModel, config: SFTConfig) -> Example:
         raise BadSample("ids", f"has token ids beyond the {vocabulary} of the model; were they made by another?")
     if loaded.mask_id in drawn or not drawn:
         raise BadSample("ids", "has the mask token in its response, or nothing but masks")
+    filled_later = training.canvas == "batch" and training.method != "trace"  # by `level`
     if family.attention == "block":
         padding = -(len(example.prompt_ids) + len(response)) % training.block_size
-    elif len(response) > example.length:  # the canvas that it was drawn on
+    elif filled_later or len(response) > example.length:  # the latter is the canvas that it was drawn on
         padding = 0
     else:
         padding = -(-training.max_gen_length // training.block_size) * training.block_size - len(response)
     if padding > 0:
         response = response + [end_of_sequence(loaded.tokenizer)] * padding
     return Example(example.prompt_ids, response, example.length, steps and steps + [-1] * padding, overwritten)
+
+
+def level(
+    conversations: Sequence[Conversation], loaded: LoadedModel, training: SFTTrainingConfig
+) -> list[Conversation]:
+    """The conversations with responses filled up by the end of sequence to a canvas, where attention is full.
+
+    The canvas is the longest response of each `CANVAS_SAMPLES` in a row, in whole blocks. So it depends on the order
+    of the samples alone, not on how an update is cut into micro-batches or shared out among ranks.
+    """
+    if loaded.family.attention != "full" or training.method == "trace":
+        return list(conversations)
+    size, levelled = training.block_size, []
+    for start in range(0, len(conversations), CANVAS_SAMPLES):
+        group = conversations[start : start + CANVAS_SAMPLES]
+        longest = max(len(example.response_ids) for conversation in group for example in conversation)
+        canvas = -(-longest // size) * size
+        levelled += [[widened(example, canvas, loaded) for example in conversation] for conversation in group]
+    return levelled
+
+
+def widened(example: Example, canvas: int, loaded: LoadedModel) -> Example:
+    """The example with the end of sequence behind its response, up to so many tokens."""
+    missing = canvas - len(example.response_ids)
+    if missing == 0:
+        return example
+    return replace(example, response_ids=example.response_ids + [end_of_sequence(loaded.tokenizer)] * missing)
 
 
 def conversations_of(examples: Sequence[Example], family: Family) -> list[Conversation]:

@@ -42,7 +42,7 @@ from train.run import (
     save,
     until_stopped,
 )
-from train.sft_data import Conversation, Samples, make_samples, read_samples, split
+from train.sft_data import Conversation, Samples, level, make_samples, read_samples, split
 from train.views import SFT_METHODS, Layout, Views, join_views, layout_of
 
 TINY = "tiny"  # as model.pretrained_model: a new small network of the family, made in the run's folder
@@ -219,7 +219,7 @@ def train_step(run: SFTRun) -> dict[str, float]:
     while len(state.order) < training.batch_size:
         state.order += rng.permutation(len(run.learned)).tolist()
     chosen, state.order = state.order[: training.batch_size], state.order[training.batch_size :]
-    conversations = [run.learned[index] for index in chosen]
+    conversations = level([run.learned[index] for index in chosen], run.loaded, training)
     rows = rows_of(training, run.loaded, conversations, rng, run.learner)
     state.rng = rng.bit_generator.state
     weights = loss_weights(training, conversations, rows)
@@ -305,7 +305,7 @@ def loss_weights(
 def sft_update(
     learner: Learner,
     rows: Sequence[Row],
-    token_budget: int,
+    token_budget: int | None,
     denominator: float | None = None,
     weight: Tensor | None = None,
 ) -> dict[str, float]:
@@ -381,6 +381,7 @@ def validation_loss(
     learner: Learner, loaded: LoadedModel, conversations: Sequence[Conversation], training: SFTTrainingConfig
 ) -> float:
     """The loss on samples that are not learned, under the same noise every time."""
+    conversations = level(conversations, loaded, training)
     rows = rows_of(training, loaded, conversations, np.random.default_rng([training.seed, 1]), learner)
     logp = batch_logp(learner, micro_batches(rows, training.tokens_per_micro_batch), 1.0)  # (predicted,)
     denominator, weight = loss_weights(training, conversations, rows)

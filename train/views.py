@@ -403,6 +403,11 @@ def join_views(parts: Sequence[Views]) -> Views:
     return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays})
 
 
+def some_views(views: Views, chosen: np.ndarray) -> Views:
+    """The views of those indices."""
+    return replace(views, **{name: one[chosen] for name, one in vars(views).items() if isinstance(one, np.ndarray)})
+
+
 # ---- the methods by name
 
 RL_METHODS: dict[str, ViewMethod] = {
