@@ -396,7 +396,7 @@ def test_chats_are_learned_on_the_assistants_turns_only(
     prompts = [text(loaded, example.prompt_ids) for example in examples]
     first = "<|im_start|>1+2<|assistant|>"
     assert prompts == [first, f"{first}3<|im_end|><|im_start|>4<|assistant|>"]
-    rows = rows_of(config.training, loaded, conversations, np.random.default_rng(0))
+    rows = rows_of(config.training, loaded, level(conversations, loaded, config.training), np.random.default_rng(0))
     assert text(loaded, np.concatenate([row.target for row in rows]).tolist()) == "3<|im_end|>3+4=7<|im_end|>"
 
 
