@@ -415,7 +415,7 @@ def test_chats_are_learned_on_the_assistants_turns_only(
     prompts = [text(loaded, example.prompt_ids) for example in examples]
     first = "<|im_start|>1+2<|assistant|>"
     assert prompts == [first, f"{first}3<|im_end|><|im_start|>4<|assistant|>"]
-    rows = rows_of(config.training, loaded, conversations, np.random.default_rng(0))
+    rows = rows_of(config.training, loaded, level(conversations, loaded, config.training), np.random.default_rng(0))
     assert text(loaded, np.concatenate([row.target for row in rows]).tolist()) == "3<|im_end|>3+4=7<|im_end|>"
 
 
@@ -462,7 +462,8 @@ def test_a_text_is_learned_in_pieces_of_the_limit(
     overlap = loaded.family.logit_offset  # Dream's pieces begin with the token before
     assert "".join(part[-overlap * (number > 0) :] for number, part in enumerate(shown[:3])) == f"{written}<|im_end|>"
     assert shown[3] == "9<|im_end|>" and {len(one.prompt_ids) for one in examples} == {-overlap}
-    rows = rows_of(config.training, loaded, [[one] for one in examples], np.random.default_rng(1))
+    pieces = level([[one] for one in examples], loaded, config.training)
+    rows = rows_of(config.training, loaded, pieces, np.random.default_rng(1))
     predicted = sum(len(row.target) for row in rows)
     if method == "ar":
         assert predicted == len(written) + 1, "all but the first tokens of two texts"

@@ -271,15 +271,16 @@ def fill(example: Example, loaded: LoadedModel, config: SFTConfig) -> Example:
         raise BadSample("ids", f"has token ids beyond the {vocabulary} of the model; were they made by another?")
     if loaded.mask_id in drawn or not drawn:
         raise BadSample("ids", "has the mask token in its response, or nothing but masks")
-    filled_later = training.canvas == "batch" and training.method != "trace"  # by `level`
+    full = family.attention == "full"
+    filled_later = full and training.canvas == "batch" and training.method != "trace"  # by `level`
     if family.attention == "block":
         padding = -(len(example.prompt_ids) + len(response)) % training.block_size
     elif filled_later or len(response) > example.length:  # the latter is the canvas that it was drawn on
         padding = 0
     else:
         padding = -(-training.max_gen_length // training.block_size) * training.block_size - len(response)
-    if padding > 0:
-        response = response + [end_of_sequence(loaded.tokenizer)] * padding
+    if padding > 0 or filled_later:  # a tokenizer without one is a mistake that shows here
+        response = response + [end_of_sequence(loaded.tokenizer)] * max(0, padding)
     return Example(example.prompt_ids, response, example.length, steps and steps + [-1] * padding, overwritten)
 
 
