@@ -302,7 +302,8 @@ def test_all_groups_filtered(tiny_sdar: Path, tmp_path: Path, capsys: pytest.Cap
     assert row["seconds_sync"] == 0, "weights that did not move are not handed over"
     assert "loss" not in row
     assert len(lines_of(folder / "rollouts" / "step-0001.jsonl")) == 32
-    assert "no update; no group has an accuracy within training.keep_accuracy [0.2, 0.8] (they are" in capsys.readouterr().out
+    words = "no update; no group has an accuracy within training.keep_accuracy [0.2, 0.8] (they are"
+    assert words in capsys.readouterr().out
     assert same_weights(tiny_sdar, folder / "ckpt" / "optimized")
 
 
