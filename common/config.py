@@ -35,7 +35,7 @@ from common.config_files import (
 )
 from common.errors import UserError, one_line, one_line_errors, show
 from common.older_keys import UPDATE_SIZE_KEYS, derive_update_size, original_objective
-from common.schema import JOBS, SETTINGS, Job, Key, RLConfig, Sampling, Schedule, keys_of
+from common.schema import ATTENTION, JOBS, SETTINGS, Job, Key, RLConfig, Sampling, Schedule, keys_of
 
 Settings = TypeVar("Settings", bound=Sampling)
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -105,8 +105,13 @@ def load_config(name: str, argv: list[str]) -> Any:
             check_sampling(section, check_steps=f"{section.prefix}block_size" in cfg.written)
     if values.keys() & set(UPDATE_SIZE_KEYS):
         notes.append(derive_update_size(name, cfg, values, devices_of(cfg)))
+    originals = any(key in layer for _, layer in layers for key in UPDATE_SIZE_KEYS)
+    full = name == "sft" and cfg.model.model_base in ATTENTION["full"]
+    if full and originals and "training.canvas" not in values:
+        cfg.training.canvas = "full"
+        notes.append("a file of the original's → training.canvas=full (batch fills up to the longest of four samples)")
     if name == "rl":
-        if any(key in layer for _, layer in layers for key in UPDATE_SIZE_KEYS):  # a file of the original's
+        if originals:
             notes += original_objective(cfg, values)
         if "training.keep_accuracy" not in values:
             notes += groups_to_keep(cfg)

@@ -25,6 +25,9 @@ DRAW_ELEMENTS = 1 << 25  # logits in a chunk of the draw: 128 MiB for each float
 # Bytes at the peak of a draw, for each position and word: logits and weights in float32, and what is made of them for
 # entropy, for top-k or for top-p.
 DRAW_BYTES = {"plain": 16, "top_k": 20, "top_p": 40}
+# by these names every network's config has what `size_of` asks for, whatever its config.json calls them
+NETWORK_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "head_dim")
+NETWORK_SIZES += ("intermediate_size", "vocab_size", "tie_word_embeddings")
 GRAPHS = 2.0**30  # bytes of the CUDA graphs themselves, a guess; vLLM logs 0.3 to 1 GiB for as many
 HEAD_COPIES = 16  # bytes of a word's logit in training: the head's output, float32, probabilities, their gradients
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.memory import Drawing, sampling_bytes, size_of
+from common.memory import NETWORK_SIZES, Drawing, sampling_bytes, size_of
 from common.ranks import Queue
 from common.runtime import console
 from common.schema import Sampling
@@ -297,7 +297,8 @@ class Engine:
             return wanted
         self.sleep()  # so that the old cache's memory counts as free
         drawing = Drawing(rows, settings.block_size, longest, self.full_attention, settings.top_k, settings.top_p)
-        size, word = size_of(self.model.config.to_dict()), next(self.model.parameters()).element_size()
+        size = size_of({name: getattr(self.model.config, name, None) for name in NETWORK_SIZES})
+        word = next(self.model.parameters()).element_size()
         return affordable_tokens(self.model, wanted, sampling_bytes(size, drawing, word))
 
     def reserve(self, cached: bool) -> None:

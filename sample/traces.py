@@ -138,7 +138,8 @@ def read_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
     path = Path(config.samples)
     if not path.is_file():
         raise UserError(f"samples: no file {path}; give the samples.jsonl of a run")
-    names = {field.name for field in dataclasses.fields(Trajectory)} - {"overwritten"}  # left out where it is empty
+    may_be_absent = {"overwritten", "routes"}
+    names = {field.name for field in dataclasses.fields(Trajectory)} - may_be_absent
     traces: list[Trace] = []
     for number, line in read_lines(path, "samples"):
         if len(traces) == config.num_response_per_task:

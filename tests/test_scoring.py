@@ -266,9 +266,8 @@ def test_a_rollout_is_scored_beside_and_in_order(own):
 
     def generate(requests, settings, **others):
         for task_id, sample, ids in finished:
-            yield SimpleNamespace(
-                task_id=task_id, sample=sample, response_ids=[*ids, 9], length=len(ids), finish_reason="stop", text=""
-            )
+            own = {"task_id": task_id, "sample": sample, "response_ids": [*ids, 9], "length": len(ids)}
+            yield SimpleNamespace(**own, finish_reason="stop", truncated=False, text="")
 
     scorer = own("def my_reward(response, task): return [int(token) for token in response.tokens]")
     prompts = [(Task("a", "q"), [0]), (Task("b", "q"), [0])]

@@ -133,10 +133,10 @@ def stale_row() -> None:
     """A freed row keeps where its last sequence was, and rotary tables end where the present requests do."""
 
     class ShortTables(Network):
-        def __init__(self, model: torch.nn.Module, positions: int, *rest: Any):
-            super().__init__(model, min(positions, engine.room.longest), *rest)
+        def __init__(self, model: torch.nn.Module, positions: int, *rest: Any, **named: Any):
+            super().__init__(model, min(positions, engine.room.longest), *rest, **named)
 
-    def free(self: Slots, rows: int | slice, start: int, end: int) -> None:
+    def free(self: Slots, rows: torch.Tensor, start: int, end: int) -> None:
         self.finished[rows] = True
 
     sample.engine.Network, Slots.free = ShortTables, free
