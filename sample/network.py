@@ -235,9 +235,10 @@ class Network:
         for the others. The attention's bias must then be the same for all queries of a line.
         """
         hidden, tables = self.model.model.embed_tokens(ids), (self.cosine[positions], self.sine[positions])
+        last = None if at is None else self.model.model.layers[-1]
         with noting_experts(self.routers) as chosen:
             for layer in self.model.model.layers:
-                wanted = at if layer is self.model.model.layers[-1] else None
+                wanted = at if layer is last else None
                 if isinstance(layer, PRE_NORM):
                     hidden = by_parts(layer, hidden, tables, attention, self.kernels, wanted)
                 else:

@@ -381,7 +381,7 @@ def test_finetuning_configs_carry_the_published_numbers(load, monkeypatch):
     full["training"].pop("shrink")
     for family, content, devices in (("trado", block, 8), ("sdar", block, 8), ("llada", full, 32)):
         monkeypatch.setenv("WORLD_SIZE", str(devices))
-        theirs = load("sft", text=yaml.safe_dump(content).replace("{family}", family))
+        theirs = load("sft", f"model.model_base={family}", text=yaml.safe_dump(content).replace("{family}", family))
         ours = load_config("sft", [f"config={ROOT}/configs/sft_{family}.yaml"])
         assert theirs.training.batch_size == ours.training.batch_size == 128
         own = {"eval_every": ours.training.eval_every, "gradient_checkpointing_enable": True}  # memory, not the update
