@@ -36,6 +36,7 @@ class Running:
         self.config = ServeConfig(**{"model": "runs/tiny", "max_token": 24, "max_prompt_len": 40, **changes})
         self.app = make_app(self.config, loaded, key)
         bound = serve.listen("127.0.0.1", 0)
+        bound.listen()  # who asks before the thread has come so far waits, and is not refused
         self.port = bound.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="error", timeout_graceful_shutdown=1))
