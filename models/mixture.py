@@ -1,6 +1,6 @@
 """What families with mixtures of experts share: a checkpoint's tensors for each expert, transformers' joined ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -112,9 +112,24 @@ def routers(network: torch.nn.Module) -> list[torch.nn.Module]:
 def noting_experts(found: Sequence[torch.nn.Module]) -> Iterator[list[Tensor]]:
     """Within it, every forward of these routers appends the experts that it chose, (tokens, chosen), to the list."""
     chosen: list[Tensor] = []
-    handles = [router.register_forward_hook(lambda _, inputs, output: chosen.append(output[2])) for router in found]
-    try:
+    with after_routing(found, lambda layer, router, output: chosen.append(output[2])):
         yield chosen
+
+
+@contextmanager
+def after_routing(
+    found: Sequence[torch.nn.Module], hook: Callable[[int, torch.nn.Module, tuple[Tensor, ...]], Any]
+) -> Iterator[None]:
+    """Within it `hook` is called after each forward of these routers: with its number, itself and what it returned.
+
+    What the hook returns, unless None, stands in place of that.
+    """
+    handles = [
+        router.register_forward_hook(lambda one, _, output, layer=layer: hook(layer, one, output))
+        for layer, router in enumerate(found)
+    ]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

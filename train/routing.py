@@ -11,7 +11,7 @@ from torch import Tensor
 from common import ranks
 from common.errors import UserError
 from common.schema import TrainingBase
-from models.mixture import expert_biases, noting_experts, routers
+from models.mixture import after_routing, expert_biases, noting_experts, routers
 from train.packing import PackedBatch
 
 FIGURES = ("expert_tokens", "expert_tokens_least", "busiest_expert", "routing_entropy")
@@ -51,15 +51,8 @@ class Routing:
             return
         real = (batch.trajectory >= 0).flatten()  # (tokens,)
         self.tokens += float(real.sum())
-        handles = [
-            router.register_forward_hook(lambda _, inputs, output, layer=layer: self.count(layer, real, *output))
-            for layer, router in enumerate(self.routers)
-        ]
-        try:
+        with after_routing(self.routers, lambda layer, router, output: self.count(layer, real, *output)):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def replaying(self, batch: PackedBatch) -> Iterator[None]:
@@ -73,19 +66,12 @@ class Routing:
             return
         routes = batch.routes.flatten(0, 1)  # (tokens, layers, chosen)
 
-        def given(layer: int, router: torch.nn.Module, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            experts = routes[:, layer].long()
+        def given(layer: int, router: torch.nn.Module, output: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+            logits, experts = output[0], routes[:, layer].long()
             return logits, self.network.expert_weights(router, logits, experts), experts
 
-        handles = [
-            router.register_forward_hook(lambda one, _, output, layer=layer: given(layer, one, output[0]))
-            for layer, router in enumerate(self.routers)
-        ]
-        try:
+        with after_routing(self.routers, given):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def comparing(self, batch: PackedBatch) -> Iterator[None]:
