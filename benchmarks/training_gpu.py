@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from peft import LoraConfig, inject_adapter_in_model
 
 from benchmarks.cost_model import CHIPS, attention_flops, chip_of
 from benchmarks.made_trajectories import LAYOUT, MASK, make_trajectories
@@ -28,10 +26,11 @@ from benchmarks.plain_loop import synchronize
 from benchmarks.shapes import SHAPES, make_network
 from common.memory import Size, size_of
 from common.metrics import print_table
-from common.schema import LoraSettings, RLTrainingConfig
+from common.schema import LoraSettings, OptimizerParams, RLTrainingConfig, SchedulerConfig
 from common.trajectory import Score, ScoredTrajectory, Task
+from models.lora import add_lora
 from models.norms import fuse_norms
-from train.learner import Learner, micro_batches
+from train.learner import make_learner, micro_batches
 from train.network import Policy
 from train.packing import Row
 from train.rl_step import learn, sample_rows
@@ -54,19 +53,22 @@ def main() -> None:
     parser.add_argument("shape", choices=[name for name in SHAPES if name != "tiny"])
     parser.add_argument("--trajectories", type=int, default=8)
     parser.add_argument("--response", type=int, default=2000, help="tokens of each response")
+    parser.add_argument("--tokens-per-micro-batch", type=int, help="default: training.tokens_per_micro_batch's")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, help="write the table's row to this file too, as JSON")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = Policy(make_model(options.shape, device), MASK)
-    trained = [one for one in network.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    learner = Learner(network, optimizer, schedule, Accelerator(mixed_precision="bf16"), 1.0)
+    network = Policy(make_model(options.shape, device, options.checkpointing), MASK)
+    training = RLTrainingConfig(
+        old_logp="engine",
+        gradient_checkpointing_enable=options.checkpointing,
+        tokens_per_micro_batch=options.tokens_per_micro_batch,
+    )
+    learner = make_learner(network, OptimizerParams(), SchedulerConfig(), ROUNDS + 1, training, "bf16")
     samples = [
         ScoredTrajectory(Task(one.task_id, ""), one, Score(1.0, True, "passed"), (-1.0) ** n)
         for n, one in enumerate(make_trajectories(options.trajectories, [options.response]))
     ]
-    training = RLTrainingConfig(old_logp="engine", gradient_checkpointing_enable=True)
     rows = sample_rows(samples, training, LAYOUT, [0])
     seconds = []
     for number in range(ROUNDS + 1):
@@ -98,19 +100,15 @@ def main() -> None:
         options.out.write_text(json.dumps([row]), encoding="utf-8")
 
 
-def make_model(shape: str, device: torch.device) -> torch.nn.Module:
+def make_model(shape: str, device: torch.device, checkpointing: bool) -> torch.nn.Module:
     """The shape with random bfloat16 weights and float32 LoRA adapters."""
     model, _ = make_network(shape, device)
     model = model.to(torch.bfloat16).train().requires_grad_(False)
     if device.type == "cuda":
         fuse_norms(model)
-    targets = LoraSettings().targets
-    inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=targets), model)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    add_lora(model, LoraSettings(r=16))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     return model
 
 

@@ -38,6 +38,9 @@ def add_lora(network: torch.nn.Module, lora: LoraSettings) -> None:
     import peft  # by those alone who use it: it takes a second
 
     peft.inject_adapter_in_model(peft.LoraConfig(**peft_settings(lora)), network, adapter_name=ADAPTER)
+    for layer in network.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer) and network.dtype == torch.bfloat16:
+            layer.cast_input_dtype_enabled = False  # to float32, which autocast takes back at once
     for name, parameter in network.named_parameters():
         if is_adapter(name):  # in the weights' precision an update would be lost to rounding
             parameter.data = parameter.data.float()

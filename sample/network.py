@@ -358,9 +358,10 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float
     if groups > 1 and (query.device.type == "cuda" or rows >= FOLD_FROM):
         folded = query.reshape(rows, heads // groups, groups * length, width)
         bias = bias if bias.shape[2] == 1 else bias.repeat(1, 1, groups, 1)
-        out = scaled_dot_product_attention(folded, key, value, bias, scale=scaling).view(query.shape)
-    else:
-        out = scaled_dot_product_attention(query, key, value, bias, scale=scaling, enable_gqa=groups > 1)
+        out = scaled_dot_product_attention(folded, key, value, bias, scale=scaling)
+        # by its dimensions: CUDA's kernels lay them out in another order than the CPU's
+        return out.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4).reshape(rows, length, -1)
+    out = scaled_dot_product_attention(query, key, value, bias, scale=scaling, enable_gqa=groups > 1)
     return out.transpose(1, 2).reshape(rows, length, -1)
 
 
