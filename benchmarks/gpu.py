@@ -42,7 +42,7 @@ from common.runtime import version_of
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "gpu"
 BEGIN, END = "<!-- tables of benchmarks/gpu.py -->", "<!-- end of the tables -->"
-MINUTES = 25  # that all parts may take
+MINUTES, RL_STEPS = 25, 20  # all that the parts may take
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "triton")
 BATCHES = {"1.7b": (64,), "4b": (128,), "8b": (1, 64, 128), "mini": (2,)}
 MEASURED = ("1.7b", "4b", "8b")
@@ -63,8 +63,8 @@ class Part:
     writes: bool = True
 
 
-def parts_of(shape: str | None) -> list[Part]:
-    """What is measured; at one small shape where `shape` names it."""
+def parts_of(shape: str | None, steps: int = RL_STEPS) -> list[Part]:
+    """What is measured, with so many steps of RL; at one small shape and in one step where `shape` names it."""
     short = shape is not None
     shapes = (shape,) if short else MEASURED
     size = {"prompt": 8 if short else PROMPT, "tokens": 8 if short else TOKENS}
@@ -78,9 +78,10 @@ def parts_of(shape: str | None) -> list[Part]:
     for name in shapes:
         few = ["--trajectories=2", "--response=8"] if short else []
         parts.append(Part(f"training {name}", limits[name][1], ["benchmarks.training_gpu", name, *few]))
-    few = ["rollout.num_task_per_step=2", "rollout.num_response_per_task=2", "rollout.max_token=4"]
+    # equal rewards by chance would leave nothing to learn: 2 to the power of 14 to one that they are not
+    few = ["rollout.num_task_per_step=2", "rollout.num_response_per_task=8", "rollout.max_token=4"]
     few += ["evaluation.max_token=4", "evaluation.num_task=1"]
-    options = ["--shape", shape, "--steps=1", *few] if short else ["--steps=20"]
+    options = ["--shape", shape, "--steps=1", *few] if short else [f"--steps={steps}"]
     parts.append(Part("rl", 300, ["benchmarks.rl_steps", *options]))
     return parts
 
@@ -88,7 +89,10 @@ def parts_of(shape: str | None) -> list[Part]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=["mini"], help="one small shape: for the processor")
-    parser.add_argument("--parts", nargs="+", metavar="PART", help="only these: tests, rollout, training, rl")
+    parser.add_argument(
+        "--parts", nargs="+", metavar="PART", help="only these, in this order: rollout, 'training 8b' …"
+    )
+    parser.add_argument("--rl-steps", type=int, default=RL_STEPS)
     parser.add_argument("--minutes", type=float, default=MINUTES, help="that all parts may take")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--tables", action="store_true", help="only write the tables of docs/performance.md")
@@ -96,10 +100,10 @@ def main() -> None:
     if not options.tables:
         if not torch.cuda.is_available() and (options.shape is None or options.out == RESULTS):
             sys.exit("make gpu needs a CUDA device; --shape mini --out FOLDER runs the same on the processor")
-        wanted = [
-            part for part in parts_of(options.shape) if not options.parts or part.name.split()[0] in options.parts
-        ]
-        found = measure(wanted, time.monotonic() + 60 * options.minutes)
+        parts = parts_of(options.shape, options.rl_steps)
+        if options.parts:
+            parts = [part for name in options.parts for part in parts if name in (part.name, part.name.split()[0])]
+        found = measure(parts, time.monotonic() + 60 * options.minutes)
         options.out.mkdir(parents=True, exist_ok=True)
         file = options.out / f"{found['chip']}-{found['date']}.json"
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -176,7 +180,8 @@ def tables(results: Path) -> str:
         markdown(rollout),
         f"{MOVED.upper()}: GB that attention and the draw move in such a step, and its kernels, computed:",
         markdown(moved_rows(size_of(SHAPES[MOVED]), BATCHES[MOVED], CONTEXT, PROMPT + TOKENS)),
-        "Training, LoRA with checkpointing, 8 trajectories of 2,000 tokens; MFU counts no recomputation:",
+        "Training, LoRA, 8 trajectories of 2,000 tokens; 16,384 packed tokens in a forward with activation checkpointing, "
+        "8,192 without; MFU counts no recomputation:",
         markdown(training),
     ]
     steps = [rl_row(chip, found) for chip, found in newest.items() if found["parts"].get("rl", {}).get("rows")]
@@ -219,18 +224,19 @@ def rollout_table(chip: str, found: dict[str, Any] | None) -> Iterator[dict[str,
 
 def training_table(chip: str, found: dict[str, Any] | None) -> Iterator[dict[str, str]]:
     for shape in MEASURED:
-        row = next(iter(rows_of(found, f"training {shape}")), None)
         response = Response(MADE_PROMPT, LENGTH)
         flops = training_flops(size_of(SHAPES[shape]), response, frozen=True)
         limit = response.tokens * LARGE_PRODUCT * CHIPS[chip].peak / flops if chip in CHIPS else None
-        yield {
-            "chip": chip,
-            "shape": shape,
-            "limit tokens/s": f"{limit:.0f}" if limit else "",
-            "tokens/s": f"{row['tokens/s']:.0f}" if row else ABSENT,
-            "MFU": f"{row['MFU %']:.0f} %" if row and row.get("MFU %") else ABSENT,
-            "GiB": f"{row['GiB']:.1f}" if row and "GiB" in row else ABSENT,
-        }
+        for row in rows_of(found, f"training {shape}") or [{}]:
+            yield {
+                "chip": chip,
+                "shape": shape,
+                "checkpointing": {True: "yes", False: "no"}.get(row.get("checkpointing"), ABSENT),
+                "limit tokens/s": f"{limit:.0f}" if limit else "",
+                "tokens/s": f"{row['tokens/s']:.0f}" if row else ABSENT,
+                "MFU": f"{row['MFU %']:.0f} %" if row.get("MFU %") else ABSENT,
+                "GiB": f"{row['GiB']:.1f}" if "GiB" in row else ABSENT,
+            }
 
 
 def rl_row(chip: str, found: dict[str, Any]) -> dict[str, str]:

@@ -47,6 +47,7 @@ def main() -> None:
             "reward.truncated_is_wrong": "False",
             "rollout.remasking_strategy": "low_confidence_static",
             "rollout.max_token": 128,
+            "rollout.num_task_per_step": 16,
             "experiment.runs_dir": folder,
             "experiment.project": "steps",
             "experiment.total_step": options.steps,

@@ -4,10 +4,10 @@
     python -m benchmarks.training --part gpu     # 1.7B, 4B and 8B, each in a process of its own
 
 Weights are bfloat16 and frozen but for LoRA adapters (rank 16, the attention's and the feed-forward's projections),
-with activation checkpointing. Useful tokens are those of prompts, responses and views, padding apart. Model FLOP
-utilisation counts the useful work of forward and backward alone: 2 FLOPs a parameter and token in the forward, as many
-for the gradient of the activations, the language head at predicted positions only, attention over the pairs that are
-seen, and no recomputation. Not measured yet.
+with and without activation checkpointing. Useful tokens are those of prompts, responses and views, padding apart. Model
+FLOP utilisation counts the useful work of forward and backward alone: 2 FLOPs a parameter and token in the forward, as
+many for the gradient of the activations, the language head at predicted positions only, attention over the pairs that
+are seen, and no recomputation.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,13 +31,15 @@ from common.schema import LoraSettings, OptimizerParams, RLTrainingConfig, Sched
 from common.trajectory import Score, ScoredTrajectory, Task
 from models.lora import add_lora
 from models.norms import fuse_norms
-from train.learner import make_learner, micro_batches
+from train.learner import Learner, make_learner, micro_batches
 from train.network import Policy
 from train.packing import Row
 from train.rl_step import learn, sample_rows
 
 MEASURED = ("1.7b", "4b", "8b")
-ROUNDS = 3
+# activation checkpointing, and packed tokens in a forward: the default's, and where memory is there for activations
+WAYS = ((True, None), (False, 8192))
+WARM_UP, ROUNDS = 2, 2  # steps; a length that was not met before is compiled for
 
 
 def measure_shapes() -> None:
@@ -48,42 +51,53 @@ def measure_shapes() -> None:
 
 
 def main() -> None:
-    """One shape: a warm-up step, which compiles, and the mean of a few more."""
+    """One shape: for each way warm-up steps, which compile, and the mean of a few more."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_gpu", description=__doc__.splitlines()[0])
     parser.add_argument("shape", choices=[name for name in SHAPES if name != "tiny"])
     parser.add_argument("--trajectories", type=int, default=8)
     parser.add_argument("--response", type=int, default=2000, help="tokens of each response")
-    parser.add_argument("--tokens-per-micro-batch", type=int, help="default: training.tokens_per_micro_batch's")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", type=Path, help="write the table's row to this file too, as JSON")
+    parser.add_argument("--out", type=Path, help="write the table's rows to this file too, as JSON")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = Policy(make_model(options.shape, device, options.checkpointing), MASK)
-    training = RLTrainingConfig(
-        old_logp="engine",
-        gradient_checkpointing_enable=options.checkpointing,
-        tokens_per_micro_batch=options.tokens_per_micro_batch,
-    )
-    learner = make_learner(network, OptimizerParams(), SchedulerConfig(), ROUNDS + 1, training, "bf16")
+    model = make_model(options.shape, device)
+    learner = make_learner(Policy(model, MASK), OptimizerParams(), SchedulerConfig(), 1, RLTrainingConfig(), "bf16")
     samples = [
         ScoredTrajectory(Task(one.task_id, ""), one, Score(1.0, True, "passed"), (-1.0) ** n)
         for n, one in enumerate(make_trajectories(options.trajectories, [options.response]))
     ]
-    rows = sample_rows(samples, training, LAYOUT, [0])
+    rows = []
+    for checkpointing, tokens in WAYS:
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        else:
+            model.gradient_checkpointing_disable()
+        training = RLTrainingConfig(old_logp="engine", tokens_per_micro_batch=tokens)
+        try:
+            rows.append({"shape": options.shape, "checkpointing": checkpointing} | measure(learner, samples, training))
+        except torch.OutOfMemoryError:
+            print(f"{options.shape} without activation checkpointing, {tokens} tokens: does not fit")
+    print_table(rows)
+    if options.out:
+        options.out.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def measure(learner: Learner, samples: Sequence[ScoredTrajectory], training: RLTrainingConfig) -> dict[str, Any]:
+    """Figures of a step over the samples."""
+    device, most = learner.accelerator.device, max(one.trajectory.length for one in samples)
+    packed = sample_rows(samples, training, LAYOUT, [0])
     seconds = []
-    for number in range(ROUNDS + 1):
-        if number == 1 and device.type == "cuda":
+    for number in range(WARM_UP + ROUNDS):
+        if number == WARM_UP and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         synchronize()
         start = time.perf_counter()
-        learn(learner, samples, training, LAYOUT, options.response, [0], exact=False)
+        learn(learner, samples, training, LAYOUT, most, [0], exact=False)
         synchronize()
         seconds.append(time.perf_counter() - start)
-    mean = sum(seconds[1:]) / ROUNDS
-    tokens = sum(len(row) for row in rows)
-    padded = sum(batch.ids.numel() for batch in micro_batches(rows, training.tokens_per_micro_batch))
+    mean = sum(seconds[WARM_UP:]) / ROUNDS
+    tokens = sum(len(row) for row in packed)
+    padded = sum(batch.ids.numel() for batch in micro_batches(packed, training.tokens_per_micro_batch))
     row = {
-        "shape": options.shape,
         "useful tokens": tokens,
         "padding %": 100 * (1 - tokens / padded),
         "seconds": mean,
@@ -92,23 +106,19 @@ def main() -> None:
     }
     if device.type == "cuda":
         chip = chip_of(torch.cuda.get_device_name())
-        flops = useful_flops(size_of(SHAPES[options.shape]), rows)
+        flops = useful_flops(size_of(learner.network.backbone.config.to_dict()), packed)
         row["MFU %"] = 100 * flops / mean / CHIPS[chip].peak if chip else None
         row["GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    print_table([row])
-    if options.out:
-        options.out.write_text(json.dumps([row]), encoding="utf-8")
+    return row
 
 
-def make_model(shape: str, device: torch.device, checkpointing: bool) -> torch.nn.Module:
+def make_model(shape: str, device: torch.device) -> torch.nn.Module:
     """The shape with random bfloat16 weights and float32 LoRA adapters."""
     model, _ = make_network(shape, device)
     model = model.to(torch.bfloat16).train().requires_grad_(False)
     if device.type == "cuda":
         fuse_norms(model)
     add_lora(model, LoraSettings(r=16))
-    if checkpointing:
-        model.gradient_checkpointing_enable()
     return model
 
 

@@ -1,11 +1,14 @@
 """Low-rank adapters by peft: trained in place of the network's own weights, merged for sampling, saved both ways."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from common.errors import UserError
 from common.schema import LoraSettings
@@ -39,11 +42,49 @@ def add_lora(network: torch.nn.Module, lora: LoraSettings) -> None:
 
     peft.inject_adapter_in_model(peft.LoraConfig(**peft_settings(lora)), network, adapter_name=ADAPTER)
     for layer in network.modules():
-        if isinstance(layer, peft.tuners.lora.LoraLayer) and network.dtype == torch.bfloat16:
-            layer.cast_input_dtype_enabled = False  # to float32, which autocast takes back at once
+        if isinstance(layer, peft.tuners.lora.Linear):
+            add_in_place(layer)
     for name, parameter in network.named_parameters():
         if is_adapter(name):  # in the weights' precision an update would be lost to rounding
             parameter.data = parameter.data.float()
+
+
+def add_in_place(layer: torch.nn.Module) -> None:
+    """Let an adapted linear layer of peft's add its adapter's product into its own result.
+
+    W x + (B A x) α / r as peft writes it makes two more tensors as wide as the result, and a float32 copy of x.
+    """
+    down, up, scaling = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.scaling[ADAPTER]
+
+    def forward(_: torch.nn.Module, active_adapter: str, x: Tensor, result: Tensor, **__: Any) -> Tensor:
+        return up(down(x), result)
+
+    # the two by calls of their own, before which DeepSpeed gathers a layer's weights
+    down.forward = lambda x: linear(x, down.weight.to(x.dtype))
+    up.forward = lambda narrow, result: AddProduct.apply(
+        result, narrow.to(result.dtype), up.weight.to(result.dtype), scaling
+    )
+    layer.cast_input_dtype_enabled = False
+    layer.lora_variant[ADAPTER] = SimpleNamespace(forward=forward)
+
+
+class AddProduct(torch.autograd.Function):
+    """result + scaling · narrow weightᵀ in the place of result (…, out); narrow (…, r), weight (out, r)."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, narrow: Tensor, weight: Tensor, scaling: float) -> Tensor:
+        result.flatten(0, -2).addmm_(narrow.flatten(0, -2), weight.t(), alpha=scaling)
+        ctx.save_for_backward(narrow, weight)
+        ctx.scaling = scaling
+        ctx.mark_dirty(result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        narrow, weight = ctx.saved_tensors
+        of_weight = gradient.flatten(0, -2).t() @ narrow.flatten(0, -2)
+        return gradient, gradient @ weight * ctx.scaling, of_weight * ctx.scaling, None
 
 
 def peft_settings(lora: LoraSettings) -> dict[str, Any]:

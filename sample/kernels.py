@@ -78,12 +78,13 @@ def compiled(
     None, said too, where torch cannot compile, as without a C compiler or Triton.
     """
     turn, product = torch.compile(rotate), torch.compile(gate)
-    # a gate knows no sizes: feed-forwards of one network may differ in width
+    # a gate knows no sizes: feed-forwards of one network may differ in width; inductor cuts its work by the first's
     per_token = {turn: ((heads, width), (key_heads, width), (rotated,), (rotated,)), product: ((), ())}
+    tokens = {turn: TOKENS, product: TOKENS * heads * width}
     start = time.perf_counter()
     try:
         for function, shapes in per_token.items():
-            tensors = [torch.zeros(TOKENS, *shape, device=device, dtype=dtype) for shape in shapes]
+            tensors = [torch.zeros(tokens[function], *shape, device=device, dtype=dtype) for shape in shapes]
             for tensor in tensors:
                 torch._dynamo.mark_dynamic(tensor, 0)
             function(*tensors)

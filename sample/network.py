@@ -8,7 +8,7 @@ cache first, flat, at `places`.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ NAME = "engine"  # under which transformers knows `attend`
 NORMED_HEADS = (Qwen3DecoderLayer, Qwen3MoeDecoderLayer, Glm4MoeDecoderLayer)
 PRE_NORM = (LlamaDecoderLayer, Qwen2DecoderLayer, *NORMED_HEADS)  # layers that `by_parts` knows
 FOLD_FROM = 8  # rows on the CPU, see docs/performance.md
+# of FlashAttention over the pool: blocks of threads for each multiprocessor, and the keys below which a span is no help
+WAVES, SHORTEST_SPAN = 2, 256
+TILE = 64  # keys that the kernel takes at a time
 
 
 # ---- who sees whom: a layout's lines are the rows of tokens (lines, length) of one forward
@@ -138,34 +141,37 @@ class FlashKeys:
 class PoolKeys:
     """torch's FlashAttention over the whole pool, no bias: each line sees what lies before its end in its own slot.
 
-    The first slots are attended to once by their current blocks, and again where their previous blocks come too: the
-    kernel's sequences must not overlap. Queries of heads that share keys become further positions, so that keys are
-    read once.
+    Queries of heads that share keys become further positions, so that keys are read once. Where lines are too few to
+    keep the device busy, the keys of each are cut into spans, attended to side by side: by itself the kernel walks
+    through a line's keys one tile after another.
     """
 
     cache: KeyValueCache
     places: Tensor
-    starts: Tensor  # (slots + 1,) int32, where slots begin in the pool and where the last one ends
-    ends: Tensor  # (1 or 2, slots) int32 positions, the current blocks' first
-    queries: Tensor  # (slots + 1,) int32, where each slot's queries begin
-    seen: int  # no end lies behind
+    starts: Tensor  # (lines × spans + 1,) int32, where spans begin in the pool, in any order, and a last one
+    used: Tensor  # (lines × spans,) int32, how many keys of a span are seen, at least one
+    queries: Tensor  # (lines × spans + 1,) int32, where the queries of each span begin
+    empty: Tensor  # (lines, spans, 1), whether a span lies behind its line's end
+    span: int  # the most keys of one
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         self.cache.write(layer, self.places, key, value)
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (tokens, kv_heads, head_dim)
-        lines, heads, length = query.shape[:3]
-        groups = heads // keys.shape[1]
-        folded = query.unflatten(1, (-1, groups)).permute(0, 2, 3, 1, 4)  # (lines, groups, length, kv_heads, head_dim)
-        parts = folded.reshape(len(self.ends), -1, *keys.shape[1:])
-        out = [
-            OPERATOR(
-                part, keys, values, self.queries, self.starts, groups * length, self.seen,
-                0.0, False, False, scale=scaling, seqused_k=ends,
-            )[0]
-            for part, ends in zip(parts, self.ends)
-        ]  # fmt: skip
-        joined = out[0] if len(out) == 1 else torch.cat(out)
-        return joined.view(folded.shape).permute(0, 2, 3, 1, 4).reshape(lines, length, -1)
+        lines, _, length, width = query.shape
+        key_heads, spans = keys.shape[1], self.empty.shape[1]
+        # (lines, groups × length, kv_heads, head_dim)
+        folded = query.unflatten(1, (key_heads, -1)).permute(0, 2, 3, 1, 4).flatten(1, 2)
+        out, logsumexp, *_ = OPERATOR(
+            folded[:, None].expand(-1, spans, -1, -1, -1).reshape(-1, key_heads, width), keys, values,
+            self.queries, self.starts, folded.shape[1], self.span,
+            0.0, False, False, scale=scaling, seqused_k=self.used,
+        )  # fmt: skip
+        if spans > 1:
+            # softmax(s) v = Σ over spans of exp(logsumexp of its s − that of all) · its softmax(s) v
+            mass = logsumexp.view(key_heads, lines, spans, -1).masked_fill(self.empty, float("-inf"))
+            share = mass.softmax(2).permute(1, 2, 3, 0)[..., None]  # (lines, spans, groups × length, kv_heads, 1)
+            out = (out.view(lines, spans, -1, key_heads, width) * share).sum(1).to(query.dtype)
+        return out.view(lines, -1, length, key_heads, width).permute(0, 2, 3, 1, 4).reshape(lines, length, -1)
 
 
 # `attend` of each: query, key and value (lines, heads, length, head_dim) -> (lines, length, heads × head_dim)
@@ -176,9 +182,31 @@ def pool_keys(
     network: "Network", cache: KeyValueCache, places: Tensor, ends: Tensor, length: int, seen: int
 ) -> PoolKeys:
     """The layout of the cache's first slots, whose lines of `length` queries each see what lies before `ends`
-    (1 or 2, slots), none of them behind `seen`."""
-    number = torch.arange(ends.shape[1] + 1, dtype=torch.int32, device=ends.device)
-    return PoolKeys(cache, places, number * cache.width, ends.int(), number * (network.groups * length), seen)
+    (1 or 2, slots), none of them behind `seen`: all current blocks, and behind them the previous ones."""
+    device, slots = ends.device, ends.shape[1]
+    span = span_of(seen, ends.numel(), cache.keys[0].shape[1], device)
+    spans = -(-seen // span)
+    number = torch.arange(ends.numel() * spans + 1, dtype=torch.int32, device=device)
+    first = torch.arange(spans, dtype=torch.int32, device=device) * span  # of a span's positions
+    slot = torch.arange(slots, dtype=torch.int32, device=device).repeat(len(ends))
+    starts = ((slot * cache.width)[:, None] + first).flatten()
+    left = ends.int().flatten()[:, None] - first  # (lines, spans) keys from a span's first one on
+    return PoolKeys(
+        cache, places, torch.cat((starts, starts[-1:])), left.clamp(1, span).flatten(),
+        number * (network.groups * length), (left <= 0)[..., None], span,
+    )  # fmt: skip
+
+
+def span_of(seen: int, lines: int, key_heads: int, device: torch.device) -> int:
+    """How many of a line's keys are attended to by themselves, so that the device is busy and none has too few."""
+    spans = max(1, min(WAVES * multiprocessors(device) // (lines * key_heads), seen // SHORTEST_SPAN))
+    return -(-seen // spans // TILE) * TILE
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks of threads a GPU runs side by side at least."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def bias_of(visible: Tensor, dtype: torch.dtype) -> Tensor:

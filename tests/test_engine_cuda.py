@@ -35,8 +35,8 @@ def check_same(got: dict[str, Trajectory], expected: dict[str, Trajectory], tole
         assert got[task].logp == pytest.approx(one.logp, rel=0, abs=tolerance)
 
 
-def run(engine: Engine, settings: Sampling) -> dict[str, Trajectory]:
-    return {trajectory.task_id: trajectory for trajectory in engine.generate(requests_of(*LENGTHS), settings)}
+def run(engine: Engine, settings: Sampling, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Trajectory]:
+    return {trajectory.task_id: trajectory for trajectory in engine.generate(requests_of(*lengths), settings)}
 
 
 class LateWatch:
@@ -133,13 +133,19 @@ def test_graphs_follow_new_weights(on_gpu: LoadedModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["torch", "flash-attn"])
-def test_flash_attention_gives_what_the_bias_gives(on_gpu: LoadedModel, kernel: str) -> None:
+@pytest.mark.parametrize("kernel", ["torch", "torch, spans", "flash-attn"])
+def test_flash_attention_gives_what_the_bias_gives(
+    on_gpu: LoadedModel, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if kernel == "flash-attn":
         pytest.importorskip("flash_attn")
+    lengths = LENGTHS
+    if kernel == "torch, spans":
+        monkeypatch.setattr("sample.network.SHORTEST_SPAN", 64)
+        kernel, lengths = "torch", (300, 3, 150)
     model = on_gpu.model.to(torch.bfloat16)
     settings = replace(SETTINGS, temperature=0.0, remasking_strategy="sequential", max_token=4)
     flash, dense = (Engine(model, on_gpu.mask_id, []) for _ in range(2))
     assert flash.kernel != "bias"
     flash.kernel, dense.kernel = kernel, "bias"
-    check_same(run(flash, settings), run(dense, settings), tolerance=0.05)
+    check_same(run(flash, settings, lengths), run(dense, settings, lengths), tolerance=0.05)

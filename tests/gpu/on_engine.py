@@ -15,6 +15,7 @@ import emulation
 import patches
 import torch
 
+import sample.network
 from common.memory import Drawing, sampling_bytes, size_of
 from common.runtime import seed_everything
 from common.schema import Sampling
@@ -292,8 +293,8 @@ def attention_kernels(dtype: str, expected: list[str]) -> FIGURES:
     return counted(engine) | {"attention": dict(log.attention)}
 
 
-def attention_without_a_mask(family: str) -> FIGURES:
-    """FlashAttention over the pool gives what the bias gives, in float32: slots widened, commits, windows."""
+def attention_without_a_mask(family: str, spans: bool = False) -> FIGURES:
+    """FlashAttention over the pool gives what the bias gives, in float32: slots widened, commits, windows, spans."""
     patches.TAKEN.add(torch.float32)
     on_cpu, on_device = on_both(family)
     engine = watched_engine(on_device)
@@ -306,12 +307,16 @@ def attention_without_a_mask(family: str) -> FIGURES:
     else:
         cached = replace(FULL, use_cache=True)
         runs = [(cached, LENGTHS), (replace(cached, further_horizon=4), LENGTHS)]
+    if spans:
+        sample.network.SHORTEST_SPAN = 64
+        runs = [(settings, (150, 3, 70)) for settings, _ in runs]
     for settings, lengths in runs:
         cpu = Engine(on_cpu.model, on_cpu.mask_id, [STOP])
         check_same(responses(engine, settings, lengths), responses(cpu, settings, lengths))
     in_steps = sum((one.attention for one in WatchedStep.counted), start=emulation.Counter())
     masked = {"efficient"} if family != "sdar" else set()  # the first forward of a block
     assert set(in_steps) == {"flash, pool"} | masked, f"attention in steps: {dict(in_steps)}"
+    assert (sample.network.span_of(engine.cache.width, 3, 1, on_device.model.device) < engine.cache.width) == spans
     return counted(engine)
 
 

@@ -38,6 +38,8 @@ SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
     "attention kernels, bfloat16": ("on_engine.attention_kernels", ["bfloat16", ["efficient", "flash, pool"]], {}),
     "attention without a mask, blocks": ("on_engine.attention_without_a_mask", ["sdar"], {}),
     "attention without a mask, windows": ("on_engine.attention_without_a_mask", ["dream"], {}),
+    "attention without a mask, blocks in spans": ("on_engine.attention_without_a_mask", ["sdar", True], {}),
+    "attention without a mask, windows in spans": ("on_engine.attention_without_a_mask", ["dream", True], {}),
     "many settings": ("on_engine.many_settings", [], {}),
     "failed capture": ("on_engine.failed_capture", [], {}),
     "broken device": ("on_engine.broken_device", [], {}),
