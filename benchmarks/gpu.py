@@ -180,8 +180,8 @@ def tables(results: Path) -> str:
         markdown(rollout),
         f"{MOVED.upper()}: GB that attention and the draw move in such a step, and its kernels, computed:",
         markdown(moved_rows(size_of(SHAPES[MOVED]), BATCHES[MOVED], CONTEXT, PROMPT + TOKENS)),
-        "Training, LoRA, 8 trajectories of 2,000 tokens; 16,384 packed tokens in a forward with activation checkpointing, "
-        "8,192 without; MFU counts no recomputation:",
+        "Training, LoRA, 8 trajectories of 2,000 tokens; a forward has 16,384 tokens with activation checkpointing and "
+        "8,192 without it; MFU counts no recomputation:",
         markdown(training),
     ]
     steps = [rl_row(chip, found) for chip, found in newest.items() if found["parts"].get("rl", {}).get("rows")]
