@@ -23,13 +23,14 @@ from common.metrics import print_table
 from common.ranks import Queue
 from common.schema import Sampling
 from models.family import find_family
+from models.gates import gate
 from models.mixture import MixtureNetwork
 from models.norms import fuse_norms
 from sample import network as network_module
 from sample import step
 from sample.draw import STREAMS, _hash, _shift_right, _signed
 from sample.engine import Engine
-from sample.kernels import PLAIN, Kernels, gate, rotate
+from sample.kernels import PLAIN, Kernels, rotate
 from sample.step import Graphs
 
 ROWS, PROMPT, WIDTH = 32, 32, 16  # rows: on CUDA their commits still ride along
@@ -88,7 +89,11 @@ def kernels_of_a_step(fused: bool, family: str = "sdar") -> tuple[int, int]:
     model = make_model(family)
     if fused:
         fuse_norms(model)
-    pool = patch.object(network_module, "OPERATOR", lambda query, *_, **__: (torch.empty_like(query),))
+    pool = patch.multiple(
+        network_module,
+        OPERATOR=lambda query, *_, **__: (torch.empty_like(query), None),
+        multiprocessors=lambda _: 132,  # an H100's
+    )
     engine = Engine(model, mask_id=0, stop_ids=(1,))
     engine.graphs = Graphs()
     engine.graphs.usable = False

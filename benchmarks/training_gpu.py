@@ -29,8 +29,8 @@ from common.memory import Size, size_of
 from common.metrics import print_table
 from common.schema import LoraSettings, OptimizerParams, RLTrainingConfig, SchedulerConfig
 from common.trajectory import Score, ScoredTrajectory, Task
+from models.gates import fuse_gates
 from models.lora import add_lora
-from models.norms import fuse_norms
 from train.learner import Learner, make_learner, micro_batches
 from train.network import Policy
 from train.packing import Row
@@ -117,7 +117,7 @@ def make_model(shape: str, device: torch.device) -> torch.nn.Module:
     model, _ = make_network(shape, device)
     model = model.to(torch.bfloat16).train().requires_grad_(False)
     if device.type == "cuda":
-        fuse_norms(model)
+        fuse_gates(model)
     add_lora(model, LoraSettings(r=16))
     return model
 

@@ -1,5 +1,6 @@
 """Low-rank adapters by peft: trained in place of the network's own weights, merged for sampling, saved both ways."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,18 +55,27 @@ def add_in_place(layer: torch.nn.Module) -> None:
 
     W x + (B A x) α / r as peft writes it makes two more tensors as wide as the result, and a float32 copy of x.
     """
-    down, up, scaling = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.scaling[ADAPTER]
-
-    def forward(_: torch.nn.Module, active_adapter: str, x: Tensor, result: Tensor, **__: Any) -> Tensor:
-        return up(down(x), result)
-
-    # the two by calls of their own, before which DeepSpeed gathers a layer's weights
-    down.forward = lambda x: linear(x, down.weight.to(x.dtype))
-    up.forward = lambda narrow, result: AddProduct.apply(
-        result, narrow.to(result.dtype), up.weight.to(result.dtype), scaling
-    )
+    # by calls of the two small layers, before which DeepSpeed gathers their weights
+    down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    down.forward = partial(narrowed, down)
+    up.forward = partial(added, up, layer.scaling[ADAPTER])
     layer.cast_input_dtype_enabled = False
-    layer.lora_variant[ADAPTER] = SimpleNamespace(forward=forward)
+    layer.lora_variant[ADAPTER] = SimpleNamespace(forward=by_its_parts)
+
+
+def by_its_parts(layer: torch.nn.Module, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+    """An adapted layer's output, as peft asks a variant of LoRA for it: x (…, in), the layer's own result (…, out)."""
+    return layer.lora_B[active_adapter](layer.lora_A[active_adapter](x), result)
+
+
+def narrowed(down: torch.nn.Linear, x: Tensor) -> Tensor:
+    """A x, in the precision of x."""
+    return linear(x, down.weight.to(x.dtype))
+
+
+def added(up: torch.nn.Linear, scaling: float, narrow: Tensor, result: Tensor) -> Tensor:
+    """result + scaling · B narrow, in the place of result."""
+    return AddProduct.apply(result, narrow.to(result.dtype), up.weight.to(result.dtype), scaling)
 
 
 class AddProduct(torch.autograd.Function):

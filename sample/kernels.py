@@ -10,19 +10,13 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, silu
-from transformers.activations import SiLUActivation
-from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMLP
+from torch.nn.functional import pad
 from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb as rotate_part
-from transformers.models.llama.modeling_llama import LlamaMLP
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, apply_rotary_pos_emb
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from common.runtime import console
+from models.gates import feed_forward, gate, is_gated
 
-# feed-forwards of the form down(act(gate(x)) · up(x)); experts are transformers' grouped products
-GATED = (LlamaMLP, Qwen2MLP, Qwen3MLP, Qwen3MoeMLP, Glm4MoeMLP)
 TOKENS = 64  # of the call that compiles; it serves any number above 1
 
 
@@ -40,9 +34,7 @@ class Kernels:
 
     def feed_forward(self, mlp: torch.nn.Module, hidden: Tensor) -> Tensor:
         """A layer's feed-forward of hidden (lines, length, width), by its parts where their form is known."""
-        if isinstance(mlp, GATED) and isinstance(mlp.act_fn, SiLUActivation):
-            return mlp.down_proj(self.gate(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
-        return mlp(hidden)
+        return feed_forward(mlp, self.gate, hidden) if is_gated(mlp) else mlp(hidden)
 
 
 def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,11 +54,6 @@ def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Te
     signed, cosine = torch.where(number < half, -sine, sine)[..., None, :], cosine[..., None, :]
     turned = [x * cosine + other * signed for x, other in zip((query, key), swapped)]
     return turned[0], turned[1]
-
-
-def gate(gates: Tensor, values: Tensor) -> Tensor:
-    """SwiGLU's product, silu(gates) · values."""
-    return silu(gates) * values
 
 
 @cache

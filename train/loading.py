@@ -12,6 +12,7 @@ from common.runtime import device_and_dtype
 from common.schema import ModelConfig, RLConfig, SFTConfig, TrainingBase
 from models import LoadedModel, load_model, load_network
 from models.family import empty_network, give_memory
+from models.gates import fuse_gates
 from models.lora import add_lora
 from models.mixture import routers
 from models.value import load_value
@@ -38,6 +39,8 @@ def load_trained(model_config: ModelConfig, training: TrainingBase, path: str | 
     if model_config.lora.r:
         add_lora(loaded.model, model_config.lora)
     prepare_routers(loaded.model, training)
+    if device.type == "cuda":
+        fuse_gates(loaded.model)
     if training.gradient_checkpointing_enable:
         loaded.model.gradient_checkpointing_enable()
     return loaded
@@ -56,6 +59,8 @@ def value_learner(config: RLConfig, updates: int) -> Learner:
     """The value model of `model.value_base_model`, with an optimizer of its own."""
     device, _ = device_and_dtype(config.model.dtype)
     value = load_value(config.model.value_base_model, config.model.model_base, torch.float32, device)
+    if device.type == "cuda":
+        fuse_gates(value.network)
     if config.training.gradient_checkpointing_enable:
         value.network.gradient_checkpointing_enable()
     params, precision = config.optimizer.params, mixed_precision(config.model.dtype)
