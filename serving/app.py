@@ -27,7 +27,7 @@ from serving.loop import EngineLoop, Event, Stream
 PAGE = Path(__file__).with_name("chat.html")
 LARGEST_BODY = 10 << 20  # bytes
 MOST_WAITING = 4096  # streams; more are told to come back later
-EXAMPLES = ("1+9+4+3", "What is 17 times 23?", "Why is the sky blue? Answer in two sentences.")
+EXAMPLES = ("4+2+8+1", "What is 17 times 23?", "Why is the sky blue? Answer in two sentences.")
 
 
 class Server:
