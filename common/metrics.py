@@ -197,28 +197,31 @@ def _run_id(file: Path, resume_step: int | None) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: its title and a pattern of the keys in it."""
+    """One plot: its title, a pattern of the keys in it, and what its upright axis counts."""
 
     title: str
     keys: str
+    axis: str
+    share: bool = False  # shown in per cent
     stacked: bool = False
     log: bool = False
+    smooth: bool = True
 
 
 PANELS = [
-    Panel("reward", r"reward"),
-    Panel("accuracy", r"accuracy|eval/.+/accuracy|eval/accuracy"),
-    Panel("loss", r"loss|eval/loss"),
-    Panel("KL", r"kl"),
-    Panel("response length (tokens)", r"response_length|eval/.+/response_length"),
-    Panel("truncated share", r"truncated|eval/.+/truncated"),
-    Panel("tokens per forward", r"tokens_per_forward|eval/.+/tokens_per_forward"),
-    Panel("tokens per second", r"tokens_per_second"),
-    Panel("gradient norm", r"grad_norm"),
-    Panel("clipped share", r"clip_fraction"),
-    Panel("learning rate", r"lr"),
-    Panel("trainer against engine", r"logp_diff_max|mismatch_kl", log=True),
-    Panel("seconds by stage", r"seconds_.+", stacked=True),
+    Panel("reward", r"reward", "mean of responses"),
+    Panel("accuracy", r"accuracy|eval/.+/accuracy|eval/accuracy", "of responses", share=True),
+    Panel("loss", r"loss|eval/loss", "loss"),
+    Panel("KL", r"kl", "nats"),
+    Panel("response length", r"response_length|eval/.+/response_length", "tokens"),
+    Panel("truncated", r"truncated|eval/.+/truncated", "of responses", share=True),
+    Panel("tokens per forward", r"tokens_per_forward|eval/.+/tokens_per_forward", "tokens"),
+    Panel("tokens per second", r"tokens_per_second", "tokens / s"),
+    Panel("gradient norm", r"grad_norm", "norm"),
+    Panel("clipped", r"clip_fraction", "of terms", share=True),
+    Panel("learning rate", r"lr", "rate", smooth=False),
+    Panel("trainer against engine", r"logp_diff_max|mismatch_kl", "nats", log=True),
+    Panel("seconds by stage", r"seconds_.+", "seconds", stacked=True),
 ]
 STAGES = ["rollout", "reward", "train", "sync", "other"]
 
@@ -242,9 +245,10 @@ def draw_curves(metrics: Path, png: Path) -> int:
     figure = Figure(figsize=(5.2 * columns, 3.4 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, (panel, chosen) in zip(axes, panels):
-        (_stack if panel.stacked else _lines)(axis, chosen)
+        _stack(axis, chosen) if panel.stacked else _lines(axis, chosen, panel.smooth)
         axis.set_title(panel.title, fontsize=11)
         axis.set_xlabel("step", fontsize=9)
+        axis.set_ylabel(panel.axis, fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -273,15 +277,15 @@ def curves_of(rows: list[Row]) -> dict[str, Curve]:
     return curves
 
 
-def _lines(axis: Any, curves: dict[str, Curve]) -> None:
-    """Training as lines, with a running mean where they are long; evaluations as dots joined."""
+def _lines(axis: Any, curves: dict[str, Curve], smooth: bool) -> None:
+    """Training as lines, with a running mean where they are long and `smooth`; evaluations as dots joined."""
     for number, (key, (steps, values)) in enumerate(curves.items()):
         color = f"C{number % 10}"
         if key.startswith("eval/"):
             setting = key.split("/", 1)[1].rpartition("/")[0]
             axis.plot(steps, values, "o--", color=color, markersize=4, linewidth=1.2, label=f"eval {setting}".strip())
-        elif len(values) < 30:
-            axis.plot(steps, values, ".-", color=color, linewidth=1.4, label=key)
+        elif len(values) < 30 or not smooth:
+            axis.plot(steps, values, ".-" if len(values) < 30 else "-", color=color, linewidth=1.4, label=key)
         else:
             axis.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
             window = len(values) // 20 + 2

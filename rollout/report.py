@@ -16,7 +16,7 @@ import yaml
 
 from common.checkpoint import unless_full, write_whole
 from common.errors import UserError, one_line_errors
-from common.metrics import PANELS, Row, curves_of, read_rows
+from common.metrics import PANELS, curves_of, read_rows
 from common.page import fill_page
 from common.ranks import is_main
 from common.runtime import console
@@ -26,9 +26,10 @@ from rollout.results import trace_of_response
 from sample.traces import write_trace_page
 
 TEMPLATE = Path(__file__).with_name("report.html")
-SHOWN = 3  # best responses, and as many worst
+SHOWN = 3  # best responses of as many tasks, and as many worst of others
 POINTS = 1500  # of a curve; longer ones are thinned
 RARELY = 200  # the page is rewritten when so many times its last cost has passed: half a percent of the run
+# the figures at the top, beside accuracies of evaluations
 HEADLINES = ("reward", "accuracy", "response_length", "tokens_per_forward", "mismatch_kl")
 
 
@@ -45,11 +46,13 @@ class RunPage:
     cost: float = 0.0  # seconds that took
 
     def note(self, step: int, groups: Sequence[Sequence[ScoredTrajectory]], block_size: int) -> None:
-        """Keep the best and the worst responses of a step, drawn in blocks of that size."""
+        """Keep the best and the worst responses of a step, each of another task, drawn in blocks of that size."""
         self.block_size = block_size
         ranked = sorted((response for group in groups for response in group), key=lambda one: one.score.reward)
-        self.responses = [("best", step, response) for response in ranked[::-1][:SHOWN]]
-        self.responses += [("worst", step, response) for response in ranked[:SHOWN]]
+        taken: set[str] = set()
+        most = min(SHOWN, max(1, len({response.task.id for response in ranked}) // 2))
+        self.responses = [("best", step, response) for response in of_new_tasks(ranked[::-1], taken, most)]
+        self.responses += [("worst", step, response) for response in of_new_tasks(ranked, taken, most)]
 
     def refresh(self, done: bool = False) -> bool:
         """Rewrite the page if enough time has passed, or the run is done; returns whether it was rewritten.
@@ -79,9 +82,20 @@ class RunPage:
         return True
 
 
+def of_new_tasks(ranked: Sequence[ScoredTrajectory], taken: set[str], most: int) -> list[ScoredTrajectory]:
+    """The first response of each of the first `most` tasks that are not in `taken`, and are from then on."""
+    found: list[ScoredTrajectory] = []
+    for response in ranked:
+        if len(found) < most and response.task.id not in taken:
+            taken.add(response.task.id)
+            found.append(response)
+    return found
+
+
 def run_data(folder: Path) -> dict[str, Any]:
     """A run's curves and config, from its folder; UserError where there are none."""
-    rows = read_rows(folder / "metrics.jsonl")
+    metrics = folder / "metrics.jsonl"
+    rows = read_rows(metrics)
     file = folder / "config.yaml"
     config = file.read_text(encoding="utf-8") if file.is_file() else ""
     experiment = (yaml.safe_load(config) or {}).get("experiment") or {}
@@ -90,25 +104,11 @@ def run_data(folder: Path) -> dict[str, Any]:
         "curves": {key: thin(curve) for key, curve in curves_of(rows).items()},
         "config": config,
         "step": max((row["step"] for row in rows), default=0),
-        "headlines": headlines(rows),
         "live": False,
         "total": int(experiment.get("total_step") or 0),
-        "time": time.time(),
+        "time": metrics.stat().st_mtime if metrics.is_file() else time.time(),
         "responses": [],
     }
-
-
-def headlines(rows: list[Row]) -> list[dict[str, Any]]:
-    """The figures at the top: of evaluations first and last, of training the means of its first and last tenth."""
-    found = []
-    evaluated = sorted({key for row in rows for key in row if key.startswith("eval") and key.endswith("accuracy")})
-    for key in (*evaluated, *HEADLINES):
-        values = [row[key] for row in rows if isinstance(row.get(key), (int, float))]
-        if values:
-            few = 1 if key in evaluated else max(1, len(values) // 10)
-            first, last = sum(values[:few]) / few, sum(values[-few:]) / few
-            found.append({"name": key, "first": first, "last": last, "share": key.endswith("accuracy")})
-    return found
 
 
 def thin(curve: tuple[list[int], list[float]]) -> list[list[float]]:
@@ -125,7 +125,8 @@ def thin(curve: tuple[list[int], list[float]]) -> list[list[float]]:
 def report_page(runs: Sequence[dict[str, Any]]) -> str:
     """The page for one run, or several drawn over one another."""
     panels = [asdict(panel) for panel in PANELS]
-    return fill_page(TEMPLATE.read_text(encoding="utf-8"), {"runs": list(runs), "panels": panels})
+    data = {"runs": list(runs), "panels": panels, "headlines": HEADLINES}
+    return fill_page(TEMPLATE.read_text(encoding="utf-8"), data)
 
 
 @one_line_errors

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -15,6 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from common.page import fill_page
 from common.schema import ServeConfig
 from common.trajectory import Request as EngineRequest
 from models import LoadedModel
@@ -25,6 +27,7 @@ from serving.loop import EngineLoop, Event, Stream
 PAGE = Path(__file__).with_name("chat.html")
 LARGEST_BODY = 10 << 20  # bytes
 MOST_WAITING = 4096  # streams; more are told to come back later
+EXAMPLES = ("4+2+8+1", "What is 17 times 23?", "Why is the sky blue? Answer in two sentences.")
 
 
 class Server:
@@ -166,6 +169,25 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, dict[str, Any]
         watch.cancel()
 
 
+def page_data(config: ServeConfig, loaded: LoadedModel) -> dict[str, Any]:
+    """What the page shows of the model: its name, family and size, and examples that its tokenizer can write."""
+    tokenizer, size = loaded.tokenizer, loaded.model.num_parameters()
+    unit, name = (1e9, "B") if size >= 1e9 else (1e6, "M")
+    examples = [text for text in EXAMPLES if tokenizer.unk_token_id not in tokenizer(text)["input_ids"]]
+    about = f"{loaded.family.name}, {size / unit:.1f} {name} parameters"
+    return {"model": config.served_name or full_name(config.model), "about": about, "examples": examples}
+
+
+def full_name(model: str) -> str:
+    """A checkpoint's name as people know it: the run's with it, or a snapshot's repository, or its folder's."""
+    *_, grand, parent, name = ("", "", *Path(os.path.abspath(model)).parts)
+    if parent == "ckpt":
+        return f"{grand}/{name}"
+    if parent == "snapshots" and grand.startswith("models--"):
+        return grand.removeprefix("models--").replace("--", "/", 1)
+    return name
+
+
 def make_app(config: ServeConfig, loaded: LoadedModel, key: str = "") -> FastAPI:
     """The application; its engine's thread lives as long as it does."""
     server = Server(config, loaded, key)
@@ -193,9 +215,11 @@ def make_app(config: ServeConfig, loaded: LoadedModel, key: str = "") -> FastAPI
             CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
 
+    page = fill_page(PAGE.read_text(encoding="utf-8"), page_data(config, loaded) | {"key": bool(key)})
+
     @app.get("/")
-    async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+    async def chat() -> HTMLResponse:
+        return HTMLResponse(page)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

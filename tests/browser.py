@@ -31,13 +31,18 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-def open_page(browser: Any, path: Path, scheme: str = "light", width: int = 1200) -> tuple[Any, list[str]]:
-    """The page of a file, and a list that fills with what a page must not do: errors, dialogs, requests elsewhere."""
+def open_page(
+    browser: Any, path: Path, scheme: str = "light", width: int = 1200, motion: str = "reduce", at: str = ""
+) -> tuple[Any, list[str]]:
+    """The page of a file, and a list that fills with what a page must not do: errors, dialogs, requests elsewhere.
+
+    `motion`: what the system asks of pages, "reduce" or "no-preference". `at`: the address's part after #.
+    """
     faults: list[str] = []
-    page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
+    page = browser.new_page(color_scheme=scheme, reduced_motion=motion, viewport={"width": width, "height": 800})
     page.on("console", lambda message: faults.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: faults.append(f"error: {error}"))
     page.on("dialog", lambda dialog: (faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
     page.on("request", lambda one: faults.append(one.url) if not one.url.startswith(("file:", "data:")) else None)
-    page.goto(path.resolve().as_uri())
+    page.goto(path.resolve().as_uri() + (f"#{at}" if at else ""))
     return page, faults

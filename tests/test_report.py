@@ -27,8 +27,8 @@ def write_run(folder: Path, steps: int = 40) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"step": 0, "eval/dynamic/accuracy": 0.4, "eval/static/accuracy": 0.3}]
     for step in range(1, steps + 1):
-        row = {"step": step, "reward": step / steps, "kl": 0.001 * step, "mismatch_kl": 10.0**-step}
-        rows.append(row | {"seconds_rollout": 1.0, "seconds_train": 2.0, "seconds_other": None})
+        row = {"step": step, "reward": step / steps, "accuracy": 0.5, "kl": 0.001 * step, "mismatch_kl": 10.0**-step}
+        rows.append(row | {"lr": 1 / step, "seconds_rollout": 1.0, "seconds_train": 2.0, "seconds_other": None})
     rows.append({"step": steps, "eval/dynamic/accuracy": 0.8, "eval/static/accuracy": 0.7})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "config.yaml").write_text(f"experiment:\n  total_step: {steps}\n  note: '{HOSTILE}'\n")
@@ -46,21 +46,39 @@ def rollout(task: str, reward: float) -> ScoredTrajectory:
 def test_a_living_run(browser: Any, tiny_sdar: Path, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "one")
     page = RunPage(folder, load_model(tiny_sdar, "sdar"), 50)
-    page.note(40, [[rollout(str(number), number / 9) for number in range(5)], [rollout("9", 1.0)]], 4)
+    groups = [[rollout(str(number), (number + half) / 9) for half in (0, 0.1, 0)] for number in range(5)]
+    page.note(40, [*groups, [rollout("9", 1.0), rollout("9", 0.0), rollout("9", 1.0)]], 4)
     assert page.refresh()
     opened, faults = open_page(browser, folder / "report.html")
-    titles = opened.evaluate("[...document.querySelectorAll('.panel h3')].map(e => e.textContent)")
-    assert titles == ["reward", "accuracy", "KL", "trainer against engine", "seconds by stage"]
+    titles = opened.evaluate("[...document.querySelectorAll('.panel h3')].map(e => e.firstChild.textContent)")
+    assert titles == ["reward", "accuracy", "KL", "learning rate", "trainer against engine", "seconds by stage"]
     assert "step 40 of 50, running" in opened.inner_text("#state")
     tiles = opened.inner_text("#tiles")
-    assert "held out, dynamic\n80.0 %\nfrom 40.0 %" in tiles and "reward" in tiles
+    assert "held out, dynamic\n80.0 %\nlast\nfrom 40.0 %" in tiles
+    assert "reward\n0.963\nlast, smoothed\nfrom 0.0625" in tiles  # means of four steps
+    panel = opened.inner_text(".panel >> nth=0").split("\n")
+    assert panel[:3] == ["reward", "last, smoothed", "0.963"] and {"mean of responses", "step"} <= set(panel)
+    accuracies = opened.inner_text(".panel .names >> nth=1").split("\n")
+    assert accuracies == ["training 50.0 %", "held out, dynamic 80.0 %", "held out, static 70.0 %"]
+    rate = opened.locator(".panel >> nth=3")
+    assert rate.inner_text().split("\n")[1:3] == ["last", "0.0250"] and rate.locator("polyline").count() == 1
+    box = opened.locator(".panel svg >> nth=0").bounding_box()
+    opened.mouse.move(box["x"] + box["width"] * (42 + 370 * 9 / 39) / 420, box["y"] + 80)
+    assert opened.inner_text(".panel >> nth=0").split("\n")[1:3] == ["step 10", "0.250"]
+    assert rate.inner_text().split("\n")[1:3] == ["step 10", "0.100"]
+    opened.mouse.move(0, 0)
+    assert opened.inner_text(".panel h3 >> nth=0").split("\n")[1] == "last, smoothed"
+    date = opened.evaluate("new Date(data.runs[0].time * 1000).toLocaleDateString([], {dateStyle: 'medium'})")
+    assert f"as of {date}" in opened.inner_text("#state")
     assert opened.evaluate("document.querySelectorAll('.panel polygon').length") == 2  # stages are stacked
     points = opened.evaluate("document.querySelector('.panel polyline').getAttribute('points').split(' ').length")
     assert points == 40
     assert opened.text_content(".response pre") == HOSTILE and opened.evaluate("document.images.length") == 0
     assert HOSTILE in opened.text_content("#configs")
-    rewards = [one["reward"] for one in read_data((folder / "report.html").read_text())["runs"][0]["responses"]]
-    assert rewards == [1.0, 4 / 9, 3 / 9, 0.0, 1 / 9, 2 / 9]
+    kept = [
+        (one["task"], one["reward"]) for one in read_data((folder / "report.html").read_text())["runs"][0]["responses"]
+    ]
+    assert kept == [("9", 1.0), ("4", 4.1 / 9), ("3", 3.1 / 9), ("0", 0.0), ("1", 1 / 9), ("2", 2 / 9)]
     opened.click(".response a >> nth=3")  # the first of the worst
     assert opened.title().endswith("trace") and "failed" in opened.inner_text("#verdict")
     assert not faults
@@ -71,9 +89,16 @@ def test_several_runs(browser: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     main(runs)
     opened, faults = open_page(browser, tmp_path / "report.html", scheme="dark", width=380)
     assert opened.title() == "a · b"
-    titles = opened.evaluate("[...document.querySelectorAll('.panel h3')].map(e => e.textContent)")
-    assert "accuracy · eval dynamic" in titles and "seconds by stage · train" in titles
-    assert opened.evaluate("document.querySelectorAll('.panel .names')[0].textContent").startswith("a 1b 1")
+    titles = opened.evaluate("[...document.querySelectorAll('.panel h3')].map(e => e.firstChild.textContent)")
+    assert titles[:3] == ["reward", "accuracy · training", "accuracy · held out, dynamic"] and "KL" in titles
+    assert "seconds by stage · train" in titles
+    assert opened.text_content(".panel .names >> nth=0") == "a 0.925b 0.963"  # both means of four steps
+    rows = opened.evaluate(
+        "[...document.querySelectorAll('tr')].map(r => [...r.children].map(c => c.firstChild.textContent))"
+    )
+    assert rows[0][1:4] == ["held out, dynamic", "held out, static", "reward"] and rows[0][-1] == "step"
+    assert [row[1:4] for row in rows[1:]] == [["80.0 %", "70.0 %", "0.925"], ["80.0 %", "70.0 %", "0.963"]]
+    assert [row[-1] for row in rows[1:]] == ["20 of 20", "40 of 40"]
     assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert not faults
     with pytest.raises(SystemExit):

@@ -16,13 +16,14 @@ import uvicorn
 
 import serve
 from common.errors import UserError
+from common.page import allow_script
 from common.schema import Sampling, ServeConfig
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model
 from models.tiny import build_tiny
 from sample.engine import Engine
 from serving.answers import Text
-from serving.app import make_app
+from serving.app import PAGE, full_name, make_app
 from tests.browser import chromium
 
 QUESTION = [{"role": "user", "content": "4+2+8+1"}]
@@ -698,4 +699,40 @@ def test_the_page_shows_the_answer(running: Running, monkeypatch: pytest.MonkeyP
             and page.inner_text("h1") == "tiny"
         )
         assert page.locator(".m").count() == 0
+        page.click("text=Replay")
+        page.locator(".m").first.wait_for()
+        assert len(page.text_content(".answer")) < len(answer)
+        page.click("text=Stop")
+        assert page.text_content(".answer") == answer and page.locator(".block span").count() == 0
+        assert page.is_hidden("#start") and page.is_hidden("#key")
+        page.click("text=New chat")
+        assert page.locator(".turn").count() == 0
+        assert page.locator("#examples button").all_inner_texts() == ["4+2+8+1"]  # it can write no letters
+        page.fill("#limit", "4")
+        page.click("#examples button")
+        page.click("text=Replay")
+        page.locator("text=Stop").wait_for()
+        page.locator("text=Replay").wait_for()  # it ends by itself
+        assert page.text_content(".user") == "4+2+8+1"
+        assert page.text_content(".answer") == text_of(running.loaded, alone(running.loaded, "4+2+8+1", 7), 4)
         assert [fault for fault in faults if not fault.startswith("data:")] == []
+
+
+@pytest.mark.parametrize(
+    "model, name",
+    [
+        ("runs/demo/ckpt/optimized", "demo/optimized"),
+        ("/a/runs/demo/ckpt/step-0030/", "demo/step-0030"),
+        ("JetLM/SDAR-1.7B-Chat", "SDAR-1.7B-Chat"),
+        ("/hub/models--JetLM--SDAR-8B-Chat/snapshots/0123abcd", "JetLM/SDAR-8B-Chat"),
+        ("/model", "model"),
+    ],
+)
+def test_the_page_names_the_model(model: str, name: str) -> None:
+    assert full_name(model) == name
+
+
+def test_the_chat_page_reaches_nothing() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert allow_script(page) == page, "run: python -m common.page serving/chat.html"
+    assert "default-src 'none'" in page and "https:" not in page and "innerHTML" not in page

@@ -95,6 +95,40 @@ def test_driven_by_keys(browser: Any, tmp_path: Path) -> None:
     assert not faults
 
 
+def test_it_plays_once(browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "trace.html"
+    file.write_text(trace_page([trace(), trace(6)], "title"), encoding="utf-8")
+    page, faults = open_page(browser, file, motion="no-preference")
+    page.locator("#play[aria-label=Pause]").wait_for()
+    assert len(shown(page)) < len("".join(trace()["pieces"]))
+    page.keyboard.press("+")
+    page.keyboard.press("+")
+    page.locator("#play[aria-label=Play]").wait_for()
+    assert page.inner_text("#now") == "5"
+    page.keyboard.press("ArrowDown")  # the next response stands whole
+    assert page.inner_text("#now") == "3" and page.locator("#play[aria-label=Play]").count()
+    page, more = open_page(browser, file, motion="no-preference", at="2@1")
+    assert page.inner_text("#now") == "1" and page.locator("#play[aria-label=Play]").count()
+    assert not faults and not more
+
+
+def test_words_are_explained(browser: Any, tmp_path: Path) -> None:
+    file = tmp_path / "trace.html"
+    file.write_text(trace_page([trace(60)], "title"), encoding="utf-8")
+    page, faults = open_page(browser, file)
+    meanings = {"tokens": "a mask first", "forwards": "Passes of the network", "blocks of 4": "block after block"}
+    for word, meaning in meanings.items():
+        page.mouse.move(0, 0)
+        assert page.is_hidden("#tip")
+        page.hover(f".term:text-is('{word}')")
+        assert meaning in page.inner_text("#tip")
+        box = page.locator("#tip").bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 1200 and box["y"] >= 0
+    page.click("#help")
+    assert "Passes of the network" in page.inner_text("#terms")
+    assert not faults
+
+
 def test_the_slider_and_clicks(browser: Any, tmp_path: Path) -> None:
     file = tmp_path / "trace.html"
     file.write_text(trace_page([trace(), trace(6)], "title"), encoding="utf-8")
@@ -166,6 +200,13 @@ def test_the_shipped_page_opens(browser: Any) -> None:
         assert page.evaluate("document.querySelectorAll('.t.on').length") > 20
         assert "passed" in page.inner_text("#verdict")
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        lines = page.evaluate("[...document.querySelectorAll('.t.whole')].map(e => e.getClientRects().length)")
+        assert len(lines) > 20 and set(lines) == {1}, "a token is broken across lines"
+        if width == 1200:  # the largest type that fits
+            assert page.evaluate("document.documentElement.scrollHeight <= window.innerHeight")
+            assert page.evaluate("parseFloat(getComputedStyle(canvas).fontSize)") >= 34
+        page.click("#help")
+        assert page.is_visible("#keys") and "`" not in page.inner_text("body")
         assert not faults
 
 
