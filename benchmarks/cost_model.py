@@ -109,7 +109,7 @@ PLAIN_DRAWS = {
 }
 PARTS = ("matrix products", "small kernels", "attention", "draw")  # of a step
 # Kernels outside the layers, (before, now): embedding, tables, head, hash, draw, choice, record and advance
-STEP_LAUNCHES = (170, 167)
+STEP_LAUNCHES = (170, 177)
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,11 @@ class Load:
         """Tokens in the layers of one forward: the current blocks, and where it pays the commits beside them."""
         return self.batch * BLOCK * (2 if self.merged else 1)
 
-    def attentions(self, before: bool = False) -> int:
-        """Calls in a layer: one for the current blocks, and over the pool another one for the commits."""
-        return 2 if self.merged and not before else 1
-
     def positions_read(self, before: bool = False) -> float:
-        """Whose keys and values a layer's attention reads, over all sequences."""
+        """Whose keys and values a layer's attention reads, over all sequences; for commits over the pool once more."""
         if before:
             return self.batch * self.longest
-        return self.attentions() * self.batch * (self.context + KEY_TILE / 2)
+        return (2 if self.merged else 1) * self.batch * (self.context + KEY_TILE / 2)
 
 
 def streamed_weights(size: Size) -> int:
@@ -177,10 +173,10 @@ def step_seconds(
     flops = layers * load.rows + head * positions
     touched = layers + head + HEAD_WORD * positions * size.vocabulary
     products = max(touched / (STREAMED * chip.bandwidth), flops / (STEP_PRODUCT * chip.peak))
-    moved = small_kernels(size, load.merged, before)
+    moved = small_kernels(size, before)
     kernels = [max(LAUNCH, load.rows * each / (SHORT * chip.bandwidth)) for each in moved]
     read = attention_bytes(size, load, before) / (ATTENDED * chip.bandwidth)
-    attention = max(size.layers * load.attentions(before) * SHORTEST_ATTENTION, read)
+    attention = max(size.layers * SHORTEST_ATTENTION, read)
     drawn = draw_bytes(size, load, draw, before) / (STREAMED * chip.bandwidth)
     draws = STEP_LAUNCHES[not before] * LAUNCH + drawn
     return dict(zip(PARTS, (products, size.layers * sum(kernels), attention, draws)))
@@ -197,21 +193,19 @@ def draw_bytes(size: Size, load: Load, draw: str = "temperature 1", before: bool
     return float(load.batch * BLOCK * size.vocabulary * sum(moved[draw].values()))
 
 
-def small_kernels(size: Size, merged: bool, before: bool = False) -> list[int]:
+def small_kernels(size: Size, before: bool = False) -> list[int]:
     """Bytes a token that each kernel of a layer moves which is no matrix product and no attention."""
     hidden, query, kv, wide = size.hidden, size.query_width, size.kv_width, size.feed_forward
     norm, rotary, gate = (counts[not before] for counts in (NORM, ROTARY, GATE))
     kernels = [moved * width for width in (hidden, hidden, query, kv) for moved in norm]
     kernels += [moved * width for width in (query, kv) for moved in rotary] + [moved * wide for moved in gate]
     kernels += [6 * hidden] * 2 + [4 * kv] * 2 + [4 * query] * 2  # sums, keys written, queries folded, heads joined
-    if before:
-        return kernels + [4 * kv] * 2  # keys and values made flat
-    return kernels + [4 * query] * merged  # both attentions joined
+    return kernels + [4 * kv] * 2 * before  # keys and values made flat
 
 
 def launches(size: Size, load: Load, before: bool = False) -> int:
     """Kernels of one step."""
-    layer = len(small_kernels(size, load.merged, before)) + PRODUCTS + load.attentions(before)
+    layer = len(small_kernels(size, before)) + PRODUCTS + 1  # attention
     return size.layers * layer + STEP_LAUNCHES[not before]
 
 
