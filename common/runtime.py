@@ -39,6 +39,12 @@ NUMERIC = ("torch", "transformers", "tokenizers", "numpy", "math-verify")  # who
 console = Console(stderr=False, highlight=False, markup=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line, the first time that a process has it to say."""
+    console.print(line)
+
+
 def device_and_dtype(dtype: str) -> "tuple[torch.device, torch.dtype]":
     """The device to run on and the dtype that `auto` or a name stands for there."""
     import torch

@@ -13,7 +13,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.memory import NETWORK_SIZES, Drawing, sampling_bytes, size_of
 from common.ranks import Queue
-from common.runtime import console
+from common.runtime import console, say_once
 from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from models.family import end_of_sequence_ids, family_of_network, longest_sequence
@@ -65,7 +65,7 @@ class Engine:
         self.kernel, why = attention_kernel(self.device, dtype, width, self.full_attention)
         if self.device.type == "cuda":
             where = " in a prefix cache's windows, bias for prompt and canvas" if self.full_attention else ""
-            console.print(f"attention: {self.kernel}{where} ({why})")
+            say_once(f"attention: {self.kernel}{where} ({why})")
         # on CUDA steps are launched without a look at the device, and replayed: their shapes must be few
         self.graphs = Graphs() if self.device.type == "cuda" else None
         self.watch = Watch(self.device)
