@@ -19,7 +19,7 @@ from data.tasks import load_tasks, task_batch
 from models import find_family
 from models.defaults import take_defaults
 from reward.score import RewardScorer, check_tasks, make_scorer
-from rollout.collect import collect, encode_tasks, prompts_within
+from rollout.collect import check_questions, collect, encode_tasks, prompts_within, say_unread_words
 from rollout.report import RunPage
 from rollout.results import Evaluation, overwriting_figures, results_row, tokens_per_forward
 from rollout.samples import write_samples
@@ -147,7 +147,11 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         drawing = engine_model(config, trained, learner)
         reference = frozen_reference(config, trained, learner)
         take_defaults(config, drawing)
-        encode_tasks(drawing, inputs.tasks[:1], config.dataset, config.rollout.start_with_think)  # a mistake shows here
+        check_questions(drawing, inputs.tasks, "dataset.train_dataset")
+        check_questions(drawing, inputs.held_out.tasks, "evaluation.eval_dataset")
+        # a mistake shows here
+        (first,) = encode_tasks(drawing, inputs.tasks[:1], config.dataset, config.rollout.start_with_think)
+        say_unread_words(drawing, first)
         critic = None
         if config.model.value_base_model:
             value_steps = experiment.total_step // experiment.train_value_every

@@ -22,7 +22,7 @@ from data.tasks import load_tasks
 from models import FAMILIES, Family, LoadedModel, find_family
 from models.defaults import take_defaults
 from models.tiny import build_tiny
-from rollout.collect import encode_tasks
+from rollout.collect import check_questions, encode_tasks
 from sample.engine import Engine
 from train.learner import Learner, batch_logp, batch_outputs, micro_batches, update
 from train.learner_state import write_network
@@ -122,6 +122,7 @@ def set_up(config: SFTConfig) -> SFTRun:
         loaded.model.config.block_size = training.block_size  # what it learns is written with it
     if training.corrupt_p:
         loaded.model.config.trained_to_edit = True  # config.json says so to who samples from it
+    check_questions(loaded, tasks, "dataset.eval_dataset")
     encode_tasks(loaded, tasks[:1], held_out.dataset, config.evaluation.start_with_think)  # a mistake shows here
     samples = make_samples(config, loaded, located)
     if reasons := samples.reasons(training):
