@@ -11,7 +11,7 @@ from common.checkpoint import unless_full, write_whole
 from common.errors import UserError
 from common.metrics import draw_curves, print_table, truncate_after
 from common.ranks import any_rank, from_main, is_main
-from common.runtime import ROOT, Stopwatch, console, python_command
+from common.runtime import ROOT, Stopwatch, console, python_command, version_of
 from common.schema import RLConfig
 from common.stop import Stopped, exit_code_of, stop_requested
 from common.trajectory import ScoredTrajectory, Task
@@ -425,12 +425,11 @@ def percent(share: float, error: float) -> str:
 
 def print_next_commands(folder: Path, model: Path, compared: bool) -> None:
     """Say what to open of a finished run, and the commands that go on from it; `compared`: it was evaluated."""
-    script, module = f"{python_command()} {{}}.py", f"{python_command()} -m rollout.{{}}"
-    if Path.cwd() != ROOT:  # as a package
-        script = module = "dllm-rl {}"
+    python, here = python_command(), Path.cwd() == ROOT
+    script = f"{python} {'' if here else shlex.quote(f'{ROOT}/')}{{}}.py model={shlex.quote(str(model))}"
     console.print(f"curves: {folder}/report.html; responses as they were denoised: {folder}/trace.html")
-    console.print(f"a chat with the model: {script.format('generate')} model={shlex.quote(str(model))}")
-    console.print(f"a server and a chat page: {script.format('serve')} model={shlex.quote(str(model))}")
-    if compared:
+    console.print(f"a chat with the model: {script.format('generate')}")
+    console.print(f"a server and a chat page: {script.format('serve')}")
+    if compared and (here or version_of("dllm-rl")):  # else the module is not found from here
         run = shlex.quote(str(folder))
-        console.print(f"before and after, with significance: {module.format('compare')} {run}@0 {run}")
+        console.print(f"before and after, with significance: {python} -m rollout.compare {run}@0 {run}")
