@@ -14,7 +14,6 @@ from common.trajectory import Request, Trajectory
 from models import LoadedModel
 from models.defaults import load_one
 from models.prompts import encode_prompt, encode_turns, stop_ids_of
-from models.tokenizer import Unreadable
 from sample.engine import Engine
 from sample.slots import check_drawn
 from sample.traces import trace_of, write_trace_page
@@ -83,10 +82,8 @@ def chat(engine: Engine, loaded: LoadedModel, config: GenerateConfig) -> None:
                 last = answer(engine, loaded, config, encode_turns(loaded, turns, config.start_with_think), number)
             except (KeyboardInterrupt, UserError) as error:  # of the answer, not of the chat
                 turns.pop()
-                hint = "" if isinstance(error, Unreadable) else ", or begin anew by /new"  # it is too long
-                console.print(
-                    f"{error}{hint}" if isinstance(error, UserError) else "stopped", style="dim", markup=False
-                )
+                too_long = isinstance(error, UserError)
+                console.print(f"{error}, or begin anew by /new" if too_long else "stopped", style="dim", markup=False)
             else:
                 number += 1
                 turns.append({"role": "assistant", "content": last.text})

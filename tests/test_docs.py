@@ -11,15 +11,20 @@ import runpy
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.config import load_any, load_config
 from common.schema import JOBS
+from common.trajectory import Trajectory
 from models import load_model
 from tests.test_serving import Running
 from train import rl_trainer, sft_trainer
+from train.packing import make_rows
+from train.views import Layout
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
@@ -29,7 +34,7 @@ TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for
 ELSEWHERE = {
     "docs/engine.md": "test_engine_docs.py",
     "docs/families.md": "test_own_family.py",
-    "docs/objectives.md": "test_recipes.py",
+    "docs/objectives.md": "test_docs.py",
     "docs/rewards.md": "test_scoring.py",
     "docs/strategies.md": "test_strategies.py",
     "docs/tiny.md": "test_docs.py",
@@ -170,3 +175,20 @@ def test_the_client_of_the_tiny_models_page(tiny_sdar: Path, capsys: pytest.Capt
     finally:
         server.close()
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("block_size", [4, None])
+def test_the_method_of_the_objectives_page(block_size: int | None) -> None:
+    """docs/objectives.md: under both kinds of attention the least sure tokens are masked, the prompt's never."""
+    (code,) = re.findall(r"```python\n(# least_sure.*?)```", TEXTS["docs/objectives.md"], re.DOTALL)
+    exec(code, names := {})
+    ids, confidence = list(range(10, 17)), [0.9, 0.1, 0.8, 0.2, 0.7, 0.3, 0.6]
+    drawn = Trajectory("0", 0, [1, 2, 3, 4, 5], ids, [0] * 7, [0.0] * 7, confidence, 1.0, "stop", 7, 7, 7, 1.0)
+    training = replace(
+        load_config("rl", ["config=configs/rl_tiny.yaml"]).training, lower_p=0.5, upper_p=0.5, post_num=0
+    )
+    views = names["least_sure"](drawn, Layout(38, block_size), training, np.random.default_rng(0))
+    masked = views.inputs[views.predict]
+    assert sorted(views.targets[views.predict].tolist()) == [11, 13, 15, 16] and set(masked.tolist()) == {38}
+    rows = make_rows(0, drawn.prompt_ids, drawn.response_ids, views, 0)
+    assert sum(len(row.target) for row in rows) == 4
