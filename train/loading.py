@@ -39,7 +39,7 @@ def load_trained(model_config: ModelConfig, training: TrainingBase, path: str | 
         add_lora(loaded.model, model_config.lora)
     prepare_routers(loaded.model, training)
     if training.gradient_checkpointing_enable:
-        loaded.model.gradient_checkpointing_enable()
+        loaded.model.activation_checkpointing_enable()
     return loaded
 
 
@@ -57,7 +57,7 @@ def value_learner(config: RLConfig, updates: int) -> Learner:
     device, _ = device_and_dtype(config.model.dtype)
     value = load_value(config.model.value_base_model, config.model.model_base, torch.float32, device)
     if config.training.gradient_checkpointing_enable:
-        value.network.gradient_checkpointing_enable()
+        value.network.activation_checkpointing_enable()
     params, precision = config.optimizer.params, mixed_precision(config.model.dtype)
     if params.value_learning_rate is not None:
         params = dataclasses.replace(params, learning_rate=params.value_learning_rate)
