@@ -272,7 +272,7 @@ def own_block_size(folder: Path, family: Family) -> int | None:
     """
     size = read_config(folder).get("block_size", family.block_size) if family.attention == "block" else None
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise UserError(f"{KEY}: {folder}/config.json: block_size: {size!r} is no whole number above 0; mend it")
+        raise UserError(f"{KEY}: {folder}/config.json: block_size: {size!r} is no whole number above 0; correct it")
     return size
 
 
@@ -309,7 +309,7 @@ def check_tensors(folder: Path, name: str, model_class: type[PreTrainedModel], r
     unknown = [tensor for tensor in report["unexpected_keys"] if not tensor.endswith("rotary_emb.inv_freq")]
     if unknown:
         tensors = _counted(model_class, unknown)
-        raise UserError(f"{KEY}: {folder} has {tensors}, which {name} has no place for")
+        raise UserError(f"{KEY}: {folder} has {tensors}, which {name} has no parameter for")
 
 
 @torch.no_grad()

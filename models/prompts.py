@@ -54,7 +54,7 @@ def instruction(family: Family, kind: str, own: PromptsConfig, thinking: bool = 
     words = getattr(own, kind) or (thinking and published.get(f"{kind}_think")) or published.get(kind)
     words = words or PUZZLES.get(kind, "{question}")
     if "{question}" not in words:
-        raise UserError(f"dataset.prompts.{kind}: {words!r} has no place for the task; write {{question}} there")
+        raise UserError(f"dataset.prompts.{kind}: {words!r} lacks the task; write {{question}} where it belongs")
     return words
 
 

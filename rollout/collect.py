@@ -155,7 +155,7 @@ def collect(
     groups = [[found.get((task.id, sample)) for sample in samples] for task, _ in prompts]
     groups = [group for group in groups if None not in group]  # a prompt is refused with all its samples
     if prompts and not groups:
-        raise UserError("every request was refused: raise rollout.cache_tokens, or lower max_prompt_len (said above)")
+        raise UserError("every request was refused: raise rollout.cache_tokens, or lower max_prompt_len (see above)")
     unscored = sum(response.score.verdict == "infrastructure" for group in groups for response in group)
     if unscored:
         total = sum(map(len, groups))
