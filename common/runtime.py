@@ -175,8 +175,9 @@ def progress(description: str, total: int, done: int = 0, at_most: bool = False)
 
     `at_most`: it may end before the total, so that no time that is left is shown.
     """
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    columns.append(TextColumn("at most") if at_most else TimeRemainingColumn())
+    count = TextColumn("{task.completed} of at most {task.total}") if at_most else MofNCompleteColumn()
+    columns = [TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn()]
+    columns += [] if at_most else [TimeRemainingColumn()]
     hidden = not console.is_terminal or console.quiet
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(description, total=total, completed=done)
