@@ -152,7 +152,7 @@ def test_a_missing_model_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[s
         with pytest.MonkeyPatch.context() as signal_came, pytest.raises(Stopped):
             signal_came.setattr(sft_trainer, "stop_requested", lambda: True)
             make_missing_model(start(path))
-        assert make_missing_model(start(path)) and "after update 1" in capsys.readouterr().out
+        assert make_missing_model(start(path)) and "resumed from" in capsys.readouterr().out
         assert load_model(path, "sdar").family.name == "sdar"
         assert not make_missing_model(start(path))
         assert not make_missing_model(start(tmp_path / "absent", "null"))

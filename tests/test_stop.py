@@ -25,12 +25,13 @@ def test_the_command_that_resumes_names_this_interpreter(tmp_path: Path, monkeyp
     """`python` where a shell would find this one by it, else the path from the current folder; from elsewhere whole."""
     monkeypatch.setattr(sys, "argv", ["rl.py", "a=b c", "experiment.start_from_scratch=True"])
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "python").symlink_to(os.path.realpath("/bin/sh"))
+    for own in (tmp_path / ".venv" / "bin", tmp_path / "other"):
+        own.mkdir(parents=True)
+        (own / "python").symlink_to(os.path.realpath("/bin/sh"))
     rest = "rl.py 'a=b c' experiment.start_from_scratch=False"
     for path, folder, typed in (
         (f"{tmp_path}/.venv/bin:/bin", tmp_path, "python"),
-        ("/nowhere", tmp_path, ".venv/bin/python"),
+        (f"{tmp_path}/other", tmp_path, ".venv/bin/python"),
         ("/nowhere", tmp_path.parent / "nowhere", f"{tmp_path}/.venv/bin/python"),
     ):
         folder.mkdir(exist_ok=True)
