@@ -56,8 +56,8 @@ GIB = 2**30
 
 def main_report() -> list[dict[str, str]]:
     """Versions, devices, memory, disk, and what is missing; one row each."""
-    old = "" if sys.version_info >= (3, 11) else "3.11 is needed"
-    rows = [("project", project_version(), ""), ("python", platform.python_version(), old)]
+    other = "" if (3, 11) <= sys.version_info < (3, 13) else "3.11 or 3.12 is needed"
+    rows = [("project", project_version(), ""), ("python", platform.python_version(), other)]
     for package in REQUIRED:
         found = version_of(package)
         rows.append((package, found or "missing", "" if found else "make setup"))

@@ -81,11 +81,11 @@ def parse(text: str, where: str) -> tuple[Any, bool]:
         return json.loads(text), bool(SURROGATE_ESCAPE.search(text))
     except json.JSONDecodeError as error:
         place = f" (line {error.lineno})" if "\n" in text.strip() else ""
-        raise UserError(f"{where} is not valid JSON{place}: {error.msg} at column {error.colno}; mend it") from None
+        raise UserError(f"{where} is not valid JSON{place}: {error.msg} at column {error.colno}; correct it") from None
     except ValueError:  # an integer that Python does not read
         return json.loads(text, parse_int=_integer), True
     except RecursionError:
-        raise UserError(f"{where} is nested too deeply to read; mend it") from None
+        raise UserError(f"{where} is nested too deeply to read; correct it") from None
 
 
 def fault_of(value: Any) -> str | None:
@@ -95,7 +95,7 @@ def fault_of(value: Any) -> str | None:
         for one in (field, *_leaves(inner)):
             if isinstance(one, str) and SURROGATE.search(one):
                 shown = SURROGATE.search(one)[0].encode("unicode_escape").decode()
-                return f"{place.encode(errors='replace').decode()} half a character ({shown}); mend the text"
+                return f"{place.encode(errors='replace').decode()} half a character ({shown}); correct the text"
             if isinstance(one, LongInteger):
                 return f"{place} a number of {one.digits} digits; write it as text"
             if one is not None and not isinstance(one, (str, int, float)):

@@ -11,7 +11,10 @@ import math
 import os
 import platform
 import random
+import shlex
+import shutil
 import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
@@ -119,6 +122,14 @@ def keep_freed_memory() -> None:
         library.mallopt(parameter, KEPT_BYTES)
 
 
+def python_command() -> str:
+    """What to type in the current folder for the interpreter that runs this: `python`, `.venv/bin/python` or a path."""
+    own, found = Path(sys.executable), shutil.which("python")
+    if found is not None and Path(found).parent == own.parent:
+        return "python"
+    return shlex.quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's generators and forbid nondeterministic kernels where torch knows them."""
     import numpy as np
@@ -165,11 +176,16 @@ def prepare_run_folder(runs_dir: str, project: str, from_scratch: bool) -> Path:
 
 
 @contextmanager
-def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal, nothing elsewhere; calling what it yields advances it by one, with a note."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+def progress(description: str, total: int, done: int = 0, at_most: bool = False) -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal, nothing elsewhere; calling what it yields advances it by one, with a note.
+
+    `at_most`: it may end before the total, so that no time that is left is shown.
+    """
+    count = TextColumn("{task.completed} of at most {task.total}") if at_most else MofNCompleteColumn()
+    columns = [TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn()]
+    columns += [] if at_most else [TimeRemainingColumn()]
     hidden = not console.is_terminal or console.quiet
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bar:
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(description, total=total, completed=done)
         yield lambda note="": bar.update(task, advance=1, description=f"{description}  {note}".strip())
 

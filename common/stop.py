@@ -15,9 +15,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+
+from common.ranks import world
+from common.runtime import console, python_command
 
 STOP_FILE = "DLLM_RL_STOP_FILE"  # environment variable: the file that says that the job is to stop
 AT_ONCE = 2.0  # seconds within which signals are one: launchers pass on what a terminal or scheduler sent to all
@@ -52,11 +55,25 @@ def exit_code() -> int:
     return 130 if any(number == signal.SIGINT for number, _ in _received) else 0
 
 
+def exit_code_of(job: Callable[[], object]) -> int:
+    """Run a job to its end or to a signal; returns the program's exit code: 130 where Ctrl-C stopped it, else 0."""
+    with signals_noted():
+        try:
+            job()
+        except Stopped:
+            # a launcher's command is not known in its ranks, but rl.py launches with its own arguments
+            known = world() == 1 or STOP_FILE in os.environ
+            command = resume_command() if known else "the same command with experiment.start_from_scratch=False"
+            console.print(f"to go on: {command}")
+            return exit_code()
+    return 0
+
+
 def resume_command() -> str:
     """The command of this program, changed so that it goes on where it stopped."""
     key = "experiment.start_from_scratch"
     arguments = [argument for argument in sys.argv if not argument.startswith(f"{key}=")]
-    return shlex.join(["python", *arguments, f"{key}=False"])
+    return f"{python_command()} {shlex.join([*arguments, f'{key}=False'])}"
 
 
 def _note(number: int, frame: FrameType | None) -> None:

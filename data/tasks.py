@@ -320,7 +320,7 @@ def _read_table(path: Path, key: str) -> list[Record]:
             columns.append(column.to_pylist())
         except (ValueError, ArithmeticError, LookupError) as error:  # text that is no UTF-8, dates beyond Python's
             raise UserError(
-                f"{key}: '{path}': the column `{name}` cannot be read ({_one_line(error)}); mend it or leave it out"
+                f"{key}: '{path}': the column `{name}` cannot be read ({_one_line(error)}); correct it or leave it out"
             ) from None
     return [dict(zip(table.column_names, row)) for row in zip(*columns)]
 

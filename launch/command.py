@@ -30,7 +30,7 @@ def main() -> None:
     """Run the script that the first argument names, with the arguments behind it."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(f"{__doc__}\n\n  {NAMES}\n\ndllm-rl NAME --help says what one takes.")
+        print(f"{__doc__}\n\n  {NAMES}\n\ndllm-rl NAME --help lists the arguments of one.")
         return
     if name not in SCRIPTS:
         raise UserError(f"dllm-rl {name}: the names are {NAMES}")

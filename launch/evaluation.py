@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.ranks import Queue
 from common.runtime import console, device_and_dtype
 from common.schema import EvalConfig, Sampling
-from common.stop import Stopped, resume_command
+from common.stop import exit_code_of
 from common.trajectory import Request, Trajectory
 from launch.accelerate import launch_ranks, launched
 from launch.ray_cluster import device_options, live_nodes
@@ -27,15 +27,15 @@ LOOK_EVERY = 2.0  # seconds after which nodes that have come are looked for
 
 def evaluate_here(config: EvalConfig, arguments: Sequence[str]) -> int:
     """Run eval.py's job, started with these arguments, on this node; returns the exit code."""
-    if not launched():
-        if config.experiment.deepspeed_file:
-            return launch_ranks(config, "eval.py", arguments)
-        make_missing_model(config)
-    try:
+    if config.experiment.deepspeed_file and not launched():
+        return launch_ranks(config, "eval.py", arguments)
+
+    def job() -> None:
+        if not launched():
+            make_missing_model(config)
         evaluate.main(config)
-    except Stopped:
-        console.print(f"stopped; to go on: {resume_command()}")
-    return 0
+
+    return exit_code_of(job)
 
 
 class EngineWorker:

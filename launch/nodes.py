@@ -42,7 +42,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
         index, nodes = number(environ, role), number(environ, *sizes)
         if index >= nodes:
             raise UserError(
-                f"{role}={index}, but the job has {nodes} nodes, counted from 0: mend the launcher's variables"
+                f"{role}={index}, but the job has {nodes} nodes, counted from 0: correct the launcher's variables"
             )
         if not environ.get(host):
             raise UserError(f"{role} is set, but not {host}, the address of node 0: set it on every node")
@@ -62,7 +62,7 @@ def number(environ: Mapping[str, str], *names: str) -> int:
             if not environ[name].isdecimal():
                 raise UserError(f"{name}={environ[name]}: expected a whole number")
             return int(environ[name])
-    raise UserError(f"{' or '.join(names)} is not set: it says how many nodes the job has")
+    raise UserError(f"{' or '.join(names)} is not set: it holds the number of nodes of the job")
 
 
 def expand_hosts(text: str) -> list[str]:

@@ -11,7 +11,8 @@ from common.schema import EvalConfig, RLConfig
 def make_missing_model(config: RLConfig | EvalConfig) -> bool:
     """Run the config's `made_by` where the folder of its model is missing; returns whether it did.
 
-    UserError where that makes a model elsewhere. Raises Stopped, after a checkpoint, where a signal came.
+    A finetuning that was stopped goes on. UserError where the model is made elsewhere. Raises Stopped, after a
+    checkpoint, where a signal came.
     """
     if isinstance(config.model, str):  # evaluation
         path, made_by, family, seed = config.model, config.made_by, config.model_base, config.seed
@@ -22,8 +23,9 @@ def make_missing_model(config: RLConfig | EvalConfig) -> bool:
         return False
     from train.sft_trainer import finetune
 
-    console.print(f"{path} is not there yet: made by {made_by}")
+    console.print(f"{path} is not there yet: finetuning by {made_by} makes it")
     arguments = {"model.model_base": family, "training.seed": seed, "experiment.runs_dir": config.experiment.runs_dir}
+    arguments["experiment.start_from_scratch"] = False  # what an earlier call was stopped in goes on
     made = finetune(load_config("sft", [f"config={made_by}", *(f"{key}={value}" for key, value in arguments.items())]))
     if made.resolve() != Path(path).resolve():
         raise UserError(f"made_by: {made_by} makes {made}, but the model's path is {path}")

@@ -18,7 +18,7 @@ from common.checkpoint import newest_step
 from common.config_files import accelerate_config
 from common.runtime import Stopwatch, console
 from common.schema import RLConfig
-from common.stop import STOP_FILE, exit_code, signals_noted, stop_requested
+from common.stop import STOP_FILE, exit_code, exit_code_of, signals_noted, stop_requested
 from launch.accelerate import launch_ranks, launched
 from launch.ray_cluster import device_options, live_nodes, wait_for_nodes
 from launch.start_model import make_missing_model
@@ -36,7 +36,6 @@ def train_here(config: RLConfig, arguments: Sequence[str]) -> int:
     if config.experiment.deepspeed_file and not launched():
         return launch_ranks(config, "rl.py", arguments)
     from train.rl_trainer import read_inputs, reinforce
-    from train.run import exit_code_of
 
     def job() -> None:
         inputs, stages = read_inputs(config), Stopwatch()  # a mistake in the data is told before a model is made

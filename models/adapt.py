@@ -180,7 +180,7 @@ def check_mask_id(folder: Path, mask_id: int, words: dict[str, int], family: Fam
         token = next((token for token, other in words.items() if other == id), family.mask_token)
         if token != family.mask_token:
             whose = "mask_token_id of config.json" if id == named else "the id that the mask token would get"
-            raise UserError(f"{KEY}: {folder}: {whose}, {id}, is the tokenizer's {token!r}; mend the one or the other")
+            raise UserError(f"{KEY}: {folder}: {whose}, {id}, is the tokenizer's {token!r}; correct one of them")
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, source: Path, folder: Path) -> None:
@@ -226,7 +226,7 @@ def config_of(folder: Path, parent: PreTrainedModel, family: Family, mask_id: in
         for value in keys[key] if isinstance(keys.get(key), list) else [keys.get(key)]:
             if value not in (None, *allowed):
                 raise UserError(
-                    f"{KEY}: {folder}/config.json: {key}: {value!r} cannot be said of a {family.name}; "
+                    f"{KEY}: {folder}/config.json: {key}: {value!r} is not possible in {family.name}; "
                     f"it must be {next(iter(allowed))!r}"
                 )
     for key in ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map", "layer_types"):

@@ -28,7 +28,7 @@ from common.runtime import keep_freed_memory, settle_threads
 from models.files import KEY, MALFORMED, TOKENIZER_FILES, check_files, read_config
 from models.mixture import MixtureNetwork, check_split_tensors
 from models.norms import fuse_norms
-from models.tokenizer import has_tokenizer, load_tokenizer, no_code_for, save_tokenizer
+from models.tokenizer import check_ids_readable, has_tokenizer, load_tokenizer, no_code_for, save_tokenizer
 
 # Instructions around a task; `{question}` is replaced by it.
 MATH_STEPS = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -272,7 +272,7 @@ def own_block_size(folder: Path, family: Family) -> int | None:
     """
     size = read_config(folder).get("block_size", family.block_size) if family.attention == "block" else None
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise UserError(f"{KEY}: {folder}/config.json: block_size: {size!r} is no whole number above 0; mend it")
+        raise UserError(f"{KEY}: {folder}/config.json: block_size: {size!r} is no whole number above 0; correct it")
     return size
 
 
@@ -309,7 +309,7 @@ def check_tensors(folder: Path, name: str, model_class: type[PreTrainedModel], r
     unknown = [tensor for tensor in report["unexpected_keys"] if not tensor.endswith("rotary_emb.inv_freq")]
     if unknown:
         tensors = _counted(model_class, unknown)
-        raise UserError(f"{KEY}: {folder} has {tensors}, which {name} has no place for")
+        raise UserError(f"{KEY}: {folder} has {tensors}, which {name} has no parameter for")
 
 
 @torch.no_grad()
@@ -378,6 +378,12 @@ def stop_ids_of_network(model: PreTrainedModel) -> tuple[int, ...]:
     A network that was not read from a checkpoint has those of its configs.
     """
     return find_stop_ids(model, _tokenizer_beside(model.config.name_or_path or ""))
+
+
+def check_prompt_of_network(model: PreTrainedModel, ids: Iterable[int]) -> None:
+    """UserError where a prompt's ids have the unknown token of the tokenizer beside the network's weights."""
+    if tokenizer := _tokenizer_beside(model.config.name_or_path or ""):
+        check_ids_readable(tokenizer, ids, "prompt")
 
 
 @cache

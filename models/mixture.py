@@ -92,7 +92,7 @@ def check_split_tensors(folder: Path, name: str, model_class: type[MixtureNetwor
             )
     for tensor in stored:
         if EXPERTS in tensor and tensor not in wanted:
-            raise UserError(f"{KEY}: {folder} has tensor {tensor}, which {name} has no place for")
+            raise UserError(f"{KEY}: {folder} has tensor {tensor}, which {name} has no parameter for")
 
 
 def check_keys(kwargs: dict[str, Any], allowed: dict[str, tuple[Any, ...]]) -> None:

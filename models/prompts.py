@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.schema import EvalDatasetConfig, PromptsConfig
 from common.trajectory import Task
 from models.family import Family, LoadedModel
+from models.tokenizer import check_readable
 
 # Around each question where worked examples stand before the task, as lm-evaluation-harness words GSM8K (its
 # lm_eval/tasks/gsm8k/gsm8k.yaml): an example's answer follows behind a blank, the next question after an empty line.
@@ -53,7 +54,7 @@ def instruction(family: Family, kind: str, own: PromptsConfig, thinking: bool = 
     words = getattr(own, kind) or (thinking and published.get(f"{kind}_think")) or published.get(kind)
     words = words or PUZZLES.get(kind, "{question}")
     if "{question}" not in words:
-        raise UserError(f"dataset.prompts.{kind}: {words!r} has no place for the task; write {{question}} there")
+        raise UserError(f"dataset.prompts.{kind}: {words!r} lacks the task; write {{question}} where it belongs")
     return words
 
 
@@ -118,10 +119,14 @@ def encode_prompt(loaded: LoadedModel, question: str, template: str, start_with_
 
 
 def encode_turns(loaded: LoadedModel, turns: Sequence[dict[str, str]], start_with_think: bool = False) -> list[int]:
-    """Ids of a conversation, turns of `role` and `content`, up to where the assistant begins."""
+    """Ids of a conversation, turns of `role` and `content`, up to where the assistant begins.
+
+    UserError where it does not fit the chat template, or holds characters that the tokenizer has no token for.
+    """
     text = turns_text(loaded.tokenizer, list(turns))
     if start_with_think:
         text += "<think>"
+    check_readable(loaded.tokenizer, text, "prompt")
     return loaded.tokenizer.encode(text, add_special_tokens=False)
 
 

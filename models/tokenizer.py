@@ -1,5 +1,6 @@
 """Tokenizers: always transformers' fast ones, never a class that a checkpoint brings as Python code."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from common.errors import UserError
+from common.errors import UserError, names_of
 from models.files import KEY, MALFORMED, TOKENIZER_FILES, check_texts
 
+LISTED = 100  # tokens of a vocabulary that a line names one by one
 _OURS: set[str] = set()  # model types whose tokenizers AutoTokenizer leaves to load_tokenizer
 _auto_from_pretrained = AutoTokenizer.from_pretrained
 
@@ -52,6 +54,51 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
         raise UserError(
             f"{KEY}: the tokenizer's files in {folder} do not fit each other ({reason}); copy the base model's there"
         ) from error
+
+
+class Unreadable(UserError):
+    """A text with characters that the tokenizer has no token for; `reason` is the message without the key."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(f"{key}: {reason}")
+        self.reason = reason
+
+
+def unknown_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of whatever the tokenizer has no token for; None where it reads everything, as byte-level ones do."""
+    model = tokenizer.backend_tokenizer.model
+    token = getattr(model, "unk_token", None)
+    return None if token is None or getattr(model, "byte_fallback", False) else model.token_to_id(token)
+
+
+def check_readable(tokenizer: PreTrainedTokenizerBase, text: str, key: str) -> None:
+    """Unreadable, in one line that names the key, where the text has characters that the tokenizer has no token for."""
+    unknown = unknown_token(tokenizer)
+    if unknown is None:
+        return
+    parts = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    missing = dict.fromkeys(repr(text[slice(*at)]) for id, at in zip(parts.ids, parts.offsets) if id == unknown)
+    if missing:
+        raise Unreadable(key, f"the model has no token for {names_of(missing)}; it reads {readable(tokenizer)}")
+
+
+def check_ids_readable(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], key: str) -> None:
+    """As `check_readable`, of a text's ids, which do not tell the characters any more."""
+    unknown = unknown_token(tokenizer)
+    if unknown is not None and unknown in ids:
+        token = tokenizer.convert_ids_to_tokens(unknown)
+        raise Unreadable(key, f"has {token}, of characters without a token; the model reads {readable(tokenizer)}")
+
+
+def readable(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a tokenizer with few tokens reads, in words: its visible characters, and its longer tokens."""
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id not in special)
+    tokens = [token for _, token in ids if token.isprintable() and not token.isspace()]
+    if len(tokens) > LISTED:
+        return f"the {len(tokens)} words of its vocabulary"
+    characters = "".join(token for token in tokens if len(token) == 1)
+    return " and ".join(filter(None, [characters, ", ".join(token for token in tokens if len(token) > 1)]))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

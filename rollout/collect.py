@@ -16,6 +16,7 @@ from common.trajectory import Request, Response, Score, ScoredTrajectory, Task
 from data.tasks import worked_examples
 from models import Family, LoadedModel
 from models.prompts import stop_ids_of, task_text
+from models.tokenizer import check_readable, unknown_token
 from reward.score import RewardScorer
 from sample.engine import Engine
 
@@ -29,6 +30,22 @@ def encode_tasks(
     """Every task with its prompt ids, worded as its kind asks for; `thinking` begins the answer by <think>."""
     texts = prompt_texts(loaded.tokenizer, loaded.family, tasks, dataset, thinking)
     return [(task, loaded.tokenizer.encode(text, add_special_tokens=False)) for task, text in zip(tasks, texts)]
+
+
+def check_questions(loaded: LoadedModel, tasks: Sequence[Task], key: str) -> None:
+    """UserError where a question of the data set `key` has characters that the tokenizer has no token for."""
+    if unknown_token(loaded.tokenizer) is not None:
+        for task in tasks:
+            check_readable(loaded.tokenizer, task.question, f"{key}: task {task.id}")
+
+
+def say_unread_words(loaded: LoadedModel, prompt: Prompt) -> None:
+    """Say where the words around a question, which the tokenizer reads, have characters that it has no token for."""
+    if unknown_token(loaded.tokenizer) in prompt[1]:
+        console.print(
+            "the words around the questions have characters that the model has no token for; bare questions are "
+            "dataset.prompt_style=template dataset.prompts.math={question}"
+        )
 
 
 def prompt_texts(
@@ -138,7 +155,7 @@ def collect(
     groups = [[found.get((task.id, sample)) for sample in samples] for task, _ in prompts]
     groups = [group for group in groups if None not in group]  # a prompt is refused with all its samples
     if prompts and not groups:
-        raise UserError("every request was refused: raise rollout.cache_tokens, or lower max_prompt_len (said above)")
+        raise UserError("every request was refused: raise rollout.cache_tokens, or lower max_prompt_len (see above)")
     unscored = sum(response.score.verdict == "infrastructure" for group in groups for response in group)
     if unscored:
         total = sum(map(len, groups))

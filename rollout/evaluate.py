@@ -16,7 +16,7 @@ from data.tasks import load_tasks
 from models import LoadedModel, load_model
 from models.defaults import take_defaults
 from reward.score import RewardScorer, check_tasks, make_scorer
-from rollout.collect import Prompt, collect, encode_tasks, prompts_within
+from rollout.collect import Prompt, check_questions, collect, encode_tasks, prompts_within, say_unread_words
 from rollout.fingerprint import check_resumable, fingerprint_of
 from rollout.results import Evaluation, answer_reader, notable, summarize, table_rows, trace_of_response, write_results
 from rollout.samples import take_up, write_samples
@@ -39,7 +39,9 @@ def main(
     loaded, engine = (load or load_here)(config)
     take_defaults(config, loaded)
     settings = name_settings(settings_of(config.rollout))
+    check_questions(loaded, tasks, "dataset.eval_dataset")
     prompts = encode_tasks(loaded, tasks, config.dataset, config.rollout.start_with_think)
+    say_unread_words(loaded, prompts[0])
     fingerprint = fingerprint_of(config, loaded, prompts, settings)
 
     experiment = config.experiment

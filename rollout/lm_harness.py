@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.config import load_config
-from common.errors import UserError, one_line_errors
+from common.errors import UserError, one_line, one_line_errors
 from common.schema import Sampling
 from common.trajectory import Request
 from models import LoadedModel
@@ -140,14 +140,22 @@ def register_with_harness() -> None:
 
 @one_line_errors
 def main() -> None:
-    """lm_eval's command line, with our models in its table."""
+    """lm_eval's command line, with our models in its table. UserError where a task's data cannot be fetched."""
     if len(sys.argv) == 1:
         print(__doc__.strip())
         return
     register_with_harness()
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except BrokenPipeError:  # a ConnectionError too
+        raise
+    except ConnectionError as error:
+        raise UserError(
+            f"--tasks: {one_line(error)}; without a network, run the tasks once where there is one, copy its "
+            "~/.cache/huggingface (or what HF_HOME names) here and set HF_HUB_OFFLINE=1"
+        ) from None
 
 
 if __name__ == "__main__":

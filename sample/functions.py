@@ -8,7 +8,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.schema import Sampling
 from common.trajectory import Request
-from models.family import stop_ids_of_network
+from models.family import check_prompt_of_network, stop_ids_of_network
 from sample.engine import Engine
 from sample.slots import check_drawn
 
@@ -127,12 +127,16 @@ def generate_ids(
     seed: int | None,
     stopping_criteria_idx: Iterable[int] | None = None,
 ) -> Tensor:
-    """Prompt and response ids for each row of `prompt`, drawn side by side; stops as in `block_diffusion_generate`."""
+    """Prompt and response ids for each row of `prompt`, drawn side by side; stops as in `block_diffusion_generate`.
+
+    UserError where a prompt is too long, or has characters that the tokenizer beside the weights has no token for.
+    """
     own = stop_ids_of_network(model) if stop_ids is None else stop_ids
     stops = sorted({*own, *(stopping_criteria_idx or ())})
     ids, real = (prompt, None) if isinstance(prompt, Tensor) else (prompt["input_ids"], prompt.get("attention_mask"))
     ids = ids.reshape(-1, ids.shape[-1])
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.reshape(ids.shape).bool()
+    check_prompt_of_network(model, ids[real].tolist())
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     requests = [Request(str(n), row[keep].tolist(), seed=seed) for n, (row, keep) in enumerate(zip(ids, real))]
     responses: list[list[int]] = [[] for _ in requests]

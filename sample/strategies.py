@@ -194,7 +194,7 @@ def as_writes(answer: Tensor | Writes, block: BlockState, strategy: Strategy) ->
     name = f"rollout.remasking_strategy: {block.settings.remasking_strategy!r}"
     writes = answer if isinstance(answer, Writes) else Writes(answer)
     if not overwrites(strategy) and (writes.masks is not None or writes.ends is not None):
-        raise UserError(f"{name} says more than what is unmasked: mark it with sample.strategies.overwriting")
+        raise UserError(f"{name} returns more than what is unmasked: mark it with sample.strategies.overwriting")
     for part, wanted in zip(writes, (block.masked, block.masked, block.k)):
         kind = (tuple(part.shape), part.dtype) if isinstance(part, Tensor) else type(part).__name__
         if part is not None and kind != (tuple(wanted.shape), torch.bool):

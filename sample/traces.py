@@ -152,7 +152,9 @@ def read_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
         if config.task_id not in ("", str(line["task_id"])):
             continue
         if not line.get("step_map"):
-            raise UserError(f"samples: {path} holds no traces (rollout.output_unmasking_history was False)")
+            raise UserError(
+                f"samples: {path} holds no traces: line {number} has no step_map, as eval.py and rl.py write it"
+            )
         if not names <= line.keys():
             raise foreign
         trajectory = Trajectory.of(line)

@@ -12,6 +12,7 @@ from common.config import fault_of
 from common.schema import Sampling, ServeConfig, keys_of
 from models import LoadedModel
 from models.prompts import ChatTemplateError, encode_turns
+from models.tokenizer import Unreadable, check_readable
 
 # Sampling keys that a request may set; the last three are no part of OpenAI's interface.
 PER_REQUEST = ("temperature", "top_p", "top_k", "remasking_strategy", "dynamic_threshold")
@@ -86,7 +87,7 @@ def read_request(body: Any, chat: bool, config: ServeConfig, loaded: LoadedModel
         logprobs = alternatives is not None
         if logprobs and alternatives > 1:
             raise ApiError("logprobs: this server tells those of the drawn tokens alone; give 1", "logprobs")
-    prompts = [loaded.tokenizer.encode(one) if isinstance(one, str) else one for one in own_prompts]
+    prompts = [_completion_prompt(one, loaded) if isinstance(one, str) else one for one in own_prompts]
     n = _number(given, "n", 1, 128) or 1
     if len(prompts) * n > MOST_CHOICES:
         raise ApiError(f"n: {n} for each of {len(prompts)} prompts; one request may ask for {MOST_CHOICES}", "n")
@@ -191,6 +192,17 @@ def _chat_prompt(messages: Any, config: ServeConfig, loaded: LoadedModel) -> lis
         return encode_turns(loaded, turns, config.start_with_think)
     except ChatTemplateError as error:
         raise ApiError(f"messages: the model's chat template cannot take these ({error.reason})", "messages") from None
+    except Unreadable as error:
+        raise ApiError(f"messages: {error.reason}", "messages") from None
+
+
+def _completion_prompt(text: str, loaded: LoadedModel) -> list[int]:
+    """The ids of a text to be continued."""
+    try:
+        check_readable(loaded.tokenizer, text, "prompt")
+    except Unreadable as error:
+        raise ApiError(str(error), "prompt") from None
+    return loaded.tokenizer.encode(text)
 
 
 def _turn(message: Any, where: str) -> dict[str, Any]:

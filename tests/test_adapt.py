@@ -252,7 +252,7 @@ MISTAKES = [
     ("qwen3", "sdar", unknown_words, "model: .*has id 38, the network only 36 ids: a mask token has no room"),
     ("qwen3", "dream", change(), "family=dream: .* has model_type 'qwen3', which becomes sdar or trado"),
     ("qwen2", "river", change(), "family: 'river' is no model family; choose one of sdar"),
-    ("llama", "llada", change(hidden_act="gelu"), "model: .*hidden_act: 'gelu' cannot be said of a llada.*'silu'"),
+    ("llama", "llada", change(hidden_act="gelu"), "model: .*hidden_act: 'gelu' is not possible in llada.*'silu'"),
     ("qwen2", "dream", change(layer_types=["full_attention", "sliding_attention"]), "model: .*layer_types: 'sliding_"),
 ]
 

@@ -174,7 +174,7 @@ LONG = '{"question": "2+2", "ground_truth_answer": ' + "1" * 5000 + "}"
         ("x.json.gz", "plain text", "is torn or no gzip file"),
         ("x.jsonl.gz", TORN[:20] + b"\x55" * 40, "is torn or no gzip file"),
         ("x.jsonl.gz", gzip.compress(b"\n\xff", mtime=0), "is not UTF-8 \\(byte 1\\)"),
-        ("x.jsonl", LONE, r"line 1 of .* has in `question` half a character \(\\ud83d\); mend the text"),
+        ("x.jsonl", LONE, r"line 1 of .* has in `question` half a character \(\\ud83d\); correct the text"),
         ("x.json", f"[{{}}, {LONE}]", r"record 2 of .* has in `question` half a character"),
         ("x.jsonl", '{"a": [{"\\uDC00": 1}]}', r"line 1 of .* has in `a` half a character \(\\udc00\)"),
         ("x.jsonl", '{"\\ud800": 1}', "has in `\\?` half a character"),

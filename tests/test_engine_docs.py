@@ -21,11 +21,14 @@ def tiny(tiny_sdar: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def code() -> dict:
-    """What the page's Python defines."""
+def code(tiny_sdar: Path) -> dict:
+    """What the page's Python defines: its evaluation is of the untrained tiny model, and short."""
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL):
-        exec(block, names)
+        exec(
+            block.replace("runs/demo/ckpt/optimized", f'{tiny_sdar}", "rollout.max_token=6').replace("[:8]", "[:2]"),
+            names,
+        )
     return names
 
 
@@ -39,6 +42,11 @@ def test_an_engine_of_ones_own(code: dict, tiny: LoadedModel) -> None:
         for name in ("response_ids", "step_map", "finish_reason", "length", "steps", "temperature"):
             assert getattr(got, name) == getattr(expected, name), name
         assert got.logp == pytest.approx(expected.logp, rel=0, abs=1e-5)
+
+
+def test_an_evaluation_with_it(code: dict) -> None:
+    (result,) = code["results"].values()
+    assert (result.tasks, result.responses) == (2, 2) and 0 < result.tokens_per_forward <= 1
 
 
 def test_a_cache_of_ones_own(code: dict, tiny: LoadedModel) -> None:

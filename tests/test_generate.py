@@ -256,6 +256,8 @@ def test_mistakes_are_told(model: PreTrainedModel, tokenizer: PreTrainedTokenize
         for name in ("gen_length", "block_length", last):
             with pytest.raises(UserError, match=f"^{name}=0: give at least 1"):
                 function(model, tokens, mask_id, **{name: 0})
+        with pytest.raises(UserError, match=r"^prompt: has <\|unk\|>, of characters without a token; .* reads 0123"):
+            function(model, encoded(tokenizer, "four"), mask_id)
 
 
 # ---- the command
@@ -301,7 +303,7 @@ def test_a_chat(
 ) -> None:
     """Turns build on each other until /new; the page of the last answer is written on request; the input ends it."""
     page = tmp_path / "last.html"
-    lines = ["/trace", "1+2", "3+4", "/new", "3+4", f"/trace {page}", "/wrong [x]", ""]
+    lines = ["/trace", "1+2", "one", "3+4", "/new", "3+4", f"/trace {page}", "/wrong [x]", ""]
     prompts = []
     drawn = Engine.generate
 
@@ -321,5 +323,6 @@ def test_a_chat(
     first, second, fresh = prompts
     assert second[: len(first)] == first and len(second) > len(fresh) and second[-len(fresh) + 1 :] == fresh[1:]
     output = capsys.readouterr().out
+    assert "no token for 'o', 'n', 'e'; it reads 0123456789+-*/=;}{()[]<>,.?:^% and \\boxed{" in output
     assert "there is no answer yet" in output and "/wrong is no command" in output
     assert len(read_data(page.read_text(encoding="utf-8"))["responses"]) == 1

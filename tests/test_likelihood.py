@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from common.schema import Sampling
 from common.trajectory import Request
 from models import LoadedModel, load_model
 from models.tiny import build_tiny
+from rollout import lm_harness
 from rollout.likelihood import response_elbo, spans_of
 from rollout.lm_harness import cut, generation_settings, make_harness_model, register_with_harness
 from sample.draw import token_logp
@@ -97,6 +99,22 @@ def test_mistakes_are_told(tiny_sdar: Path, monkeypatch: pytest.MonkeyPatch) -> 
         make_harness_model(str(tiny_sdar), start_with_think=True)
     with pytest.raises(UserError, match="pip install lm_eval"):
         register_with_harness()
+
+
+def test_data_that_cannot_be_fetched_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def offline() -> None:
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr(lm_harness, "register_with_harness", lambda: None)
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", SimpleNamespace(cli_evaluate=offline))
+    monkeypatch.setattr(sys, "argv", ["lm_harness", "--tasks", "gsm8k"])
+    with pytest.raises(SystemExit) as ended:
+        lm_harness.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error: --tasks: Couldn't reach 'openai/gsm8k'")
+    assert "HF_HUB_OFFLINE=1" in line
 
 
 TASK = """

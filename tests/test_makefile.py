@@ -1,4 +1,4 @@
-"""`make setup` as a newcomer sees it, with a pip that only talks."""
+"""`make setup` as a newcomer sees it, with a pip that only talks; `make demo`, which goes on where it was stopped."""
 
 import os
 import shutil
@@ -52,3 +52,26 @@ def test_setup_shows_what_it_does_and_fails_where_pip_does(tmp_path: Path, code:
     assert said[7:] == ([] if code else ["setup is done"])
     assert (done.returncode == 0) == (tmp_path / ".venv" / ".ready").exists() == (code == 0)
     assert code == 0 or "ERROR: no space left" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("files", "options", "resumes"),
+    [
+        ([], [], False),
+        (["ckpt/step-0003/trainer.json"], [], True),
+        (["ckpt/step-0003/trainer.json", "summary.json"], [], False),  # it came to its end
+        (["ckpt/step-0003/trainer.json"], ["SEED=2"], False),
+        (["ckpt/step-0003/trainer.json"], ["ARGS=experiment.total_step=3"], False),
+    ],
+)
+def test_a_demo_that_was_stopped_goes_on(tmp_path: Path, files: list[str], options: list[str], resumes: bool) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in [*files, "config.yaml"]:
+        file = tmp_path / "runs" / "demo" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("training:\n  seed: 1\n" if name == "config.yaml" else "{}")
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--dry-run", "--old-file=setup", "demo", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True, check=True)
+    assert ("experiment.start_from_scratch=False" in done.stdout) == resumes and "rl.py" in done.stdout

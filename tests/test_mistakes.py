@@ -168,6 +168,25 @@ MISTAKES: list[tuple[str, Callable[[Place], Any], str]] = [
         lambda p: encode_prompt(load_model(p.spoiled("tokenizer_config.json", lambda c: c.update(chat_template=REFUSING)), "sdar"), "1+2", "{question}"),
         r"the chat template of .*/model does not take the conversation \(only images, please\)",
     ),
+    (
+        "a prompt that a small vocabulary has no tokens for",
+        lambda p: encode_prompt(load_model(p.model, "sdar"), "what is\t1+2", "{question}"),
+        r"^prompt: the model has no token for 'w', 'h', 'a', 't', 'i', 's', '\\t'; it reads 0123456789.*% and \\boxed\{$",
+    ),
+    *(
+        (
+            f"tasks that a small vocabulary has no tokens for, {name}",
+            lambda p, job=job, start=start, key=key, more=more: start(
+                load_config(job, [f"config=configs/{job}_tiny.yaml", f"{key}={p.file('x.jsonl', record() + record(question='one+2'))}", *(one.format(model=p.model, folder=p.folder) for one in more)])
+            ),
+            rf"^{told}: task 1: the model has no token for 'o', 'n', 'e'; it reads 0123",
+        )
+        for name, job, start, key, told, more in (
+            ("evaluated", "eval", evaluate, "dataset.eval_dataset", "dataset.eval_dataset", ["model={model}", "experiment.runs_dir={folder}"]),
+            ("learned", "rl", train_rl, "dataset.train_dataset", "dataset.train_dataset", ["model.pretrained_model={model}", "rollout.num_task_per_step=1"]),
+            ("watched", "rl", train_rl, "dataset.eval_dataset", "evaluation.eval_dataset", ["model.pretrained_model={model}"]),
+        )
+    ),
     ("the wrong family", lambda p: load_model(p.model, "llada"), r"model.model_base: 'llada', but .*model_type 'sdar'; set it to sdar or trado"),
     ("a family that is unknown", lambda p: load_model(p.model, "gpt"), r"'gpt'.*choose one of sdar, trado"),
     ("weights left behind", lambda p: load_model(p.spoiled("model.safetensors", None), "sdar"), r"holds no weights that can be read"),

@@ -308,7 +308,7 @@ FAULTS: list[tuple[str, str, torch.Tensor | None, str]] = [
     ("llada2", f"{EXPERT}.down_proj.weight", None, f"lacks tensor {EXPERT}.down_proj.weight; is the checkpoint whole"),
     ("sdar_moe", f"{EXPERT}.down_proj.weight", torch.ones(64, 16), "has shape (64, 16), config.json asks for (64, 32)"),
     ("llada2", f"{EXPERT}.gate_proj.weight", torch.ones(16, 64), "has shape (16, 64), config.json asks for (32, 64)"),
-    ("llada2", "model.layers.1.mlp.experts.8.up_proj.weight", torch.ones(32, 64), "llada2 has no place for"),
+    ("llada2", "model.layers.1.mlp.experts.8.up_proj.weight", torch.ones(32, 64), "llada2 has no parameter for"),
     ("llada2", QKV, None, f"lacks tensor {QKV}; is the checkpoint whole"),
     ("llada2", QKV, torch.ones(192, 64), "has shape (192, 64), config.json asks for (256, 64)"),
     ("llada2", "model.layers.2.mlp.gate.expert_bias", None, "lacks tensor model.layers.2.mlp.gate.expert_bias;"),

@@ -14,6 +14,7 @@ from common.schema import EvalDatasetConfig, PromptsConfig
 from common.trajectory import Task
 from models import FAMILIES, LoadedModel
 from models.prompts import task_text
+from models.tokenizer import check_ids_readable, check_readable, unknown_token
 from rollout import show_prompts
 from rollout.collect import encode_tasks
 
@@ -113,6 +114,15 @@ def test_the_template_style_is_the_tokenizers_own() -> None:
     assert text_of("sdar", "math", dataset) == f"<user>{question}\n<assistant>\n"
     assert text_of("sdar", "math", dataset, thinking=True).endswith("<assistant>\n<think>")
     assert text_of("sdar", "code_function", dataset, thinking=True).endswith("<assistant>\n")
+
+
+def test_a_byte_level_tokenizer_reads_everything() -> None:
+    """Also where a word of its own is called its unknown token, as of Qwen's."""
+    tokenizer = tokenizer_of("sdar", ("<|endoftext|>",))
+    tokenizer.unk_token = "<|endoftext|>"
+    assert unknown_token(tokenizer) is None
+    check_readable(tokenizer, text := "Ω, ключ\x00 <|endoftext|>", "prompt")
+    check_ids_readable(tokenizer, tokenizer.encode(text), "prompt")
 
 
 def test_own_words_stand_in_the_published_turn() -> None:

@@ -235,7 +235,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     monkeypatch.undo()
     assert (tmp_path / "rl_tiny" / "rollouts" / "step-0002.jsonl").exists()
     resumed = run_rl(runs.model, tmp_path, experiment__start_from_scratch=False)
-    assert "resumed from" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "resumed from" in printed and "held-out accuracy after step 3: static" in printed
+    assert "sampling tasks before after gain tokens/forward" in printed
+    for command in ("generate.py model={}/ckpt/optimized", "-m rollout.compare {}@0 {}"):
+        assert command.format(resumed, resumed) in printed
     assert rows_of(resumed, untimed=True) == rows_of(runs.first, untimed=True)
     assert same_weights(resumed / "ckpt" / "optimized", runs.first / "ckpt" / "optimized")
     for number in (1, 2, 3):

@@ -462,6 +462,8 @@ MESSAGES = b'"messages": [{"role": "user", "content": "1"}]'
         ("completions", b'{"prompt": ["1", [1]]}', "prompt must be"),
         ("completions", b'{"prompt": []}', "prompt must be"),
         ("completions", b"{}", "prompt must be"),
+        ("completions", b'{"prompt": "one"}', "prompt: the model has no token for 'o', 'n', 'e'; it reads 0123"),
+        ("chat/completions", MESSAGES.replace(b'"1"', b'"one"').join((b"{", b"}")), "messages: the model has no token"),
         ("completions", b'{"prompt": "1", "n": 3, "best_of": 5}', "best_of"),
         ("completions", b'{"prompt": "1", "suffix": "2"}', "suffix"),
         ("completions", b'{"prompt": "1", "logprobs": 5}', "logprobs"),

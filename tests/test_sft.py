@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from common.config import load_config
 from common.errors import UserError
 from common.schema import EvalConfig, SFTConfig
+from common.stop import Stopped
 from launch.start_model import make_missing_model
 from models import load_model
 from train import run as shared_run
@@ -63,7 +65,7 @@ def untimed(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
-def test_a_small_set_is_memorised_and_training_stops(tmp_path: Path) -> None:
+def test_a_small_set_is_memorised_and_training_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The loss falls until responses drawn to the very prompts are right; then training stops, long before the end."""
     config = sft_config(
         tmp_path,
@@ -80,6 +82,8 @@ def test_a_small_set_is_memorised_and_training_stops(tmp_path: Path) -> None:
     before = [0.0, *accuracies.values()]
     gaps = np.diff([0, *accuracies]).tolist()
     assert gaps == [5 if accuracy >= 0.3 else 20 for accuracy in before[: len(gaps)]], "more often near the end"
+    ended = f"ended after {rows[-1]['step']} of at most 400 updates: accuracy {100 * rows[-1]['eval/accuracy']:.1f} %"
+    assert ended in (printed := capsys.readouterr().out) and "training.stop_at_accuracy=0.6 reached" in printed
     assert rows[-1]["step"] < 400 and accuracies.popitem()[1] >= 0.6
     assert all(value < 0.6 for value in accuracies.values())
     assert rows[0]["lr"] == pytest.approx(1e-3 / 5) and rows[-1]["lr"] == pytest.approx(1e-3)
@@ -125,15 +129,15 @@ def test_stop_at_accuracy_needs_tasks(tmp_path: Path) -> None:
         sft_trainer.finetune(config)
 
 
-def test_a_missing_model_is_made(tmp_path: Path) -> None:
-    """`made_by` runs the SFT config once; what it makes must be where the model's path says."""
+def test_a_missing_model_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`made_by` runs the SFT config once, on from where it was stopped; what it makes must be at the model's path."""
     sft_config(tmp_path, RECORDS)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"experiment: {{project: made, trackers: []}}\n"
         f"model: {{pretrained_model: tiny}}\n"
         f"dataset: {{optimization_data: {tmp_path}/records.json, prompts: {{math: '{{question}}'}}}}\n"
-        f"training: {{max_steps: 1}}\n"
+        f"training: {{max_steps: 2}}\n"
     )
     runs = tmp_path / "runs"
     path = runs / "made" / "ckpt" / "optimized"
@@ -145,7 +149,10 @@ def test_a_missing_model_is_made(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft_trainer, "draw_curves", lambda *_: None)
-        assert make_missing_model(start(path))
+        with pytest.MonkeyPatch.context() as signal_came, pytest.raises(Stopped):
+            signal_came.setattr(sft_trainer, "stop_requested", lambda: True)
+            make_missing_model(start(path))
+        assert make_missing_model(start(path)) and "resumed from" in capsys.readouterr().out
         assert load_model(path, "sdar").family.name == "sdar"
         assert not make_missing_model(start(path))
         assert not make_missing_model(start(tmp_path / "absent", "null"))
@@ -256,6 +263,7 @@ def test_the_script(launcher: list[str], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "sft_tiny_trado_1"
     assert f"finetuned model: {folder}/ckpt/optimized" in done.stdout
+    assert "WARNING" not in done.stdout + done.stderr, "a library complains of what is as it should be"
     assert {"config.yaml", "metrics.jsonl", "curves.png", "tensorboard"} <= {path.name for path in folder.iterdir()}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2] and "eval/accuracy" in rows[1]
@@ -286,7 +294,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_it_had_not_come(
     assert sft_trainer.main(config) == 0
     monkeypatch.undo()
     out = " ".join(capsys.readouterr().out.split())
-    assert "stopped after update 4 to go on: python" in out and "experiment.start_from_scratch=False" in out
+    assert re.search(r"stopped after update 4 to go on: \S*python .* experiment.start_from_scratch=False", out)
     config.experiment.start_from_scratch = False
     target, rows = finetune(config)
     once = {}

@@ -1,6 +1,8 @@
 """The trace page in Chromium, driven by keys; and what goes into it."""
 
 import json
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -322,3 +324,11 @@ def test_where_the_digits_of_a_board_stand() -> None:
     assert board["cells"][0] == (2, 0) and board["cells"][8] == (3, 5)
     assert board_of(SUDOKU.record["puzzle"], SUDOKU.ground_truth_answer, pieces[:4]) is None, "no board"
     assert board_of(None, "6", ["\\boxed{", "6", "}"]) is None, "no sudoku"
+
+
+def test_the_command_imports_no_file_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started as a file, its folder comes first on the path: its kernels.py has the name of a library."""
+    beside = str(TEMPLATE.parent)
+    monkeypatch.setattr(sys, "path", [beside, *sys.path])
+    runpy.run_path(f"{beside}/get_trace_viewer.py", run_name="imported")
+    assert beside not in sys.path

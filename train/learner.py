@@ -111,8 +111,9 @@ def make_accelerator(mixed_precision: str = "no") -> Accelerator:
     """Join the other ranks, if there are any, as the launcher's environment says."""
     on_gpu = torch.cuda.is_available()
     use_deepspeed = under_deepspeed()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset, DeepSpeed warns that it chose so where it is imported
     if use_deepspeed and not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled at the first launch

@@ -42,8 +42,13 @@ def load_trained(model_config: ModelConfig, training: TrainingBase, path: str | 
     if device.type == "cuda":
         fuse_gates(loaded.model)
     if training.gradient_checkpointing_enable:
-        loaded.model.gradient_checkpointing_enable()
+        recompute_activations(loaded.model)
     return loaded
+
+
+def recompute_activations(network: PreTrainedModel) -> None:
+    """Activation checkpointing, by the name that this transformers has for it: 5.23 warns of the one that 5.17 has."""
+    getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)()
 
 
 def policy_learner(config: RLConfig | SFTConfig, loaded: LoadedModel, updates: int) -> Learner:
@@ -62,7 +67,7 @@ def value_learner(config: RLConfig, updates: int) -> Learner:
     if device.type == "cuda":
         fuse_gates(value.network)
     if config.training.gradient_checkpointing_enable:
-        value.network.gradient_checkpointing_enable()
+        recompute_activations(value.network)
     params, precision = config.optimizer.params, mixed_precision(config.model.dtype)
     if params.value_learning_rate is not None:
         params = dataclasses.replace(params, learning_rate=params.value_learning_rate)

@@ -1,6 +1,7 @@
 """Reinforcement learning in one resident program: sample, score, update, hand the weights back, evaluate, report."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +11,15 @@ from common.checkpoint import unless_full, write_whole
 from common.errors import UserError
 from common.metrics import draw_curves, print_table, truncate_after
 from common.ranks import any_rank, from_main, is_main
-from common.runtime import Stopwatch, console
+from common.runtime import ROOT, Stopwatch, console, python_command, version_of
 from common.schema import RLConfig
-from common.stop import Stopped, stop_requested
+from common.stop import Stopped, exit_code_of, stop_requested
 from common.trajectory import ScoredTrajectory, Task
 from data.tasks import load_tasks, task_batch
 from models import find_family
 from models.defaults import take_defaults
 from reward.score import RewardScorer, check_tasks, make_scorer
-from rollout.collect import collect, encode_tasks, prompts_within
+from rollout.collect import check_questions, collect, encode_tasks, prompts_within, say_unread_words
 from rollout.report import RunPage
 from rollout.results import Evaluation, overwriting_figures, results_row, tokens_per_forward
 from rollout.samples import write_samples
@@ -33,7 +34,6 @@ from train.run import (
     Run,
     begin,
     evaluate_held_out,
-    exit_code_of,
     export,
     held_out_tasks,
     make_folder,
@@ -104,12 +104,13 @@ def reinforce(config: RLConfig, inputs: Inputs | None = None, stages: Stopwatch 
             raise
     with run.stages("checkpoint"):
         save(run)
-        export(run)
+        model = export(run)
     run.metrics.close()
     if is_main():
         draw_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
         run.page.refresh(done=True)
         write_results(run.folder, config.training.seed, before, after, run.stages)
+        print_next_commands(run.folder, model, compared=bool(after))
 
 
 # --- before the first step
@@ -146,7 +147,11 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         drawing = engine_model(config, trained, learner)
         reference = frozen_reference(config, trained, learner)
         take_defaults(config, drawing)
-        encode_tasks(drawing, inputs.tasks[:1], config.dataset, config.rollout.start_with_think)  # a mistake shows here
+        check_questions(drawing, inputs.tasks, "dataset.train_dataset")
+        check_questions(drawing, inputs.held_out.tasks, "evaluation.eval_dataset")
+        # a mistake shows here
+        (first,) = encode_tasks(drawing, inputs.tasks[:1], config.dataset, config.rollout.start_with_think)
+        say_unread_words(drawing, first)
         critic = None
         if config.model.value_base_model:
             value_steps = experiment.total_step // experiment.train_value_every
@@ -189,7 +194,8 @@ def train(run: RLRun) -> None:
         console.print(
             f"step {progress.step}/{experiment.total_step}  reward {figures['reward']:.3f}  "
             f"length {figures['response_length']:.1f}  tokens/forward {figures['tokens_per_forward']:.2f}  "
-            f"kl {figures.get('kl', 0):.2e}  mismatch {figures.get('logp_diff_max', 0):.1e}  {figures['seconds']:.1f} s"
+            f"kl {figures.get('kl', 0):.1e}  logp_diff_max {figures.get('logp_diff_max', 0):.1e}  "
+            f"{figures['seconds']:.1f} s"
         )
         run.page.refresh()
         last = progress.step == experiment.total_step
@@ -363,6 +369,8 @@ def evaluate_now(run: RLRun) -> dict[str, Evaluation]:
     with run.stages("evaluation"):
         results, figures = evaluate_held_out(run, run.engine, run.loaded, run.folder / "samples.jsonl")
     run.metrics.log({"step": run.progress.step} | figures)
+    found = [f"{name} {percent(one.accuracy, one.standard_error)}" for name, one in results.items()]
+    console.print(f"held-out accuracy after step {run.progress.step}: {', '.join(found)}")
     return results
 
 
@@ -393,19 +401,35 @@ def write_results(
     seconds["total"] = round(stages.total(), 2)
     (folder / "summary.json").write_text(json.dumps({"seed": seed} | short | {"seconds": seconds}, indent=2))
     rows = []
-    for name, now in short["after"].items():
-        then = short["before"][name]
+    for name, now in results["after"].items():
+        then = before[name]
         rows.append(
             {
                 "sampling": name,
-                "tasks": after[name].tasks,
-                "accuracy before": f"{100 * then['accuracy']:.1f} %",
-                "after": f"{100 * now['accuracy']:.1f} %",
+                "tasks": now["tasks"],
+                "before": percent(then["accuracy"], then["standard_error"]),
+                "after": percent(now["accuracy"], now["standard_error"]),
                 "gain": f"{100 * (now['accuracy'] - then['accuracy']):+.1f}",
-                "tokens/forward before": f"{then['tokens_per_forward']:.2f}",
-                "tokens/forward after": f"{now['tokens_per_forward']:.2f}",
+                "tokens/forward": f"{then['tokens_per_forward']:.2f} → {now['tokens_per_forward']:.2f}",
             }
         )
     if rows:
-        print_table(rows, title=f"held-out tasks, {folder}")
+        print_table(rows, title="accuracy on held-out tasks ± one standard error, before and after RL")
     console.print("seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items()))
+
+
+def percent(share: float, error: float) -> str:
+    """A share and its standard error in per cent."""
+    return f"{100 * share:.1f} ± {100 * error:.1f} %"
+
+
+def print_next_commands(folder: Path, model: Path, compared: bool) -> None:
+    """Say what to open of a finished run, and the commands that go on from it; `compared`: it was evaluated."""
+    python, here = python_command(), Path.cwd() == ROOT
+    script = f"{python} {'' if here else shlex.quote(f'{ROOT}/')}{{}}.py model={shlex.quote(str(model))}"
+    console.print(f"curves: {folder}/report.html; responses as they were denoised: {folder}/trace.html")
+    console.print(f"a chat with the model: {script.format('generate')}")
+    console.print(f"a server and a chat page: {script.format('serve')}")
+    if compared and (here or version_of("dllm-rl")):  # else the module is not found from here
+        run = shlex.quote(str(folder))
+        console.print(f"before and after, with significance: {python} -m rollout.compare {run}@0 {run}")

@@ -6,8 +6,7 @@
 import contextlib
 import dataclasses
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from common.errors import UserError, show
 from common.metrics import MetricsLog, open_metrics
 from common.runtime import console, prepare_run_folder, seed_everything
 from common.schema import EvalDatasetConfig, RLConfig, SFTConfig
-from common.stop import STOP_FILE, Stopped, exit_code, resume_command, signals_noted, watched
+from common.stop import Stopped, watched
 from common.trajectory import Task
 from models import LoadedModel, load_network
 from models.value import load_value
@@ -223,17 +222,3 @@ def until_stopped(run: Run) -> Iterator[None]:
             run.metrics.close()
             console.print(f"stopped after {run.unit} {run.progress.step}")
             raise
-
-
-def exit_code_of(job: Callable[[], object]) -> int:
-    """Run a job to its end or to a signal; returns the program's exit code: 130 where Ctrl-C stopped it, else 0."""
-    with signals_noted():
-        try:
-            job()
-        except Stopped:
-            # a launcher's command is not known in its ranks, but rl.py launches with its own arguments
-            known = ranks.world() == 1 or STOP_FILE in os.environ
-            command = resume_command() if known else "the same command with experiment.start_from_scratch=False"
-            console.print(f"to go on: {command}")
-            return exit_code()
-    return 0

@@ -17,12 +17,12 @@ from common.errors import UserError
 from common.metrics import draw_curves
 from common.runtime import Stopwatch, console, progress
 from common.schema import SFTConfig, SFTTrainingConfig
-from common.stop import Stopped, stop_requested
+from common.stop import Stopped, exit_code_of, stop_requested
 from data.tasks import load_tasks
 from models import FAMILIES, Family, LoadedModel, find_family
 from models.defaults import take_defaults
 from models.tiny import build_tiny
-from rollout.collect import encode_tasks
+from rollout.collect import check_questions, encode_tasks
 from sample.engine import Engine
 from train.learner import Learner, batch_logp, batch_outputs, micro_batches, update
 from train.learner_state import write_network
@@ -33,7 +33,6 @@ from train.run import (
     Run,
     begin,
     evaluate_held_out,
-    exit_code_of,
     export,
     held_out_tasks,
     make_folder,
@@ -123,6 +122,7 @@ def set_up(config: SFTConfig) -> SFTRun:
         loaded.model.config.block_size = training.block_size  # what it learns is written with it
     if training.corrupt_p:
         loaded.model.config.trained_to_edit = True  # config.json says so to who samples from it
+    check_questions(loaded, tasks, "dataset.eval_dataset")
     encode_tasks(loaded, tasks[:1], held_out.dataset, config.evaluation.start_with_think)  # a mistake shows here
     samples = make_samples(config, loaded, located)
     if reasons := samples.reasons(training):
@@ -185,10 +185,11 @@ def train(run: SFTRun) -> dict[str, float]:
     Returns the figures of the last one. Raises Stopped where the run is to end.
     """
     state, save_every, reported = run.progress, run.config.experiment.save_every, time.perf_counter()
+    goal = run.config.training.stop_at_accuracy
     figures = measure_if_due(run)  # it may have been stopped within that
     if figures:
         run.metrics.log({"step": state.step} | figures)
-    with progress("finetuning", run.updates, state.step) as advance:
+    with progress("finetuning", run.updates, state.step, at_most=goal is not None) as advance:
         while state.step < run.updates and not state.good_enough:
             watch = Stopwatch()
             figures = train_step(run)
@@ -208,6 +209,12 @@ def train(run: SFTRun) -> dict[str, float]:
                 save(run)
             if ranks.any_rank(stop_requested()) and state.step < run.updates and not state.good_enough:
                 raise Stopped
+    if goal is not None and "eval/accuracy" in figures:
+        console.print(
+            f"finetuning ended after {state.step} of at most {run.updates} updates: accuracy "
+            f"{100 * figures['eval/accuracy']:.1f} % on {run.config.dataset.eval_dataset}, "
+            f"training.stop_at_accuracy={goal:g} {'reached' if state.good_enough else 'not reached'}"
+        )
     return figures
 
 
@@ -325,11 +332,12 @@ def sft_update(
 
 def report_line(run: SFTRun, figures: dict[str, float]) -> str:
     """One line on the console."""
+    goal = run.config.training.stop_at_accuracy
     line = f"finetuning step {run.progress.step}/{run.updates}  loss {figures.get('loss', float('nan')):.3f}"
     if "eval/loss" in figures:
         line += f"  validation {figures['eval/loss']:.3f}"
     if "eval/accuracy" in figures:
-        line += f"  accuracy {figures['eval/accuracy']:.3f}"
+        line += f"  accuracy {100 * figures['eval/accuracy']:.1f} %" + (f" of {100 * goal:g}" if goal else "")
     return f"{line}  {figures['tokens_per_second']:,.0f} tokens/s"
 
 
