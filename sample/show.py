@@ -14,6 +14,7 @@ from common.trajectory import Request, Trajectory
 from models import LoadedModel
 from models.defaults import load_one
 from models.prompts import encode_prompt, encode_turns, stop_ids_of
+from models.tokenizer import Unreadable
 from sample.engine import Engine
 from sample.slots import check_drawn
 from sample.traces import trace_of, write_trace_page
@@ -82,8 +83,10 @@ def chat(engine: Engine, loaded: LoadedModel, config: GenerateConfig) -> None:
                 last = answer(engine, loaded, config, encode_turns(loaded, turns, config.start_with_think), number)
             except (KeyboardInterrupt, UserError) as error:  # of the answer, not of the chat
                 turns.pop()
-                too_long = isinstance(error, UserError)
-                console.print(f"{error}, or begin anew by /new" if too_long else "stopped", style="dim", markup=False)
+                said = "stopped" if isinstance(error, KeyboardInterrupt) else str(error)
+                if isinstance(error, UserError) and not isinstance(error, Unreadable):  # too long
+                    said += ", or begin anew by /new"
+                console.print(said, style="dim", markup=False)
             else:
                 number += 1
                 turns.append({"role": "assistant", "content": last.text})

@@ -324,5 +324,6 @@ def test_a_chat(
     assert second[: len(first)] == first and len(second) > len(fresh) and second[-len(fresh) + 1 :] == fresh[1:]
     output = capsys.readouterr().out
     assert "no token for 'o', 'n', 'e'; it reads 0123456789+-*/=;}{()[]<>,.?:^% and \\boxed{" in output
+    assert "begin anew" not in output
     assert "there is no answer yet" in output and "/wrong is no command" in output
     assert len(read_data(page.read_text(encoding="utf-8"))["responses"]) == 1
