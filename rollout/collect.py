@@ -122,11 +122,16 @@ def collect(
     groups = [group for group in groups if None not in group]  # a prompt is refused with all its samples
     if prompts and not groups:
         raise UserError("every request was refused: raise rollout.cache_tokens, or lower max_prompt_len (said above)")
+    say_unscored(groups)
+    return groups
+
+
+def say_unscored(groups: Sequence[Sequence[ScoredTrajectory]]) -> None:
+    """Say how many responses could not be scored, if any."""
     unscored = sum(response.score.verdict == "infrastructure" for group in groups for response in group)
     if unscored:
         total = sum(map(len, groups))
         console.print(f"{unscored} of {total} responses could not be scored (infrastructure) and earn nothing")
-    return groups
 
 
 def with_texts(
