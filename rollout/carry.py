@@ -31,7 +31,7 @@ from reward.score import RewardScorer
 from rollout.collect import say_unscored, with_scores, with_texts
 from rollout.fingerprint import SPEED_ONLY
 from sample.engine import Engine
-from sample.slots import Slots, Unfinished
+from sample.slots import Unfinished
 
 LONGEST_STRIDE = 16  # denoising steps; a seat that is free stays empty for half of them
 LOOKS = 256  # that the longest response takes at least, where it makes a denoising step for each token
@@ -326,7 +326,7 @@ def token_ages(trajectory: Trajectory, step: int) -> np.ndarray:
 
 # ---- in a checkpoint
 
-RECORDS = (Group, Request, Routes, Score, ScoredTrajectory, Segment, Slots, Task, Trajectory, Unfinished, Writing)
+RECORDS = (Group, Request, Routes, Score, ScoredTrajectory, Segment, Task, Trajectory, Unfinished, Writing)
 ARRAYS = (np.ndarray, np.dtype, np.dtypes.UInt8DType, np.dtypes.Int16DType, np._core.multiarray._reconstruct)
 
 

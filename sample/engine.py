@@ -163,10 +163,10 @@ class Engine:
     def go_on(self, unfinished: Unfinished) -> int:
         """Add a request with what it has drawn, under the same settings; returns its id."""
         (id,) = self.add(unfinished.request)
-        sequence, block_start = self.waiting[-1], int(unfinished.state.block_start)
-        sequence.state, sequence.limit = unfinished.state, unfinished.steps
+        sequence = self.waiting[-1]
+        sequence.state, sequence.limit = Slots(**unfinished.state), unfinished.steps
         if not self.full_attention:
-            sequence.reach = block_start + self.settings.block_size
+            sequence.reach = int(sequence.state.block_start) + self.settings.block_size
         if unfinished.routes is not None:
             sequence.routes = RouteLog(sequence.canvas_end, unfinished.routes)
         return id
@@ -204,7 +204,7 @@ class Engine:
         begun = sorted((*self.give_way(list(self.rows())), *waiting), key=lambda sequence: sequence.id)
         self.forget_requests()
         return [
-            Unfinished(one.request, one.state, one.routes and one.routes.denoised(int(one.state.step)))
+            Unfinished(one.request, one.state.stores(), one.routes and one.routes.denoised(int(one.state.step)))
             for one in begun
             if one.state is not None
         ]

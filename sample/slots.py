@@ -70,23 +70,26 @@ class Slots:
         """Rows, positions of each, and how many overwritten writings of each there is room for."""
         return len(self.tokens), self.tokens.shape[1], self.overwritten.shape[1]
 
+    def stores(self) -> dict[str, Tensor]:
+        """The fields by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     def first(self, rows: int) -> Self:
         """Views of the first rows; writing to them writes here."""
         if rows not in self.views:
-            self.views[rows] = Slots(**{field.name: getattr(self, field.name)[:rows] for field in fields(self)})
+            self.views[rows] = Slots(**{name: store[:rows] for name, store in self.stores().items()})
         return self.views[rows]
 
     def packed(self) -> Tensor:
         """All fields side by side, int64 (slots, numbers): between host and device every copy waits, so one is made."""
-        stores = (getattr(self, field.name) for field in fields(self))
-        whole = (store.view(torch.int32) if store.is_floating_point() else store for store in stores)
+        whole = (store.view(torch.int32) if store.is_floating_point() else store for store in self.stores().values())
         return torch.cat([store.reshape(len(store), -1).long() for store in whole], 1)
 
     @classmethod
     def unpacked(cls, numbers: Tensor, capacity: int, room: int) -> Self:
         """The rows that `packed` was made of."""
         like = cls.empty(1, capacity, "cpu", room)
-        stores = {field.name: getattr(like, field.name) for field in fields(cls)}
+        stores = like.stores()
         parts = numbers.split([store.numel() for store in stores.values()], 1)
         return cls(
             **{
@@ -103,7 +106,7 @@ class Slots:
 
     def select(self, rows: Tensor) -> Self:
         """Copies of the rows of that `index`, on the host."""
-        taken = Slots(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        taken = Slots(**{name: store[rows] for name, store in self.stores().items()})
         return taken if rows.device.type == "cpu" else Slots.unpacked(taken.packed().cpu(), *self.sizes()[1:])
 
     def states(self, rows: Tensor, block_size: int) -> list[Self]:
@@ -114,7 +117,7 @@ class Slots:
         taken, states = self.select(rows), []
         for row, (start, count) in enumerate(zip(taken.block_start.tolist(), taken.overwritten_count.tolist())):
             drawn = dict.fromkeys(("tokens", "masked", "step_map", "figures"), start + block_size)
-            one = {field.name: getattr(taken, field.name)[row : row + 1] for field in fields(self)}
+            one = {name: store[row : row + 1] for name, store in taken.stores().items()}
             one |= {name: one[name][:, :end] for name, end in (drawn | {"overwritten": count}).items()}
             state = Slots(**{name: store.clone() for name, store in one.items()})
             state.cached.copy_(state.block_start)
@@ -261,13 +264,13 @@ class Unfinished:
     """A response that is not done: an engine with other weights and another cache goes on with it."""
 
     request: Request
-    state: Slots  # one row on the host, as `Slots.states` makes it
+    state: dict[str, Tensor]  # a row of Slots, (1, …) each, on the host
     routes: np.ndarray | None = None  # (denoising steps, block, layers, chosen) the experts of its block, step by step
 
     @property
     def steps(self) -> int:
         """Denoising steps made."""
-        return int(self.state.step)
+        return int(self.state["step"])
 
 
 @dataclass(frozen=True)
