@@ -16,6 +16,7 @@ Printed is the share of slot time spent waiting, over the steps of a simulated r
 import heapq
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,7 @@ from statistics import NormalDist
 import numpy as np
 
 from common.metrics import print_table
-from common.trajectory import Task
-from rollout.carry import LONGEST_STRIDE, Group, Rule
+from rollout.carry import LONGEST_STRIDE, Rule
 
 RANKS = (8, 64, 512, 4096)
 SLOTS = 16  # of a rank
@@ -126,7 +126,7 @@ def take_step(rule: Rule, known: Groups, new: np.ndarray) -> Step:
         if len(complete) == rule.wanted:
             started = max(len(known.step), 1 + int(waiting[begun - 1]) // SAMPLES if begun else 0)
             others = np.setdiff1d(np.arange(started), complete)
-            if rule.may_wait(Group(Task("", ""), [], one) for one in step[others].tolist()):
+            if rule.may_wait(Counter(step[others].tolist())):
                 break
         free = rule.seats - len(seated)
         seated, begun = np.append(seated, waiting[begun : begun + free]), min(begun + free, len(waiting))

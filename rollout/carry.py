@@ -10,7 +10,7 @@ from the same place wherever it is drawn.
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -97,15 +97,20 @@ class Rule:
         """How many groups may be begun or complete while `count` are to be taken: all can be trained in time."""
         return count + self.spare + self.wanted * self.ahead
 
-    def may_wait(self, groups: Iterable[Group], now: int = 0) -> bool:
+    def may_wait(self, left: Mapping[int, int], now: int = 0) -> bool:
         """Whether groups may be left to later steps, none of which trains more than are wanted, and none too late.
 
-        `now`: 1 where this step trains as many too.
+        `left` counts them by the step that began them. `now`: 1 where this step trains as many too.
         """
         if not self.carries:
             return True
-        waits = [min(group.step + self.stale, self.last) - self.step for group in groups]
-        return all(sum(other <= wait for other in waits) <= self.wanted * max(0, wait + now) for wait in set(waits))
+        waits: Counter[int] = Counter()
+        for step, count in left.items():
+            waits[min(step + self.stale, self.last) - self.step] += count
+        return all(
+            sum(count for other, count in waits.items() if other <= wait) <= self.wanted * max(0, wait + now)
+            for wait in waits
+        )
 
 
 @dataclass(frozen=True)
@@ -266,7 +271,9 @@ class Drawing:
         if self.begun == len(self.places) and not self.active:
             return True
         complete = self.complete()[: self.count]
-        return len(complete) == self.count and self.rule.may_wait(self.groups[number] for number in self.open(complete))
+        if len(complete) < self.count:
+            return False
+        return self.rule.may_wait(Counter(self.groups[number].step for number in self.open(complete)))
 
     def open(self, taken: Sequence[int]) -> list[int]:
         """The groups that were begun, without those that are taken or refused."""
@@ -351,7 +358,7 @@ def unpacked_groups(file: Path, rollout: RolloutConfig, tasks: Iterable[Task], s
         faults.append("dataset.train_dataset has not all of their tasks")
     if not rollout.carry:
         faults.append("rollout.carry is off")
-    elif not Rule.of(rollout, step).may_wait(groups, now=1):
+    elif not Rule.of(rollout, step).may_wait(Counter(group.step for group in groups), now=1):
         faults.append("rollout.max_stale_steps or num_task_per_step leaves no step to train on them")
     if groups and faults:
         console.print(f"{len(groups)} groups of responses that no step has trained on are dropped: {', '.join(faults)}")

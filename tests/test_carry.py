@@ -18,12 +18,12 @@ from common.config import load_config
 from common.errors import UserError
 from common.runtime import Stopwatch
 from common.schema import RewardConfig, RLTrainingConfig, RolloutConfig, Sampling
-from common.trajectory import Request, ScoredTrajectory, Segment, Task, Trajectory
+from common.trajectory import Request, Score, ScoredTrajectory, Segment, Task, Trajectory
 from models import LoadedModel, load_model
 from models.mixture import routers
 from models.tiny import build_tiny
 from reward.score import make_scorer
-from rollout.carry import Group, Rule, take_groups
+from rollout.carry import Group, Rule, packed_groups, take_groups, unpacked_groups
 from sample.engine import Engine
 from sample.step import Graphs
 from tests.test_engine import BOUNDS, check, requests_of
@@ -215,6 +215,34 @@ def test_groups_are_those_of_the_plain_loop(
     assert len(set(before)) == 8
     if keys.get("max_stale_steps") == 0:
         assert before == [f"task {n}" for n in range(8)] and not carried
+
+
+def test_a_checkpoint_holds_a_mixtures_responses(tiny: dict[str, LoadedModel], tmp_path: Path) -> None:
+    """Routes too; where another setting would go on with them they are dropped."""
+    loaded, rollout = tiny["sdar_moe"], replace(SAMPLING, carry=True)
+    engine = Engine(loaded.model, loaded.mask_id, [])
+    requests = [Request("a", prompt_of(0), sample, 5, 1, True) for sample in (0, 1)]
+    (done,) = engine.generate(requests[:1], replace(SAMPLING, max_token=4))
+    engine.set_up(SAMPLING, requests, pace=1)
+    engine.add(requests[1])
+    engine.allow(3)
+    while not engine.paused:
+        engine.step()
+        engine.finished()
+    (begun,) = engine.suspend()
+    task = Task("a", "", record={"tests": [1.5, None]})
+    scored = ScoredTrajectory(task, replace(done, segments=[Segment(1, 0)]), Score(1.0, True, "passed"))
+    group = Group(task, prompt_of(0), 1, 1, {0: scored}, {1: begun}, {1: [Segment(1, 0)]})
+    file = tmp_path / "carried.pt"
+    file.write_bytes(packed_groups([group], rollout))
+    (back,) = unpacked_groups(file, rollout, [task], 2)
+    assert (back.task, back.step, back.done, back.segments) == (task, 1, {0: scored}, group.segments)
+    assert (back.done[0].trajectory.routes.steps == done.routes.steps).all()
+    assert back.begun[1].request == requests[1] and (back.begun[1].routes == begun.routes).all()
+    assert all((back.begun[1].state[name] == store).all() for name, store in begun.state.items())
+    for changed in (replace(rollout, max_token=23), replace(rollout, carry=False)):
+        assert unpacked_groups(file, changed, [task], 2) == []
+    assert unpacked_groups(file, rollout, [], 2) == [] == unpacked_groups(file, rollout, [task], 6)
 
 
 # ---- whole runs
