@@ -16,7 +16,6 @@ Printed is the share of slot time spent waiting, over the steps of a simulated r
 import heapq
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,10 +94,6 @@ class Groups:
     step: np.ndarray  # (groups,) that began each
     left: np.ndarray  # (groups, samples) denoising steps that their responses have still to make
 
-    def some(self, places: np.ndarray) -> "Groups":
-        """The groups at those places."""
-        return Groups(self.step[places], self.left[places])
-
 
 @dataclass
 class Step:
@@ -124,9 +119,11 @@ def take_step(rule: Rule, known: Groups, new: np.ndarray) -> Step:
     while True:
         complete = np.flatnonzero(missing == 0)[: rule.wanted]
         if len(complete) == rule.wanted:
-            started = max(len(known.step), 1 + int(waiting[begun - 1]) // SAMPLES if begun else 0)
-            others = np.setdiff1d(np.arange(started), complete)
-            if rule.may_wait(Counter(step[others].tolist())):
+            open_groups = np.zeros(len(left), bool)
+            open_groups[: max(len(known.step), 1 + int(waiting[begun - 1]) // SAMPLES if begun else 0)] = True
+            open_groups[complete] = False
+            counts = np.bincount(step[open_groups], minlength=1).tolist()
+            if rule.may_wait({began: count for began, count in enumerate(counts) if count}):
                 break
         free = rule.seats - len(seated)
         seated, begun = np.append(seated, waiting[begun : begun + free]), min(begun + free, len(waiting))
@@ -137,7 +134,9 @@ def take_step(rule: Rule, known: Groups, new: np.ndarray) -> Step:
         np.subtract.at(missing, seated[over] // SAMPLES, 1)
         seated = seated[~over]
     behind = np.maximum(0, left - (looks_needed - looks_left).reshape(left.shape) * rule.stride)
-    return Step(complete, Groups(step, behind).some(others), int((left - behind).sum()), looks * rule.stride)
+    return Step(
+        complete, Groups(step[open_groups], behind[open_groups]), int((left - behind).sum()), looks * rule.stride
+    )
 
 
 def carry(lengths: Lengths, ranks: int, per_slot: int, rng: np.random.Generator) -> dict[str, float]:
