@@ -4,8 +4,9 @@
     python -m benchmarks.carried accuracy --seeds 1 2 3   # whatever is missing in RESULTS, then the table
 
 `waiting` runs RL steps of an untrained tiny network in two processes, with and without `rollout.carry`. How long a
-response is follows from its random numbers' key. Printed is the share of slot time in the rollout in which a slot drew
-nothing, and the tokens that were trained on for each second of the rollout.
+response is follows from its random numbers' key. Printed is the share of the slots' time in which they drew nothing, by
+the clock and by forwards (of the rank that makes the most in an RL step), and how many tokens were trained on for each
+second of the rollout and each such forward.
 
 `accuracy` runs the tiny job from each seed's one finetuned model. Each run that ends is a line of RESULTS.
 """
@@ -62,17 +63,20 @@ class GivenLengths(Step):
 
 
 class TimedEngine(Engine):
-    """Counts the time of its slots, and in how much of it they drew."""
+    """Counts its forwards, and the seconds and forwards of its responses."""
 
     step_class = GivenLengths
+    forwards = drawn = 0
     drawing = 0.0
 
     def step(self) -> bool:
         """As Engine's."""
         began = time.perf_counter()
         stepped = super().step()
-        drawing = sum(not sequence.paused for sequence in self.rows().values())
-        TimedEngine.drawing += drawing * (time.perf_counter() - began)
+        responses = len(self.rows())
+        TimedEngine.forwards += 1
+        TimedEngine.drawn += responses
+        TimedEngine.drawing += responses * (time.perf_counter() - began)
         return stepped
 
 
@@ -121,19 +125,23 @@ def draw_on(rank: int, port: int, folder: Path, keys: dict[str, object]) -> None
     )
     config = load_config("rl", arguments("rl_tiny", values))
     run = rl_trainer.set_up(config, rl_trainer.read_inputs(config), Stopwatch())
-    figures = []
+    figures, forwards = [], []
     for step in range(1, STEPS + 1):
         if step == FIRST + 1:
-            TimedEngine.drawing = 0.0
+            TimedEngine.drawn, TimedEngine.drawing = 0, 0.0
+        TimedEngine.forwards = 0
         figures.append(rl_trainer.rl_step(run))
+        forwards.append(max(gather(TimedEngine.forwards)))
         run.progress.step = step
-    counted = figures[FIRST:]
-    rollout = sum(gather(sum(one["seconds_rollout"] for one in counted)))
-    drawing = sum(gather(TimedEngine.drawing))
+    counted, slots = figures[FIRST:], TASKS * RESPONSES
+    rollout = sum(gather(sum(one["seconds_rollout"] for one in counted))) / 2
+    made, drawing, drawn = sum(forwards[FIRST:]), sum(gather(TimedEngine.drawing)), sum(gather(TimedEngine.drawn))
     tokens = sum(one["predicted_tokens"] for one in counted)
     result = {
-        "waiting": f"{100 * (1 - drawing / (rollout * TASKS * RESPONSES / 2)):.0f} %",
-        "tokens trained on a second of rollout": f"{2 * tokens / rollout:.0f}",
+        "waiting, by forwards": f"{100 * (1 - drawn / (made * slots)):.0f} %",
+        "by the clock": f"{100 * (1 - drawing / (rollout * slots)):.0f} %",
+        "tokens a forward": f"{tokens / made:.1f}",
+        "a second": f"{tokens / rollout:.0f}",
         "staleness": f"{sum(one.get('staleness', 0) for one in counted) / len(counted):.2f}",
         "oldest": max(one.get("staleness_max", 0) for one in counted),
     }
