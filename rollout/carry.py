@@ -337,15 +337,15 @@ RECORDS = (Group, Request, Routes, Score, ScoredTrajectory, Segment, Task, Traje
 ARRAYS = (np.ndarray, np.dtype, np.dtypes.UInt8DType, np.dtypes.Int16DType, np._core.multiarray._reconstruct)
 
 
-def packed_groups(groups: Sequence[Group], rollout: RolloutConfig) -> bytes:
-    """The groups, and the settings that they are drawn under, as a checkpoint holds them."""
-    buffer = io.BytesIO()
+def write_groups(file: Path, groups: Sequence[Group], rollout: RolloutConfig) -> None:
+    """Write the groups, and the settings that they are drawn under."""
+    buffer = io.BytesIO()  # torch's own file has errors of its own for a full disk
     torch.save((drawn_under(rollout), list(groups)), buffer)
-    return buffer.getvalue()
+    file.write_bytes(buffer.getvalue())
 
 
-def unpacked_groups(file: Path, rollout: RolloutConfig, tasks: Iterable[Task], step: int) -> list[Group]:
-    """The groups of such a file, with which that RL step begins.
+def read_groups(file: Path, rollout: RolloutConfig, tasks: Iterable[Task], step: int) -> list[Group]:
+    """The groups that were written, with which that RL step begins.
 
     None, and why is said, where they cannot go on under the present settings.
     """

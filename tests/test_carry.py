@@ -23,7 +23,7 @@ from models import LoadedModel, load_model
 from models.mixture import routers
 from models.tiny import build_tiny
 from reward.score import make_scorer
-from rollout.carry import Group, Rule, packed_groups, take_groups, unpacked_groups
+from rollout.carry import Group, Rule, read_groups, take_groups, write_groups
 from sample.engine import Engine
 from sample.step import Graphs
 from tests.test_engine import BOUNDS, check, requests_of
@@ -234,15 +234,15 @@ def test_a_checkpoint_holds_a_mixtures_responses(tiny: dict[str, LoadedModel], t
     scored = ScoredTrajectory(task, replace(done, segments=[Segment(1, 0)]), Score(1.0, True, "passed"))
     group = Group(task, prompt_of(0), 1, 1, {0: scored}, {1: begun}, {1: [Segment(1, 0)]})
     file = tmp_path / "carried.pt"
-    file.write_bytes(packed_groups([group], rollout))
-    (back,) = unpacked_groups(file, rollout, [task], 2)
+    write_groups(file, [group], rollout)
+    (back,) = read_groups(file, rollout, [task], 2)
     assert (back.task, back.step, back.done, back.segments) == (task, 1, {0: scored}, group.segments)
     assert (back.done[0].trajectory.routes.steps == done.routes.steps).all()
     assert back.begun[1].request == requests[1] and (back.begun[1].routes == begun.routes).all()
     assert all((back.begun[1].state[name] == store).all() for name, store in begun.state.items())
     for changed in (replace(rollout, max_token=23), replace(rollout, carry=False)):
-        assert unpacked_groups(file, changed, [task], 2) == []
-    assert unpacked_groups(file, rollout, [], 2) == [] == unpacked_groups(file, rollout, [task], 6)
+        assert read_groups(file, changed, [task], 2) == []
+    assert read_groups(file, rollout, [], 2) == [] == read_groups(file, rollout, [task], 6)
 
 
 # ---- whole runs

@@ -19,7 +19,7 @@ from data.tasks import load_tasks, task_batch
 from models import find_family
 from models.defaults import take_defaults
 from reward.score import RewardScorer, check_tasks, make_scorer
-from rollout.carry import Group, Rule, carried_figures, take_groups, unpacked_groups
+from rollout.carry import Group, Rule, carried_figures, read_groups, take_groups
 from rollout.collect import Prompt, collect, encode_tasks, prompts_within
 from rollout.report import RunPage
 from rollout.results import Evaluation, overwriting_figures, results_row, tokens_per_forward
@@ -150,7 +150,9 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         drawing = engine_model(config, trained, learner)
         reference = frozen_reference(config, trained, learner)
         take_defaults(config, drawing)
-        encode_tasks(drawing, inputs.tasks[:1], config.dataset, config.rollout.start_with_think)  # a mistake shows here
+        if config.rollout.carry or config.rollout.spare:
+            Rule.of(config.rollout, 1)  # a mistake shows here, as in the next line
+        encode_tasks(drawing, inputs.tasks[:1], config.dataset, config.rollout.start_with_think)
         critic = None
         if config.model.value_base_model:
             value_steps = experiment.total_step // experiment.train_value_every
@@ -180,10 +182,10 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
 
 
 def take_up_carried(run: RLRun) -> None:
-    """Take up the groups of responses with which the run's checkpoint went on."""
+    """Take up the groups of responses that the run's checkpoint goes on with."""
     file = run.checkpoint and run.checkpoint / CARRIED
     if file is not None and file.exists():
-        run.carried = unpacked_groups(file, run.config.rollout, run.tasks, run.progress.step + 1)
+        run.carried = read_groups(file, run.config.rollout, run.tasks, run.progress.step + 1)
 
 
 # --- the steps

@@ -27,7 +27,7 @@ from common.trajectory import Task
 from models import LoadedModel, load_network
 from models.value import load_value
 from reward.score import RewardScorer, check_tasks, evaluation_scorer
-from rollout.carry import Group, packed_groups
+from rollout.carry import Group, write_groups
 from rollout.evaluate import evaluate
 from rollout.results import Evaluation
 from sample.engine import Engine
@@ -173,7 +173,7 @@ def save(run: Run) -> None:
             save_learner(run.critic, writer, "critic")
         save_random_state(writer, "random.pt")
         if run.carried:
-            writer.do(writer.path(CARRIED).write_bytes, packed_groups(run.carried, run.config.rollout))
+            writer.do(write_groups, writer.path(CARRIED), run.carried, run.config.rollout)
         writer.do(writer.path("trainer.json").write_text, json.dumps(vars(run.progress)))
 
     save_step(run.folder / "ckpt", run.progress.step, write, run.config.experiment.keep_last)
