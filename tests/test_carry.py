@@ -98,13 +98,11 @@ CASES = {
     "full, revoked": ("dream", {"remasking_strategy": "revoke", "use_cache": True, "further_horizon": 3}),
     "routes": ("sdar_moe", {"cache_tokens": 40}),
 }
-LATE = ("commits apart", "few rows", "edited", "full, cached")
+LATE = ("commits apart", "edited", "full, cached")
 TAKE_TURNS = ("little room", "few rows", "revoked", "full, cached", "routes")
 
 
-@pytest.mark.parametrize(
-    ("case", "looks"), [*((case, "at once") for case in CASES), *((case, "late") for case in LATE)]
-)
+@pytest.mark.parametrize(("case", "looks"), [(case, "late" if case in LATE else "at once") for case in CASES])
 def test_a_response_in_parts_is_the_response(
     tiny: dict[str, LoadedModel], capsys: pytest.CaptureFixture[str], case: str, looks: str
 ) -> None:
