@@ -143,12 +143,12 @@ def take_groups(
     rank, where the run is to end; UserError where the engine refuses all requests. Time goes to the stages "rollout"
     and "reward" of `watch`, and scoring runs beside, as in `collect`.
     """
-    drawing = Drawing(engine, groups, count, rule, seed, keep_routes)
+    seating = Seating(engine, groups, count, rule, seed, keep_routes)
     engine.set_up(
-        settings, drawing.requests, stop_ids_of(loaded, settings.stop_token_list), pace=-(-rule.seats // drawing.teams)
+        settings, seating.requests, stop_ids_of(loaded, settings.stop_token_list), pace=-(-rule.seats // seating.teams)
     )
     tasks = {group.task.id: group.task for group in groups}
-    responses = with_texts(drawing.trajectories(), engine, loaded, tasks, watch)
+    responses = with_texts(seating.trajectories(), engine, loaded, tasks, watch)
     own = with_scores(responses, count * rule.samples, description, loaded, settings, scorer, watch)
     unfinished = engine.suspend()
     if not is_first_of_tensor_group(engine.tensor_group):
@@ -157,21 +157,21 @@ def take_groups(
         parts = gather((own, unfinished, stop_requested()))
     if any(stopped for *_, stopped in parts):
         raise Stopped
-    groups, steps = drawing.after(
+    groups, steps = seating.after(
         [response for responses, *_ in parts for response in responses], [one for _, ones, _ in parts for one in ones]
     )
-    complete = drawing.complete()[:count]
+    complete = seating.complete()[:count]
     if groups and not complete:
         raise UserError("every request was refused: raise rollout.cache_tokens, or lower max_prompt_len (said above)")
     taken = [[groups[number].done[sample] for sample in range(rule.samples)] for number in complete]
     say_unscored(taken)
-    left = [groups[number] for number in drawing.open(complete)] if rule.carries else []
-    cursor = max((group.cursor for group in groups[: drawing.started]), default=0)
-    return Taken(taken, left, cursor, steps, rule.seats * rule.stride * drawing.looks)
+    left = [groups[number] for number in seating.open(complete)] if rule.carries else []
+    cursor = max((group.cursor for group in groups[: seating.started]), default=0)
+    return Taken(taken, left, cursor, steps, rule.seats * rule.stride * seating.looks)
 
 
-class Drawing:
-    """The drawing of groups' responses under a rule, in step with the other ranks: all know who is done."""
+class Seating:
+    """Which responses of some groups have seats under a rule, in step with the other ranks: all know who is done."""
 
     def __init__(
         self,
@@ -190,16 +190,9 @@ class Drawing:
             for sample in range(rule.samples)
             if sample not in group.done
         ]
+        places = ((groups[number], sample) for number, sample in self.places)
         self.requests = [
-            Request(
-                groups[number].task.id,
-                groups[number].prompt_ids,
-                sample,
-                seed,
-                groups[number].step,
-                keep_routes(sample),
-            )
-            for number, sample in self.places
+            Request(one.task.id, one.prompt_ids, sample, seed, one.step, keep_routes(sample)) for one, sample in places
         ]
         self.missing = Counter(number for number, _ in self.places)  # responses of each group
         self.begun = 0  # places
