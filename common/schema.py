@@ -245,6 +245,33 @@ class RolloutConfig(RankSampling):
     num_task_per_step: int = key(64, "tasks drawn in one RL step, over all devices", low=1)
     free_cache: bool = key(True, "give the cache's memory back while training")
     max_resample: int = key(1, "how many times more tasks are drawn when every group was filtered away", low=0)
+    carry: bool = key(
+        False,
+        "a step ends when num_task_per_step groups are complete; responses that are not go on in the next step, under "
+        "the new weights",
+    )
+    max_stale_steps: int = key(
+        4,
+        "carry: steps after the one that began it by which a group is trained; what would come later is waited for",
+        low=0,
+    )
+    spare: int = key(
+        0,
+        "groups started beyond num_task_per_step, of which the first complete ones are taken: that favours short "
+        "responses",
+        low=0,
+    )
+    in_flight: int | None = key(
+        None,
+        "carry, spare: responses drawn at once over all devices, which decides what is complete first; null: those of "
+        "num_task_per_step and spare groups",
+        low=1,
+    )
+
+    def settled_until(self, number: int) -> int | None:
+        """The last RL step that draws as step `number` does, before a schedule changes; None: all that come."""
+        changes = [done for value in vars(self).values() if isinstance(value, dict) for done in value]
+        return min((done for done in changes if done >= number), default=None)
 
 
 @dataclass
@@ -785,6 +812,13 @@ class RLConfig(JobConfig):
                 "model.pretrained_model=tiny is a new, untrained network, for SFT only: give a trained model's folder "
                 "(model.made_by names the SFT config that makes it)"
             )
+        if rollout.carry and training.old_logp in ("engine", "detach"):
+            yield (
+                f"training.old_logp={training.old_logp} with rollout.carry: what older weights drew has another ratio; "
+                "set training.old_logp=recompute"
+            )
+        if rollout.carry and rollout.spare:
+            yield f"rollout.spare={rollout.spare} with rollout.carry, which drops no group; set rollout.spare=0"
         yield from idle_faults(self)
 
 
@@ -806,7 +840,11 @@ def attention_faults(config: RLConfig, family: str, attention: str | None) -> It
 
 def idle_faults(config: RLConfig) -> Iterator[str]:
     """As `JobConfig.faults`, of keys that would do nothing beside the others."""
-    training = config.training
+    training, rollout = config.training, config.rollout
+    if rollout.max_stale_steps != 4 and not rollout.carry:
+        yield f"rollout.max_stale_steps={rollout.max_stale_steps} is of rollout.carry=True; set that too"
+    if rollout.in_flight is not None and not (rollout.carry or rollout.spare):
+        yield f"rollout.in_flight={rollout.in_flight} is of rollout.carry=True or rollout.spare; set one of them too"
     if not config.model.value_base_model:
         for name, usual in (("value_reward", "raw"), ("process_placement", "all")):
             if (value := getattr(training, name)) != usual:

@@ -49,6 +49,13 @@ class Writing(NamedTuple):
     logp: float
 
 
+class Segment(NamedTuple):
+    """A part of a response's denoising steps, to the next one's start, that the weights of one RL step drew."""
+
+    rl_step: int
+    start: int  # denoising step
+
+
 @dataclass(frozen=True)
 class Routes:
     """Which experts the sampler's forwards gave a response's tokens to, layer by layer, in the routers' order.
@@ -86,6 +93,7 @@ class Trajectory:
     temperature: float
     text: str = ""
     overwritten: list[Writing] = field(default_factory=list)  # in order of (step, position)
+    segments: list[Segment] = field(default_factory=list)  # of a response that may outlive an RL step, in order
     routes: Routes | None = field(default=None, compare=False, repr=False)  # where the request asked for them
 
     @property
@@ -93,9 +101,19 @@ class Trajectory:
         """Whether it ended by no stop token: at the limit, or for want of room for what is overwritten."""
         return self.finish_reason in ("length", "edits")
 
+    def drawn_by(self, rl_step: int) -> int:
+        """The denoising step from which the weights of that RL step, the last that drew any of it, drew it.
+
+        Behind the last step where they drew nothing.
+        """
+        if not self.segments:
+            return 0
+        last = self.segments[-1]
+        return last.start if last.rl_step == rl_step else self.steps
+
     def line(self) -> dict[str, Any]:
-        """The fields for a JSON file; `overwritten` is left out where it is empty, `routes` always."""
-        left_out = {"routes"} if self.overwritten else {"routes", "overwritten"}
+        """The fields for a JSON file; `overwritten` and `segments` are left out where empty, `routes` always."""
+        left_out = {"routes"} | {name for name in ("overwritten", "segments") if not getattr(self, name)}
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     @classmethod
@@ -104,6 +122,7 @@ class Trajectory:
         empty = {one.name: [] if "list" in str(one.type) else None for one in fields(cls)}
         trajectory = cls(**{name: line.get(name, default) for name, default in empty.items()})
         trajectory.overwritten = [Writing(*writing) for writing in trajectory.overwritten]
+        trajectory.segments = [Segment(*segment) for segment in trajectory.segments]
         return trajectory
 
 

@@ -12,7 +12,7 @@ from common.ranks import Queue, any_of_tensor_group, gather, is_first_of_tensor_
 from common.runtime import Stopwatch, console, progress, timed
 from common.schema import EvalDatasetConfig, TaskSampling
 from common.stop import Stopped, beat, stop_requested
-from common.trajectory import Request, Response, Score, ScoredTrajectory, Task
+from common.trajectory import Request, Response, Score, ScoredTrajectory, Task, Trajectory
 from data.tasks import worked_examples
 from models import Family, LoadedModel
 from models.prompts import stop_ids_of, task_text
@@ -113,18 +113,93 @@ def collect(
         if (task.id, sample) not in known
     ]
     tasks = {task.id: task for task, _ in prompts}
+
+    def stop_if_asked() -> None:
+        """Called at every denoising step by all ranks of a tensor group."""
+        beat()
+        if any_of_tensor_group(stop_requested(), engine.tensor_group):
+            raise Stopped
+
+    queue = Queue(requests, shared=True, tensor_group=engine.tensor_group)
+    stop_ids = stop_ids_of(loaded, settings.stop_token_list)
+    trajectories = engine.generate(queue, settings, on_step=stop_if_asked, stop_ids=stop_ids)
+    responses = with_texts(trajectories, engine, loaded, tasks, watch)
+    own = with_scores(responses, len(requests), description, loaded, settings, scorer, watch, keep)
+    with watch("rollout"):  # where other ranks are still at it
+        parts = gather((own, stop_requested()))
+    if any(stopped for _, stopped in parts):
+        raise Stopped
+    found = dict(known)
+    for number, (responses, _) in enumerate(parts):
+        for response in responses:
+            found[response.task.id, response.trajectory.sample] = response
+            if number != rank():
+                keep(response)
+    groups = [[found.get((task.id, sample)) for sample in samples] for task, _ in prompts]
+    groups = [group for group in groups if None not in group]  # a prompt is refused with all its samples
+    if prompts and not groups:
+        raise UserError("every request was refused: raise rollout.cache_tokens, or lower max_prompt_len (see above)")
+    say_unscored(groups)
+    return groups
+
+
+def say_unscored(groups: Sequence[Sequence[ScoredTrajectory]]) -> None:
+    """Say how many responses could not be scored, if any."""
+    unscored = sum(response.score.verdict == "infrastructure" for group in groups for response in group)
+    if unscored:
+        total = sum(map(len, groups))
+        console.print(f"{unscored} of {total} responses could not be scored (infrastructure) and earn nothing")
+
+
+def with_texts(
+    trajectories: Iterator[Trajectory],
+    engine: Engine,
+    loaded: LoadedModel,
+    tasks: Mapping[str, Task],
+    watch: Stopwatch,
+) -> Iterator[ScoredTrajectory]:
+    """The responses that this rank draws, with their texts, not scored yet; without those that are refused.
+
+    Of ranks that draw together one gives them.
+    """
+    before = watch.seconds.get("rollout", 0.0)
+    for trajectory in timed(trajectories, watch, "rollout"):
+        if trajectory.finish_reason == "refused" or not is_first_of_tensor_group(engine.tensor_group):
+            continue
+        now = watch.seconds["rollout"]
+        with watch("reward"):
+            ids = trajectory.response_ids[: trajectory.length]
+            trajectory.text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
+        yield ScoredTrajectory(tasks[trajectory.task_id], trajectory, UNSCORED, seconds=now - before)
+        before = now
+
+
+def with_scores(
+    responses: Iterator[ScoredTrajectory],
+    expected: int,
+    description: str,
+    loaded: LoadedModel,
+    settings: TaskSampling,
+    scorer: RewardScorer,
+    watch: Stopwatch,
+    keep: Callable[[ScoredTrajectory], None] = lambda response: None,
+) -> list[ScoredTrajectory]:
+    """Draw all the responses, about as many as `expected`, and score them beside.
+
+    Where the run is to end, those that have a score so far.
+    """
     scoring: deque[tuple[ScoredTrajectory, Future[Score]]] = deque()  # in the order in which they were drawn
-    own: list[ScoredTrajectory] = []  # scored, of this rank's requests
+    scored: list[ScoredTrajectory] = []
 
     def take_score() -> None:
         """Wait for the score of the response that was drawn first."""
         response, score = scoring.popleft()
         response.score = score.result()
         keep(response)
-        own.append(response)
+        scored.append(response)
 
-    with progress(description, len(requests)) as advance, suppress(Stopped):
-        for response in draw(engine, loaded, tasks, requests, settings, watch):
+    with progress(description, expected) as advance, suppress(Stopped):
+        for response in responses:
             advance()
             with watch("reward"):
                 trajectory = response.trajectory
@@ -141,54 +216,4 @@ def collect(
             take_score()
             beat()
             advance()
-
-    with watch("rollout"):  # where other ranks are still at it
-        parts = gather((own, stop_requested()))
-    if any(stopped for _, stopped in parts):
-        raise Stopped
-    found = dict(known)
-    for number, (responses, _) in enumerate(parts):
-        for response in responses:
-            found[response.task.id, response.trajectory.sample] = response
-            if number != rank():
-                keep(response)
-    groups = [[found.get((task.id, sample)) for sample in samples] for task, _ in prompts]
-    groups = [group for group in groups if None not in group]  # a prompt is refused with all its samples
-    if prompts and not groups:
-        raise UserError("every request was refused: raise rollout.cache_tokens, or lower max_prompt_len (see above)")
-    unscored = sum(response.score.verdict == "infrastructure" for group in groups for response in group)
-    if unscored:
-        total = sum(map(len, groups))
-        console.print(f"{unscored} of {total} responses could not be scored (infrastructure) and earn nothing")
-    return groups
-
-
-def draw(
-    engine: Engine,
-    loaded: LoadedModel,
-    tasks: Mapping[str, Task],
-    requests: Sequence[Request],
-    settings: TaskSampling,
-    watch: Stopwatch,
-) -> Iterator[ScoredTrajectory]:
-    """The responses that this rank draws, as they finish, not scored yet. Raises Stopped where the run is to end."""
-
-    def stop_if_asked() -> None:
-        """Called at every denoising step by all ranks of a tensor group."""
-        beat()
-        if any_of_tensor_group(stop_requested(), engine.tensor_group):
-            raise Stopped
-
-    queue = Queue(requests, shared=True, tensor_group=engine.tensor_group)
-    stop_ids = stop_ids_of(loaded, settings.stop_token_list)
-    drawn = engine.generate(queue, settings, on_step=stop_if_asked, stop_ids=stop_ids)
-    before = watch.seconds.get("rollout", 0.0)
-    for trajectory in timed(drawn, watch, "rollout"):
-        if trajectory.finish_reason == "refused" or not is_first_of_tensor_group(engine.tensor_group):
-            continue
-        now = watch.seconds["rollout"]
-        with watch("reward"):
-            ids = trajectory.response_ids[: trajectory.length]
-            trajectory.text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
-        yield ScoredTrajectory(tasks[trajectory.task_id], trajectory, UNSCORED, seconds=now - before)
-        before = now
+    return scored

@@ -24,12 +24,14 @@ from sample.network import Network, engine_attention, sampling_kernels
 from sample.parallel import load_weights, tensor_group_of
 from sample.routes import RouteKeeper, RouteLog
 from sample.slots import (
+    NO_LIMIT,
     OVERWRITTEN_PER_TOKEN,
     Finished,
     Progress,
     Refusal,
     Sequence,
     Slots,
+    Unfinished,
     Watch,
     refusal_of,
     trajectory_of,
@@ -70,6 +72,7 @@ class Engine:
         self.graphs = Graphs() if self.device.type == "cuda" else None
         self.watch = Watch(self.device)
         self.settings, self.stop_ids = Sampling(), self.own_stop_ids
+        self.paced = False
         self.room = NOTHING_FITS  # until set_up
         self.slots: Slots | None = None
         self.cache: KeyValueCache | None = None
@@ -101,10 +104,20 @@ class Engine:
                 yield finished.trajectory
 
     @torch.inference_mode()
-    def set_up(self, settings: Sampling, expected: Iterable[Request], stop_ids: Iterable[int] | None = None) -> None:
-        """Forget the requests there are, and make room for the longest that fits of those that are expected."""
+    def set_up(
+        self,
+        settings: Sampling,
+        expected: Iterable[Request],
+        stop_ids: Iterable[int] | None = None,
+        pace: int | None = None,
+    ) -> None:
+        """Forget the requests there are, and make room for the longest that fits of those that are expected.
+
+        With a `pace`, the most requests that there will be at once, they make the denoising steps that `allow` gives
+        them, and pause.
+        """
         self.forget_requests()
-        self.settings = settings
+        self.settings, self.paced = settings, pace is not None
         self.stop_ids = self.own_stop_ids if stop_ids is None else tuple(sorted(stop_ids))
         expected = expected if isinstance(expected, Queue) else Queue(expected, shared=False)
         if not expected:
@@ -113,7 +126,7 @@ class Engine:
         self.routes = RouteKeeper() if any(request.keep_routes for request in expected) else None
         self.check_settings(expected)
         cached = settings.use_cache or not self.full_attention
-        rows = min(settings.max_active, expected.share())
+        rows = min(settings.max_active, expected.share() if pace is None else pace)
         ends = [self.sequence(0, request).canvas_end for request in expected]
         longest = rounded(min(max(ends), self.positions), self.device)
         tokens = self.cache_tokens(rows, longest) if cached else rows * longest
@@ -147,6 +160,55 @@ class Engine:
         self.added += len(new)
         return [sequence.id for sequence in new]
 
+    def go_on(self, unfinished: Unfinished) -> int:
+        """Add a request with what it has drawn, under the same settings; returns its id."""
+        (id,) = self.add(unfinished.request)
+        sequence = self.waiting[-1]
+        sequence.state, sequence.limit = Slots(**unfinished.state), unfinished.steps
+        if not self.full_attention:
+            sequence.reach = int(sequence.state.block_start) + self.settings.block_size
+        if unfinished.routes is not None:
+            sequence.routes = RouteLog(sequence.canvas_end, unfinished.routes)
+        return id
+
+    @torch.inference_mode()
+    def allow(self, steps: int) -> None:
+        """Let every request make so many denoising steps more; whoever has made them pauses.
+
+        A prefix cache under full attention holds keys of a block's first step, so that there whole blocks are made: a
+        response pauses at the first block that begins at or behind its limit.
+        """
+        if self.slots is not None:
+            self.slots.go_on(steps)
+        self.unlaunched = steps
+        here = list(self.rows().values())
+        for sequence in (*here, *self.waiting, *self.resting):
+            sequence.limit += steps
+            sequence.paused = sequence in self.resting and int(sequence.state.step) >= sequence.limit
+        going = [sequence for sequence in self.resting if not sequence.paused]
+        self.resting = [sequence for sequence in self.resting if sequence.paused]
+        self.waiting = deque(sorted((*self.waiting, *going), key=lambda sequence: sequence.id))
+        self.watch.forget()
+
+    @property
+    def paused(self) -> bool:
+        """Whether no request may make a further step."""
+        return not self.waiting and all(sequence.paused for sequence in self.rows().values())
+
+    @torch.inference_mode()
+    def suspend(self) -> list[Unfinished]:
+        """Take out every request that has begun, with what it has drawn; what `finished` has not given back is lost."""
+        if self.routes is not None:
+            self.routes.flush()
+        waiting = [*self.waiting, *self.resting]
+        begun = sorted((*self.give_way(list(self.rows())), *waiting), key=lambda sequence: sequence.id)
+        self.forget_requests()
+        return [
+            Unfinished(one.request, one.state.stores(), one.routes and one.routes.denoised(int(one.state.step)))
+            for one in begun
+            if one.state is not None
+        ]
+
     def take_from(self, queue: Queue) -> None:
         """Add the requests of a queue, which ranks may share: each is taken when there is room for it."""
         self.queue = queue
@@ -155,6 +217,7 @@ class Engine:
     def cancel(self, id: int) -> None:
         """Drop a request, wherever it is; its slot is free at once."""
         self.waiting = deque(sequence for sequence in self.waiting if sequence.id != id)
+        self.resting = [sequence for sequence in self.resting if sequence.id != id]
         self.done = [finished for finished in self.done if finished.id != id]
         rows = [row for row, sequence in self.rows().items() if sequence.id == id]
         if rows:
@@ -163,7 +226,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a request waits or is being drawn."""
-        return bool(self.queue or self.waiting or self.seated)
+        return bool(self.queue or self.waiting or self.resting or self.seated)
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -238,11 +301,13 @@ class Engine:
         """Begin anew with no request."""
         self.queue: Queue = Queue((), shared=False)  # requests to be taken when there is room
         self.waiting: deque[Sequence] = deque()  # among them those that had to give way
+        self.resting: list[Sequence] = []  # paused, and without a row
         self.seated: list[Sequence | None] = []  # row by row; None where one has left, and no other has come yet
         self.done: list[Finished] = []  # not given back yet
         self.added = 0  # requests, so far
         self.routes: RouteKeeper | None = None  # where requests ask which experts their tokens were given to
         self.watch.forget()
+        self.unlaunched = 0  # steps, of those that were allowed
         self.beginning = self.begun = 0  # rows that wait for their block's first forward; those that the last step let
 
     def check_settings(self, requests: Iterable[Request]) -> None:
@@ -286,7 +351,8 @@ class Engine:
                 "together; responses to long prompts are cut there"
             )
         start, end = prompt - (prompt - origin) % block, limit + (origin - limit) % block
-        return Sequence(id, request, start, limit, end, reach=end if self.full_attention else start + block)
+        reach, allowed = end if self.full_attention else start + block, 0 if self.paced else NO_LIMIT
+        return Sequence(id, request, start, limit, end, reach, limit=allowed)
 
     def cache_tokens(self, rows: int, longest: int) -> int:
         """Positions for which keys may be kept: all of the rows', less where the config or the memory says so."""
@@ -326,15 +392,22 @@ class Engine:
         if network.rounds_logits:
             self.say_once(f"logits: rounded to {network.dtype}, as {network.rounds_logits}")
         self.denoise = self.step_class(
-            network, self.slots, self.cache, settings, self.mask_id, self.stop_ids, rows, fixed
+            network, self.slots, self.cache, settings, self.mask_id, self.stop_ids, rows, fixed, self.paced
         )
         self.watch.every = 1 if self.denoise.waits else 4  # a row that begins a block waits until it is seen
 
     def admit(self) -> None:
         """Fill free slots, the oldest request first, and prefill what the cache must hold.
 
-        Requests that no room could ever hold are refused.
+        Requests that no room could ever hold are refused. Where all that are being drawn pause, they give way to those
+        who wait.
         """
+        if self.paced and self.waiting and self.seated and all(sequence.paused for sequence in self.rows().values()):
+            self.say_once(
+                "the cache, or rollout.max_active, holds fewer responses than a rank draws at once: they take turns, "
+                "and their keys are computed anew each time; lower rollout.in_flight"
+            )
+            self.resting += self.give_way(list(self.rows()))
         new, reaches = [], [sequence.reach for sequence in self.rows().values()]
         while len(reaches) < self.room.rows and (self.waiting or self.queue):
             if not self.waiting:
@@ -421,21 +494,33 @@ class Engine:
         rows = self.rows()
         staying = sorted(rows, key=lambda row: rows[row].id)
         while not self.room.fits([rows[row].reach for row in staying]):
-            row = staying.pop()
-            sequence = rows[row]
-            sequence.state = self.slots.select(self.slots.index([row]))
-            sequence.state.cached.copy_(sequence.state.block_start)
-            sequence.reach = int(sequence.state.block_start) + self.settings.block_size
-            self.remove([row])
-            self.waiting.appendleft(sequence)
+            (sequence,) = self.give_way([staying.pop()])
+            if sequence.paused:
+                self.resting.append(sequence)
+            else:
+                self.waiting.appendleft(sequence)
         self.close_gaps(len(staying))
         self.cache.resize(self.room.width(self.reach()), len(staying))
+
+    def give_way(self, rows: list[int]) -> list[Sequence]:
+        """Take sequences out of their rows, with what they have drawn."""
+        if not rows:
+            return []
+        index, size = self.slots.index(rows), self.settings.block_size
+        leaving = [self.seated[row] for row in rows]
+        for sequence, state in zip(leaving, self.slots.states(index, size)):
+            sequence.state = state
+            if not self.full_attention:
+                sequence.reach = int(state.block_start) + size
+        self.remove(rows, index)
+        return leaving
 
     # ---- behind the door: sequences are denoised and leave
 
     def run_step(self) -> None:
         """One forward, by its CUDA graph where there are graphs."""
         rows, seen = len(self.seated), self.reach()
+        self.unlaunched -= 1
         if self.graphs is None:
             self.denoise(rows, seen)
         else:
@@ -461,12 +546,19 @@ class Engine:
         if not self.seated:
             return
         block, rows = self.settings.block_size, self.rows()
-        look = self.watch.look(self.slots.first(len(self.seated)))
+        slots = self.slots.first(len(self.seated))
+        if self.paced and self.unlaunched <= 0:  # most pause by now: worth waiting for the device
+            self.watch.forget()
+            look = slots.status().tolist(), 0
+        else:
+            look = self.watch.look(slots)
         if look is None:
             for sequence in rows.values():
                 sequence.reach = min(sequence.reach + block, sequence.canvas_end)
             return
-        (finished, stuck, starts, begins), age = look
+        (finished, paused, stuck, starts, begins), age = look
+        for row, sequence in rows.items():
+            sequence.paused = bool(paused[row])
         self.beginning = max(0, sum(begins) - self.begun)
         name, most = self.settings.remasking_strategy, self.denoise.most_forwards
         fault = UserError(
@@ -481,7 +573,7 @@ class Engine:
         if not self.full_attention:
             for row, sequence in rows.items():
                 sequence.reach = min(starts[row] + (1 + age) * block, sequence.canvas_end)
-        ended = [row for row in rows if finished[row] and not stuck[row]]
+        ended = [row for row in rows if finished[row] and not paused[row] and not stuck[row]]
         if ended:
             index = self.slots.index(ended)
             left = self.slots.select(index)

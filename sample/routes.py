@@ -34,10 +34,12 @@ class StepRoutes:
 class RouteLog:
     """Of one sequence: the experts of its committed tokens, and of its block at every denoising step."""
 
-    def __init__(self, tokens: int):
-        self.tokens = tokens  # to the end of its canvas
+    def __init__(self, tokens: int, denoised: np.ndarray | None = None):
+        """Of that many tokens to the end of its canvas; `denoised`: of the steps that another engine made."""
+        self.tokens = tokens
         self.committed: np.ndarray | None = None  # (tokens, layers, chosen)
-        self.steps: dict[int, np.ndarray] = {}  # (block, layers, chosen) each
+        # (block, layers, chosen) each
+        self.steps: dict[int, np.ndarray] = {} if denoised is None else dict(enumerate(denoised))
 
     def commit(self, start: int, experts: np.ndarray) -> None:
         """Tokens from `start` on were given to these experts, (length, layers, chosen), when their keys were made."""
@@ -45,9 +47,13 @@ class RouteLog:
             self.committed = np.zeros((self.tokens, *experts.shape[1:]), experts.dtype)
         self.committed[start : start + len(experts)] = experts
 
+    def denoised(self, steps: int) -> np.ndarray:
+        """The experts of the block at each of the first `steps` steps, (steps, block, layers, chosen)."""
+        return np.stack([self.steps[step] for step in range(steps)])
+
     def record(self, length: int, steps: int) -> Routes:
         """The record of a sequence of `length` tokens that was denoised in `steps` steps."""
-        denoised = np.stack([self.steps[step] for step in range(steps)])
+        denoised = self.denoised(steps)
         if self.committed is None:  # all of it is in one block
             return Routes(np.zeros((length, *denoised.shape[2:]), denoised.dtype), denoised)
         return Routes(self.committed[:length].copy(), denoised)

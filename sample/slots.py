@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from sample.routes import RouteLog
 
 # writings that a response may overwrite, for each token of its canvas: one that would overwrite more ends before it
 OVERWRITTEN_PER_TOKEN = 4
+NO_LIMIT = 1 << 62
 
 
 @dataclass
@@ -33,7 +35,9 @@ class Slots:
     block_step: Tensor  # (slots,) denoising steps in the current block
     step: Tensor  # (slots,) denoising steps in the response
     forwards: Tensor  # (slots,) denoising and commit forwards
-    finished: Tensor  # (slots,) also True of a row that nobody uses
+    limit: Tensor  # (slots,) denoising steps of the response at which the row pauses, where rows do
+    finished: Tensor  # (slots,) also True of a row that pauses, or that nobody uses
+    paused: Tensor  # (slots,)
     stuck: Tensor  # (slots,) the strategy did not end a block within its bound, or wrote into the prompt
     # of strategies that overwrite tokens
     final: Tensor  # (slots,) the current block will not change any more; its commit is due
@@ -49,7 +53,7 @@ class Slots:
         shapes = {"tokens": (capacity,), "masked": (capacity,), "step_map": (capacity,), "figures": (capacity, 3)}
         shapes["overwritten"] = (room, 4)
         dtypes = {"figures": torch.float32, "overwritten": torch.int32}
-        dtypes |= dict.fromkeys(("masked", "finished", "stuck", "final", "full"), torch.bool)
+        dtypes |= dict.fromkeys(("masked", "finished", "paused", "stuck", "final", "full"), torch.bool)
         stores = {
             field.name: torch.zeros(
                 (slots, *shapes.get(field.name, ())), dtype=dtypes.get(field.name, torch.long), device=device
@@ -66,23 +70,26 @@ class Slots:
         """Rows, positions of each, and how many overwritten writings of each there is room for."""
         return len(self.tokens), self.tokens.shape[1], self.overwritten.shape[1]
 
+    def stores(self) -> dict[str, Tensor]:
+        """The fields by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     def first(self, rows: int) -> Self:
         """Views of the first rows; writing to them writes here."""
         if rows not in self.views:
-            self.views[rows] = Slots(**{field.name: getattr(self, field.name)[:rows] for field in fields(self)})
+            self.views[rows] = Slots(**{name: store[:rows] for name, store in self.stores().items()})
         return self.views[rows]
 
     def packed(self) -> Tensor:
         """All fields side by side, int64 (slots, numbers): between host and device every copy waits, so one is made."""
-        stores = (getattr(self, field.name) for field in fields(self))
-        whole = (store.view(torch.int32) if store.is_floating_point() else store for store in stores)
+        whole = (store.view(torch.int32) if store.is_floating_point() else store for store in self.stores().values())
         return torch.cat([store.reshape(len(store), -1).long() for store in whole], 1)
 
     @classmethod
     def unpacked(cls, numbers: Tensor, capacity: int, room: int) -> Self:
         """The rows that `packed` was made of."""
         like = cls.empty(1, capacity, "cpu", room)
-        stores = {field.name: getattr(like, field.name) for field in fields(cls)}
+        stores = like.stores()
         parts = numbers.split([store.numel() for store in stores.values()], 1)
         return cls(
             **{
@@ -99,8 +106,23 @@ class Slots:
 
     def select(self, rows: Tensor) -> Self:
         """Copies of the rows of that `index`, on the host."""
-        taken = Slots(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        taken = Slots(**{name: store[rows] for name, store in self.stores().items()})
         return taken if rows.device.type == "cpu" else Slots.unpacked(taken.packed().cpu(), *self.sizes()[1:])
+
+    def states(self, rows: Tensor, block_size: int) -> list[Self]:
+        """What the sequences in the rows of that `index` go on from elsewhere, where no keys of theirs are kept.
+
+        A row each, on the host, of the positions up to the end of its block: behind it are masks alone.
+        """
+        taken, states = self.select(rows), []
+        for row, (start, count) in enumerate(zip(taken.block_start.tolist(), taken.overwritten_count.tolist())):
+            drawn = dict.fromkeys(("tokens", "masked", "step_map", "figures"), start + block_size)
+            one = {name: store[row : row + 1] for name, store in taken.stores().items()}
+            one |= {name: one[name][:, :end] for name, end in (drawn | {"overwritten": count}).items()}
+            state = Slots(**{name: store.clone() for name, store in one.items()})
+            state.cached.copy_(state.block_start)
+            states.append(state)
+        return states
 
     def begin(self, rows: list[int], sequences: "list[Sequence]", mask_id: int) -> None:
         """Write sequences into rows: prompts and masks, or what those that gave way had drawn."""
@@ -119,7 +141,11 @@ class Slots:
         new.finished.fill_(False)
         for row, sequence in enumerate(sequences):
             for field in fields(self) if sequence.state is not None else ():
-                getattr(new, field.name)[row] = getattr(sequence.state, field.name)[0]
+                store, kept = getattr(new, field.name)[row], getattr(sequence.state, field.name)[0]
+                (store[: len(kept)] if store.dim() else store).copy_(kept)
+        new.finished &= ~new.paused
+        new.paused.fill_(False)
+        new.limit = torch.tensor([sequence.limit for sequence in sequences])
         self.put(rows, new)
 
     def put(self, rows: list[int], state: Self) -> None:
@@ -138,7 +164,8 @@ class Slots:
         for store in (self.response_end, self.canvas_end):
             store.index_fill_(0, rows, end)
         self.finished.index_fill_(0, rows, True)
-        self.stuck.index_fill_(0, rows, False)
+        for store in (self.paused, self.stuck):
+            store.index_fill_(0, rows, False)
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copy rows over others, which are none of them; both (moved,)."""
@@ -146,13 +173,29 @@ class Slots:
             store = getattr(self, field.name)
             store.index_copy_(0, targets, store[sources])
 
+    def pause(self, between_blocks: bool) -> None:
+        """Rows at their limit are not denoised any further, until `go_on`; `between_blocks`: when a block is done."""
+        due = ~self.finished & (self.step >= self.limit)
+        if between_blocks:
+            due &= self.block_step == 0
+        self.paused |= due
+        self.finished |= due
+
+    def go_on(self, steps: int) -> None:
+        """Raise every row's limit by so many denoising steps; rows that paused under it go on."""
+        self.limit += steps
+        going = self.paused & (self.step < self.limit)
+        self.paused &= ~going
+        self.finished &= ~going
+
     def begins(self) -> Tensor:
         """Which rows have not denoised their current block yet, bool (slots,)."""
         return (self.block_step == 0) & ~self.finished
 
     def status(self) -> Tensor:
-        """What the host reads: finished, stuck, block_start, and whether a block begins, (4, slots)."""
-        return torch.stack((self.finished.long(), self.stuck.long(), self.block_start, self.begins().long()))
+        """What the host reads: finished, paused, stuck, block_start, and whether a block begins, (5, slots)."""
+        flags = (self.finished.long(), self.paused.long(), self.stuck.long())
+        return torch.stack((*flags, self.block_start, self.begins().long()))
 
 
 @dataclass(eq=False)
@@ -170,6 +213,8 @@ class Sequence:
     reach: int  # the next forward writes nothing at or behind this position
     reported: int = 0  # response tokens that `Engine.progress` has returned
     state: Slots | None = None  # one row on the host: of a sequence that had to give way
+    limit: int = NO_LIMIT  # denoising steps at which it pauses
+    paused: bool = False  # as far as the host has seen
     routes: RouteLog | None = None  # of a mixture, where requests ask for them
 
     def prefix(self) -> tuple[int, ...]:
@@ -212,6 +257,20 @@ class Watch:
 
 
 # ---- what the engine gives back
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A response that is not done: an engine with other weights and another cache goes on with it."""
+
+    request: Request
+    state: dict[str, Tensor]  # a row of Slots, (1, …) each, on the host
+    routes: np.ndarray | None = None  # (denoising steps, block, layers, chosen) the experts of its block, step by step
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps made."""
+        return int(self.state["step"])
 
 
 @dataclass(frozen=True)

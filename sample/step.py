@@ -46,6 +46,7 @@ class Step:
     stop_ids: tuple[int, ...]
     rows: int  # the most slots that can be in use
     fixed: bool  # shapes depend on nothing that is on the device
+    paced: bool = False  # rows pause at their limit of denoising steps
 
     def __post_init__(self) -> None:
         device, config, size = self.network.device, self.network.model.config, self.settings.block_size
@@ -67,7 +68,7 @@ class Step:
         self.window = longest - self.network.logit_offset  # full attention: positions that a later forward redoes
         self.waits = self.fixed and self.network.full_attention and self.settings.use_cache
         # by which CUDA graphs of steps differ
-        self.variant = (self.merge, self.stop_ids, repr(self.settings), bool(self.network.routers))
+        self.variant = (self.merge, self.stop_ids, repr(self.settings), bool(self.network.routers), self.paced)
         self.carried: Tensor | None = None  # rows whose previous block the last forward carried along
         self.routes: StepRoutes | None = None  # of the last call, where the network keeps them
 
@@ -79,7 +80,8 @@ class Step:
         slots = self.slots.first(rows)
         positions = slots.block_start[:, None] + self.block  # (rows, block)
         tokens = slots.tokens.gather(1, positions)
-        masked = slots.masked.gather(1, positions) & ~slots.finished[:, None]
+        present = slots.masked.gather(1, positions)  # also in rows that are finished or pause, which stay as they are
+        masked = present & ~slots.finished[:, None]
         first = rows if first is None else first
         hidden = self.forward(slots, positions, tokens, seen, first)  # (rows, block, width)
         candidates = self.draw(hidden, slots, positions, tokens, masked)
@@ -94,14 +96,16 @@ class Step:
         writes = self.choose(slots, candidates, positions, tokens, masked)
         denoised = ready.any(1)
         if self.overwrites:
-            self.overwrite(slots, positions, tokens, masked, ready, denoised, candidates, writes)
-            return
-        self.keep_routes(slots, denoised, torch.zeros_like(denoised))
-        chosen = ready & writes.candidates
-        tokens = torch.where(chosen, candidates.tokens, tokens)
-        masked = masked & ~chosen
-        self.record(slots, positions, tokens, masked, chosen, candidates)
-        self.advance(slots, positions, tokens, denoised, denoised, ~masked.any(1))
+            self.overwrite(slots, positions, tokens, present, ready, denoised, candidates, writes)
+        else:
+            self.keep_routes(slots, denoised, torch.zeros_like(denoised))
+            chosen = ready & writes.candidates
+            tokens = torch.where(chosen, candidates.tokens, tokens)
+            left = present & ~chosen
+            self.record(slots, positions, tokens, left, chosen, candidates)
+            self.advance(slots, positions, tokens, denoised, denoised, ~left.any(1))
+        if self.paced:
+            slots.pause(between_blocks=self.network.full_attention and self.settings.use_cache)
 
     def overwrite(
         self,

@@ -1,9 +1,9 @@
 """Kill a run at random moments, resume it each time, and hold its end to that of a run left alone, bit for bit.
 
-    python -m tests.kill_and_resume [--kills 20] [--steps 24] [--seed 0]
+    python -m tests.kill_and_resume [--kills 20] [--steps 24] [--seed 0] [--carry]
 
 Every second kill falls into the writing of a checkpoint. Each life of the run is a process of its own, forked from
-this one, which has imported all there is to import, and ended by SIGKILL.
+this one, which has imported all there is to import, and ended by SIGKILL. With `--carry` responses outlive their steps.
 """
 
 import argparse
@@ -39,6 +39,7 @@ VALUES = {
     "reward.truncated_is_wrong": False,
     "reward.workers": 0,
 }
+CARRY = {"rollout.carry": True, "rollout.in_flight": 3, "rollout.max_token": 24, "rollout.max_stale_steps": 3}
 
 
 def main() -> None:
@@ -46,18 +47,20 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--carry", action="store_true", help="responses outlive the steps that began them")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     rng, begin = random.Random(chosen.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_tiny("sdar", folder / "model", seed=3)
-        life(folder, "alone", chosen.steps).join()
+        values = CARRY if chosen.carry else {}
+        life(folder, "alone", chosen.steps, values).join()
         lives, in_writing = 0, 0
         for number, step in enumerate(sorted(rng.choices(range(1, chosen.steps), k=chosen.kills))):
             lives += 1
-            in_writing += live_and_die(folder, chosen.steps, step, number % 2 == 1, rng)
-        last = life(folder, "killed", chosen.steps)
+            in_writing += live_and_die(folder, chosen.steps, values, step, number % 2 == 1, rng)
+        last = life(folder, "killed", chosen.steps, values)
         last.join()
         assert last.exitcode == 0, "the last life did not reach the end"
         compare(folder / "alone" / "rl_tiny", folder / "killed" / "rl_tiny", chosen.steps)
@@ -68,9 +71,9 @@ def main() -> None:
     )
 
 
-def life(folder: Path, name: str, steps: int) -> multiprocessing.Process:
-    """The run in a process of its own, started."""
-    values = VALUES | {"model.pretrained_model": folder / "model", "experiment.runs_dir": folder / name}
+def life(folder: Path, name: str, steps: int, values: dict[str, object]) -> multiprocessing.Process:
+    """The run in a process of its own, started; `values` of further keys."""
+    values = VALUES | values | {"model.pretrained_model": folder / "model", "experiment.runs_dir": folder / name}
     values |= {"experiment.total_step": steps, "experiment.start_from_scratch": False}
     arguments = [f"config={CONFIG}", *(f"{key}={value}" for key, value in values.items())]
     process = multiprocessing.get_context("fork").Process(target=run, args=(arguments,))
@@ -86,11 +89,13 @@ def run(arguments: list[str]) -> None:
     rl_trainer.main(load_config("rl", arguments))
 
 
-def live_and_die(folder: Path, steps: int, step: int, while_writing: bool, rng: random.Random) -> bool:
+def live_and_die(
+    folder: Path, steps: int, values: dict[str, object], step: int, while_writing: bool, rng: random.Random
+) -> bool:
     """Run until about `step` and kill; whether a checkpoint was being written then."""
     run_folder = folder / "killed" / "rl_tiny"
     writing = run_folder / "ckpt" / f"step-{step:04d}.writing"
-    process = life(folder, "killed", steps)
+    process = life(folder, "killed", steps, values)
     limit = time.monotonic() + 300
 
     def reached() -> bool:

@@ -179,6 +179,7 @@ def test_every_test_has_its_own_name() -> None:
 
 # what those outside sample/ may call: docs/engine.md lists it
 ENGINES_DOOR = {"generate", "set_up", "add", "take_from", "cancel", "step", "progress", "finished", "busy"}
+ENGINES_DOOR |= {"allow", "paused", "suspend", "go_on"}
 ENGINES_DOOR |= {"longest_prompt", "load_weights", "sleep", "wake", "tensor_group"}
 BEHIND_THE_DOOR = {"Slots", "Sequence", "Watch", "Room", "Step", "Network", "KeyValueCache", "Graphs"}
 

@@ -50,7 +50,7 @@ def test_overwritten_writings_are_written_and_read_back(tmp_path: Path) -> None:
     edited, plain = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     assert edited["overwritten"] == [[0, 0, 9, 0.0], [1, 0, 7, -0.25]]
     # where nothing was overwritten the line is as it always was
-    names = [one.name for one in fields(Trajectory) if one.name not in ("overwritten", "routes")]
+    names = [one.name for one in fields(Trajectory) if one.name not in ("overwritten", "segments", "routes")]
     assert list(plain)[-len(names) :] == names
     back = take_up(path, tasks, step=0)["edit"]
     assert (back["a", 0].trajectory, back["b", 1].trajectory) == (EDITED, PLAIN)

@@ -52,13 +52,15 @@ def learn(
     reference: Learner | None = None,
     critic: Learner | None = None,
     train_value: bool = True,
+    step: int = 0,
 ) -> dict[str, float]:
     """Update the policy on the samples, and the value model with it; the step's figures.
 
     The samples are gone through `epochs_per_step` times in `updates_per_step` updates, each time with fresh noise.
     `exact` says that the engine's numbers must be the trainer's (fp32, exact cache): then a larger difference
     stops the run before the first update. `reference` is the frozen first model where the KL refers to it. `critic`
-    is the value model, whose advantages take the place of the group's; it learns too where `train_value`.
+    is the value model, whose advantages take the place of the group's; it learns too where `train_value`. What older
+    weights than those of RL step `step` drew is left out where the engine's numbers are compared with the trainer's.
     """
     temperature = samples[0].trajectory.temperature
     figures: dict[str, float] = {}
@@ -66,6 +68,7 @@ def learn(
     passes: list[Tokens] = []
     shares: list[Share] = []
     replays = training.method == "TraceRL" and training.shrink == 1  # the views are the very ones the engine drew from
+    carried = any(sample.trajectory.drawn_by(step) > 0 for sample in samples)  # some by older weights
     if known := [sample for sample in samples if sample.trajectory.routes is not None]:
         compared = replay_rows(known[:FLIPS_SAMPLE], training, layout, with_routes=True)
         figures["route_flips"] = route_flips(learner, micro_batches(compared, training.tokens_per_micro_batch))
@@ -79,11 +82,12 @@ def learn(
         tokens = tokens_of(rows, samples)
 
         # log-probabilities that ratios and KL start from, and whether they are the engine's
-        take_starting_logp(learner, batches, tokens, training, temperature, engine_is_policy=replays and exact)
+        take_starting_logp(learner, batches, tokens, training, temperature, replays and exact and not carried)
         if not passes and not replays:
-            mismatch = sampled_mismatch(learner, samples, rows, training, layout, seed, exact)
+            mismatch = sampled_mismatch(learner, samples, rows, training, layout, seed, exact, step)
         elif not passes and tokens.trainer_logp is not None:
-            mismatch = mismatch_of(tokens.trainer_logp, tokens.engine_logp, exact)
+            now = tokens[drawn_now(tokens, samples, step)]
+            mismatch = mismatch_of(now.trainer_logp, now.engine_logp, exact)
         if reference is not None:
             tokens.reference_logp = batch_logp(reference, batches, temperature)
 
@@ -103,7 +107,7 @@ def learn(
     if not passes:
         return policy_figures(Counter())
     figures |= update_policy(
-        learner, shares, training, temperature, max_gen_length, exact, measure_mismatch=not mismatch
+        learner, shares, training, temperature, max_gen_length, exact, measure_mismatch=not (mismatch or carried)
     )
     if critic is not None:
         figures |= update_value(critic, passes[0], shares if train_value else [], training)
@@ -187,14 +191,23 @@ def shares_of(
 # ---- is what is trained what was sampled?
 
 
+def drawn_now(tokens: Tokens, samples: Sequence[ScoredTrajectory], step: int) -> np.ndarray:
+    """Which tokens of exact replays the weights of RL step `step` drew, bool (predicted,)."""
+    starts = np.array([sample.trajectory.drawn_by(step) for sample in samples])
+    return tokens.trace_step.numpy() >= starts[tokens.trajectory.numpy()]
+
+
 def mismatch_of(
     trainer_logp: Tensor, engine_logp: Tensor, exact: bool, expected: float | None = None
 ) -> dict[str, float]:
     """Mean k3 of trainer ‖ engine, and the largest difference of a log-probability; (predicted,) each.
 
     Of a random part the k3 are summed over the `expected` size of such a part, so that the mean has no bias. Where the
-    two must be equal (`exact`) and are not, UserError: ratios before the step's first update would not be 1.
+    two must be equal (`exact`) and are not, UserError: ratios before the step's first update would not be 1. Of nothing
+    it is empty.
     """
+    if len(trainer_logp) == 0:
+        return {}
     difference = float((trainer_logp - engine_logp).abs().max())
     if exact and not difference <= RATIO_TOLERANCE:
         raise UserError(
@@ -213,17 +226,22 @@ def sampled_mismatch(
     layout: Layout,
     seed: Sequence[int],
     exact: bool,
+    step: int = 0,
 ) -> dict[str, float]:
     """`mismatch_of` some views of the exact replays of all trajectories, each as likely as any other.
 
+    What older weights than those of RL step `step` drew is left out; empty where they drew all.
     They are `mismatch_views`, or as many fewer as keep this within its share of the step whose rows are given. A view
     may take a forward of its whole trajectory, and is counted so.
     """
-    views, predicted = np.zeros(len(samples), dtype=int), 0
-    for number, sample in enumerate(samples):  # made for one after another: those of all may not fit the memory
+    known, predicted = [], 0  # views of each trajectory
+    for sample in samples:  # made for one after another: those of all may not fit the memory
         own = trace_views(sample.trajectory, layout, post_num=training.post_num)
-        views[number] = len(own)
-        predicted += int(own.predict.sum())
+        known.append(np.flatnonzero(own.step[:, 0] >= sample.trajectory.drawn_by(step)))
+        predicted += int(own.predict[known[-1]].sum())
+    views = np.array([len(own) for own in known])
+    if not views.any():
+        return {}
     tokens = sum(len(row) for row in rows)
     longest = max(len(one.trajectory.prompt_ids) + len(one.trajectory.response_ids) for one in samples)
     affordable = int(MISMATCH_SHARE * UPDATE_COST * tokens / longest)
@@ -231,7 +249,9 @@ def sampled_mismatch(
     # no trajectory's own views are drawn by a seed of this length and end
     drawn = np.random.default_rng([*seed, len(samples)]).choice(int(views.sum()), size, replace=False)
     first = np.cumsum(views) - views  # number of each trajectory's first view
-    chosen = [np.sort(drawn[(drawn >= start) & (drawn < start + count)]) - start for start, count in zip(first, views)]
+    chosen = [
+        own[np.sort(drawn[(drawn >= start) & (drawn < start + len(own))]) - start] for start, own in zip(first, known)
+    ]
     replayed = replay(learner, samples, training, layout, chosen)
     return mismatch_of(replayed.trainer_logp, replayed.engine_logp, exact, predicted * size / int(views.sum()))
 

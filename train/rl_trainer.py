@@ -2,7 +2,8 @@
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from data.tasks import load_tasks, task_batch
 from models import find_family
 from models.defaults import take_defaults
 from reward.score import RewardScorer, check_tasks, make_scorer
-from rollout.collect import check_questions, collect, encode_tasks, prompts_within, say_unread_words
+from rollout.carry import Group, Rule, carried_figures, read_groups, take_groups
+from rollout.collect import Prompt, check_questions, collect, encode_tasks, prompts_within, say_unread_words
 from rollout.report import RunPage
 from rollout.results import Evaluation, overwriting_figures, results_row, tokens_per_forward
 from rollout.samples import write_samples
@@ -29,6 +31,7 @@ from train.loading import engine_model, frozen_reference, load_trained, policy_l
 from train.objectives import kept_samples
 from train.rl_step import learn
 from train.run import (
+    CARRIED,
     HeldOut,
     Progress,
     Run,
@@ -93,6 +96,7 @@ def reinforce(config: RLConfig, inputs: Inputs | None = None, stages: Stopwatch 
         try:
             with run.stages("load"):
                 resume(run)
+                take_up_carried(run)
                 name_block_size(run)
                 if run.checkpoint is not None:
                     run.engine.load_weights(whole_weights(run.learner.network.backbone))
@@ -149,7 +153,9 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         take_defaults(config, drawing)
         check_questions(drawing, inputs.tasks, "dataset.train_dataset")
         check_questions(drawing, inputs.held_out.tasks, "evaluation.eval_dataset")
-        # a mistake shows here
+        # mistakes show here
+        if config.rollout.carry or config.rollout.spare:
+            Rule.of(config.rollout, 1)
         (first,) = encode_tasks(drawing, inputs.tasks[:1], config.dataset, config.rollout.start_with_think)
         say_unread_words(drawing, first)
         critic = None
@@ -178,6 +184,13 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         page=RunPage(folder, drawing, experiment.total_step),
         stages=stages,
     )
+
+
+def take_up_carried(run: RLRun) -> None:
+    """Take up the groups of responses that the run's checkpoint goes on with."""
+    file = run.checkpoint and run.checkpoint / CARRIED
+    if file is not None and file.exists():
+        run.carried = read_groups(file, run.config.rollout, run.tasks, run.progress.step + 1)
 
 
 # --- the steps
@@ -212,7 +225,8 @@ def rl_step(run: RLRun) -> dict[str, float]:
     """Sample, score, learn, and hand the new weights to the engine; returns the step's figures."""
     config, watch = run.config, Stopwatch()
     number = run.progress.step + 1
-    groups, samples = draw_groups(run, number, watch)
+    drawn = draw_groups(run, number, watch)
+    groups, samples = drawn.groups, drawn.samples
     file = run.folder / "rollouts" / f"step-{number:04d}.jsonl"
     if is_main():
         file.unlink(missing_ok=True)  # a run that stopped after its last checkpoint wrote this step before
@@ -236,6 +250,7 @@ def rl_step(run: RLRun) -> dict[str, float]:
                 reference=run.reference,
                 critic=run.critic,
                 train_value=number % config.experiment.train_value_every == 0,
+                step=number,
             )
     else:
         console.print(f"step {number}: no update; {why_none_is_kept(config, groups)}")
@@ -244,52 +259,115 @@ def rl_step(run: RLRun) -> dict[str, float]:
             run.engine.load_weights(whole_weights(run.learner.network.backbone))
     for stage, seconds in watch.seconds.items():
         run.stages.seconds[stage] = run.stages.seconds.get(stage, 0.0) + seconds
+    figures |= carried_figures([response for group in groups for response in group], number)
+    if drawn.room:
+        figures["seats_idle"] = 1 - drawn.steps / drawn.room
     return step_figures(groups, samples, figures, watch)
 
 
-def draw_groups(
-    run: RLRun, number: int, watch: Stopwatch
-) -> tuple[list[list[ScoredTrajectory]], list[ScoredTrajectory]]:
-    """Responses in groups for the step's tasks, and those that are learned from; the run's cursor moves on.
+@dataclass
+class Drawn:
+    """What an RL step has drawn so far."""
+
+    cursor: int  # place behind the last task of the endless sequence that was begun
+    carried: list[Group]  # responses that are begun
+    groups: list[list[ScoredTrajectory]] = field(default_factory=list)
+    samples: list[ScoredTrajectory] = field(default_factory=list)  # of them, what is learned from
+    steps: int = 0  # denoising steps, and those for which there were seats, where the first groups are taken
+    room: int = 0
+
+
+def draw_groups(run: RLRun, number: int, watch: Stopwatch) -> Drawn:
+    """Responses in groups for the step, and those that are learned from; the run's cursor moves on.
 
     Where the filter leaves no group, more tasks are drawn, up to `max_resample` times; with dynamic sampling until as
     many groups are kept as there were to be. UserError where every prompt is too long.
     """
     config, training = run.config, run.config.training
-    wanted, rollout = config.rollout.num_task_per_step, config.rollout.at_step(number)
-    groups: list[list[ScoredTrajectory]] = []
-    samples: list[ScoredTrajectory] = []
-    missing, cursor = wanted, run.progress.cursor
+    wanted = config.rollout.num_task_per_step
+    draw = draw_first if config.rollout.carry or config.rollout.spare else draw_all
+    missing, drawn = wanted, Drawn(run.progress.cursor, run.carried)
     for _ in range(config.rollout.max_resample + 1):
-        indices, cursor = task_batch(len(run.tasks), missing, cursor, training.seed)
-        seen = {group[0].task.id for group in groups}
-        drawn = [run.tasks[index] for index in dict.fromkeys(indices)]
-        tasks = [task for task in drawn if task.id not in seen]
-        prompts = encode_tasks(run.loaded, tasks, config.dataset, config.rollout.start_with_think)
-        prompts = prompts_within(prompts, training.max_prompt_len)
-        label = f"step {number}: rollout"
-        groups += collect(
-            run.engine,
-            run.loaded,
-            prompts,
-            rollout,
-            run.scorer,
-            watch,
-            training.seed,
-            number,
-            label,
-            keep_routes=lambda sample: run.learner.routing is not None and (training.replay_routes or sample == 0),
-        )
+        draw(run, number, missing, drawn, watch)
         drop_equal = training.drop_equal or training.dynamic_sampling
-        samples = kept_samples(groups, training.keep_accuracy, drop_equal, training.advantage)
-        kept = len({sample.trajectory.task_id for sample in samples})
+        drawn.samples = kept_samples(drawn.groups, training.keep_accuracy, drop_equal, training.advantage)
+        kept = len({sample.trajectory.task_id for sample in drawn.samples})
         missing = wanted - kept if training.dynamic_sampling else wanted * (kept == 0)
         if missing == 0:
             break
-    if not groups:
+    if not drawn.groups:
         raise UserError("training.max_prompt_len: every prompt of the step is longer; raise it")
-    run.progress.cursor = cursor  # not before: a step that was stopped is done again when the run is resumed
-    return groups, samples
+    # not before: a step that was stopped is done again when the run is resumed
+    run.progress.cursor, run.carried = drawn.cursor, drawn.carried
+    return drawn
+
+
+def draw_all(run: RLRun, number: int, count: int, drawn: Drawn, watch: Stopwatch) -> None:
+    """Draw the groups of the next `count` tasks, of which those that the step has drawn already are left out."""
+    config = run.config
+    indices, drawn.cursor = task_batch(len(run.tasks), count, drawn.cursor, config.training.seed)
+    seen = {group[0].task.id for group in drawn.groups}
+    tasks = [run.tasks[index] for index in dict.fromkeys(indices) if run.tasks[index].id not in seen]
+    drawn.groups += collect(
+        run.engine,
+        run.loaded,
+        prompts_of(run, tasks),
+        config.rollout.at_step(number),
+        run.scorer,
+        watch,
+        config.training.seed,
+        number,
+        f"step {number}: rollout",
+        keep_routes=partial(keeps_routes, run),
+    )
+
+
+def draw_first(run: RLRun, number: int, count: int, drawn: Drawn, watch: Stopwatch) -> None:
+    """Draw until `count` groups are complete, of those carried and of the next tasks, in this order."""
+    config, rule = run.config, Rule.of(run.config.rollout, number)
+    groups, seen = list(drawn.carried), {group[0].task.id for group in drawn.groups}
+    seen |= {group.task.id for group in groups}
+    cursor, end = drawn.cursor, drawn.cursor + len(run.tasks)
+    while len(groups) < rule.most_groups(count) and cursor < end:
+        batch = min(rule.most_groups(count) - len(groups), end - cursor)
+        indices, _ = task_batch(len(run.tasks), batch, cursor, config.training.seed)
+        places: dict[str, int] = {}
+        for place, index in enumerate(indices, cursor + 1):
+            places.setdefault(run.tasks[index].id, place)
+        by_id = {run.tasks[index].id: run.tasks[index] for index in indices}
+        new = prompts_of(run, [task for id, task in by_id.items() if id not in seen])
+        groups += [Group(task, ids, number, places[task.id]) for task, ids in new]
+        seen |= by_id.keys()
+        cursor += batch
+    taken = take_groups(
+        run.engine,
+        run.loaded,
+        groups,
+        count,
+        rule,
+        config.rollout.at_step(number),
+        run.scorer,
+        watch,
+        config.training.seed,
+        f"step {number}: rollout",
+        keep_routes=partial(keeps_routes, run),
+    )
+    drawn.groups += taken.groups
+    drawn.carried, drawn.cursor = taken.left, max(drawn.cursor, taken.cursor)
+    drawn.steps += taken.steps
+    drawn.room += taken.room
+
+
+def prompts_of(run: RLRun, tasks: list[Task]) -> list[Prompt]:
+    """The tasks with their prompts, without those that are too long."""
+    config = run.config
+    prompts = encode_tasks(run.loaded, tasks, config.dataset, config.rollout.start_with_think)
+    return prompts_within(prompts, config.training.max_prompt_len)
+
+
+def keeps_routes(run: RLRun, sample: int) -> bool:
+    """Whether the n-th response to a task is to say which experts its tokens were given to."""
+    return run.learner.routing is not None and (run.config.training.replay_routes or sample == 0)
 
 
 def why_none_is_kept(config: RLConfig, groups: list[list[ScoredTrajectory]]) -> str:

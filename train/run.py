@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from common.trajectory import Task
 from models import LoadedModel, load_network
 from models.value import load_value
 from reward.score import RewardScorer, check_tasks, evaluation_scorer
+from rollout.carry import Group, write_groups
 from rollout.evaluate import evaluate
 from rollout.results import Evaluation
 from sample.engine import Engine
@@ -39,6 +40,8 @@ from train.learner_state import (
     write_network,
 )
 from train.loading import mixed_precision
+
+CARRIED = "carried.pt"  # in a checkpoint
 
 
 @dataclass
@@ -71,6 +74,7 @@ class Run:
     learner: Learner  # of the policy
     critic: Learner | None = None  # of the value model
     unit: str = "step"  # what progress.step counts, in words
+    carried: list[Group] = field(default_factory=list)  # groups of responses that go on in the next RL step
 
 
 # --- before the first step
@@ -167,6 +171,8 @@ def save(run: Run) -> None:
             write_network(run.critic, run.loaded.tokenizer, writer, "value")
             save_learner(run.critic, writer, "critic")
         save_random_state(writer, "random.pt")
+        if run.carried:
+            writer.do(write_groups, writer.path(CARRIED), run.carried, run.config.rollout)
         writer.do(writer.path("trainer.json").write_text, json.dumps(vars(run.progress)))
 
     save_step(run.folder / "ckpt", run.progress.step, write, run.config.experiment.keep_last)

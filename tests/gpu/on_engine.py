@@ -416,3 +416,24 @@ def routes(family: str, merge: bool) -> FIGURES:
                 ours, theirs = (getattr(one.routes, part) for one in (trajectory, expected[task]))
                 assert ours.shape == theirs.shape and (ours == theirs).all(), f"{task}: {part} differ"
     return counted(engine)
+
+
+def in_parts(family: str, **settings: Any) -> FIGURES:
+    """Responses in parts of six denoising steps, from which they go on without their keys: they are the CPU's."""
+    on_cpu, on_device = on_both(family)
+    chosen = replace(FULL if family == "dream" else BLOCK, max_active=len(LENGTHS), **settings)
+    engine, done, begun = watched_engine(on_device), {}, None
+    while begun != []:
+        engine.set_up(chosen, requests_of(LENGTHS), pace=len(LENGTHS))
+        if begun is None:
+            engine.add(requests_of(LENGTHS))
+        for one in begun or ():
+            engine.go_on(one)
+        for _ in range(2):
+            engine.allow(3)
+            while not engine.paused:
+                engine.step()
+                done |= {one.trajectory.task_id: one.trajectory for one in engine.finished()}
+        begun = engine.suspend()
+    check_same(done, responses(Engine(on_cpu.model, on_cpu.mask_id, [STOP]), chosen))
+    return counted(engine)

@@ -28,6 +28,8 @@ SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
     "coming and going": ("on_engine.coming_and_going", ["sdar"], {}),
     "coming and going, samples of a prompt": ("on_engine.coming_and_going", ["sdar", 8], {}),
     "coming and going, full attention": ("on_engine.coming_and_going", ["llada"], {"use_cache": True}),
+    "in parts, commits alone": ("on_engine.in_parts", ["sdar"], {"merge_commit": False}),
+    "in parts, cached": ("on_engine.in_parts", ["dream"], {"use_cache": True}),
     "little memory": ("on_engine.little_memory", [], {}),
     "mixture of experts, sdar_moe": ("on_engine.mixture", ["sdar_moe"], {}),
     "mixture of experts, llada2": ("on_engine.mixture", ["llada2"], {}),
