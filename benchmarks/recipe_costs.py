@@ -6,7 +6,7 @@ A response of 2,000 tokens to a prompt of 300, learned from in bfloat16, where l
 computed anew. Under block attention it has the step maps of a tiny model's rollouts, 1.58 steps a block of 4; where it
 is drawn sequentially, and under full attention, one step a token. Keys are those of `configs/rl_sdar.yaml` and
 `configs/rl_llada.yaml` under the recipe, but for two updates a step. The replay of a few responses that measures the
-mismatch is left out.
+mismatch is left out, and rows are whole.
 """
 
 from dataclasses import replace
@@ -46,7 +46,7 @@ class Counting(torch.nn.Module):
         self.learned = self.read = 0
 
     def forward(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        tokens = int((batch.trajectory >= 0).sum())
+        tokens = int(batch.counted.sum())
         if torch.is_grad_enabled():
             self.learned += tokens
         else:
@@ -79,13 +79,13 @@ def counted(training: RLTrainingConfig, samples: list[ScoredTrajectory], layout:
 def costs(name: str, attention: str) -> tuple[str, ...]:
     """The cells of a recipe's line."""
     config = load_config("rl", [f"config={ROOT}/configs/{CONFIGS[attention]}.yaml", f"recipe={name}"])
-    keys = {"updates_per_step": 2, "post_num": min(config.training.post_num, RESPONSE)}
+    keys = {"updates_per_step": 2, "post_num": min(config.training.post_num, RESPONSE), "tokens_per_micro_batch": 10**9}
     training = replace(config.training, **keys)
     layout = Layout(MASK, BLOCK if attention == "block" else None)
     samples = responses(attention == "full" or config.rollout.remasking_strategy == "sequential")
-    rows = sample_rows(samples[:1], replace(training, tokens_per_micro_batch=10**9), layout, SEED)
+    rows = sample_rows(samples[:1], training, layout, SEED)
     packed, views = sum(map(len, rows)), sum(int(row.view.max()) for row in rows) or len(rows)
-    both = sum(map(len, sample_rows(samples, replace(training, tokens_per_micro_batch=10**9), layout, SEED)))
+    both = sum(map(len, sample_rows(samples, training, layout, SEED)))
     network = counted(training, samples, layout)
     total = (network.learned + network.read) / 2
     has_value = training.method == "TraceRL" and training.term == "token"

@@ -47,7 +47,8 @@ def random_rows(seed: int, count: int, full: bool = False) -> list[Row]:
 def joined(batch: PackedBatch) -> PackedBatch:
     """The batch's rows one after another in a single one, padding and all, as they lie on CUDA."""
     rows, tokens = batch.ids.shape
-    fields = {name: getattr(batch, name).reshape(1, -1) for name in ("ids", "position", "block", "view")}
+    names = ("ids", "position", "block", "view", "counted")
+    fields = {name: getattr(batch, name).reshape(1, -1) for name in names}
     number = torch.arange(rows).repeat_interleave(tokens).reshape(1, -1)  # two views may be of one trajectory
     trajectory = torch.where(batch.trajectory.reshape(1, -1) < 0, -1, number)
     return PackedBatch(

@@ -1,6 +1,7 @@
 """The packed forward against one row per view: log-probabilities, gradients, the mask, and the engine's own numbers."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from common.schema import (
     Sampling,
     SchedulerConfig,
     SchedulerParams,
+    SFTTrainingConfig,
 )
 from common.trajectory import Request, Trajectory
 from models import load_model, load_network
@@ -32,9 +34,11 @@ from train.attention import visible
 from train.learner import Learner, batch_logp, make_learner, micro_batches, rate_factor, update
 from train.network import Policy, chunk_positions
 from train.objectives import loss_weights, policy_loss, tokens_of
-from train.packing import PackedBatch, Row, make_rows, pack
+from train.packing import PackedBatch, Row, cut, cut_rows, make_rows, pack
 from train.rl_step import learn, sample_rows
-from train.views import Layout, trace_views
+from train.sft_trainer import loss_weights as sft_weights
+from train.sft_trainer import packed, sft_update
+from train.views import Example, Layout, join_views, random_block_views, trace_views
 
 GOLDEN = Path(__file__).parent / "golden" / "sdar"
 BLOCK = 4
@@ -263,11 +267,12 @@ def engine_like(network: Network, trajectories: Sequence[Trajectory]) -> list[Tr
 
 
 def test_the_update_does_not_depend_on_the_micro_batch(network: Network) -> None:
-    """Seven responses in two updates: an uneven tail, and micro-batches of one row, of some, of all."""
+    """Seven responses in two updates: an uneven tail, and micro-batches of one row, of some, of all; rows are whole."""
     trajectories = engine_like(network, random_trajectories(network, 7, seed=21))
     samples = [scored(one, float(value)) for one, value in zip(trajectories, np.linspace(-1.5, 1.2, 7))]
     results = []
-    for budget in (1, 260, 10**6):
+    longest = max(map(len, packed_rows(network, trajectories)))
+    for budget in (longest, 260, 10**6):
         learner, optimizer = recording_learner(network)
         training = RLTrainingConfig(updates_per_step=2, tokens_per_micro_batch=budget, loss_norm="step")
         figures = learn(learner, samples, training, Layout(network.mask_id, BLOCK), 20, seed=[1, 2], exact=True)
@@ -278,6 +283,28 @@ def test_the_update_does_not_depend_on_the_micro_batch(network: Network) -> None
         assert figures["loss"] == pytest.approx(results[0][0]["loss"], abs=1e-6)
         for found, wanted in zip(recorded, results[0][1], strict=True):
             assert_same_gradients(found, wanted, network, 2e-6)
+
+
+def test_finetuning_is_the_same_in_cut_rows(network: Network) -> None:
+    """A conversation of two turns and a single one, weighed by the evidence bound; all but the head in float64."""
+    rng, model = np.random.default_rng(3), deepcopy(network.model).double()
+    training = SFTTrainingConfig(mask_times_per_sample=3, loss_weight="elbo", block_size=BLOCK)
+    ids = rng.integers(0, network.mask_id, 40).tolist()
+    turns = [[(5, 16, 16), (22, 40, 37)], [(9, 32, 30)]]
+    conversations = [[Example(ids[:at], ids[at:end], stop - at) for at, end, stop in turn] for turn in turns]
+    layout = Layout(network.mask_id, BLOCK)
+    views = [
+        join_views([random_block_views(one, layout, training, rng) for one in examples]) for examples in conversations
+    ]
+    rows = packed(conversations, views, layout)
+    learner, optimizer = recording_learner(replace(network, model=model))
+    losses = [
+        sft_update(learner, rows, budget, *sft_weights(training, conversations, rows))["loss"]
+        for budget in (10**6, 60, 30)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    whole, *cut = (torch.cat([one.flatten() for one in recorded]) for recorded in optimizer.recorded)
+    assert all((one - whole).norm() <= 1e-6 * whole.norm() for one in cut)
 
 
 def test_one_update_is_the_reference_s(network: Network) -> None:
@@ -352,16 +379,17 @@ def sees(query: tuple[str, int, int], key: tuple[str, int, int]) -> bool:
 def test_the_mask_equals_the_rule(seed: int, budget: int, shrink: int) -> None:
     network = Network(torch.nn.Identity(), 7, 40, ())
     rows = packed_rows(network, random_trajectories(network, 3, seed), shrink)
+    parts = cut_rows(rows, budget)
     for batch in pack(rows, budget):
         mask = visible(batch)
         assert mask.dtype == torch.bool and mask.shape == (len(batch.ids), 1, *[batch.ids.shape[1]] * 2)
         assert mask.any(-1).all()  # a query that sees nothing would be NaN
         for number, line in enumerate(batch.trajectory.tolist()):
-            row = rows[max(line)]
-            tokens = described(row)
+            part = parts[max(line)]
+            tokens = [described(rows[part.row])[index] for index in part.tokens]
             wanted = [[sees(query, key) for key in tokens] for query in tokens]
-            assert mask[number, 0, : len(row), : len(row)].tolist() == wanted
-            assert not mask[number, 0, : len(row), len(row) :].any()
+            assert mask[number, 0, : len(tokens), : len(tokens)].tolist() == wanted
+            assert not mask[number, 0, : len(tokens), len(tokens) :].any()
 
 
 @settings(max_examples=40, deadline=None)
@@ -369,7 +397,7 @@ def test_the_mask_equals_the_rule(seed: int, budget: int, shrink: int) -> None:
 def test_no_row_is_lost(seed: int, count: int, budget: int) -> None:
     network = Network(torch.nn.Identity(), 7, 40, ())
     rows = packed_rows(network, random_trajectories(network, count, seed))
-    batches = pack(rows, budget)
+    batches, parts = pack(rows, budget), cut_rows(rows, budget)
     total = sum(len(row.target) for row in rows)
     assert sorted(i for batch in batches for i in batch.predicted.tolist()) == list(range(total))
     targets = np.concatenate([row.target for row in rows])
@@ -379,13 +407,34 @@ def test_no_row_is_lost(seed: int, count: int, budget: int) -> None:
         lines = [max(line) for line in batch.trajectory.tolist()]
         found += lines
         for number, line in enumerate(lines):
-            row, size = rows[line], len(rows[line])
+            row, tokens = rows[parts[line].row], parts[line].tokens
             for name in ("ids", "position", "block", "view"):
-                np.testing.assert_array_equal(getattr(batch, name)[number, :size].numpy(), getattr(row, name))
-            assert (batch.trajectory[number] >= 0).sum() == size
+                column = getattr(batch, name)[number, : len(tokens)].numpy()
+                np.testing.assert_array_equal(column, getattr(row, name)[tokens])
+            assert (batch.trajectory[number] >= 0).sum() == len(tokens)
         np.testing.assert_array_equal(batch.target.numpy(), targets[batch.predicted])
         assert (batch.ids.flatten()[batch.predict_at] == 7).all()  # what is predicted is masked
-    assert sorted(found) == list(range(count))
+    assert sorted(found) == list(range(len(parts)))
+    assert sum(int(batch.counted.sum()) for batch in batches) == sum(map(len, rows))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 100), st.sampled_from(["TraceRL", "random_masking"]))
+def test_a_part_fits_the_budget_and_has_the_clean_tokens_before_its_views(seed: int, budget: int, method: str) -> None:
+    """Every view is in one part; where not even the clean tokens fit a part has as many tokens of views as of them."""
+    network = Network(torch.nn.Identity(), 7, 40, ())
+    (one,) = random_trajectories(network, 1, seed)
+    training = RLTrainingConfig(method=method, mask_times_per_sample=4, post_num=1)
+    for row in sample_rows([scored(one)], training, Layout(7, BLOCK), [seed]):
+        parts = cut(row, budget)
+        assert sorted(set(np.concatenate(parts).tolist())) == list(range(len(row)))
+        views = [sorted(set(row.view[tokens].tolist()) - {0}) for tokens in parts]
+        assert sorted(number for own in views for number in own) == list(range(1, int(row.view.max()) + 1))
+        assert len(parts) == 1 or len(row) > budget
+        for tokens, own in zip(parts, views):
+            clean = int(row.block[np.isin(row.view, own)].max()) * BLOCK
+            assert (row.view[tokens] == 0).sum() == clean and len(tokens) == clean + BLOCK * len(own)
+            assert len(tokens) <= (budget if clean + BLOCK <= budget else max(2 * clean, BLOCK))
 
 
 def test_a_row_is_clean_tokens_then_views() -> None:

@@ -5,6 +5,7 @@ The plain reading knows of our code only which tokens each view shows and predic
 
 from collections import defaultdict
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -245,6 +246,30 @@ def test_a_recipe_is_its_formula(
     (found,) = optimizer.recorded
     for one, other in zip(found, wanted, strict=True):
         assert (one - other).abs().max() <= 1e-5 * other.abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("name", [name for family, name in CASES if family == "sdar"])
+def test_rows_cut_by_views_are_the_same_update(
+    name: str, networks: dict[str, LoadedModel], first_models: dict[str, LoadedModel]
+) -> None:
+    """In double precision, of which the record of the tokens keeps a float32's part."""
+    network, first = (
+        replace(one, model=deepcopy(one.model).double()) for one in (networks["sdar"], first_models["sdar"])
+    )
+    training = replace(settings("sdar", name), gradient_checkpointing_enable=False)
+    learner, optimizer = learner_of(network)
+    reference = learner_of(first)[0] if training.kl_reference == "initial" else None
+    layout, samples, figures = layout_of(network, BLOCK), responses(network), []
+    for budget in (10**6, 36, 20):  # 20 is less than the clean tokens
+        small = replace(training, tokens_per_micro_batch=budget)
+        figures.append(learn(learner, samples, small, layout, LIMIT, SEED, exact=False, reference=reference))
+    gradients = [torch.cat([one.flatten() for one in recorded]) for recorded in optimizer.recorded]
+    updates = len(gradients) // len(figures)
+    for number, found in enumerate(gradients):
+        whole = gradients[number % updates]
+        assert (found - whole).norm() <= 1e-6 * whole.norm()
+    for found in figures[1:]:
+        assert found == pytest.approx(figures[0], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
