@@ -25,6 +25,7 @@ from common.schema import NEEDS, RLConfig, RLTrainingConfig
 from common.trajectory import ScoredTrajectory, Trajectory
 from models import LoadedModel, find_family, load_model
 from models.tiny import build_tiny
+from train import packing
 from train.learner import Learner
 from train.network import Policy
 from train.recipes import keys_of_recipe, main, table
@@ -249,19 +250,27 @@ def test_a_recipe_is_its_formula(
 
 
 @pytest.mark.parametrize("name", [name for family, name in CASES if family == "sdar"])
-def test_rows_cut_by_views_are_the_same_update(
-    name: str, networks: dict[str, LoadedModel], first_models: dict[str, LoadedModel]
+def test_cut_rows_and_shared_prompts_are_the_same_update(
+    name: str, networks: dict[str, LoadedModel], first_models: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In double precision, of which the record of the tokens keeps a float32's part."""
+    """In double precision, of which the record of the tokens keeps a float32's part; against rows of their own."""
     network, first = (
         replace(one, model=deepcopy(one.model).double()) for one in (networks["sdar"], first_models["sdar"])
     )
     training = replace(settings("sdar", name), gradient_checkpointing_enable=False)
     learner, optimizer = learner_of(network)
     reference = learner_of(first)[0] if training.kl_reference == "initial" else None
-    layout, samples, figures = layout_of(network, BLOCK), responses(network), []
-    for budget in (10**6, 36, 20):  # 20 is less than the clean tokens
-        small = replace(training, tokens_per_micro_batch=budget)
+    layout, figures = layout_of(network, BLOCK), []
+    samples = responses(network)
+    drawn = samples[0].trajectory
+    again = replace(drawn, step_map=drawn.step_map[::-1], response_ids=drawn.response_ids[::-1], logp=drawn.logp[::-1])
+    samples += [scored(again, -0.4), scored(replace(again, length=again.length - 3), 0.3)]
+    sharing = packing.share_prompts
+    # all whole and alone; some behind one prompt; all cut, and parts behind one prompt
+    for budget in (0, 120, 44):
+        small = replace(training, tokens_per_micro_batch=budget or 10**6)
+        alone = (lambda rows, parts, _: [[part] for part in parts]) if budget == 0 else sharing
+        monkeypatch.setattr(packing, "share_prompts", alone)
         figures.append(learn(learner, samples, small, layout, LIMIT, SEED, exact=False, reference=reference))
     gradients = [torch.cat([one.flatten() for one in recorded]) for recorded in optimizer.recorded]
     updates = len(gradients) // len(figures)

@@ -38,16 +38,24 @@ def attention_mask(batch: PackedBatch) -> Tensor | BlockMask:
 
 
 def sees(query: Sequence[Tensor] | Tensor, key: Sequence[Tensor] | Tensor) -> Tensor:
-    """Whether queries see keys, bool; each (trajectory, block, view), of shapes that broadcast with one another."""
+    """Whether queries see keys, bool; each (trajectory, prompt, block, view), of shapes that broadcast.
+
+    Clean keys of earlier blocks are those of the same trajectory and of the prompt that it shares with others.
+    """
     same = query[0] == key[0]
-    earlier = (key[2] == 0) & (key[1] < query[1])
-    own = (query[2] == key[2]) & (query[1] == key[1])
-    return same & (earlier | own)
+    earlier = (key[3] == 0) & (key[2] < query[2]) & (same | (query[1] == key[0]))
+    own = same & (query[3] == key[3]) & (query[2] == key[2])
+    return earlier | own
+
+
+def mask_integers(batch: PackedBatch) -> Tensor:
+    """What the mask is a function of, (4, rows, tokens): of every token its trajectory, prompt, block and view."""
+    return torch.stack([batch.trajectory, batch.prompt, batch.block, batch.view])
 
 
 def visible(batch: PackedBatch) -> Tensor:
     """The dense attention mask of a batch: bool (rows, 1, tokens, tokens), True where the query sees the key."""
-    integers = torch.stack([batch.trajectory, batch.block, batch.view])  # (3, rows, tokens)
+    integers = mask_integers(batch)
     return sees(integers[:, :, :, None], integers[:, :, None, :])[:, None]
 
 
@@ -61,7 +69,7 @@ class TiledMask(BlockMask):
         rows, length = batch.ids.shape
         self.seq_lengths = (length, length)
         self.rows = rows
-        integers = torch.stack([batch.trajectory, batch.block, batch.view]).int()  # (3, rows, tokens)
+        integers = mask_integers(batch).int()
         self.tiles: list[tuple[slice, list[slice], Tensor]] = []
         for start in range(0, length, tile):
             own = slice(start, start + tile)
@@ -96,13 +104,10 @@ def block_mask(batch: PackedBatch, tile: int = TILE) -> BlockMask:
 
 def mask_function(batch: PackedBatch) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Whether the query at an index sees the key at another, as FlexAttention asks: (row, head, query, key) → bool."""
-    trajectory, block, view = batch.trajectory, batch.block, batch.view
+    columns = batch.trajectory, batch.prompt, batch.block, batch.view
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees(
-            (trajectory[row, query], block[row, query], view[row, query]),
-            (trajectory[row, key], block[row, key], view[row, key]),
-        )
+        return sees([one[row, query] for one in columns], [one[row, key] for one in columns])
 
     return rule
 
@@ -114,8 +119,7 @@ def visible_tiles(batch: PackedBatch, tile: int) -> tuple[Tensor, Tensor]:
     """
     length, at_once = batch.ids.shape[1], QUERIES // tile * tile
     missing = -length % tile
-    integers = torch.stack([batch.trajectory, batch.block, batch.view])
-    integers = torch.nn.functional.pad(integers, (0, missing), value=-1)  # (3, rows, tokens)
+    integers = torch.nn.functional.pad(mask_integers(batch), (0, missing), value=-1)  # (4, rows, tokens)
     inside = torch.arange(length + missing, device=batch.ids.device) < length
     some, full = [], []
     for start in range(0, length + missing, at_once):

@@ -2,16 +2,20 @@
 
 A row is [prompt, response, every view of every block], position ids absolute. A clean token sees clean tokens of its
 own and earlier blocks; a token of a view sees the clean tokens of earlier blocks and its own view. Who sees whom
-follows from three integers per token, trajectory (-1: padding), block and view (0: clean), by `train.attention.sees`.
+follows from four integers per token, trajectory (-1: padding), prompt, block and view (0: clean), by
+`train.attention.sees`: the prompt is the number that clean tokens have which this trajectory shares with others.
 
 A row that exceeds the budget of a micro-batch is forwarded in parts that each repeat the clean copy, as far as they
 need it, and hold some of the views. Losses are sums over predicted tokens, whose weights are those of the whole row, so
-their gradients add up to its own.
+their gradients add up to its own. Responses to one prompt stand behind one copy of its whole blocks, as many as the
+budget holds: these see nothing of a response, so that they are the same in every row. The block in which a response
+begins is its own, with the prompt's remainder.
 
 Under full attention a noised token changes every other, so nothing is shared: each view is a row [prompt, response] of
-its own, in the same three integers clean tokens of one block.
+its own, in the same integers clean tokens of one block.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,6 +47,7 @@ class Row:
     weight: np.ndarray | None = None  # (predicted,) in the loss of finetuning, or in its term; None: 1
     writing: np.ndarray | None = None  # (predicted,) as in Views; None: all are the last of their positions
     routes: np.ndarray | None = None  # (tokens, layers, chosen) the sampler's experts
+    prompt: int = 0  # leading tokens that see nothing of the response, and are the same behind every one to this prompt
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,12 +55,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens of a row that are forwarded together: all of them, or the clean copy with some of its views."""
+    """Tokens of a row that are forwarded together: all of them, or the clean copy with some of its views.
+
+    Of rows that share their prompt, the prompt is a part, and the rest of each.
+    """
 
     row: int  # index into the update's rows
     tokens: np.ndarray  # (tokens,) index into the row's, ascending
     trajectory: int  # a number of its own among the update's parts
-    counted: np.ndarray  # (tokens,) 1, or 0 where an earlier part of the row has the token too
+    prompt: int  # the number of the part whose tokens are its prompt, or its own
+    counted: np.ndarray  # (tokens,) for how many rows it stands: 0 where an earlier part of the row has the token too
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class PackedBatch:
     ids: Tensor  # (rows, tokens)
     position: Tensor  # (rows, tokens)
     trajectory: Tensor  # (rows, tokens) which part of the update's rows it belongs to, -1 for padding
+    prompt: Tensor  # (rows, tokens) which part is its prompt, where it shares one; else as trajectory
     block: Tensor  # (rows, tokens)
     view: Tensor  # (rows, tokens)
     predict_at: Tensor  # (predicted,) index into the flattened rows
@@ -132,7 +142,8 @@ def make_rows(
     if routes is not None:
         experts = np.concatenate([routes.committed[:clean], *routes.steps[views.step[:, 0]]])
     predictions = _predictions(views, slice(None), clean)
-    return [Row(trajectory, ids, position, position // block_size, view, **predictions, routes=experts)]
+    prompt = min(len(prompt_ids) // block_size * block_size, clean)
+    return [Row(trajectory, ids, position, position // block_size, view, **predictions, routes=experts, prompt=prompt)]
 
 
 def _predictions(views: Views, chosen: slice, start: int) -> dict[str, np.ndarray]:
@@ -156,20 +167,24 @@ def pack(
     `together` puts rows one after another into long ones that the budget bounds, padded to a `multiple` of tokens: for
     attention whose cost follows what is visible. Otherwise rows of like length go side by side, and a further
     micro-batch begins where padding would exceed the share `most_padding` of one: a dense mask costs the square of a
-    row's length. A smaller budget is taken where that makes about `at_least` micro-batches; rows are not cut for it.
+    row's length. Responses to one prompt share it, by `share_prompts`. A smaller budget is taken where that makes about
+    `at_least` micro-batches; rows are not cut for it.
     """
     parts = cut_rows(rows, token_budget)
-    lengths = [len(part.tokens) for part in parts]
     if at_least > 1:
-        token_budget = min(token_budget, -(-sum(lengths) // at_least))
-    offsets = np.cumsum([0] + [len(row.target) for row in rows])
+        tokens = sum(map(length_of, share_prompts(rows, parts, math.inf)))
+        token_budget = min(token_budget, -(-tokens // at_least))
     if together:
         token_budget = max(multiple, token_budget // multiple * multiple)
-        lines = [[parts[index] for index in line] for line in fill_lines(lengths, token_budget)]
+    units = share_prompts(rows, parts, token_budget)
+    lengths = [length_of(unit) for unit in units]
+    offsets = np.cumsum([0] + [len(row.target) for row in rows])
+    if together:
+        lines = [[part for index in line for part in units[index]] for line in fill_lines(lengths, token_budget)]
         return [_batch(rows, [line], offsets, multiple) for line in lines]
     batches: list[list[int]] = []
     tokens = 0
-    for index in sorted(range(len(parts)), key=lambda index: lengths[index]):
+    for index in sorted(range(len(units)), key=lambda index: lengths[index]):
         width = lengths[index]  # the longest so far, since they come sorted
         tokens += width
         padded = width * (len(batches[-1]) + 1) if batches else 0
@@ -178,7 +193,7 @@ def pack(
         else:
             batches.append([index])
             tokens = width
-    return [_batch(rows, [[parts[index]] for index in chosen], offsets) for chosen in batches]
+    return [_batch(rows, [units[index] for index in chosen], offsets) for chosen in batches]
 
 
 def cut_rows(rows: Sequence[Row], token_budget: int) -> list[Part]:
@@ -187,7 +202,7 @@ def cut_rows(rows: Sequence[Row], token_budget: int) -> list[Part]:
     for number, row in enumerate(rows):
         counted = np.ones(len(row), dtype=np.int64)
         for tokens in cut(row, token_budget):
-            parts.append(Part(number, tokens, len(parts), counted[tokens]))
+            parts.append(Part(number, tokens, len(parts), len(parts), counted[tokens]))
             counted[row.view == 0] = 0  # in the parts that follow it is repeated
     return parts
 
@@ -215,7 +230,44 @@ def cut(row: Row, token_budget: int) -> list[np.ndarray]:
     return parts
 
 
-def fill_lines(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+def share_prompts(rows: Sequence[Row], parts: Sequence[Part], token_budget: float) -> list[list[Part]]:
+    """All parts, those behind the same prompt together with one copy of it, as many as the budget holds.
+
+    A prompt's experts, where rows have them, must be the same too. Parts that hold but a piece of it stay alone.
+    """
+    alone: list[list[Part]] = []
+    sharing: dict[bytes, list[Part]] = {}
+    for part in parts:
+        row = rows[part.row]
+        if row.prompt and len(part.tokens) >= row.prompt and part.tokens[row.prompt - 1] == row.prompt - 1:
+            experts = b"" if row.routes is None else row.routes[: row.prompt].tobytes()
+            sharing.setdefault(row.ids[: row.prompt].tobytes() + experts, []).append(part)
+        else:
+            alone.append([part])
+    number, units = len(parts), []
+    for members in sharing.values():
+        prompt = rows[members[0].row].prompt
+        lengths = [len(part.tokens) - prompt for part in members]
+        for line in fill_lines(lengths, token_budget - prompt):
+            own = [members[index] for index in line]
+            if len(own) == 1:
+                alone.append(own)
+                continue
+            counted = sum(part.counted[:prompt] for part in own)
+            rest = [
+                replace(part, tokens=part.tokens[prompt:], prompt=number, counted=part.counted[prompt:]) for part in own
+            ]
+            units.append([Part(own[0].row, np.arange(prompt), number, number, counted), *rest])
+            number += 1
+    return alone + units
+
+
+def length_of(parts: Sequence[Part]) -> int:
+    """The tokens of all parts."""
+    return sum(len(part.tokens) for part in parts)
+
+
+def fill_lines(lengths: Sequence[int], token_budget: float) -> list[list[int]]:
     """Indices of rows that share a line of at most `token_budget` tokens, the longest first into where it fits."""
     lines: list[list[int]] = []
     free: list[int] = []
@@ -235,7 +287,7 @@ def _batch(rows: Sequence[Row], lines: Sequence[Sequence[Part]], offsets: np.nda
 
     `offsets`: the index of each row's first predicted token in the update.
     """
-    longest = max(sum(len(part.tokens) for part in line) for line in lines)
+    longest = max(map(length_of, lines))
     width = -(-longest // multiple) * multiple
     predict_at, target, predicted = [], [], []
     for number, line in enumerate(lines):
@@ -260,6 +312,7 @@ def _batch(rows: Sequence[Row], lines: Sequence[Sequence[Part]], offsets: np.nda
         ids=column("ids"),
         position=column("position"),
         trajectory=padded(lambda part: np.full(len(part.tokens), part.trajectory), fill=-1),
+        prompt=padded(lambda part: np.full(len(part.tokens), part.prompt), fill=-1),
         block=column("block"),
         view=column("view"),
         predict_at=torch.from_numpy(np.concatenate(predict_at)),
