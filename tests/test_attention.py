@@ -110,11 +110,12 @@ def test_tiles_are_the_dense_mask_s(seed: int, tile: int, together: bool, full: 
     batch = joined(batch) if together else batch
     mask, dense = TiledMask(batch, tile), visible(batch)
     found = torch.zeros_like(dense)
-    for own, keys, seen in mask.tiles:
-        assert seen.any(2).any(0).all()
-        parts = seen.split([key.stop - key.start for key in keys], dim=3)
-        for key, part in zip(keys, parts):
-            found[:, :, own, key] = part
+    for one in mask.tiles:
+        seen = one.mask(torch.zeros(1)) == 0
+        assert seen.any(2).any(0).all() and not one.bias.isfinite().all(2).all(0).any()
+        parts = seen.split([key.stop - key.start for key in one.keys], dim=3)
+        for key, part in zip(one.keys, parts):
+            found[:, :, one.queries, key] = part
     assert torch.equal(found, dense) and mask.shape == dense.shape
 
 
@@ -137,6 +138,19 @@ def test_tiles_give_the_gradients_of_the_dense_mask(full: bool, monkeypatch: pyt
         torch.testing.assert_close(tiled, dense, rtol=0, atol=2e-6)
         for one, other in zip(found, wanted):
             assert (one - other).abs().max() <= 2e-6 * other.abs().max()
+
+
+def test_tiles_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys come in float32, values in bfloat16."""
+    model, (batch,), found = load_network(GOLDEN, "sdar"), pack(random_rows(6, 4), 10**6), []
+    for mask in (visible, lambda batch: TiledMask(batch, 16)):
+        monkeypatch.setattr(network_module, "attention_mask", mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            logp, _ = Policy(model, MASK)(batch)
+        (slope,) = torch.autograd.grad(logp.sum(), [model.model.layers[0].self_attn.k_proj.weight])
+        found.append((logp.detach(), slope))
+    for one, other in zip(*found):
+        assert one.isfinite().all() and (one - other).norm() <= 0.05 * other.norm()
 
 
 def test_long_rows_are_taken_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
