@@ -27,7 +27,6 @@ from train.sft_trainer import rows_of, sft_update
 from train.views import Example, layout_of
 
 Inputs = dict[str, Any]
-BUDGET = 8192  # tokens in a micro-batch
 
 
 def loaded_model(inputs: Inputs) -> LoadedModel:
@@ -99,7 +98,7 @@ def rl_step(inputs: Inputs) -> Callable[[], list[float]]:
         ScoredTrajectory(Task(one.task_id, ""), one, Score(1.0, True, "passed"), (-1.0) ** number)
         for number, one in enumerate(trajectories_of(inputs, loaded))
     ]
-    training = RLTrainingConfig(old_logp="engine", tokens_per_micro_batch=BUDGET, shrink=inputs.get("shrink", 1))
+    training = RLTrainingConfig(old_logp="engine", shrink=inputs.get("shrink", 1))
     layout = layout_of(loaded, 4)
 
     def run() -> list[float]:
@@ -131,7 +130,7 @@ def sft_step(inputs: Inputs) -> Callable[[], list[float]]:
 
     def run() -> list[float]:
         rows = rows_of(training, loaded, conversations, np.random.default_rng(3))
-        sft_update(learner, rows, BUDGET)
+        sft_update(learner, rows, None)
         return gradient_sizes(optimizer)
 
     return run

@@ -2,6 +2,7 @@
 
     python -m benchmarks.training                # both, on one thread; ratios within this run
     python -m benchmarks.training --part growth  # the packed step alone, responses of 128 to 4,096 tokens
+    python -m benchmarks.training --part long    # one of 16,000 tokens, its row whole and cut by views: minutes
     python -m benchmarks.training --part gpu     # on a GPU: 1.7B, 4B and 8B shapes, see benchmarks/training_gpu.py
 
 The network is tiny with a head of 32,000 words; prompts have 64 tokens, responses 256 ± 50 %, ids are random. Blocks
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,7 @@ from common.schema import RLTrainingConfig
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models.sdar import SDARConfig, SDARForCausalLM
 from train import network as network_module
-from train.learner import Learner
+from train.learner import Learner, micro_batches
 from train.network import Policy
 from train.objectives import Tokens, policy_loss
 from train.rl_step import learn, sample_rows
@@ -43,6 +45,7 @@ from train.views import trace_views
 RESPONSE = 256
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 BUDGET = 8192  # tokens in a micro-batch
+LONG, LONG_BUDGETS = 16_000, (65_536, 16_384)  # a row of all views fits the first, clean tokens and some the second
 
 
 class KeepGradients(torch.optim.SGD):
@@ -65,16 +68,19 @@ def main() -> None:
             compare(options)
         if options.part in ("all", "growth"):
             grow(options)
+        if options.part == "long":
+            cut_long(options)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("all", "cost", "growth", "gpu"), default="all")
+    parser.add_argument("--part", choices=("all", "cost", "growth", "long", "gpu"), default="all")
     parser.add_argument("--trajectories", type=int, default=8)
     parser.add_argument("--keep-activations", action="store_true", help="no activation checkpointing, in both ways")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="growth: tokens of the response")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--budget", type=int, default=BUDGET, help=argparse.SUPPRESS)
     parser.add_argument("--gradients", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -87,7 +93,7 @@ def make_model() -> torch.nn.Module:
     torch.manual_seed(0)
     config = SDARConfig(
         vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, max_position_embeddings=8192,
+        num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, max_position_embeddings=2 * LONG,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     return SDARForCausalLM(config).eval()
@@ -98,8 +104,10 @@ def some_lengths(count: int) -> list[int]:
     return np.linspace(RESPONSE // 2, RESPONSE * 3 // 2, count).astype(int).tolist()
 
 
-def packed_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple[KeepGradients, int]:
-    """The product's own update; returns the optimizer with the gradients, and the tokens of the forward."""
+def packed_step(
+    model: torch.nn.Module, trajectories: list[Trajectory], budget: int = BUDGET
+) -> tuple[KeepGradients, int]:
+    """The product's own update; returns the optimizer with the gradients, and the tokens of its micro-batches."""
     network = Policy(model, MASK)
     optimizer = KeepGradients(network.parameters(), lr=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
@@ -108,9 +116,10 @@ def packed_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple
         ScoredTrajectory(Task(one.task_id, ""), one, Score(1.0, True, "passed"), (-1.0) ** number)
         for number, one in enumerate(trajectories)
     ]
-    training = RLTrainingConfig(old_logp="engine", tokens_per_micro_batch=BUDGET)
+    training = RLTrainingConfig(old_logp="engine", tokens_per_micro_batch=budget)
     learn(learner, samples, training, LAYOUT, RESPONSE, [0], exact=False)
-    return optimizer, sum(len(row) for row in sample_rows(samples, training, LAYOUT, [0]))
+    rows = sample_rows(samples, training, LAYOUT, [0])
+    return optimizer, sum(int((batch.trajectory >= 0).sum()) for batch in micro_batches(rows, budget))
 
 
 def plain_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple[KeepGradients, int]:
@@ -181,7 +190,7 @@ def without_attention(options: argparse.Namespace) -> dict[str, float]:
 
 
 VARIANTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
-    "packed": lambda options: measured(packed_step, options),
+    "packed": lambda options: measured(partial(packed_step, budget=options.budget), options),
     "plain": lambda options: measured(plain_step, options),
     "packed_without_attention": without_attention,
 }
@@ -190,12 +199,15 @@ VARIANTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
 # ---- how it is told
 
 
-def run(options: argparse.Namespace, variant: str, length: int = 0, gradients: Path | None = None) -> dict[str, float]:
+def run(
+    options: argparse.Namespace, variant: str, length: int = 0, gradients: Path | None = None, budget: int = BUDGET
+) -> dict[str, float]:
     """A variant in a process of its own, on one thread."""
     command = [sys.executable, "-m", "benchmarks.training", "--variant", variant]
     command += ["--trajectories", "1" if length else str(options.trajectories)]
     command += ["--keep-activations"] if options.keep_activations else []
     command += ["--length", str(length)] if length else []
+    command += ["--budget", str(budget)]
     command += ["--gradients", str(gradients)] if gradients else []
     # what is freed goes back at once: otherwise the C library's store of freed memory is measured
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
@@ -216,6 +228,18 @@ def compare(options: argparse.Namespace) -> None:
     rows.append({"": "plain / packed"} | {key: found["plain"][key] / found["packed"][key] for key in found["plain"]})
     print_table(rows, title=f"{options.trajectories} trajectories, one update (memory in MiB)")
     print(f"largest difference of a gradient, relative to its tensor's largest: {apart:.1e}\n")
+
+
+def cut_long(options: argparse.Namespace) -> None:
+    """One long response under a budget that holds its row and under a quarter of it; gradients must agree."""
+    rows, kept = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for budget in LONG_BUDGETS:
+            file = Path(folder) / str(budget)
+            rows.append({"budget": budget} | run(options, "packed", LONG, file, budget))
+            kept.append(torch.cat([one.flatten() for one in torch.load(file)]))
+    print_table(rows, title=f"one response of {LONG} tokens (memory in MiB)")
+    print(f"difference of the gradients, relative to their norm: {(kept[1] - kept[0]).norm() / kept[0].norm():.1e}")
 
 
 def grow(options: argparse.Namespace) -> None:
