@@ -2,6 +2,7 @@
 
     python -m benchmarks.training                # both, on one thread; ratios within this run
     python -m benchmarks.training --part growth  # the packed step alone, responses of 128 to 4,096 tokens
+    python -m benchmarks.training --part budgets # the tiny step of benchmarks.versus: seconds and memory by budget
     python -m benchmarks.training --part long    # one of 16,000 tokens, its row whole and cut by views: minutes
     python -m benchmarks.training --part gpu     # on a GPU: 1.7B, 4B and 8B shapes, see benchmarks/training_gpu.py
 
@@ -16,6 +17,7 @@ as well.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +48,7 @@ from train.views import trace_views
 RESPONSE = 256
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 BUDGET = 8192  # tokens in a micro-batch
+TINY, BUDGETS = (128, 192, 256, 320), (1700, 1024, 768, 640, 512)  # the first budget holds every row of these
 LONG, LONG_BUDGETS = 16_000, (65_536, 16_384)  # a row of all views fits the first, clean tokens and some the second
 
 
@@ -68,13 +72,16 @@ def main() -> None:
             compare(options)
         if options.part in ("all", "growth"):
             grow(options)
+        if options.part == "budgets":
+            compare_budgets(options)
         if options.part == "long":
             cut_long(options)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("all", "cost", "growth", "long", "gpu"), default="all")
+    parser.add_argument("--part", choices=("all", "cost", "growth", "budgets", "long", "gpu"), default="all")
+    parser.add_argument("--rounds", type=int, default=3, help="budgets: how often each is measured, in turn")
     parser.add_argument("--trajectories", type=int, default=8)
     parser.add_argument("--keep-activations", action="store_true", help="no activation checkpointing, in both ways")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="growth: tokens of the response")
@@ -148,6 +155,17 @@ def plain_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple[
     return optimizer, width * len(rows)
 
 
+def tiny(trace: str, options: argparse.Namespace) -> dict[str, float]:
+    """The update of `benchmarks.versus` on the network of 39 words, with activation checkpointing, in this process."""
+    from benchmarks.ours import rl_step
+    from benchmarks.versus_rows import OUT, rl_row
+
+    use_threads(1)
+    inputs = rl_row("tiny", "sdar", trace, list(TINY)).with_checkpoint(Path(OUT)) | {"budget": options.budget}
+    rl_step(inputs | {"lengths": [8]})()  # first calls allocate and import
+    return timed(rl_step(inputs))[1]
+
+
 def measured(step: Callable, options: argparse.Namespace) -> dict[str, float]:
     """One variant in this process: tokens, seconds, and memory above the loaded model's."""
     use_threads(1)
@@ -158,15 +176,19 @@ def measured(step: Callable, options: argparse.Namespace) -> dict[str, float]:
     trajectories = make_trajectories(options.trajectories, lengths)
     step(model, make_trajectories(1, [8]))  # first calls allocate and import
     model.zero_grad()
+    (optimizer, tokens), figures = timed(lambda: step(model, trajectories))
+    if options.gradients:
+        torch.save(optimizer.kept, options.gradients)
+    return {"tokens": tokens} | figures
+
+
+def timed(step: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What a step returns, its seconds, and its memory above what this process holds before it."""
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     start = time.process_time()  # of this one thread: others on the machine do not count
-    optimizer, tokens = step(model, trajectories)
-    seconds = time.process_time() - start
-    result = {"tokens": tokens, "seconds": seconds, "memory": resident("VmHWM") - before}
-    if options.gradients:
-        torch.save(optimizer.kept, options.gradients)
-    return result
+    result = step()
+    return result, {"seconds": time.process_time() - start, "memory": resident("VmHWM") - before}
 
 
 def resident(field: str) -> float:
@@ -193,6 +215,8 @@ VARIANTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "packed": lambda options: measured(partial(packed_step, budget=options.budget), options),
     "plain": lambda options: measured(plain_step, options),
     "packed_without_attention": without_attention,
+    "real": partial(tiny, "real"),
+    "static": partial(tiny, "static"),
 }
 
 
@@ -228,6 +252,22 @@ def compare(options: argparse.Namespace) -> None:
     rows.append({"": "plain / packed"} | {key: found["plain"][key] / found["packed"][key] for key in found["plain"]})
     print_table(rows, title=f"{options.trajectories} trajectories, one update (memory in MiB)")
     print(f"largest difference of a gradient, relative to its tensor's largest: {apart:.1e}\n")
+
+
+def compare_budgets(options: argparse.Namespace) -> None:
+    """The step of `tiny` under each budget, in turn: medians, and speed against the budget that holds whole rows."""
+    rows = []
+    for trace in ("real", "static"):
+        found: dict[int, list[dict[str, float]]] = {budget: [] for budget in BUDGETS}
+        for number in range(options.rounds):
+            for budget in BUDGETS[:: 1 if number % 2 else -1]:
+                found[budget].append(run(options, trace, budget=budget))
+        for budget, told in found.items():
+            speed = [whole["seconds"] / cut["seconds"] for whole, cut in zip(found[BUDGETS[0]], told)]
+            medians = {name: statistics.median(one[name] for one in told) for name in told[0]}
+            spread = f"{min(speed):.2f} to {max(speed):.2f}"
+            rows.append({"trace": trace, "budget": budget} | medians | {"speed": statistics.median(speed), "": spread})
+    print_table(rows, title="TraceRL, four responses of 128 to 320 tokens, one update (memory in MiB)")
 
 
 def cut_long(options: argparse.Namespace) -> None:

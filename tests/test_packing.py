@@ -286,12 +286,16 @@ def test_the_update_does_not_depend_on_the_micro_batch(network: Network) -> None
 
 
 def test_finetuning_is_the_same_in_cut_rows(network: Network) -> None:
-    """A conversation of two turns and a single one, weighed by the evidence bound; all but the head in float64."""
+    """Two conversations that differ in their last turn, and a single one; all but the head in float64."""
     rng, model = np.random.default_rng(3), deepcopy(network.model).double()
     training = SFTTrainingConfig(mask_times_per_sample=3, loss_weight="elbo", block_size=BLOCK)
-    ids = rng.integers(0, network.mask_id, 40).tolist()
-    turns = [[(5, 16, 16), (22, 40, 37)], [(9, 32, 30)]]
-    conversations = [[Example(ids[:at], ids[at:end], stop - at) for at, end, stop in turn] for turn in turns]
+    ids, other = (rng.integers(0, network.mask_id, 40).tolist() for _ in range(2))
+    first = Example(ids[:5], ids[5:16], 11)
+    conversations = [
+        [first, Example(ids[:22], ids[22:40], 15)],
+        [first, Example(ids[:22], other[:14], 12)],
+        [Example(ids[:9], ids[9:32], 21)],
+    ]
     layout = Layout(network.mask_id, BLOCK)
     views = [
         join_views([random_block_views(one, layout, training, rng) for one in examples]) for examples in conversations
