@@ -170,12 +170,11 @@ def pack(
     row's length. Responses to one prompt share it, by `share_prompts`. A smaller budget is taken where that makes about
     `at_least` micro-batches; rows are not cut for it.
     """
+    token_budget = max(multiple, token_budget // multiple * multiple)
     parts = cut_rows(rows, token_budget)
     if at_least > 1:
         tokens = sum(map(length_of, share_prompts(rows, parts, math.inf)))
         token_budget = min(token_budget, -(-tokens // at_least))
-    if together:
-        token_budget = max(multiple, token_budget // multiple * multiple)
     units = share_prompts(rows, parts, token_budget)
     lengths = [length_of(unit) for unit in units]
     offsets = np.cumsum([0] + [len(row.target) for row in rows])
