@@ -313,6 +313,12 @@ def test_what_a_recipe_costs_is_as_the_page_says(name: str) -> None:
     assert line in DOCS.read_text(encoding="utf-8"), "put what python -m benchmarks.recipe_costs prints there"
 
 
+def test_what_a_group_costs_is_as_the_page_says() -> None:
+    line = f"| {' | '.join(recipe_costs.group_costs(1500, 500, 16_384))} |\n"
+    page = DOCS.with_name("performance.md").read_text(encoding="utf-8")
+    assert line in page, "put what python -m benchmarks.recipe_costs prints there"
+
+
 @pytest.mark.parametrize("name", ["tracerl", "espo", "just_grpo"])
 def test_a_recipe_is_told_in_full(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every key that it sets, in words that may be typed after a config, for each attention."""
