@@ -105,7 +105,7 @@ def padded(rows: Sequence[Row], longest: int) -> list[PackedBatch]:
         (batch,) = pack(rows[start : start + side_by_side], len(rows) * longest)
         width = batch.ids.shape[1]
         extra = (0, longest - width)
-        wide = {name: pad(getattr(batch, name), extra) for name in ("ids", "position", "block", "view")}
+        wide = {name: pad(getattr(batch, name), extra) for name in ("ids", "position", "block", "view", "counted")}
         line, place = batch.predict_at // width, batch.predict_at % width
         trajectory = pad(batch.trajectory, extra, value=-1)
         batches.append(replace(batch, **wide, trajectory=trajectory, predict_at=line * longest + place))

@@ -1,7 +1,8 @@
 """This project's side of `benchmarks.versus`: each function is given the inputs and returns what is timed.
 
 Inputs: `checkpoint` and `family`; for samplers `prompts`, `tokens`, `block_size`, `steps` and what else of
-`common.schema.Sampling` is named; for updates `lengths`, `trace` and `checkpointing`; for rewards `texts` and `tasks`.
+`common.schema.Sampling` is named; for updates `lengths`, `trace`, `checkpointing` and `budget` (tokens in a
+micro-batch); for rewards `texts` and `tasks`.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,6 @@ from train.sft_trainer import rows_of, sft_update
 from train.views import Example, layout_of
 
 Inputs = dict[str, Any]
-BUDGET = 8192  # tokens in a micro-batch
 
 
 def loaded_model(inputs: Inputs) -> LoadedModel:
@@ -99,7 +99,8 @@ def rl_step(inputs: Inputs) -> Callable[[], list[float]]:
         ScoredTrajectory(Task(one.task_id, ""), one, Score(1.0, True, "passed"), (-1.0) ** number)
         for number, one in enumerate(trajectories_of(inputs, loaded))
     ]
-    training = RLTrainingConfig(old_logp="engine", tokens_per_micro_batch=BUDGET, shrink=inputs.get("shrink", 1))
+    keys = {"shrink": inputs.get("shrink", 1), "tokens_per_micro_batch": inputs.get("budget")}
+    training = RLTrainingConfig(old_logp="engine", **keys)
     layout = layout_of(loaded, 4)
 
     def run() -> list[float]:
@@ -131,7 +132,7 @@ def sft_step(inputs: Inputs) -> Callable[[], list[float]]:
 
     def run() -> list[float]:
         rows = rows_of(training, loaded, conversations, np.random.default_rng(3))
-        sft_update(learner, rows, BUDGET)
+        sft_update(learner, rows, None)
         return gradient_sizes(optimizer)
 
     return run

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from benchmarks.ours import (
-    BUDGET,
     Inputs,
     examples_of,
     gradient_sizes,
@@ -34,6 +33,8 @@ from models import LoadedModel
 from train.objectives import Tokens, policy_loss
 from train.sft_trainer import SFT_METHODS
 from train.views import layout_of, trace_views
+
+BUDGET = 8192  # tokens of padded rows in a micro-batch
 
 # ---- sampling
 

@@ -2,6 +2,8 @@
 
     python -m benchmarks.training                # both, on one thread; ratios within this run
     python -m benchmarks.training --part growth  # the packed step alone, responses of 128 to 4,096 tokens
+    python -m benchmarks.training --part budgets # the tiny step of benchmarks.versus: seconds and memory by budget
+    python -m benchmarks.training --part long    # a response of 16,000 tokens, its row whole and cut by views
     python -m benchmarks.training --part gpu     # on a GPU: 1.7B, 4B and 8B shapes, see benchmarks/training_gpu.py
 
 The network is tiny with a head of 32,000 words; prompts have 64 tokens, responses 256 ± 50 %, ids are random. Blocks
@@ -15,12 +17,15 @@ as well.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,15 +39,18 @@ from common.schema import RLTrainingConfig
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models.sdar import SDARConfig, SDARForCausalLM
 from train import network as network_module
-from train.learner import Learner
+from train.learner import Learner, micro_batches
 from train.network import Policy
 from train.objectives import Tokens, policy_loss
+from train.packing import make_rows
 from train.rl_step import learn, sample_rows
 from train.views import trace_views
 
 RESPONSE = 256
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 BUDGET = 8192  # tokens in a micro-batch
+TINY, BUDGETS = (128, 192, 256, 320), (1700, 1024, 768, 640, 512)  # the first budget holds every row of these
+LONG, LONG_BUDGETS = 16_000, (65_536, 16_384)  # a row of all views fits the first, clean tokens and some the second
 
 
 class KeepGradients(torch.optim.SGD):
@@ -65,16 +73,22 @@ def main() -> None:
             compare(options)
         if options.part in ("all", "growth"):
             grow(options)
+        if options.part == "budgets":
+            compare_budgets(options)
+        if options.part == "long":
+            measure_long(options)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("all", "cost", "growth", "gpu"), default="all")
+    parser.add_argument("--part", choices=("all", "cost", "growth", "budgets", "long", "gpu"), default="all")
+    parser.add_argument("--rounds", type=int, default=3, help="budgets: how often each is measured, in turn")
     parser.add_argument("--trajectories", type=int, default=8)
     parser.add_argument("--keep-activations", action="store_true", help="no activation checkpointing, in both ways")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="growth: tokens of the response")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--budget", type=int, default=BUDGET, help=argparse.SUPPRESS)
     parser.add_argument("--gradients", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -87,7 +101,7 @@ def make_model() -> torch.nn.Module:
     torch.manual_seed(0)
     config = SDARConfig(
         vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, max_position_embeddings=8192,
+        num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, max_position_embeddings=2 * LONG,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     return SDARForCausalLM(config).eval()
@@ -98,8 +112,10 @@ def some_lengths(count: int) -> list[int]:
     return np.linspace(RESPONSE // 2, RESPONSE * 3 // 2, count).astype(int).tolist()
 
 
-def packed_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple[KeepGradients, int]:
-    """The product's own update; returns the optimizer with the gradients, and the tokens of the forward."""
+def packed_step(
+    model: torch.nn.Module, trajectories: list[Trajectory], budget: int = BUDGET
+) -> tuple[KeepGradients, int]:
+    """The product's own update; returns the optimizer with the gradients, and the tokens of its micro-batches."""
     network = Policy(model, MASK)
     optimizer = KeepGradients(network.parameters(), lr=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
@@ -108,9 +124,10 @@ def packed_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple
         ScoredTrajectory(Task(one.task_id, ""), one, Score(1.0, True, "passed"), (-1.0) ** number)
         for number, one in enumerate(trajectories)
     ]
-    training = RLTrainingConfig(old_logp="engine", tokens_per_micro_batch=BUDGET)
+    training = RLTrainingConfig(old_logp="engine", tokens_per_micro_batch=budget)
     learn(learner, samples, training, LAYOUT, RESPONSE, [0], exact=False)
-    return optimizer, sum(len(row) for row in sample_rows(samples, training, LAYOUT, [0]))
+    rows = sample_rows(samples, training, LAYOUT, [0])
+    return optimizer, sum(int((batch.trajectory >= 0).sum()) for batch in micro_batches(rows, budget))
 
 
 def plain_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple[KeepGradients, int]:
@@ -139,6 +156,17 @@ def plain_step(model: torch.nn.Module, trajectories: list[Trajectory]) -> tuple[
     return optimizer, width * len(rows)
 
 
+def tiny(trace: str, options: argparse.Namespace) -> dict[str, float]:
+    """The update of `benchmarks.versus` on the network of 39 words, with activation checkpointing, in this process."""
+    from benchmarks.ours import rl_step
+    from benchmarks.versus_rows import OUT, rl_row
+
+    use_threads(1)
+    inputs = rl_row("tiny", "sdar", trace, list(TINY)).with_checkpoint(Path(OUT)) | {"budget": options.budget}
+    rl_step(inputs | {"lengths": [8]})()  # first calls allocate and import
+    return timed(rl_step(inputs))[1]
+
+
 def measured(step: Callable, options: argparse.Namespace) -> dict[str, float]:
     """One variant in this process: tokens, seconds, and memory above the loaded model's."""
     use_threads(1)
@@ -149,15 +177,36 @@ def measured(step: Callable, options: argparse.Namespace) -> dict[str, float]:
     trajectories = make_trajectories(options.trajectories, lengths)
     step(model, make_trajectories(1, [8]))  # first calls allocate and import
     model.zero_grad()
+    (optimizer, tokens), figures = timed(lambda: step(model, trajectories))
+    if options.gradients:
+        torch.save(optimizer.kept, options.gradients)
+    return {"tokens": tokens} | figures
+
+
+def largest_batch(options: argparse.Namespace) -> dict[str, float]:
+    """Forward and backward of the largest micro-batch of one response, and what its others are; no update."""
+    use_threads(1)
+    policy = Policy(make_model(), MASK)
+    policy.backbone.gradient_checkpointing_enable()
+    policy.train()
+    short, long = (
+        micro_batches(make_rows(0, one.prompt_ids, one.response_ids, trace_views(one, LAYOUT)), options.budget)
+        for length in (8, options.length)
+        for one in make_trajectories(1, [length])
+    )
+    policy(short[0])[0].sum().backward()  # first calls allocate and import
+    sizes = [batch.ids.numel() for batch in long]
+    figures = {"micro-batches": len(sizes), "tokens": sum(sizes), "largest": max(sizes)}
+    return figures | timed(lambda: policy(long[int(np.argmax(sizes))])[0].sum().backward())[1]
+
+
+def timed(step: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What a step returns, its seconds, and its memory above what this process holds before it."""
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     start = time.process_time()  # of this one thread: others on the machine do not count
-    optimizer, tokens = step(model, trajectories)
-    seconds = time.process_time() - start
-    result = {"tokens": tokens, "seconds": seconds, "memory": resident("VmHWM") - before}
-    if options.gradients:
-        torch.save(optimizer.kept, options.gradients)
-    return result
+    result = step()
+    return result, {"seconds": time.process_time() - start, "memory": resident("VmHWM") - before}
 
 
 def resident(field: str) -> float:
@@ -181,21 +230,27 @@ def without_attention(options: argparse.Namespace) -> dict[str, float]:
 
 
 VARIANTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
-    "packed": lambda options: measured(packed_step, options),
+    "packed": lambda options: measured(partial(packed_step, budget=options.budget), options),
     "plain": lambda options: measured(plain_step, options),
     "packed_without_attention": without_attention,
+    "largest": largest_batch,
+    "real": partial(tiny, "real"),
+    "static": partial(tiny, "static"),
 }
 
 
 # ---- how it is told
 
 
-def run(options: argparse.Namespace, variant: str, length: int = 0, gradients: Path | None = None) -> dict[str, float]:
+def run(
+    options: argparse.Namespace, variant: str, length: int = 0, gradients: Path | None = None, budget: int = BUDGET
+) -> dict[str, float]:
     """A variant in a process of its own, on one thread."""
     command = [sys.executable, "-m", "benchmarks.training", "--variant", variant]
     command += ["--trajectories", "1" if length else str(options.trajectories)]
     command += ["--keep-activations"] if options.keep_activations else []
     command += ["--length", str(length)] if length else []
+    command += ["--budget", str(budget)]
     command += ["--gradients", str(gradients)] if gradients else []
     # what is freed goes back at once: otherwise the C library's store of freed memory is measured
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
@@ -216,6 +271,28 @@ def compare(options: argparse.Namespace) -> None:
     rows.append({"": "plain / packed"} | {key: found["plain"][key] / found["packed"][key] for key in found["plain"]})
     print_table(rows, title=f"{options.trajectories} trajectories, one update (memory in MiB)")
     print(f"largest difference of a gradient, relative to its tensor's largest: {apart:.1e}\n")
+
+
+def compare_budgets(options: argparse.Namespace) -> None:
+    """The step of `tiny` under each budget, in turn: medians, and speed against the budget that holds whole rows."""
+    rows = []
+    for trace in ("real", "static"):
+        found: dict[int, list[dict[str, float]]] = {budget: [] for budget in BUDGETS}
+        for number in range(options.rounds):
+            for budget in BUDGETS[:: 1 if number % 2 else -1]:
+                found[budget].append(run(options, trace, budget=budget))
+        for budget, told in found.items():
+            speed = [whole["seconds"] / cut["seconds"] for whole, cut in zip(found[BUDGETS[0]], told)]
+            medians = {name: statistics.median(one[name] for one in told) for name in told[0]}
+            spread = f"{min(speed):.2f} to {max(speed):.2f}"
+            rows.append({"trace": trace, "budget": budget} | medians | {"speed": statistics.median(speed), "": spread})
+    print_table(rows, title="TraceRL, four responses of 128 to 320 tokens, one update (memory in MiB)")
+
+
+def measure_long(options: argparse.Namespace) -> None:
+    """The largest micro-batch of one long response, under a budget that holds its row and under a quarter of it."""
+    rows = [{"budget": budget} | run(options, "largest", LONG, budget=budget) for budget in LONG_BUDGETS]
+    print_table(rows, title=f"one response of {LONG} tokens, the largest of its micro-batches (memory in MiB)")
 
 
 def grow(options: argparse.Namespace) -> None:

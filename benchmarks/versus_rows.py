@@ -141,7 +141,7 @@ ROWS = [
     *(rl_row("tiny", family, trace, lengths) for family, lengths in (("sdar", [64, 128, 192, 256]), ("llada", [32, 48]))
       for trace in ("real", "static")),
     *(sft_row("tiny", family, MIXED) for family in ("sdar", "llada")),
-    rl_row("tiny", "sdar", "real", [128, 192, 256, 320], memory=True),
+    *(rl_row("tiny", "sdar", trace, [128, 192, 256, 320], memory=True) for trace in ("real", "static")),
     math_row(96),
     code_row(24),
     *(block_row("mid", batch, TOKENS["mid"]) for batch in (1, 8, 32, 64)),

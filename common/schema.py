@@ -34,7 +34,7 @@ STRATEGY_KEYS = {
     "edit": ("edit_threshold", "max_edit_steps", "min_unmask"),
 }
 FAMILIES_HELP = "the family: sdar, trado, sdar_moe, dream, llada, mmada, llada2, or my_module:MY_FAMILY"
-CUDA_TOKENS, CPU_TOKENS = 16384, 1024  # in a forward of the trainer, where the config does not say
+CUDA_TOKENS, CPU_TOKENS = 16384, 640  # in a forward of the trainer, where the config does not say
 LONG_TASKS = "tasks with longer prompts are not drawn and count as wrong"
 Schedule = dict[int, int]  # a number by the RL steps done: {0: 4, 40: 8} is 8 from step 41 on
 ATTENTION = {  # the families that stand in the project, by their attention
@@ -383,7 +383,10 @@ class TrainingBase:
     seed: int = key(10086, "of weights, data order and draws", low=0)
     max_prompt_len: int = key(784, "longer prompts are dropped and counted", low=1)
     tokens_per_micro_batch: int | None = key(
-        None, f"packed tokens in one forward of the trainer; null: {CUDA_TOKENS} on a GPU, {CPU_TOKENS} on a CPU", low=1
+        None,
+        f"packed tokens in one forward of the trainer, longer rows are cut by views; null: {CUDA_TOKENS} on a GPU, "
+        f"{CPU_TOKENS} on a CPU",
+        low=1,
     )
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: they are not", low=0)
     max_bad_steps: int = key(

@@ -1,5 +1,6 @@
 """The mask by tiles against the dense one: the same pairs on any device, the same outputs and gradients on a GPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,19 @@ GOLDEN = Path(__file__).parent / "golden" / "sdar"
 BLOCK, VOCABULARY, MASK = 4, 40, 7
 
 
-def random_rows(seed: int, count: int, full: bool = False) -> list[Row]:
-    """Rows of random trajectories, of their traces under block attention or of random views under full attention."""
-    rng, rows = np.random.default_rng(seed), []
+def random_rows(seed: int, count: int, full: bool = False, shared: bool = False) -> list[Row]:
+    """Rows of random trajectories, of their traces under block attention or of random views under full attention.
+
+    `shared`: every one after the first is a response to the first one's prompt.
+    """
+    rng, rows, first = np.random.default_rng(seed), [], None
     training = RLTrainingConfig(mask_times_per_sample=2)
     for number in range(count):
         prompt, blocks = int(rng.integers(1, 14)), int(rng.integers(1, 8))
+        prompt = len(first.prompt_ids) if shared and first else prompt
         one = plain.random_trajectory(rng, prompt, blocks, BLOCK, VOCABULARY, MASK)
+        first = first or one
+        one = replace(one, prompt_ids=first.prompt_ids) if shared else one
         method = RL_METHODS["random_masking" if full else "TraceRL"]
         views = method(one, Layout(MASK, None if full else BLOCK), training, rng)
         rows += make_rows(number, one.prompt_ids, one.response_ids, views)
@@ -46,20 +53,17 @@ def random_rows(seed: int, count: int, full: bool = False) -> list[Row]:
 
 def joined(batch: PackedBatch) -> PackedBatch:
     """The batch's rows one after another in a single one, padding and all, as they lie on CUDA."""
-    rows, tokens = batch.ids.shape
-    fields = {name: getattr(batch, name).reshape(1, -1) for name in ("ids", "position", "block", "view")}
-    number = torch.arange(rows).repeat_interleave(tokens).reshape(1, -1)  # two views may be of one trajectory
-    trajectory = torch.where(batch.trajectory.reshape(1, -1) < 0, -1, number)
-    return PackedBatch(
-        **fields, trajectory=trajectory, predict_at=batch.predict_at, target=batch.target, predicted=batch.predicted
-    )
+    columns = {
+        name: one.reshape(1, -1) for name, one in vars(batch).items() if getattr(one, "shape", ()) == batch.ids.shape
+    }
+    return replace(batch, **columns)
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([8, 16, 32]), st.booleans(), st.booleans())
-def test_every_pair_is_the_dense_mask_s(seed: int, tile: int, together: bool, full: bool) -> None:
+@given(st.integers(0, 10**6), st.sampled_from([8, 16, 32]), *[st.booleans()] * 3)
+def test_every_pair_is_the_dense_mask_s(seed: int, tile: int, together: bool, full: bool, shared: bool) -> None:
     """What FlexAttention asks of the function, and which tiles it asks it for, give the dense mask again."""
-    (batch,) = pack(random_rows(seed, 3, full), 10**6)
+    (batch,) = pack(random_rows(seed, 3, full, shared), 10**6)
     batch = joined(batch) if together else batch
     dense = visible(batch)
     rows, length = batch.ids.shape
@@ -99,18 +103,19 @@ def test_flex_attention_follows_the_mask() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([8, 16, 32]), st.booleans(), st.booleans())
-def test_tiles_are_the_dense_mask_s(seed: int, tile: int, together: bool, full: bool) -> None:
+@given(st.integers(0, 10**6), st.sampled_from([8, 16, 32]), *[st.booleans()] * 3)
+def test_tiles_are_the_dense_mask_s(seed: int, tile: int, together: bool, full: bool, shared: bool) -> None:
     """Every pair is in one tile, and a key that no query of a tile sees is not among its own."""
-    (batch,) = pack(random_rows(seed, 3, full), 10**6)
+    (batch,) = pack(random_rows(seed, 3, full, shared), 10**6)
     batch = joined(batch) if together else batch
     mask, dense = TiledMask(batch, tile), visible(batch)
     found = torch.zeros_like(dense)
-    for own, keys, seen in mask.tiles:
-        assert seen.any(2).any(0).all()
-        parts = seen.split([key.stop - key.start for key in keys], dim=3)
-        for key, part in zip(keys, parts):
-            found[:, :, own, key] = part
+    for one in mask.tiles:
+        seen = one.mask(torch.zeros(1)) == 0
+        assert seen.any(2).any(0).all() and not one.bias.isfinite().all(2).all(0).any()
+        parts = seen.split([key.stop - key.start for key in one.keys], dim=3)
+        for key, part in zip(one.keys, parts):
+            found[:, :, one.queries, key] = part
     assert torch.equal(found, dense) and mask.shape == dense.shape
 
 
@@ -133,6 +138,19 @@ def test_tiles_give_the_gradients_of_the_dense_mask(full: bool, monkeypatch: pyt
         torch.testing.assert_close(tiled, dense, rtol=0, atol=2e-6)
         for one, other in zip(found, wanted):
             assert (one - other).abs().max() <= 2e-6 * other.abs().max()
+
+
+def test_tiles_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys come in float32, values in bfloat16."""
+    model, (batch,), found = load_network(GOLDEN, "sdar"), pack(random_rows(6, 4), 10**6), []
+    for mask in (visible, lambda batch: TiledMask(batch, 16)):
+        monkeypatch.setattr(network_module, "attention_mask", mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            logp, _ = Policy(model, MASK)(batch)
+        (slope,) = torch.autograd.grad(logp.sum(), [model.model.layers[0].self_attn.k_proj.weight])
+        found.append((logp.detach(), slope))
+    for one, other in zip(*found):
+        assert one.isfinite().all() and (one - other).norm() <= 0.05 * other.norm()
 
 
 def test_long_rows_are_taken_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

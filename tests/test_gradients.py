@@ -176,9 +176,10 @@ def test_packed_and_plain_gradients(case: Case, method: str, shrink: int, level:
     assert_same(found, wanted, case.policy)
 
 
-@pytest.mark.parametrize("shrink", [1, 2, 4])
-def test_packed_and_plain_gradients_with_values(case: Case, shrink: int) -> None:
-    training = RLTrainingConfig(shrink=shrink, gam=0.9, lam=0.8, **SETTINGS)
+@pytest.mark.parametrize(("shrink", "budget"), [(1, 90), (2, 90), (4, 90), (1, 28)])
+def test_packed_and_plain_gradients_with_values(case: Case, shrink: int, budget: int) -> None:
+    """Also where rows exceed the budget and are cut by views: means over a step's tokens are of all its parts."""
+    training = RLTrainingConfig(shrink=shrink, gam=0.9, lam=0.8, **SETTINGS | {"tokens_per_micro_batch": budget})
     policy, value = update_of(case, training, critic=True)
     responses, targets = plain_tokens(case, training, critic=True)
     assert_same(policy, plain.update_loss(responses, "token", LIMIT, eps_high=0.3, beta=0.1), case.policy)

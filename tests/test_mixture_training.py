@@ -42,7 +42,7 @@ def steps_of(folder: Path) -> list[dict]:
 def batch_of(ids: torch.Tensor, trajectory: torch.Tensor, predicted: int = 1) -> PackedBatch:
     """Rows (rows, tokens) of which nothing but their padding and whether they predict is looked at."""
     at = torch.zeros(predicted, dtype=torch.long)
-    return PackedBatch(ids, ids, trajectory, ids, ids, at, at, at.numpy())
+    return PackedBatch(ids, ids, trajectory, trajectory, ids, ids, at, at, at.numpy(), (trajectory >= 0).long())
 
 
 # ---- what is trained is what was sampled

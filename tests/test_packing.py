@@ -1,6 +1,7 @@
 """The packed forward against one row per view: log-probabilities, gradients, the mask, and the engine's own numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from common.schema import (
     Sampling,
     SchedulerConfig,
     SchedulerParams,
+    SFTTrainingConfig,
 )
 from common.trajectory import Request, Trajectory
 from models import load_model, load_network
@@ -32,9 +34,11 @@ from train.attention import visible
 from train.learner import Learner, batch_logp, make_learner, micro_batches, rate_factor, update
 from train.network import Policy, chunk_positions
 from train.objectives import loss_weights, policy_loss, tokens_of
-from train.packing import PackedBatch, Row, make_rows, pack
+from train.packing import PackedBatch, Part, Row, cut, cut_rows, make_rows, pack
 from train.rl_step import learn, sample_rows
-from train.views import Layout, trace_views
+from train.sft_trainer import loss_weights as sft_weights
+from train.sft_trainer import packed, sft_update
+from train.views import Example, Layout, join_views, random_block_views, trace_views
 
 GOLDEN = Path(__file__).parent / "golden" / "sdar"
 BLOCK = 4
@@ -263,11 +267,12 @@ def engine_like(network: Network, trajectories: Sequence[Trajectory]) -> list[Tr
 
 
 def test_the_update_does_not_depend_on_the_micro_batch(network: Network) -> None:
-    """Seven responses in two updates: an uneven tail, and micro-batches of one row, of some, of all."""
+    """Seven responses in two updates: an uneven tail, and micro-batches of one row, of some, of all; rows are whole."""
     trajectories = engine_like(network, random_trajectories(network, 7, seed=21))
     samples = [scored(one, float(value)) for one, value in zip(trajectories, np.linspace(-1.5, 1.2, 7))]
     results = []
-    for budget in (1, 260, 10**6):
+    longest = max(map(len, packed_rows(network, trajectories)))
+    for budget in (longest, 260, 10**6):
         learner, optimizer = recording_learner(network)
         training = RLTrainingConfig(updates_per_step=2, tokens_per_micro_batch=budget, loss_norm="step")
         figures = learn(learner, samples, training, Layout(network.mask_id, BLOCK), 20, seed=[1, 2], exact=True)
@@ -278,6 +283,32 @@ def test_the_update_does_not_depend_on_the_micro_batch(network: Network) -> None
         assert figures["loss"] == pytest.approx(results[0][0]["loss"], abs=1e-6)
         for found, wanted in zip(recorded, results[0][1], strict=True):
             assert_same_gradients(found, wanted, network, 2e-6)
+
+
+def test_finetuning_is_the_same_in_cut_rows(network: Network) -> None:
+    """Two conversations that differ in their last turn, and a single one; all but the head in float64."""
+    rng, model = np.random.default_rng(3), deepcopy(network.model).double()
+    training = SFTTrainingConfig(mask_times_per_sample=3, loss_weight="elbo", block_size=BLOCK)
+    ids, other = (rng.integers(0, network.mask_id, 40).tolist() for _ in range(2))
+    first = Example(ids[:5], ids[5:16], 11)
+    conversations = [
+        [first, Example(ids[:22], ids[22:40], 15)],
+        [first, Example(ids[:22], other[:14], 12)],
+        [Example(ids[:9], ids[9:32], 21)],
+    ]
+    layout = Layout(network.mask_id, BLOCK)
+    views = [
+        join_views([random_block_views(one, layout, training, rng) for one in examples]) for examples in conversations
+    ]
+    rows = packed(conversations, views, layout)
+    learner, optimizer = recording_learner(replace(network, model=model))
+    losses = [
+        sft_update(learner, rows, budget, *sft_weights(training, conversations, rows))["loss"]
+        for budget in (10**6, 60, 30)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    whole, *cut = (torch.cat([one.flatten() for one in recorded]) for recorded in optimizer.recorded)
+    assert all((one - whole).norm() <= 1e-6 * whole.norm() for one in cut)
 
 
 def test_one_update_is_the_reference_s(network: Network) -> None:
@@ -347,45 +378,110 @@ def sees(query: tuple[str, int, int], key: tuple[str, int, int]) -> bool:
     return (key[0] == "clean" and key[1] < query[1]) or (key[0] == "view" and key[2] == query[2])
 
 
+def group(network: Network, count: int, seed: int) -> list[Trajectory]:
+    """Random trajectories, of which the first two thirds are responses to one prompt."""
+    rng, trajectories = np.random.default_rng(seed), random_trajectories(network, count, seed)
+    prompt = trajectories[0].prompt_ids
+    others = [
+        plain.random_trajectory(rng, len(prompt), int(rng.integers(1, 6)), BLOCK, network.vocabulary, network.mask_id)
+        for _ in range(count * 2 // 3 - 1)
+    ]
+    return [trajectories[0], *(replace(one, prompt_ids=prompt) for one in others), *trajectories[count * 2 // 3 :]]
+
+
+def placed(batch: PackedBatch, line: int, parts: Sequence[Part]) -> Iterator[tuple[Part, np.ndarray, np.ndarray]]:
+    """Every part of a line with the places of its own tokens, and of all that it has, where it shares some of them."""
+    trajectory, prompt = batch.trajectory[line].numpy(), batch.prompt[line].numpy()
+    for number in set(trajectory.tolist()) & set(range(len(parts))):
+        own = np.flatnonzero(trajectory == number)
+        (shared,) = set(prompt[own].tolist())
+        yield parts[number], own, own if shared == number else np.append(np.flatnonzero(trajectory == shared), own)
+
+
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 400), st.sampled_from([1, 2]))
-def test_the_mask_equals_the_rule(seed: int, budget: int, shrink: int) -> None:
+@given(st.integers(0, 10**6), st.integers(1, 400), st.sampled_from([1, 2]), st.booleans())
+def test_the_mask_equals_the_rule(seed: int, budget: int, shrink: int, together: bool) -> None:
+    """Each trajectory sees what it would see alone, and nothing of others, whether it shares its prompt or not."""
     network = Network(torch.nn.Identity(), 7, 40, ())
-    rows = packed_rows(network, random_trajectories(network, 3, seed), shrink)
-    for batch in pack(rows, budget):
-        mask = visible(batch)
-        assert mask.dtype == torch.bool and mask.shape == (len(batch.ids), 1, *[batch.ids.shape[1]] * 2)
+    rows = packed_rows(network, group(network, 4, seed), shrink)
+    parts = cut_rows(rows, budget)
+    for batch in pack(rows, budget, together=together):
+        mask = visible(batch)[:, 0].numpy()
+        assert mask.dtype == bool and mask.shape == (*batch.ids.shape, batch.ids.shape[1])
         assert mask.any(-1).all()  # a query that sees nothing would be NaN
-        for number, line in enumerate(batch.trajectory.tolist()):
-            row = rows[max(line)]
-            tokens = described(row)
-            wanted = [[sees(query, key) for key in tokens] for query in tokens]
-            assert mask[number, 0, : len(row), : len(row)].tolist() == wanted
-            assert not mask[number, 0, : len(row), len(row) :].any()
+        for line in range(len(batch.ids)):
+            for part, _, places in placed(batch, line, parts):
+                tokens = [described(rows[part.row])[index] for index in part.tokens]
+                assert len(places) == len(tokens)
+                wanted = np.zeros(mask.shape[1:], dtype=bool)
+                for place, query in zip(places, tokens):
+                    wanted[place, places] = [sees(query, key) for key in tokens]
+                assert (mask[line][places] == wanted[places]).all()
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 600))
-def test_no_row_is_lost(seed: int, count: int, budget: int) -> None:
+@given(st.integers(0, 10**6), st.integers(2, 8), st.integers(1, 600), st.booleans())
+def test_no_row_is_lost(seed: int, count: int, budget: int, together: bool) -> None:
     network = Network(torch.nn.Identity(), 7, 40, ())
-    rows = packed_rows(network, random_trajectories(network, count, seed))
-    batches = pack(rows, budget)
+    rows = packed_rows(network, group(network, count, seed))
+    batches, parts = pack(rows, budget, together=together), cut_rows(rows, budget)
     total = sum(len(row.target) for row in rows)
     assert sorted(i for batch in batches for i in batch.predicted.tolist()) == list(range(total))
     targets = np.concatenate([row.target for row in rows])
     found: list[int] = []
     for batch in batches:
         assert batch.ids.numel() <= budget or len(batch.ids) == 1
-        lines = [max(line) for line in batch.trajectory.tolist()]
-        found += lines
-        for number, line in enumerate(lines):
-            row, size = rows[line], len(rows[line])
-            for name in ("ids", "position", "block", "view"):
-                np.testing.assert_array_equal(getattr(batch, name)[number, :size].numpy(), getattr(row, name))
-            assert (batch.trajectory[number] >= 0).sum() == size
+        for line in range(len(batch.ids)):
+            for part, _, places in placed(batch, line, parts):
+                found.append(part.trajectory)
+                for name in ("ids", "position", "block", "view"):
+                    column = getattr(batch, name)[line].numpy()[places]
+                    np.testing.assert_array_equal(column, getattr(rows[part.row], name)[part.tokens])
         np.testing.assert_array_equal(batch.target.numpy(), targets[batch.predicted])
         assert (batch.ids.flatten()[batch.predict_at] == 7).all()  # what is predicted is masked
-    assert sorted(found) == list(range(count))
+    assert sorted(found) == list(range(len(parts)))
+    assert sum(int(batch.counted.sum()) for batch in batches) == sum(map(len, rows))
+
+
+def test_a_group_has_its_prompt_once() -> None:
+    """Five responses to a prompt of 13, three blocks of which are shared; a budget for two or three; a prompt of 3."""
+    network = Network(torch.nn.Identity(), 7, 40, ())
+    rng = np.random.default_rng(0)
+    one, *others = (plain.random_trajectory(rng, 13, 2, BLOCK, 40, 7) for _ in range(5))
+    rows = packed_rows(network, [one, *(replace(other, prompt_ids=one.prompt_ids) for other in others)])
+    own = [len(row) - 12 for row in rows]
+    (batch,) = pack(rows, 10**6, together=True)
+    assert batch.ids.shape == (1, 12 + sum(own)) and batch.counted[0, :13].tolist() == [5] * 12 + [1]
+    budget = 12 + 2 * max(own)
+    batches = pack(rows, budget, together=True)
+    assert 1 < len(batches) < 5 and all(batch.ids.numel() <= budget for batch in batches)
+    assert sum(batch.ids.numel() for batch in batches) == len(batches) * 12 + sum(own)
+    assert all(ranks <= len(pack(rows, 10**6, at_least=ranks, together=True)) <= 5 for ranks in (1, 2, 3, 5))
+    experts = [replace(row, routes=np.full((len(row), 1, 1), number % 2)) for number, row in enumerate(rows)]
+    (batch,) = pack(experts, 10**6, together=True)
+    assert batch.ids.numel() == 2 * 12 + sum(own), "other experts of the sampler's: another prompt"
+    short = packed_rows(network, [plain.random_trajectory(np.random.default_rng(1), 3, 2, BLOCK, 40, 7)] * 2)
+    (batch,) = pack(short, 10**6, together=True)
+    assert batch.ids.numel() == sum(map(len, short)), "less than a block of the prompt: a response's own"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 100), st.sampled_from(["TraceRL", "random_masking"]))
+def test_a_part_fits_the_budget_and_has_the_clean_tokens_before_its_views(seed: int, budget: int, method: str) -> None:
+    """Every view is in one part; where not even the clean tokens fit a part has as many tokens of views as of them."""
+    network = Network(torch.nn.Identity(), 7, 40, ())
+    (one,) = random_trajectories(network, 1, seed)
+    training = RLTrainingConfig(method=method, mask_times_per_sample=4, post_num=1)
+    for row in sample_rows([scored(one)], training, Layout(7, BLOCK), [seed]):
+        parts = cut(row, budget)
+        assert sorted(set(np.concatenate(parts).tolist())) == list(range(len(row)))
+        views = [sorted(set(row.view[tokens].tolist()) - {0}) for tokens in parts]
+        assert sorted(number for own in views for number in own) == list(range(1, int(row.view.max()) + 1))
+        assert len(parts) == 1 or len(row) > budget
+        for tokens, own in zip(parts, views):
+            clean = int(row.block[np.isin(row.view, own)].max()) * BLOCK
+            assert (row.view[tokens] == 0).sum() == clean and len(tokens) == clean + BLOCK * len(own)
+            assert len(tokens) <= (budget if clean + BLOCK <= budget else max(2 * clean, BLOCK))
 
 
 def test_a_row_is_clean_tokens_then_views() -> None:

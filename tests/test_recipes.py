@@ -5,6 +5,7 @@ The plain reading knows of our code only which tokens each view shows and predic
 
 from collections import defaultdict
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from common.schema import NEEDS, RLConfig, RLTrainingConfig
 from common.trajectory import ScoredTrajectory, Trajectory
 from models import LoadedModel, find_family, load_model
 from models.tiny import build_tiny
+from train import packing
 from train.learner import Learner
 from train.network import Policy
 from train.recipes import keys_of_recipe, main, table
@@ -247,6 +249,38 @@ def test_a_recipe_is_its_formula(
         assert (one - other).abs().max() <= 1e-5 * other.abs().max() + 1e-7
 
 
+@pytest.mark.parametrize("name", [name for family, name in CASES if family == "sdar"])
+def test_cut_rows_and_shared_prompts_are_the_same_update(
+    name: str, networks: dict[str, LoadedModel], first_models: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In double precision, of which the record of the tokens keeps a float32's part; against rows of their own."""
+    network, first = (
+        replace(one, model=deepcopy(one.model).double()) for one in (networks["sdar"], first_models["sdar"])
+    )
+    training = replace(settings("sdar", name), gradient_checkpointing_enable=False)
+    learner, optimizer = learner_of(network)
+    reference = learner_of(first)[0] if training.kl_reference == "initial" else None
+    layout, figures = layout_of(network, BLOCK), []
+    samples = responses(network)
+    drawn = samples[0].trajectory
+    again = replace(drawn, step_map=drawn.step_map[::-1], response_ids=drawn.response_ids[::-1], logp=drawn.logp[::-1])
+    samples += [scored(again, -0.4), scored(replace(again, length=again.length - 3), 0.3)]
+    sharing = packing.share_prompts
+    # all whole and alone; some behind one prompt; all cut, and parts behind one prompt
+    for budget in (0, 120, 44):
+        small = replace(training, tokens_per_micro_batch=budget or 10**6)
+        alone = (lambda rows, parts, _: [[part] for part in parts]) if budget == 0 else sharing
+        monkeypatch.setattr(packing, "share_prompts", alone)
+        figures.append(learn(learner, samples, small, layout, LIMIT, SEED, exact=False, reference=reference))
+    gradients = [torch.cat([one.flatten() for one in recorded]) for recorded in optimizer.recorded]
+    updates = len(gradients) // len(figures)
+    for number, found in enumerate(gradients):
+        whole = gradients[number % updates]
+        assert (found - whole).norm() <= 1e-6 * whole.norm()
+    for found in figures[1:]:
+        assert found == pytest.approx(figures[0], rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_before_the_first_update_ratios_are_one_and_the_kl_is_zero(
     family: str, name: str, networks: dict[str, LoadedModel]
@@ -277,6 +311,12 @@ def test_what_a_recipe_costs_is_as_the_page_says(name: str) -> None:
     """Counted by the code that packs and learns; those whose views are hundreds under full attention under block's."""
     line = f"| {' | '.join(recipe_costs.costs(name, NEEDED.get(name, 'block')))} |\n"
     assert line in DOCS.read_text(encoding="utf-8"), "put what python -m benchmarks.recipe_costs prints there"
+
+
+def test_what_a_group_costs_is_as_the_page_says() -> None:
+    line = f"| {' | '.join(recipe_costs.group_costs(1500, 500, 16_384))} |\n"
+    page = DOCS.with_name("performance.md").read_text(encoding="utf-8")
+    assert line in page, "put what python -m benchmarks.recipe_costs prints there"
 
 
 @pytest.mark.parametrize("name", ["tracerl", "espo", "just_grpo"])

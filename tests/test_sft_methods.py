@@ -215,7 +215,7 @@ def test_methods_go_with_families(golden: dict[str, LoadedModel]) -> None:
 def rows_of_lengths(lengths: Sequence[int]) -> list[Row]:
     def row(number: int, length: int) -> Row:
         one = np.arange(length)
-        return Row(number, one, one, one, one, one[:1], one[:1], one[:1], one[:1])
+        return Row(number, one, one, one, np.zeros_like(one), one[:1], one[:1], one[:1], one[:1])
 
     return [row(number, length) for number, length in enumerate(lengths)]
 

@@ -9,12 +9,13 @@ chooses the kernel. transformers hands a BlockMask through unchanged, as it does
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -25,6 +26,9 @@ from train.packing import PackedBatch
 NAME = "flex_or_sdpa"  # as transformers' attn_implementation
 TILE = 128  # of FlexAttention's kernels
 QUERIES = 2048  # looked at together: no (tokens × tokens) mask exists
+# what torch's scaled_dot_product_attention calls on a CPU, and its backward
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 # ---- masks
@@ -38,21 +42,47 @@ def attention_mask(batch: PackedBatch) -> Tensor | BlockMask:
 
 
 def sees(query: Sequence[Tensor] | Tensor, key: Sequence[Tensor] | Tensor) -> Tensor:
-    """Whether queries see keys, bool; each (trajectory, block, view), of shapes that broadcast with one another."""
+    """Whether queries see keys, bool; each (trajectory, prompt, block, view), of shapes that broadcast.
+
+    Clean keys of earlier blocks are those of the same trajectory and of the prompt that it shares with others.
+    """
     same = query[0] == key[0]
-    earlier = (key[2] == 0) & (key[1] < query[1])
-    own = (query[2] == key[2]) & (query[1] == key[1])
-    return same & (earlier | own)
+    earlier = (key[3] == 0) & (key[2] < query[2]) & (same | (query[1] == key[0]))
+    own = same & (query[3] == key[3]) & (query[2] == key[2])
+    return earlier | own
+
+
+def mask_integers(batch: PackedBatch) -> Tensor:
+    """What the mask is a function of, (4, rows, tokens): of every token its trajectory, prompt, block and view."""
+    return torch.stack([batch.trajectory, batch.prompt, batch.block, batch.view])
 
 
 def visible(batch: PackedBatch) -> Tensor:
     """The dense attention mask of a batch: bool (rows, 1, tokens, tokens), True where the query sees the key."""
-    integers = torch.stack([batch.trajectory, batch.block, batch.view])  # (3, rows, tokens)
+    integers = mask_integers(batch)
     return sees(integers[:, :, :, None], integers[:, :, None, :])[:, None]
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Some neighbouring queries, the keys that any of them sees, and which of these each sees."""
+
+    queries: slice
+    keys: list[slice]  # first those that all queries see
+    bias: Tensor  # (rows, 1, queries, the keys that not all of them see): 0 where one is seen, -inf elsewhere
+
+    def of_keys(self, values: Tensor, shared: int) -> Tensor:
+        """The keys' part of values (rows, heads, length, width), each head as often as query heads share it."""
+        return torch.cat([values[:, :, run] for run in self.keys], 2).repeat_interleave(shared, 1)
+
+    def mask(self, values: Tensor) -> Tensor:
+        """The bias for all keys of the tile, (rows, 1, queries, keys), of the dtype of the values."""
+        count = sum(run.stop - run.start for run in self.keys)
+        return torch.nn.functional.pad(self.bias.to(values.dtype), (count - self.bias.shape[3], 0))
+
+
 class TiledMask(BlockMask):
-    """For each tile of queries its slice, the slices of keys that any of them sees, and the dense mask between them.
+    """The tiles of a batch's rows: for each a mask of the keys alone that some of its queries see and others do not.
 
     A BlockMask for transformers only, which hands it through; nothing else of one is in it.
     """
@@ -61,13 +91,16 @@ class TiledMask(BlockMask):
         rows, length = batch.ids.shape
         self.seq_lengths = (length, length)
         self.rows = rows
-        integers = torch.stack([batch.trajectory, batch.block, batch.view]).int()  # (3, rows, tokens)
-        self.tiles: list[tuple[slice, list[slice], Tensor]] = []
+        integers = mask_integers(batch).int()
+        self.tiles: list[Tile] = []
         for start in range(0, length, tile):
             own = slice(start, start + tile)
             seen = sees(integers[:, :, own, None], integers[:, :, None, :])  # (rows, queries, tokens)
-            keys = runs(seen.any(0).any(0))
-            self.tiles.append((own, keys, torch.cat([seen[:, :, run] for run in keys], 2)[:, None]))
+            by_all = seen.all(1).all(0)
+            by_some = seen.any(1).any(0) & ~by_all
+            hidden = ~seen[:, None, :, by_some]
+            bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+            self.tiles.append(Tile(own, runs(by_all) + runs(by_some), bias))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,13 +129,10 @@ def block_mask(batch: PackedBatch, tile: int = TILE) -> BlockMask:
 
 def mask_function(batch: PackedBatch) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Whether the query at an index sees the key at another, as FlexAttention asks: (row, head, query, key) → bool."""
-    trajectory, block, view = batch.trajectory, batch.block, batch.view
+    columns = batch.trajectory, batch.prompt, batch.block, batch.view
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees(
-            (trajectory[row, query], block[row, query], view[row, query]),
-            (trajectory[row, key], block[row, key], view[row, key]),
-        )
+        return sees([one[row, query] for one in columns], [one[row, key] for one in columns])
 
     return rule
 
@@ -114,8 +144,7 @@ def visible_tiles(batch: PackedBatch, tile: int) -> tuple[Tensor, Tensor]:
     """
     length, at_once = batch.ids.shape[1], QUERIES // tile * tile
     missing = -length % tile
-    integers = torch.stack([batch.trajectory, batch.block, batch.view])
-    integers = torch.nn.functional.pad(integers, (0, missing), value=-1)  # (3, rows, tokens)
+    integers = torch.nn.functional.pad(mask_integers(batch), (0, missing), value=-1)  # (4, rows, tokens)
     inside = torch.arange(length + missing, device=batch.ids.device) < length
     some, full = [], []
     for start in range(0, length + missing, at_once):
@@ -139,29 +168,53 @@ def flex_or_sdpa(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' FlexAttention or SDPA, by the mask's kind; output (batch, length, heads, width)."""
-    if isinstance(attention_mask, TiledMask):
-        return tiled_attention(query, key, value, attention_mask, kwargs.get("scaling")), None
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    # under autocast norms and rotary tables make float32 of queries and keys; FlexAttention's backward takes one dtype
+    # under autocast norms and rotary tables make float32 of queries and keys; these kernels take one dtype
     query, key = query.to(value.dtype), key.to(value.dtype)
+    if isinstance(attention_mask, TiledMask):
+        return TiledAttention.apply(query, key, value, attention_mask, kwargs.get("scaling")), None
     return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def tiled_attention(query: Tensor, key: Tensor, value: Tensor, mask: TiledMask, scale: float | None) -> Tensor:
+class TiledAttention(torch.autograd.Function):
     """Attention tile by tile; query (rows, heads, length, width), key and value with as many heads or a part of them.
 
-    Returns (rows, length, heads, width). Keys are not repeated for the heads that share them, as transformers does.
+    Returns (rows, length, heads, width). Between the passes nothing is kept of a tile but the logarithms of its sums,
+    where autograd would keep its keys, its values and its mask in floating point: these grow with the square of a row.
     """
-    parts = []
-    for own, keys, seen in mask.tiles:
-        some_key, some_value = (torch.cat([one[:, :, run] for run in keys], 2) for one in (key, value))
-        parts.append(
-            scaled_dot_product_attention(
-                query[:, :, own], some_key, some_value, attn_mask=seen, scale=scale, enable_gqa=True
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: TiledMask, scale: float | None) -> Tensor:
+        shared = query.shape[1] // key.shape[1]
+        out = query.new_empty(query.transpose(1, 2).shape)
+        sums = []
+        for tile in mask.tiles:
+            own, keys, values = query[:, :, tile.queries], tile.of_keys(key, shared), tile.of_keys(value, shared)
+            part, total = FLASH(own, keys, values, 0.0, False, attn_mask=tile.mask(query), scale=scale)
+            out[:, tile.queries] = part.transpose(1, 2)
+            sums.append(total)
+        ctx.save_for_backward(query, key, value, out, *sums)
+        ctx.mask, ctx.scale = mask, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, *sums = ctx.saved_tensors
+        shared = query.shape[1] // key.shape[1]
+        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for tile, total in zip(ctx.mask.tiles, sums):
+            own, keys, values = query[:, :, tile.queries], tile.of_keys(key, shared), tile.of_keys(value, shared)
+            slope_of, part = (one[:, tile.queries].transpose(1, 2) for one in (slope, out))
+            of_query[:, :, tile.queries], *found = FLASH_BACKWARD(
+                slope_of, own, keys, values, part, total, 0.0, False, attn_mask=tile.mask(query), scale=ctx.scale
             )
-        )
-    return torch.cat(parts, 2).transpose(1, 2)
+            for whole, one in zip((of_key, of_value), found):
+                one = one.unflatten(1, (-1, shared)).sum(2)
+                for run, piece in zip(tile.keys, one.split([run.stop - run.start for run in tile.keys], 2)):
+                    whole[:, :, run] += piece
+        return of_query, of_key, of_value, None, None
 
 
 def take_block_masks(model: PreTrainedModel) -> None:

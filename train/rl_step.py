@@ -28,7 +28,7 @@ from train.objectives import (
     value_loss,
     value_targets,
 )
-from train.packing import PackedBatch, Row, make_rows
+from train.packing import PackedBatch, Row, cut_rows, make_rows
 from train.routing import FIGURES as ROUTING_FIGURES
 from train.views import Layout, some_views, trace_views, view_method
 
@@ -119,7 +119,7 @@ def sample_rows(
 ) -> list[Row]:
     """The packed rows of all samples, in their order, with the views of the configured method.
 
-    How many of them exceed the budget of a micro-batch is printed.
+    How many of them exceed the budget of a micro-batch is printed, and what cutting them costs.
     """
     method = view_method(training.method)
     rows = []
@@ -128,13 +128,25 @@ def sample_rows(
         views = method(trajectory, layout, training, np.random.default_rng([*seed, number]))
         routes = trajectory.routes if training.replay_routes else None
         rows += make_rows(number, trajectory.prompt_ids, trajectory.response_ids, views, layout.logit_offset, routes)
-    budget = training.tokens_per_micro_batch
-    if long := [len(row) for row in rows if budget and len(row) > budget]:
-        console.print(
-            f"{len(long)} of {len(rows)} packed trajectories exceed training.tokens_per_micro_batch={budget} (longest "
-            f"{max(long)}): each is a micro-batch of its own; raise it where memory allows, or lower rollout.max_token"
-        )
+    if training.tokens_per_micro_batch:
+        report_long(rows, training.tokens_per_micro_batch)
     return rows
+
+
+def report_long(rows: Sequence[Row], token_budget: int) -> None:
+    """Print how many of the rows exceed the budget, into how many they are cut, and how many tokens more these have."""
+    long = [row for row in rows if len(row) > token_budget]
+    if not long:
+        return
+    lengths = [len(part.tokens) for part in cut_rows(long, token_budget)]
+    line = f"{len(long)} of {len(rows)} packed trajectories exceed training.tokens_per_micro_batch={token_budget}"
+    line += f" (longest {max(map(len, long))})"
+    if len(lengths) > len(long):
+        more = sum(lengths) / sum(map(len, long)) - 1
+        line += f": cut by views into {len(lengths)} rows, which repeat clean tokens and so have {more:.0%} more"
+    if over := [length for length in lengths if length > token_budget]:
+        line += f"; {len(over)} rows exceed it still (longest {max(over)}): each is a micro-batch of its own"
+    console.print(f"{line}; raise it where memory allows, or lower rollout.max_token")
 
 
 def take_starting_logp(

@@ -30,7 +30,10 @@ def prepare_routers(network: torch.nn.Module, training: TrainingBase) -> None:
 
 @dataclass(eq=False)
 class Routing:
-    """What the forwards of an update gave to each expert, on this rank; padding is not counted."""
+    """What the forwards of an update gave to each expert, on this rank, every token of every row once; no padding.
+
+    So the figures do not depend on how rows are cut and which of their tokens are shared.
+    """
 
     network: torch.nn.Module
     bias_rate: float = 0.0
@@ -49,9 +52,9 @@ class Routing:
         if not len(batch.predict_at):
             yield
             return
-        real = (batch.trajectory >= 0).flatten()  # (tokens,)
-        self.tokens += float(real.sum())
-        with after_routing(self.routers, lambda layer, router, output: self.count(layer, real, *output)):
+        times = batch.counted.flatten()  # (tokens,)
+        self.tokens += float(times.sum())
+        with after_routing(self.routers, lambda layer, router, output: self.count(layer, times, *output)):
             yield
 
     @contextmanager
@@ -80,11 +83,11 @@ class Routing:
             yield
         if not len(batch.predict_at):  # fills ranks up
             return
-        real = batch.trajectory >= 0  # (rows, tokens)
-        theirs = batch.routes[real].long().sort(-1).values  # (tokens, layers, chosen)
-        ours = torch.stack(chosen, 1)[real.flatten()].sort(-1).values
-        self.differing += float((ours != theirs).any(-1).sum())
-        self.compared += ours.shape[0] * ours.shape[1]
+        times = batch.counted.flatten()[:, None]  # (tokens, 1)
+        theirs = batch.routes.flatten(0, 1).long().sort(-1).values  # (tokens, layers, chosen)
+        ours = torch.stack(chosen, 1).sort(-1).values
+        self.differing += float((times * (ours != theirs).any(-1)).sum())
+        self.compared += float(times.sum() * ours.shape[1])
 
     def take_flips(self) -> float:
         """The share of pairs that differed since it was asked last, over all ranks. All ranks call it."""
@@ -93,12 +96,16 @@ class Routing:
         return differing / compared
 
     @torch.no_grad()
-    def count(self, layer: int, real: Tensor, logits: Tensor, weights: Tensor, experts: Tensor) -> None:
-        """Add one layer's choices: real (tokens,), logits (tokens, experts), weights and experts (tokens, chosen)."""
-        chosen = experts[real].flatten()
+    def count(self, layer: int, times: Tensor, logits: Tensor, weights: Tensor, experts: Tensor) -> None:
+        """Add one layer's choices for tokens that count so many times, (tokens,).
+
+        logits (tokens, experts), weights and experts (tokens, chosen).
+        """
+        chosen = experts.repeat_interleave(times, 0).flatten()
         self.counts[layer] += torch.bincount(chosen, minlength=logits.shape[1]).double().cpu()
-        scores = self.network.expert_scores(self.routers[layer], logits[real])
-        self.entropy += float(torch.special.entr(scores / scores.sum(-1, keepdim=True)).sum())
+        scores = self.network.expert_scores(self.routers[layer], logits)
+        entropy = torch.special.entr(scores / scores.sum(-1, keepdim=True)).sum(-1)  # (tokens,)
+        self.entropy += float((times * entropy).sum())
 
     @torch.no_grad()
     def end_update(self, taken: bool) -> dict[str, float]:
