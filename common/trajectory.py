@@ -67,6 +67,9 @@ class Routes:
     steps: np.ndarray  # (denoising steps, block, layers, chosen) of the block that was denoised
 
 
+MAY_BE_ABSENT = ("overwritten", "segments", "routes")  # of a trajectory's line in a file
+
+
 @dataclass
 class Trajectory:
     """A drawn response with its trace; token ids end to end, the final block whole.
@@ -113,7 +116,7 @@ class Trajectory:
 
     def line(self) -> dict[str, Any]:
         """The fields for a JSON file; `overwritten` and `segments` are left out where empty, `routes` always."""
-        left_out = {"routes"} | {name for name in ("overwritten", "segments") if not getattr(self, name)}
+        left_out = {name for name in MAY_BE_ABSENT if name == "routes" or not getattr(self, name)}
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     @classmethod

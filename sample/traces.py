@@ -14,7 +14,7 @@ from common.page import fill_page
 from common.records import read_lines
 from common.runtime import console
 from common.schema import TraceConfig
-from common.trajectory import Request, Trajectory
+from common.trajectory import MAY_BE_ABSENT, Request, Trajectory
 from models import LoadedModel
 from models.defaults import load_one
 from models.prompts import encode_prompt, stop_ids_of
@@ -138,8 +138,7 @@ def read_traces(config: TraceConfig, loaded: LoadedModel) -> list[Trace]:
     path = Path(config.samples)
     if not path.is_file():
         raise UserError(f"samples: no file {path}; give the samples.jsonl of a run")
-    may_be_absent = {"overwritten", "routes"}
-    names = {field.name for field in dataclasses.fields(Trajectory)} - may_be_absent
+    names = {field.name for field in dataclasses.fields(Trajectory)} - set(MAY_BE_ABSENT)
     traces: list[Trace] = []
     for number, line in read_lines(path, "samples"):
         if len(traces) == config.num_response_per_task:

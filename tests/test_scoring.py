@@ -298,5 +298,5 @@ def test_instructions_by_kind_of_task():
         "T {question}",
     ]
     assert instruction(family, "math", PromptsConfig(math="{question}!"), thinking=True) == "{question}!"
-    with pytest.raises(UserError, match=r"dataset\.prompts\.math: 'Solve it' has no place.*\{question\}"):
+    with pytest.raises(UserError, match=r"dataset\.prompts\.math: 'Solve it' lacks the task.*\{question\}"):
         instruction(family, "math", PromptsConfig(math="Solve it"))
