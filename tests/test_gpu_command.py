@@ -14,6 +14,7 @@ from benchmarks.gpu import BEGIN, END, PAGE, RESULTS, Part, parts_of, run_part, 
 from benchmarks.rl_steps import figures, fitting_shape
 
 
+@pytest.mark.command
 def test_the_whole_command_at_a_small_size(tmp_path: Path) -> None:
     """The GPU's tests are skipped here, which has no GPU: why is recorded, and the others go on."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--shape", "mini", "--out", str(tmp_path)]
