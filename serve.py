@@ -47,15 +47,13 @@ def main() -> None:
     key, bound = api_key(config), listen(config.host, config.port)
     import uvicorn  # torch and the rest, which --help and a taken port do without
 
-    from common.runtime import console, device_and_dtype
-    from models import load_model
-    from models.defaults import take_defaults
-    from models.family import family_of
+    from common.runtime import console
+    from models.defaults import load_one
+    from models.files import told_as
     from serving.app import make_app
 
-    device, dtype = device_and_dtype(config.dtype)
-    loaded = load_model(config.model, config.model_base or family_of(config.model), dtype, device)
-    take_defaults(config, loaded)
+    with told_as("model"):
+        loaded = load_one(config)
     app = make_app(config, loaded, key)
     console.print(f"{app.state.server.name} at http://{config.host}:{config.port}/ (API: /v1; a page: /)")
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))

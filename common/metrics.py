@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.ranks import is_main
 
 Row = dict[str, Any]
+TERMINAL = 80  # columns
 SECRET = re.compile(r"(^|_)(api_?key|key|secret|password|credentials?)$|(hf|hub|auth|access|api)_token$", re.IGNORECASE)
 
 
@@ -311,18 +312,30 @@ def _stack(axis: Any, curves: dict[str, Curve]) -> None:
 
 
 def format_table(rows: list[Row], title: str = "") -> str:
-    """Rows as an aligned table; columns in the order in which keys first appear, numbers to the right."""
+    """Rows as an aligned table; columns in the order in which keys first appear, numbers to the right.
+
+    A table that is too wide for a terminal is turned, so that each row becomes a column, where that makes it narrower.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(column), *(len(line[n]) for line in cells)) for n, column in enumerate(columns)]
     right = [any(isinstance(row.get(column), (int, float)) for row in rows) for column in columns]
+    lines = _aligned([columns, *cells], right)
+    if len(lines[1]) > TERMINAL:
+        turned = _aligned([list(line) for line in zip(columns, *cells)], [False] + [True] * len(rows))
+        lines = min(lines, turned, key=lambda lines: len(lines[1]))
+    return "\n".join([*([title] if title else []), *lines])
+
+
+def _aligned(cells: list[list[str]], right: list[bool]) -> list[str]:
+    """The lines of a table, its head underlined; `right` says which columns are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
 
     def align(line: list[str]) -> str:
         parts = [cell.rjust(width) if r else cell.ljust(width) for cell, width, r in zip(line, widths, right)]
         return "  ".join(parts).rstrip()
 
-    head = [title] if title else []
-    return "\n".join([*head, align(columns), "  ".join("-" * width for width in widths), *map(align, cells)])
+    head, *rest = map(align, cells)
+    return [head, "  ".join("-" * width for width in widths), *rest]
 
 
 def print_table(rows: list[Row], title: str = "") -> None:

@@ -1,6 +1,7 @@
 """The files of a checkpoint, looked at before anything is made of them: what is damaged is told in one line."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ TOKENIZER_FILES = (
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' words
 # What libraries raise where a file is JSON but not of the shape that they expect.
 MALFORMED = (AssertionError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def told_as(key: str) -> Iterator[None]:
+    """Let errors about a checkpoint begin with the key by which its user gave it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(KEY, key, 1)) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

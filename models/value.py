@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import UserError
 from models.family import load_network, local_folder, save_model
+from models.files import told_as
 
 HEAD_FILE = "value_head.safetensors"  # beside the checkpoint's own files, which stay loadable as they are
 
@@ -46,11 +47,9 @@ def load_value(
 
     UserError, naming the key, where the folder is unfit.
     """
-    try:
+    with told_as("model.value_base_model"):
         folder = local_folder(path)
         value = ValueNetwork(load_network(folder, family_name, dtype, device))
-    except UserError as error:
-        raise UserError(str(error).replace("model.pretrained_model", "model.value_base_model", 1)) from error
     if (folder / HEAD_FILE).is_file():
         where = f"model.value_base_model: {folder / HEAD_FILE}"
         try:

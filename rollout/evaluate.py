@@ -15,6 +15,7 @@ from common.trajectory import ScoredTrajectory, Task
 from data.tasks import load_tasks
 from models import LoadedModel, load_model
 from models.defaults import take_defaults
+from models.files import told_as
 from reward.score import RewardScorer, check_tasks, make_scorer
 from rollout.collect import Prompt, check_questions, collect, encode_tasks, prompts_within, say_unread_words
 from rollout.fingerprint import check_resumable, fingerprint_of
@@ -25,6 +26,7 @@ from sample.parallel import shard
 from sample.traces import write_trace_page
 
 
+@told_as("model")
 def main(
     config: EvalConfig, load: Callable[[EvalConfig], tuple[LoadedModel, Engine]] | None = None
 ) -> dict[str, Evaluation]:

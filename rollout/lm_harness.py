@@ -17,6 +17,7 @@ from common.schema import Sampling
 from common.trajectory import Request
 from models import LoadedModel
 from models.defaults import load_one
+from models.files import told_as
 from models.prompts import stop_ids_of, turns_text
 from rollout.likelihood import response_elbo
 from sample.engine import Engine
@@ -99,7 +100,8 @@ def make_harness_model(pretrained: str, **given: Any) -> HarnessModel:
     masks, seed = int(given.pop("masks", DEFAULT_MASKS)), int(given.pop("seed", 0))
     arguments = [f"model={pretrained}", "prompt=unused", *(f"{key}={value}" for key, value in given.items())]
     config = load_config("generate", arguments)
-    loaded = load_one(config)
+    with told_as("pretrained"):
+        loaded = load_one(config)
     settings = Sampling(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling)})
     return HarnessModel(loaded, settings, seed, masks)
 

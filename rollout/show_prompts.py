@@ -39,12 +39,11 @@ def main(argv: list[str]) -> None:
     job, loaded = load_any(find_config(config), keys)
     if not isinstance(loaded, (EvalConfig, RLConfig, SFTConfig)):
         raise UserError(f"config={config} is a config for {job}, which has no tasks; give one of eval.py or rl.py")
-    try:
+    from models.files import KEY, told_as
+
+    with told_as("model" if isinstance(loaded, EvalConfig) else KEY):
         for line in prompt_lines(loaded, int(count)):
             print(json.dumps(line, ensure_ascii=False))
-    except UserError as error:
-        key = "model" if isinstance(loaded, EvalConfig) else "model.pretrained_model"
-        raise UserError(str(error).replace("model.pretrained_model", key, 1)) from error
 
 
 def prompt_lines(config: EvalConfig | RLConfig | SFTConfig, count: int) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ from common.schema import GenerateConfig
 from common.trajectory import Request, Trajectory
 from models import LoadedModel
 from models.defaults import load_one
+from models.files import told_as
 from models.prompts import encode_prompt, encode_turns, stop_ids_of
 from models.tokenizer import Unreadable
 from sample.engine import Engine
@@ -23,6 +24,7 @@ MASK = "░"
 COMMANDS = "/new begins again, /trace FILE.html writes the last answer's page, /quit leaves"
 
 
+@told_as("model")
 def main(config: GenerateConfig) -> None:
     """Answer `config.prompt`; without one, chat until the user leaves."""
     loaded = load_one(config)

@@ -185,6 +185,23 @@ def test_a_fault_gets_its_line(spoil: Spoil, line: str, tiny_sdar: Path, tmp_pat
     assert re.search(line, told), told
 
 
+def evaluated(folder: Path) -> None:
+    data = "dataset.eval_dataset=arithmetic_4_test"
+    evaluate.main(load_config("eval", [f"config={ROOT}/configs/eval_tiny.yaml", f"model={folder}", data]))
+
+
+def shown(folder: Path) -> None:
+    show.main(load_config("generate", [f"model={folder}", "prompt=1+1="]))
+
+
+@pytest.mark.parametrize("job, key", [(evaluated, "model"), (shown, "model"), (make_harness_model, "pretrained")])
+def test_each_job_names_its_own_key(job: Spoil, key: str, tiny_sdar: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_sdar, tmp_path / "model"))
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=f"^{key}: .* has no config.json"):
+        job(str(folder))
+
+
 @pytest.mark.parametrize(
     "spoil, line",
     [(lambda file: file.write_bytes(b"torn"), "cannot be read"), (lambda file: nan_head(file), "holds NaN")],

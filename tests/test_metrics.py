@@ -182,3 +182,11 @@ def test_tables():
         "static            9         12,345",
     ]
     assert format_table([]) == "\n"
+
+
+def test_a_table_wider_than_a_terminal_is_turned_where_that_helps():
+    rows = [{"setting": name, **{f"figure_of_{n}": n for n in range(9)}} for name in ("static", "dynamic")]
+    lines = format_table(rows, "title").splitlines()
+    assert lines[1].split() == ["setting", "static", "dynamic"] and max(map(len, lines)) <= 80
+    assert [line.split() for line in lines[3:]] == [[f"figure_of_{n}", str(n), str(n)] for n in range(9)]
+    assert len(format_table(rows * 20).splitlines()) == 2 + 40
