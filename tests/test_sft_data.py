@@ -46,7 +46,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModel]:
 
 # Raises at a turn of a tool that says so, and is nothing else.
 REFUSING = (
-    "{% for m in messages %}{% if m.content == 'refused' %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}"
 )
 # As those of thinking models with tools are: the last thought is written, older ones are not.
 THINKING = (
@@ -207,7 +207,10 @@ BAD = [
     ({"prompt_ids": [1], "response_ids": [2**40]}, "has no `response_ids` that is a list of token ids", "ids"),
     ('{"prompt": "\\ud83d", "response": "3"}', "has in `prompt` half a character", "broken line"),
     ('{"prompt": "1", "response": 1%s}' % ("0" * 5000), "has in `response` a number of 5001 digits", "broken line"),
-    ({"messages": [{"role": "user", "content": "1"}, {"role": "tool", "content": "refused"}, CHAT[1]]},
+    ({"prompt": "1+2", "response": "3é"}, "not read: the model has no token for 'é'; it reads", "unread characters"),
+    ({"messages": [{"role": "user", "content": "1~2"}, CHAT[1]]}, "no token for '~'", "unread characters"),
+    ({"text": "1+2=é"}, "no token for 'é'", "unread characters"),
+    ({"messages": [{"role": "user", "content": "1"}, {"role": "tool", "content": "9"}, CHAT[1]]},
      r"is not taken by the chat template: no such role", "chat template"),
 ]  # fmt: skip
 

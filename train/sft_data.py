@@ -19,7 +19,7 @@ from data.sft_records import Answer, BadSample, Chat, Ids, Rejected, Sample, Tex
 from models import LoadedModel
 from models.family import Family, find_family, local_folder
 from models.prompts import ChatTemplateError, end_of_sequence, end_of_turn, instruction, turns_text
-from models.tokenizer import load_tokenizer
+from models.tokenizer import Unreadable, check_readable, load_tokenizer
 from train.views import Example
 
 # Examples of one conversation, each of whose prompts goes on from the example before it. Under block attention they
@@ -60,6 +60,8 @@ class Samples:
             rejected = Rejected("chat template", f"{place} is not taken by the chat template: {error.reason}")
         except BadSample as error:
             rejected = Rejected(error.reason, f"{place} {error}")
+        except Unreadable as error:
+            rejected = Rejected("unread characters", f"{place} is not read: {error.reason}")
         if rejected.bad and dataset.bad_samples == "refuse":
             raise UserError(
                 f"dataset.optimization_data: {rejected.message} (dataset.bad_samples=skip leaves such samples out)"
@@ -131,10 +133,12 @@ def encode_sample(
 ) -> list[Example]:
     """One example for each of the assistant's turns, or each piece of a text, not filled up; `stop` ends a turn.
 
-    BadSample if unfit, ChatTemplateError if the template says so. Ids stay as they are: text is never made of them and
-    tokenised again.
+    BadSample if unfit, Unreadable if the tokenizer has no token for its characters, ChatTemplateError if the template
+    says so. Ids stay as they are: text is never made of them and tokenised again.
     """
     dataset = config.dataset
+    for text in texts_of(sample):
+        check_readable(tokenizer, text, "dataset.optimization_data")
     if isinstance(sample, Text):
         return text_pieces(sample, tokenizer, family, config.training)
     if isinstance(sample, Ids):
@@ -160,6 +164,15 @@ def encode_sample(
         steps = whole_step_map(step_map, len(ids))
         examples.append(Example(tokenizer.encode(prompt, add_special_tokens=False), ids, len(ids), steps, overwritten))
     return examples
+
+
+def texts_of(sample: Sample) -> list[str]:
+    """What a sample itself says, without the words that the config puts around it."""
+    if isinstance(sample, Chat):
+        return [turn["content"] for turn in sample.messages if turn.get("content")]
+    if isinstance(sample, Answer):
+        return [sample.prompt, sample.response]
+    return [sample.text] if isinstance(sample, Text) else []
 
 
 def text_pieces(
