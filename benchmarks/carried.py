@@ -8,7 +8,8 @@ response is follows from its random numbers' key. Printed is the share of the sl
 the clock and by forwards (of the rank that makes the most in an RL step), and how many tokens were trained on for each
 second of the rollout and each such forward.
 
-`accuracy` runs the tiny job from each seed's one finetuned model. Each run that ends is a line of RESULTS.
+`accuracy` runs the tiny job from each seed's one finetuned model. Each run that ends is a line of RESULTS; `seconds`
+are of the processor, in all steps, `wall` by the clock.
 """
 
 import argparse
@@ -169,9 +170,10 @@ def accuracy(options: argparse.Namespace) -> None:
     for name in VARIANTS:
         own = [row for row in known if row["variant"] == name]
         if own:
-            columns = {key: mean_and_error([row[key] for row in own]) for key in ("before", "after", "staleness")}
-            shown = {key: f"{100 * mean:.1f} ± {100 * error:.1f} %" for key, (mean, error) in columns.items()}
-            rows.append({"": name, "seeds": len(own)} | shown | {"staleness": f"{columns['staleness'][0]:.2f}"})
+            shares = {key: mean_and_error([row[key] for row in own]) for key in ("before", "after")}
+            shown = {key: f"{100 * mean:.1f} ± {100 * error:.1f} %" for key, (mean, error) in shares.items()}
+            means = {key: sum(row[key] for row in own) / len(own) for key in ("staleness", "seconds", "wall")}
+            rows.append({"": name, "seeds": len(own)} | shown | means)
     print_table(rows, title=f"accuracy of held-out tasks (dynamic), {options.steps} steps")
 
 
@@ -198,14 +200,17 @@ def learn(keys: dict[str, object], seed: int, options: argparse.Namespace) -> di
     run = rl_trainer.set_up(config, rl_trainer.read_inputs(config), Stopwatch())
     curve, stale = Curve([], [], []), []
     measure(run, curve, 0, 0.0)
+    wall, processor = time.perf_counter(), time.process_time()
     for step in range(1, options.steps + 1):
         stale.append(rl_trainer.rl_step(run).get("staleness", 0.0))
         run.progress.step = step
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
     measure(run, curve, 0, 0.0)
     run.metrics.close()
     shutil.rmtree(run.folder)
     before, after = curve.accuracy
-    return {"before": before, "after": after, "staleness": sum(stale) / len(stale)}
+    spent = {"wall": round(wall, 1), "seconds": round(processor, 1)}
+    return {"before": before, "after": after, "staleness": sum(stale) / len(stale)} | spent
 
 
 def main() -> None:
