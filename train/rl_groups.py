@@ -1,6 +1,5 @@
 """The groups of responses that an RL step draws, those of them that are learned from, and why there may be none."""
 
-from dataclasses import dataclass, field
 from functools import partial
 
 from common.errors import UserError
@@ -11,23 +10,33 @@ from data.tasks import task_batch
 from rollout.carry import Group, Rule, take_groups
 from rollout.collect import Prompt, collect, encode_tasks, prompts_within
 from train.objectives import kept_samples
-from train.rl_run import RLRun
+from train.rl_run import Drawn, RLRun
 
 
-@dataclass
-class Drawn:
-    """What an RL step has drawn so far."""
+def next_groups(run: RLRun, number: int, watch: Stopwatch) -> Drawn:
+    """The step's groups, drawn now or beside the step before; the run's cursor moves on.
 
-    cursor: int  # place behind the last task of the endless sequence that was begun
-    carried: list[Group]  # responses that are begun
-    groups: list[list[ScoredTrajectory]] = field(default_factory=list)
-    samples: list[ScoredTrajectory] = field(default_factory=list)  # of them, what is learned from
-    steps: int = 0  # denoising steps, and those for which there were seats, where the first groups are taken
-    room: int = 0
+    Time goes to the stages "rollout" and "reward" of `watch`, or to "wait" and "sync".
+    """
+    if run.ahead is None:
+        drawn = draw_groups(run, number, watch)
+    else:
+        drawn = run.ahead.take(number, partial(draw_beside, run), watch)
+    # not before: a step that was stopped is done again when the run is resumed
+    run.progress.cursor, run.carried = drawn.cursor, drawn.carried
+    return drawn
 
 
-def draw_groups(run: RLRun, number: int, watch: Stopwatch) -> Drawn:
-    """Responses in groups for the step, and those that are learned from; the run's cursor moves on.
+def draw_beside(run: RLRun, number: int, before: Drawn | None) -> Drawn:
+    """The groups of a step that comes behind what was drawn `before`, with the time that it took."""
+    watch = Stopwatch()
+    drawn = draw_groups(run, number, watch, before)
+    drawn.seconds = watch.seconds
+    return drawn
+
+
+def draw_groups(run: RLRun, number: int, watch: Stopwatch, before: Drawn | None = None) -> Drawn:
+    """Responses in groups for the step, and those that are learned from; `before`: what was drawn for the step before.
 
     Where the filter leaves no group, more tasks are drawn, up to `max_resample` times; with dynamic sampling until as
     many groups are kept as there were to be. UserError where every prompt is too long.
@@ -35,7 +44,7 @@ def draw_groups(run: RLRun, number: int, watch: Stopwatch) -> Drawn:
     config, training = run.config, run.config.training
     wanted = config.rollout.num_task_per_step
     draw = draw_first if config.rollout.carry or config.rollout.spare else draw_all
-    missing, drawn = wanted, Drawn(run.progress.cursor, run.carried)
+    missing, drawn = wanted, Drawn(run.progress.cursor if before is None else before.cursor, run.carried)
     for _ in range(config.rollout.max_resample + 1):
         draw(run, number, missing, drawn, watch)
         drop_equal = training.drop_equal or training.dynamic_sampling
@@ -46,8 +55,6 @@ def draw_groups(run: RLRun, number: int, watch: Stopwatch) -> Drawn:
             break
     if not drawn.groups:
         raise UserError("training.max_prompt_len: every prompt of the step is longer; raise it")
-    # not before: a step that was stopped is done again when the run is resumed
-    run.progress.cursor, run.carried = drawn.cursor, drawn.carried
     return drawn
 
 

@@ -2,6 +2,9 @@
 
 import json
 import shlex
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,10 +13,9 @@ from common.checkpoint import unless_full, write_whole
 from common.errors import UserError
 from common.metrics import draw_curves, print_table, truncate_after
 from common.ranks import any_rank, from_main, is_main
-from common.runtime import ROOT, Stopwatch, console, python_command, version_of
+from common.runtime import ROOT, Stopwatch, console, device_and_dtype, python_command, version_of
 from common.schema import RLConfig
 from common.stop import Stopped, exit_code_of, stop_requested
-from common.trajectory import ScoredTrajectory
 from data.tasks import load_tasks
 from models import find_family
 from models.defaults import take_defaults
@@ -24,10 +26,11 @@ from rollout.report import RunPage
 from rollout.results import Evaluation, overwriting_figures, results_row, tokens_per_forward
 from rollout.samples import write_samples
 from sample.engine import Engine
+from train.ahead import Ahead, Engines
 from train.learner import whole_weights
 from train.loading import engine_model, frozen_reference, load_trained, policy_learner, value_learner
-from train.rl_groups import draw_groups, why_none_is_kept
-from train.rl_run import Inputs, RLProgress, RLRun
+from train.rl_groups import next_groups, why_none_is_kept
+from train.rl_run import Drawn, Inputs, RLProgress, RLRun
 from train.rl_step import learn
 from train.run import (
     CARRIED,
@@ -44,27 +47,34 @@ from train.run import (
 from train.views import check_views, layout_of
 
 
-def main(config: RLConfig) -> int:
+def main(config: RLConfig, engines: Callable[[], Engines] | None = None) -> int:
     """Run reinforcement learning as the config says; everything it makes lies in runs/<project>/.
 
-    Returns the program's exit code: 130 where Ctrl-C stopped it, else 0. All ranks must call it.
+    `engines` starts those that draw, where they lie elsewhere (train/ahead.py). Returns the program's exit code: 130
+    where Ctrl-C stopped it, else 0. All ranks must call it.
     """
-    return exit_code_of(lambda: reinforce(config))
+    return exit_code_of(lambda: reinforce(config, engines=engines))
 
 
-def reinforce(config: RLConfig, inputs: Inputs | None = None, stages: Stopwatch | None = None) -> None:
+def reinforce(
+    config: RLConfig,
+    inputs: Inputs | None = None,
+    stages: Stopwatch | None = None,
+    engines: Callable[[], Engines] | None = None,
+) -> None:
     """The run, from its set-up to its results. Raises Stopped, after a checkpoint, where a signal came.
 
-    `inputs` and the seconds of `stages` are what the caller has done already. All ranks must call it.
+    `inputs` and the seconds of `stages` are what the caller has done already, `engines` as in `main`. All ranks must
+    call it.
     """
-    run = set_up(config, inputs or read_inputs(config), stages or Stopwatch())
+    run = set_up(config, inputs or read_inputs(config), stages or Stopwatch(), engines)
     with until_stopped(run):
         try:
             with run.stages("load"):
                 resume(run)
                 take_up_carried(run)
                 name_block_size(run)
-                if run.checkpoint is not None:
+                if run.checkpoint is not None and run.ahead is None:
                     run.engine.load_weights(whole_weights(run.learner.network.backbone))
             before = first_evaluation(run)
             train(run)
@@ -106,7 +116,7 @@ def read_inputs(config: RLConfig) -> Inputs:
     return Inputs(tasks, scorer, held_out)
 
 
-def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
+def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch, engines: Callable[[], Engines] | None = None) -> RLRun:
     """Load the networks; then, when no mistake can be found any more, open the run's folder and its records."""
     experiment = config.experiment
     updates_per_step = config.training.updates_per_step * config.training.epochs_per_step
@@ -114,7 +124,7 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         begin(config)
         trained = load_trained(config.model, config.training, config.model.pretrained_model)
         learner = policy_learner(config, trained, experiment.total_step * updates_per_step)
-        drawing = engine_model(config, trained, learner)
+        drawing = trained if engines else engine_model(config, trained, learner)
         reference = frozen_reference(config, trained, learner)
         take_defaults(config, drawing)
         check_questions(drawing, inputs.tasks, "dataset.train_dataset")
@@ -133,6 +143,12 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         if is_main():
             (folder / "rollouts").mkdir(exist_ok=True)
             truncate_after(folder / "samples.jsonl", state.get("step", -1))
+        ahead = None
+        if engines is None:
+            engine = Engine(drawing.model, drawing.mask_id, drawing.stop_ids)
+        else:
+            engine = engines() if is_main() else None
+            ahead = Ahead(engine, partial(whole_weights, learner.network.backbone), experiment.total_step)
     return RLRun(
         config=config,
         folder=folder,
@@ -145,10 +161,11 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         critic=critic,
         tasks=inputs.tasks,
         scorer=inputs.scorer,
-        engine=Engine(drawing.model, drawing.mask_id, drawing.stop_ids),
+        engine=engine,
         reference=reference,
         page=RunPage(folder, drawing, experiment.total_step),
         stages=stages,
+        ahead=ahead,
     )
 
 
@@ -188,10 +205,13 @@ def train(run: RLRun) -> None:
 
 
 def rl_step(run: RLRun) -> dict[str, float]:
-    """Sample, score, learn, and hand the new weights to the engine; returns the step's figures."""
+    """Sample, score, learn, and hand the new weights to the engine; returns the step's figures.
+
+    Engines elsewhere get them when they have drawn the next step's responses.
+    """
     config, watch = run.config, Stopwatch()
     number = run.progress.step + 1
-    drawn = draw_groups(run, number, watch)
+    drawn = next_groups(run, number, watch)
     groups, samples = drawn.groups, drawn.samples
     file = run.folder / "rollouts" / f"step-{number:04d}.jsonl"
     if is_main():
@@ -200,8 +220,9 @@ def rl_step(run: RLRun) -> dict[str, float]:
     rollout = config.rollout.at_step(number)
     run.page.note(number, groups, rollout.block_size)
     figures: dict[str, float] = {"updates": 0, "lr": run.learner.scheduler.get_last_lr()[0]}
-    if config.rollout.free_cache:
+    if config.rollout.free_cache and run.ahead is None:
         run.engine.sleep()
+    began = time.perf_counter()
     if samples:
         approximate = run.loaded.family.attention == "full" and config.rollout.use_cache
         with watch("train"):
@@ -212,7 +233,7 @@ def rl_step(run: RLRun) -> dict[str, float]:
                 layout_of(run.loaded, rollout.block_size),
                 config.rollout.max_token,
                 seed=[config.training.seed, number],
-                exact=run.loaded.model.dtype == torch.float32 and not approximate,
+                exact=device_and_dtype(config.model.dtype)[1] == torch.float32 and not approximate,
                 reference=run.reference,
                 critic=run.critic,
                 train_value=number % config.experiment.train_value_every == 0,
@@ -220,7 +241,10 @@ def rl_step(run: RLRun) -> dict[str, float]:
             )
     else:
         console.print(f"step {number}: no update; {why_none_is_kept(config, groups)}")
-    if figures["updates"]:
+    if run.ahead is not None:
+        run.ahead.changed |= figures["updates"] > 0
+        figures |= run.ahead.figures(began)
+    elif figures["updates"]:
         with watch("sync"):
             run.engine.load_weights(whole_weights(run.learner.network.backbone))
     for stage, seconds in watch.seconds.items():
@@ -228,21 +252,16 @@ def rl_step(run: RLRun) -> dict[str, float]:
     figures |= carried_figures([response for group in groups for response in group], number)
     if drawn.room:
         figures["seats_idle"] = 1 - drawn.steps / drawn.room
-    return step_figures(groups, samples, figures, watch)
+    return step_figures(drawn, figures, watch)
 
 
-def step_figures(
-    groups: list[list[ScoredTrajectory]],
-    samples: list[ScoredTrajectory],
-    learned: dict[str, float],
-    watch: Stopwatch,
-) -> dict[str, float]:
+def step_figures(drawn: Drawn, learned: dict[str, float], watch: Stopwatch) -> dict[str, float]:
     """A step's figures: means over its responses, those of learning from its samples, and its seconds by stage."""
-    responses = [response for group in groups for response in group]
+    responses = [response for group in drawn.groups for response in group]
     count = len(responses)
     tokens = sum(response.trajectory.length for response in responses)
     total = watch.total()
-    stages = {stage: watch.seconds.get(stage, 0.0) for stage in ("rollout", "reward", "train", "sync")}
+    seconds = dict.fromkeys(("rollout", "reward", "train", "sync"), 0.0) | watch.seconds | drawn.seconds
     return {
         "reward": sum(response.score.reward for response in responses) / count,
         "accuracy": sum(response.score.correct for response in responses) / count,
@@ -251,12 +270,12 @@ def step_figures(
         **overwriting_figures(responses),
         "tokens_per_forward": tokens_per_forward(responses),
         "kept_mass": sum(response.trajectory.kept_mass for response in responses) / count,
-        "groups": len(groups),
-        "groups_kept": len({sample.trajectory.task_id for sample in samples}),
+        "groups": len(drawn.groups),
+        "groups_kept": len({sample.trajectory.task_id for sample in drawn.samples}),
         **learned,
-        "tokens_per_second": tokens / stages["rollout"],
-        **{f"seconds_{stage}": seconds for stage, seconds in stages.items()},
-        "seconds_other": total - sum(stages.values()),
+        "tokens_per_second": tokens / seconds["rollout"],
+        **{f"seconds_{stage}": value for stage, value in seconds.items()},
+        "seconds_other": total - sum(watch.seconds.values()),
         "seconds": total,
     }
 
@@ -284,8 +303,10 @@ def evaluate_now(run: RLRun) -> dict[str, Evaluation]:
     """
     if not run.held_out.tasks:
         return {}
+    evaluate = partial(evaluate_held_out, run, run.engine, run.loaded, run.folder / "samples.jsonl")
     with run.stages("evaluation"):
-        results, figures = evaluate_held_out(run, run.engine, run.loaded, run.folder / "samples.jsonl")
+        ahead = run.ahead
+        results, figures = evaluate() if ahead is None else ahead.by_present_weights(run.progress.step + 1, evaluate)
     run.metrics.log({"step": run.progress.step} | figures)
     found = [f"{name} {percent(one.accuracy, one.standard_error)}" for name, one in results.items()]
     console.print(f"held-out accuracy after step {run.progress.step}: {', '.join(found)}")
