@@ -15,14 +15,16 @@ from threaded_ray import Dies, Ray
 from common import ranks
 from common.config import load_config
 from common.errors import UserError
+from common.runtime import Stopwatch
 from common.schema import RLConfig, Sampling
+from common.stop import Stopped
 from common.trajectory import Request
 from launch import engines
 from launch.training import train_here, train_over_nodes
 from models import load_model
 from models.mixture import named_weights
 from sample.engine import Engine
-from train import rl_trainer
+from train import ahead, rl_trainer
 
 KEYS = SMALL | {
     "rollout.num_task_per_step": 2,
@@ -138,7 +140,7 @@ def test_engines_come_and_go_and_the_run_is_the_same(
         return False
 
     ray = ray_of(monkeypatch, "a", "b", dies=dies)
-    folder = train(ray, trained.model, tmp_path)
+    folder = train(ray, trained.model, tmp_path, dataset__eval_dataset="null", experiment__save_every=0)
     assert "the worker on b is lost; its 2 responses are drawn by others" in capsys.readouterr().out
     asked = {
         node: [calls[0][0].step for name, calls in actor.calls if name == "generate"]
@@ -149,7 +151,7 @@ def test_engines_come_and_go_and_the_run_is_the_same(
     for step in (1, 2, 3):
         assert drawn_in(folder, step) == drawn_in(trained.folder, step)
     own, other = (steps_of(run) for run in (folder, trained.folder))
-    for key in ("loss", "grad_norm", "reward", "staleness", "bytes_sync"):
+    for key in ("loss", "grad_norm", "reward", "staleness"):
         assert [row[key] for row in own] == [row[key] for row in other]
 
 
@@ -160,7 +162,8 @@ def test_a_resumed_run_goes_on_with_its_tasks(
     shutil.copytree(trained.folder, folder)
     for name in ("step-0003", "optimized"):
         shutil.rmtree(folder / "ckpt" / name)
-    train(ray_of(monkeypatch, "a"), trained.model, tmp_path, experiment__start_from_scratch=False)
+    changes = {"experiment__start_from_scratch": False, "dataset__eval_dataset": "null"}
+    train(ray_of(monkeypatch, "a"), trained.model, tmp_path, **changes)
     now, before = drawn_in(folder, 3), drawn_in(trained.folder, 3)
     assert now.keys() == before.keys() and now != before  # by w_2 in place of w_1
     (row,) = [row for row in steps_of(folder) if row["step"] == 3]
@@ -197,6 +200,61 @@ def test_weights_are_sent_again_to_those_that_are_left(
     assert [one.step for one in remote.workers] == [5] and not remote.newcomers()
     own = named_weights(ray.actors["a"].made.loaded.model)
     assert all(torch.equal(own[name], weight) for name, weight in new.items())
+
+
+class Idle:
+    """Engines for jobs that ask nothing of them but whether they have weights."""
+
+    tensor_group, idle_since = 1, 0.0
+
+    def __init__(self) -> None:
+        self.have_weights = threading.Event()
+        self.sent: list[int] = []
+
+    def send(self, names: list[str], weights: Iterator[tuple[str, torch.Tensor]], step: int) -> int:
+        assert [name for name, _ in weights] == names
+        self.sent.append(step)
+        self.have_weights.set()
+        return 4
+
+    def keep_weights(self, step: int) -> None:
+        assert self.have_weights.is_set()
+
+    def newcomers(self) -> bool:
+        return not self.have_weights.is_set()
+
+    wants_weights = newcomers
+
+
+def ahead_of(idle: Idle, monkeypatch: pytest.MonkeyPatch) -> ahead.Ahead:
+    monkeypatch.setattr(ahead, "LOOK_EVERY", 0.01)
+    return ahead.Ahead(idle, lambda: iter([("weight", torch.zeros(1))]), last=2)
+
+
+def test_new_engines_that_replace_all_are_given_weights_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    idle = Idle()
+    steps = ahead_of(idle, monkeypatch)
+
+    def draw(step: int, before: int | None) -> tuple[int, int | None]:
+        if step == 2:
+            idle.have_weights.clear()
+        return (step, before) if idle.have_weights.wait(20) else (0, 0)
+
+    assert steps.take(1, draw, Stopwatch()) == (1, None)
+    assert steps.take(2, draw, Stopwatch()) == (2, (1, None))
+    assert idle.sent == [1, 2] and steps.bytes_sent == 4 and not steps.begun
+
+
+@pytest.mark.parametrize("error", [Stopped(), UserError("training.max_prompt_len")])
+def test_what_ends_the_drawing_ends_the_run(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(step: int, before: None) -> None:
+        if step == 2:
+            raise error
+
+    steps = ahead_of(Idle(), monkeypatch)
+    steps.take(1, draw, Stopwatch())
+    with pytest.raises(type(error)):
+        steps.take(2, draw, Stopwatch())
 
 
 def test_no_engine_is_left(tiny_sdar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
