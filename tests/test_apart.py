@@ -120,7 +120,7 @@ def test_what_a_step_tells(trained: Trained) -> None:
     assert [row["staleness"] for row in rows] == [0, 1, 1]
     assert all(0 < row["overlap"] <= 1 for row in rows[:2]) and rows[2]["overlap"] == 0
     size = sum(weight.numel() * 4 for weight in named_weights(load_model(trained.model, "sdar").model).values())
-    assert [row["bytes_sync"] for row in rows] == [0, size, size]  # w_0 was sent for the evaluation before
+    assert [row["bytes_sync"] for row in rows] == [0, size, size]  # w_0 was sent before
     for row in rows:
         parts = [row[f"seconds_{stage}"] for stage in ("wait", "train", "sync", "other") if f"seconds_{stage}" in row]
         assert sum(parts) == pytest.approx(row["seconds"], rel=1e-3) and row["seconds_rollout"] > 0
@@ -240,6 +240,7 @@ def test_new_engines_that_replace_all_are_given_weights_at_once(monkeypatch: pyt
             idle.have_weights.clear()
         return (step, before) if idle.have_weights.wait(20) else (0, 0)
 
+    steps.send(1, Stopwatch())
     assert steps.take(1, draw, Stopwatch()) == (1, None)
     assert steps.take(2, draw, Stopwatch()) == (2, (1, None))
     assert idle.sent == [1, 2] and steps.bytes_sent == 4 and not steps.begun

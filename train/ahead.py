@@ -80,7 +80,6 @@ class Ahead(Generic[T]):
         """
         self.bytes_sent = 0
         if self.drawn is None and not self.begun:  # the first step since the program began
-            self.send(step, watch)
             self.begin(partial(draw, step, None))
         self.settle(step, watch)
         drawn, self.drawn = self.drawn, None

@@ -74,7 +74,9 @@ def reinforce(
                 resume(run)
                 take_up_carried(run)
                 name_block_size(run)
-                if run.checkpoint is not None and run.ahead is None:
+                if run.ahead is not None:
+                    run.ahead.send(run.progress.step + 1, Stopwatch())
+                elif run.checkpoint is not None:
                     run.engine.load_weights(whole_weights(run.learner.network.backbone))
             before = first_evaluation(run)
             train(run)
