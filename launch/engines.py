@@ -161,7 +161,9 @@ class RemoteEngines:
         waiting = deque(requests.items if isinstance(requests, Queue) else requests)
         stops = sorted(stop_ids or [])
         running: dict[Any, tuple[Worker, int, list[Request]]] = {}  # what a worker will return → it, and what it draws
-        self.idle_since, last_seen = None, time.monotonic()
+        last_seen = time.monotonic()
+        if waiting:
+            self.idle_since = None
         while waiting or running:
             busy = {worker for worker, *_ in running.values()}
             drawing = [worker for worker in list(self.workers) if worker.step is not None]
@@ -190,8 +192,8 @@ class RemoteEngines:
                 if worker.address not in self.answered:
                     self.answered.add(worker.address)
                     console.print(f"first responses from {worker.address}")
-                for trajectory, request in zip(trajectories, chunk):
-                    if self.trained and request.step:  # evaluations are of step 0
+                if self.trained and chunk[0].step:  # evaluations are of step 0
+                    for trajectory in trajectories:
                         trajectory.segments = [Segment(step, 0)]
                 yield from trajectories
             if on_step is not None:
