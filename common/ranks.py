@@ -3,6 +3,8 @@
 What ranks agree on travels over gloo, apart from the gradients, so that records and CPU tensors need no device.
 """
 
+import contextlib
+import contextvars
 import functools
 import itertools
 import os
@@ -85,6 +87,16 @@ def is_first_of_tensor_group(size: int) -> bool:
     return rank() % size == 0
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it this thread's rank is the only one: for what it does by itself beside what all ranks do together."""
+    token = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(token)
+
+
 def wait_for_all() -> None:
     """Return once every rank has called it."""
     if _many():
@@ -133,7 +145,7 @@ class Queue(Generic[T]):
 
 
 def _many() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
+    return dist.is_initialized() and dist.get_world_size() > 1 and not _is_alone.get()
 
 
 @functools.cache
@@ -159,5 +171,6 @@ def _store() -> dist.TCPStore:
     return store or dist.TCPStore(host, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
+_is_alone = contextvars.ContextVar("is_alone", default=False)  # every thread has its own
 # of shared queues: the same on every rank, since all ranks make the same ones in the same order
 _numbers = itertools.count(1)

@@ -620,6 +620,11 @@ class SFTExperimentConfig(TrainingExperiment):
 @dataclass
 class ExperimentConfig(TrainingExperiment, EvalExperimentConfig):
     max_failures: int = key(3, "many nodes: how often a run goes on after it lost a node", low=0)
+    rollout_nodes: int = key(
+        0,
+        "many nodes: the last n of them draw only, a step ahead, while the others train; 0: all draw and train in turn",
+        low=0,
+    )
     total_step: int = key(50, "RL steps", low=1)
     save_every: int = key(10, "steps between checkpoints; 0: only the final model", low=0)
     train_value_every: int = key(1, "RL steps between those in which the value model learns; 1: in every one", low=1)
@@ -820,9 +825,33 @@ class RLConfig(JobConfig):
                 f"training.old_logp={training.old_logp} with rollout.carry: what older weights drew has another ratio; "
                 "set training.old_logp=recompute"
             )
+        yield from apart_faults(self)
         if rollout.carry and rollout.spare:
             yield f"rollout.spare={rollout.spare} with rollout.carry, which drops no group; set rollout.spare=0"
         yield from idle_faults(self)
+
+
+def apart_faults(config: RLConfig) -> Iterator[str]:
+    """As `JobConfig.faults`, of what engines on nodes of their own do not do."""
+    rollout, nodes = config.rollout, f"experiment.rollout_nodes={config.experiment.rollout_nodes}"
+    if not config.experiment.rollout_nodes:
+        return
+    if rollout.carry or rollout.spare:
+        written = "rollout.carry" if rollout.carry else f"rollout.spare={rollout.spare}"
+        yield (
+            f"{written} with {nodes}: there a step waits for all of its responses, which are drawn a step ahead; leave "
+            "one of the two out"
+        )
+    if rollout.tensor_parallel_size > 1:
+        yield (
+            f"rollout.tensor_parallel_size={rollout.tensor_parallel_size} with {nodes}, whose devices have an engine "
+            "each; set it to 1"
+        )
+    if config.training.old_logp in ("engine", "detach"):
+        yield (
+            f"training.old_logp={config.training.old_logp} with {nodes}: what older weights drew has another ratio; "
+            "set training.old_logp=recompute"
+        )
 
 
 def attention_faults(config: RLConfig, family: str, attention: str | None) -> Iterator[str]:

@@ -29,6 +29,7 @@ AGENTS = ("dashboard-agent-grpc", "metrics-export", "dashboard-agent-listen", "r
 FAREWELL = 10.0  # seconds in which the other nodes may leave before the first one does
 STARTS = 3  # of Ray: on a busy machine its raylet may find its agents late and give up
 JOB = "dllm-rl-job"  # the actor that knows how the job stands
+ROLE = "role"  # Ray's label of a node: its number in the job
 
 
 class Job:
@@ -93,6 +94,11 @@ def live_nodes() -> list[dict]:
     return sorted(nodes, key=lambda node: ("node:__internal_head__" not in node["Resources"], node["NodeID"]))
 
 
+def role_of(node: dict) -> int:
+    """A node's number in the job."""
+    return int(node["Labels"].get(ROLE, 0))
+
+
 def device_options(node: dict) -> list[dict[str, Any]]:
     """Of each device of a node what gives it to a Ray actor alone; of a node without any, what gives it a processor."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -103,10 +109,12 @@ def device_options(node: dict) -> list[dict[str, Any]]:
     return [options] * (gpus or 1)
 
 
-def wait_for_nodes(wanted: int, patience: float, place: Place | None = None) -> int:
+def wait_for_nodes(
+    wanted: int, patience: float, place: Place | None = None, nodes: Callable[[], list[dict]] = live_nodes
+) -> int:
     """Wait until so many nodes are there; returns how many came in time. With `place`, too few are a UserError."""
     limit = time.monotonic() + patience
-    while (count := len(live_nodes())) < wanted and time.monotonic() < limit:
+    while (count := len(nodes())) < wanted and time.monotonic() < limit:
         time.sleep(0.3)
     if count < wanted and place is not None:
         here = {node["NodeManagerAddress"] for node in live_nodes()}
@@ -117,6 +125,16 @@ def wait_for_nodes(wanted: int, patience: float, place: Place | None = None) -> 
             "start the same command on them, or raise it"
         )
     return count
+
+
+def use_own_interface() -> None:
+    """Have gloo listen where the cluster's other nodes are: by the host's name it may find 127.0.0.1."""
+    import psutil
+    import ray
+
+    address, interfaces = ray.util.get_node_ip_address(), psutil.net_if_addrs().items()
+    interface = next(name for name, entries in interfaces if address in [entry.address for entry in entries])
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 @contextlib.contextmanager
@@ -136,6 +154,7 @@ def head_node(place: Place, experiment: EvalExperimentConfig, token: str) -> Ite
         shared = token_file(experiment)
         write_private(shared, token)
         arguments = ["--head", f"--node-ip-address={place.head}", f"--port={place.port}", "--include-dashboard=false"]
+        arguments.append(f"--labels={ROLE}=0")
         try:
             with contextlib.ExitStack() as stack:
                 for _ in range(STARTS):
@@ -161,7 +180,7 @@ def follow(place: Place, experiment: EvalExperimentConfig, token: str | None = N
         if (own := own_address(place)) and (token or shared.exists()):
             with tempfile.TemporaryDirectory() as folder:
                 use_token(token or shared.read_text(), Path(folder) / "token")
-                arguments = [f"--address={address}", f"--node-ip-address={own}"]
+                arguments = [f"--address={address}", f"--node-ip-address={own}", f"--labels={ROLE}={place.role}"]
                 with ray_process(arguments, place.port, Path(folder)) as process:
                     if connect(address, process, limit - time.monotonic()):
                         code = stay(place, process)

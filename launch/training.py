@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import yaml
 
 from common.checkpoint import newest_step
 from common.config_files import accelerate_config
+from common.errors import UserError
 from common.runtime import Stopwatch, console
 from common.schema import RLConfig
 from common.stop import STOP_FILE, exit_code, exit_code_of, signals_noted, stop_requested
 from launch.accelerate import launch_ranks, launched
-from launch.ray_cluster import device_options, live_nodes, wait_for_nodes
+from launch.engines import RemoteEngines
+from launch.ray_cluster import device_options, live_nodes, role_of, use_own_interface, wait_for_nodes
 from launch.start_model import make_missing_model
 
 SETTLE = 5.0  # seconds until Ray knows that a lost node is gone
@@ -33,6 +36,11 @@ DEEPSPEED_KEYS = {
 
 def train_here(config: RLConfig, arguments: Sequence[str]) -> int:
     """Run rl.py's job, started with these arguments, on this node; returns the exit code."""
+    if config.experiment.rollout_nodes:
+        raise UserError(
+            f"experiment.rollout_nodes={config.experiment.rollout_nodes} is of multinode_rl.py, and rl.py runs on one "
+            "node: start multinode_rl.py on every node, or set it to 0"
+        )
     if config.experiment.deepspeed_file and not launched():
         return launch_ranks(config, "rl.py", arguments)
     from train.rl_trainer import read_inputs, reinforce
@@ -59,21 +67,34 @@ class Rank:
             listener.bind(("", 0))
             return ray.util.get_node_ip_address(), listener.getsockname()[1]
 
-    def run(self, arguments: list[str], host: str, port: int) -> int:
-        """Train to the end; returns the exit code."""
-        import psutil
-        import ray
-
+    def run(self, arguments: list[str], host: str, port: int, trainers: int) -> int:
+        """Train to the end; returns the exit code. The first `trainers` nodes train, engines of the others draw."""
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
-        # the interface that has this node's address: by the host's name gloo may find 127.0.0.1
-        address, interfaces = ray.util.get_node_ip_address(), psutil.net_if_addrs().items()
-        interface = next(name for name, entries in interfaces if address in [entry.address for entry in entries])
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        use_own_interface()
         sys.argv = ["multinode_rl.py", *arguments]  # for the line that says how to go on
         from common.config import load_config
         from train.rl_trainer import main
 
-        return main(load_config("rl", arguments))
+        config = load_config("rl", arguments)
+        engines = partial(engines_behind, config, trainers) if config.experiment.rollout_nodes else None
+        return main(config, engines)
+
+
+def engines_behind(config: RLConfig, trainers: int) -> RemoteEngines:
+    """Engines on the nodes that come behind those that train."""
+    return RemoteEngines(
+        config.model.pretrained_model,
+        config.model.model_base,
+        config.model.dtype,
+        config.experiment.join_timeout,
+        nodes=lambda: [node for node in live_nodes() if role_of(node) >= trainers],
+        trained=True,
+    )
+
+
+def training_nodes(trainers: int) -> list[dict]:
+    """Those of the first `trainers` nodes that are there."""
+    return [node for node in live_nodes() if role_of(node) < trainers]
 
 
 def train_over_nodes(config: RLConfig, arguments: Sequence[str], nodes: int) -> int:
@@ -83,14 +104,20 @@ def train_over_nodes(config: RLConfig, arguments: Sequence[str], nodes: int) -> 
     if it is back within `join_timeout`, else with those that are left.
     """
     experiment = config.experiment
+    trainers = nodes - experiment.rollout_nodes
+    if trainers < 1:
+        raise UserError(
+            f"experiment.rollout_nodes={experiment.rollout_nodes} leaves none of the {nodes} nodes to train: lower "
+            "it, or start more nodes"
+        )
     make_missing_model(config)
     folder, arguments = Path(experiment.runs_dir) / experiment.project, list(arguments)
     with signals_noted():
         for failures in range(experiment.max_failures + 1):
-            here = wait_for_nodes(nodes, experiment.join_timeout)
-            if here < nodes:
-                console.print(f"{here} of {nodes} nodes are there: the run goes on with them")
-            lost = attempt(config, arguments)
+            here = wait_for_nodes(trainers, experiment.join_timeout, nodes=partial(training_nodes, trainers))
+            if here < trainers:
+                console.print(f"{here} of {trainers} nodes are there: the run goes on with them")
+            lost = attempt(config, arguments, trainers)
             if lost is None:
                 return exit_code()
             time.sleep(SETTLE)
@@ -103,8 +130,8 @@ def train_over_nodes(config: RLConfig, arguments: Sequence[str], nodes: int) -> 
     return 1
 
 
-def attempt(config: RLConfig, arguments: list[str]) -> str | None:
-    """Run with the nodes that are there; None where it came to its end, else what was lost."""
+def attempt(config: RLConfig, arguments: list[str], trainers: int) -> str | None:
+    """Train on those of the first `trainers` nodes that are there; None where it came to its end, else what is lost."""
     import ray
 
     folder = Path(config.experiment.runs_dir)
@@ -112,11 +139,11 @@ def attempt(config: RLConfig, arguments: list[str]) -> str | None:
     # a file, not made yet, that all nodes see
     with tempfile.TemporaryDirectory(dir=folder, prefix=".stop-") as name:
         stop = Path(name).resolve() / "stop"
-        ranks = start_ranks(config.experiment.deepspeed_file, stop)
+        ranks = start_ranks(training_nodes(trainers), config.experiment.deepspeed_file, stop)
         running, where = {}, ranks[0][1]
         try:
             host, port = ray.get(ranks[0][0].address.remote())
-            running = {actor.run.remote(arguments, host, port): address for actor, address in ranks}
+            running = {actor.run.remote(arguments, host, port, trainers): address for actor, address in ranks}
             while running:
                 ready, _ = ray.wait(list(running), timeout=0.5)
                 for result in ready:
@@ -139,11 +166,11 @@ def attempt(config: RLConfig, arguments: list[str]) -> str | None:
     return None
 
 
-def start_ranks(deepspeed_file: str | None, stop: Path) -> list[tuple[Any, str]]:
+def start_ranks(nodes: list[dict], deepspeed_file: str | None, stop: Path) -> list[tuple[Any, str]]:
     """A Rank on every device of every node, with the address of its node, rank 0 on the first node."""
     import ray
 
-    devices = [(node["NodeManagerAddress"], options) for node in live_nodes() for options in device_options(node)]
+    devices = [(node["NodeManagerAddress"], options) for node in nodes for options in device_options(node)]
     shared = deepspeed_environment(deepspeed_file) | {"WORLD_SIZE": str(len(devices)), STOP_FILE: str(stop)}
     ranks = []
     for number, (address, options) in enumerate(devices):

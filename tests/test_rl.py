@@ -18,7 +18,7 @@ from common.config import load_config
 from common.errors import UserError
 from common.trajectory import Score, ScoredTrajectory, Task, Trajectory
 from models import load_model
-from train import rl_trainer
+from train import rl_groups, rl_trainer
 from train.learner import Learner
 from train.objectives import kept_samples
 
@@ -457,7 +457,7 @@ def test_why_no_group_is_kept(verdicts: list[list[bool]], words: str) -> None:
         [SimpleNamespace(score=SimpleNamespace(correct=one), trajectory=trajectory) for one in group]
         for group in verdicts
     ]
-    assert words in rl_trainer.why_none_is_kept(config, groups)
+    assert words in rl_groups.why_none_is_kept(config, groups)
 
 
 # ---- the check that the trainer reproduces the engine

@@ -21,7 +21,7 @@ from common.schema import OptimizerParams, RLTrainingConfig, SchedulerConfig
 from common.trajectory import Score, ScoredTrajectory, Task
 from models import load_model, load_network, save_model
 from models.value import HEAD_FILE, ValueNetwork, load_value, save_value
-from train import rl_trainer
+from train import rl_groups
 from train.learner import Learner, make_learner
 from train.loading import value_learner
 from train.network import Critic
@@ -210,7 +210,7 @@ def test_groups_of_equal_rewards_can_be_dropped(drawn: Drawn) -> None:
 
 def test_dynamic_sampling_fills_the_step(tiny_sdar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every other task's group is dropped: as many are drawn again as are missing, until they are there."""
-    real, asked = rl_trainer.collect, []
+    real, asked = rl_groups.collect, []
 
     def flat(*args: object, **kwargs: object) -> list[list[ScoredTrajectory]]:
         groups = real(*args, **kwargs)
@@ -220,7 +220,7 @@ def test_dynamic_sampling_fills_the_step(tiny_sdar: Path, tmp_path: Path, monkey
                 one.score = Score(float(number % 2 and sample % 2), True, "")
         return groups
 
-    monkeypatch.setattr(rl_trainer, "collect", flat)
+    monkeypatch.setattr(rl_groups, "collect", flat)
     keys = SHORT | {"training__dynamic_sampling": True, "experiment__total_step": 1}
     (row,) = steps_of(run_rl(tiny_sdar, tmp_path / "full", rollout__max_resample=9, **keys))
     assert asked[:2] == [4, 2] and row["groups_kept"] <= 4 and row["groups"] == sum(asked)

@@ -2,7 +2,8 @@
 
 import json
 import shlex
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,29 +13,27 @@ from common.checkpoint import unless_full, write_whole
 from common.errors import UserError
 from common.metrics import draw_curves, print_table, truncate_after
 from common.ranks import any_rank, from_main, is_main
-from common.runtime import ROOT, Stopwatch, console, python_command, version_of
+from common.runtime import ROOT, Stopwatch, console, device_and_dtype, python_command, version_of
 from common.schema import RLConfig
 from common.stop import Stopped, exit_code_of, stop_requested
-from common.trajectory import ScoredTrajectory, Task
-from data.tasks import load_tasks, task_batch
+from data.tasks import load_tasks
 from models import find_family
 from models.defaults import take_defaults
-from reward.score import RewardScorer, check_tasks, make_scorer
-from rollout.carry import Group, Rule, carried_figures, read_groups, take_groups
-from rollout.collect import Prompt, check_questions, collect, encode_tasks, prompts_within, say_unread_words
+from reward.score import check_tasks, make_scorer
+from rollout.carry import Rule, carried_figures, read_groups
+from rollout.collect import check_questions, encode_tasks, say_unread_words
 from rollout.report import RunPage
 from rollout.results import Evaluation, overwriting_figures, results_row, tokens_per_forward
 from rollout.samples import write_samples
 from sample.engine import Engine
-from train.learner import Learner, whole_weights
+from train.ahead import Ahead, Engines
+from train.learner import whole_weights
 from train.loading import engine_model, frozen_reference, load_trained, policy_learner, value_learner
-from train.objectives import kept_samples
+from train.rl_groups import next_groups, why_none_is_kept
+from train.rl_run import Drawn, Inputs, RLProgress, RLRun
 from train.rl_step import learn
 from train.run import (
     CARRIED,
-    HeldOut,
-    Progress,
-    Run,
     begin,
     evaluate_held_out,
     export,
@@ -48,57 +47,36 @@ from train.run import (
 from train.views import check_views, layout_of
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads before any network: tasks, and the functions that score answers to them."""
-
-    tasks: list[Task]
-    scorer: RewardScorer
-    held_out: HeldOut
-
-
-@dataclass
-class RLProgress(Progress):
-    """How far an RL run is."""
-
-    cursor: int = 0  # position in the endless sequence of shuffled tasks
-
-
-@dataclass(kw_only=True)
-class RLRun(Run):
-    """All that lives through an RL run."""
-
-    config: RLConfig
-    progress: RLProgress
-    tasks: list[Task]
-    scorer: RewardScorer
-    engine: Engine
-    reference: Learner | None  # the frozen first model, where the KL refers to it
-    page: RunPage
-    stages: Stopwatch  # seconds by stage of the whole run
-
-
-def main(config: RLConfig) -> int:
+def main(config: RLConfig, engines: Callable[[], Engines] | None = None) -> int:
     """Run reinforcement learning as the config says; everything it makes lies in runs/<project>/.
 
-    Returns the program's exit code: 130 where Ctrl-C stopped it, else 0. All ranks must call it.
+    `engines` starts those that draw, where they lie elsewhere (train/ahead.py). Returns the program's exit code: 130
+    where Ctrl-C stopped it, else 0. All ranks must call it.
     """
-    return exit_code_of(lambda: reinforce(config))
+    return exit_code_of(lambda: reinforce(config, engines=engines))
 
 
-def reinforce(config: RLConfig, inputs: Inputs | None = None, stages: Stopwatch | None = None) -> None:
+def reinforce(
+    config: RLConfig,
+    inputs: Inputs | None = None,
+    stages: Stopwatch | None = None,
+    engines: Callable[[], Engines] | None = None,
+) -> None:
     """The run, from its set-up to its results. Raises Stopped, after a checkpoint, where a signal came.
 
-    `inputs` and the seconds of `stages` are what the caller has done already. All ranks must call it.
+    `inputs` and the seconds of `stages` are what the caller has done already, `engines` as in `main`. All ranks must
+    call it.
     """
-    run = set_up(config, inputs or read_inputs(config), stages or Stopwatch())
+    run = set_up(config, inputs or read_inputs(config), stages or Stopwatch(), engines)
     with until_stopped(run):
         try:
             with run.stages("load"):
                 resume(run)
                 take_up_carried(run)
                 name_block_size(run)
-                if run.checkpoint is not None:
+                if run.ahead is not None:
+                    run.ahead.send(run.progress.step + 1, Stopwatch())
+                elif run.checkpoint is not None:
                     run.engine.load_weights(whole_weights(run.learner.network.backbone))
             before = first_evaluation(run)
             train(run)
@@ -140,7 +118,7 @@ def read_inputs(config: RLConfig) -> Inputs:
     return Inputs(tasks, scorer, held_out)
 
 
-def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
+def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch, engines: Callable[[], Engines] | None = None) -> RLRun:
     """Load the networks; then, when no mistake can be found any more, open the run's folder and its records."""
     experiment = config.experiment
     updates_per_step = config.training.updates_per_step * config.training.epochs_per_step
@@ -148,7 +126,7 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         begin(config)
         trained = load_trained(config.model, config.training, config.model.pretrained_model)
         learner = policy_learner(config, trained, experiment.total_step * updates_per_step)
-        drawing = engine_model(config, trained, learner)
+        drawing = trained if engines else engine_model(config, trained, learner)
         reference = frozen_reference(config, trained, learner)
         take_defaults(config, drawing)
         check_questions(drawing, inputs.tasks, "dataset.train_dataset")
@@ -167,6 +145,12 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         if is_main():
             (folder / "rollouts").mkdir(exist_ok=True)
             truncate_after(folder / "samples.jsonl", state.get("step", -1))
+        ahead = None
+        if engines is None:
+            engine = Engine(drawing.model, drawing.mask_id, drawing.stop_ids)
+        else:
+            engine = engines() if is_main() else None
+            ahead = Ahead(engine, partial(whole_weights, learner.network.backbone), experiment.total_step)
     return RLRun(
         config=config,
         folder=folder,
@@ -179,10 +163,11 @@ def set_up(config: RLConfig, inputs: Inputs, stages: Stopwatch) -> RLRun:
         critic=critic,
         tasks=inputs.tasks,
         scorer=inputs.scorer,
-        engine=Engine(drawing.model, drawing.mask_id, drawing.stop_ids),
+        engine=engine,
         reference=reference,
         page=RunPage(folder, drawing, experiment.total_step),
         stages=stages,
+        ahead=ahead,
     )
 
 
@@ -222,10 +207,13 @@ def train(run: RLRun) -> None:
 
 
 def rl_step(run: RLRun) -> dict[str, float]:
-    """Sample, score, learn, and hand the new weights to the engine; returns the step's figures."""
+    """Sample, score, learn, and hand the new weights to the engine; returns the step's figures.
+
+    Engines elsewhere get them when they have drawn the next step's responses.
+    """
     config, watch = run.config, Stopwatch()
     number = run.progress.step + 1
-    drawn = draw_groups(run, number, watch)
+    drawn = next_groups(run, number, watch)
     groups, samples = drawn.groups, drawn.samples
     file = run.folder / "rollouts" / f"step-{number:04d}.jsonl"
     if is_main():
@@ -234,8 +222,9 @@ def rl_step(run: RLRun) -> dict[str, float]:
     rollout = config.rollout.at_step(number)
     run.page.note(number, groups, rollout.block_size)
     figures: dict[str, float] = {"updates": 0, "lr": run.learner.scheduler.get_last_lr()[0]}
-    if config.rollout.free_cache:
+    if config.rollout.free_cache and run.ahead is None:
         run.engine.sleep()
+    began = time.perf_counter()
     if samples:
         approximate = run.loaded.family.attention == "full" and config.rollout.use_cache
         with watch("train"):
@@ -246,7 +235,7 @@ def rl_step(run: RLRun) -> dict[str, float]:
                 layout_of(run.loaded, rollout.block_size),
                 config.rollout.max_token,
                 seed=[config.training.seed, number],
-                exact=run.loaded.model.dtype == torch.float32 and not approximate,
+                exact=device_and_dtype(config.model.dtype)[1] == torch.float32 and not approximate,
                 reference=run.reference,
                 critic=run.critic,
                 train_value=number % config.experiment.train_value_every == 0,
@@ -254,7 +243,10 @@ def rl_step(run: RLRun) -> dict[str, float]:
             )
     else:
         console.print(f"step {number}: no update; {why_none_is_kept(config, groups)}")
-    if figures["updates"]:
+    if run.ahead is not None:
+        run.ahead.changed |= figures["updates"] > 0
+        figures |= run.ahead.figures(began)
+    elif figures["updates"]:
         with watch("sync"):
             run.engine.load_weights(whole_weights(run.learner.network.backbone))
     for stage, seconds in watch.seconds.items():
@@ -262,147 +254,16 @@ def rl_step(run: RLRun) -> dict[str, float]:
     figures |= carried_figures([response for group in groups for response in group], number)
     if drawn.room:
         figures["seats_idle"] = 1 - drawn.steps / drawn.room
-    return step_figures(groups, samples, figures, watch)
+    return step_figures(drawn, figures, watch)
 
 
-@dataclass
-class Drawn:
-    """What an RL step has drawn so far."""
-
-    cursor: int  # place behind the last task of the endless sequence that was begun
-    carried: list[Group]  # responses that are begun
-    groups: list[list[ScoredTrajectory]] = field(default_factory=list)
-    samples: list[ScoredTrajectory] = field(default_factory=list)  # of them, what is learned from
-    steps: int = 0  # denoising steps, and those for which there were seats, where the first groups are taken
-    room: int = 0
-
-
-def draw_groups(run: RLRun, number: int, watch: Stopwatch) -> Drawn:
-    """Responses in groups for the step, and those that are learned from; the run's cursor moves on.
-
-    Where the filter leaves no group, more tasks are drawn, up to `max_resample` times; with dynamic sampling until as
-    many groups are kept as there were to be. UserError where every prompt is too long.
-    """
-    config, training = run.config, run.config.training
-    wanted = config.rollout.num_task_per_step
-    draw = draw_first if config.rollout.carry or config.rollout.spare else draw_all
-    missing, drawn = wanted, Drawn(run.progress.cursor, run.carried)
-    for _ in range(config.rollout.max_resample + 1):
-        draw(run, number, missing, drawn, watch)
-        drop_equal = training.drop_equal or training.dynamic_sampling
-        drawn.samples = kept_samples(drawn.groups, training.keep_accuracy, drop_equal, training.advantage)
-        kept = len({sample.trajectory.task_id for sample in drawn.samples})
-        missing = wanted - kept if training.dynamic_sampling else wanted * (kept == 0)
-        if missing == 0:
-            break
-    if not drawn.groups:
-        raise UserError("training.max_prompt_len: every prompt of the step is longer; raise it")
-    # not before: a step that was stopped is done again when the run is resumed
-    run.progress.cursor, run.carried = drawn.cursor, drawn.carried
-    return drawn
-
-
-def draw_all(run: RLRun, number: int, count: int, drawn: Drawn, watch: Stopwatch) -> None:
-    """Draw the groups of the next `count` tasks, of which those that the step has drawn already are left out."""
-    config = run.config
-    indices, drawn.cursor = task_batch(len(run.tasks), count, drawn.cursor, config.training.seed)
-    seen = {group[0].task.id for group in drawn.groups}
-    tasks = [run.tasks[index] for index in dict.fromkeys(indices) if run.tasks[index].id not in seen]
-    drawn.groups += collect(
-        run.engine,
-        run.loaded,
-        prompts_of(run, tasks),
-        config.rollout.at_step(number),
-        run.scorer,
-        watch,
-        config.training.seed,
-        number,
-        f"step {number}: rollout",
-        keep_routes=partial(keeps_routes, run),
-    )
-
-
-def draw_first(run: RLRun, number: int, count: int, drawn: Drawn, watch: Stopwatch) -> None:
-    """Draw until `count` groups are complete, of those carried and of the next tasks, in this order."""
-    config, rule = run.config, Rule.of(run.config.rollout, number)
-    groups, seen = list(drawn.carried), {group[0].task.id for group in drawn.groups}
-    seen |= {group.task.id for group in groups}
-    cursor, end = drawn.cursor, drawn.cursor + len(run.tasks)
-    while len(groups) < rule.most_groups(count) and cursor < end:
-        batch = min(rule.most_groups(count) - len(groups), end - cursor)
-        indices, _ = task_batch(len(run.tasks), batch, cursor, config.training.seed)
-        places: dict[str, int] = {}
-        for place, index in enumerate(indices, cursor + 1):
-            places.setdefault(run.tasks[index].id, place)
-        by_id = {run.tasks[index].id: run.tasks[index] for index in indices}
-        new = prompts_of(run, [task for id, task in by_id.items() if id not in seen])
-        groups += [Group(task, ids, number, places[task.id]) for task, ids in new]
-        seen |= by_id.keys()
-        cursor += batch
-    taken = take_groups(
-        run.engine,
-        run.loaded,
-        groups,
-        count,
-        rule,
-        config.rollout.at_step(number),
-        run.scorer,
-        watch,
-        config.training.seed,
-        f"step {number}: rollout",
-        keep_routes=partial(keeps_routes, run),
-    )
-    drawn.groups += taken.groups
-    drawn.carried, drawn.cursor = taken.left, max(drawn.cursor, taken.cursor)
-    drawn.steps += taken.steps
-    drawn.room += taken.room
-
-
-def prompts_of(run: RLRun, tasks: list[Task]) -> list[Prompt]:
-    """The tasks with their prompts, without those that are too long."""
-    config = run.config
-    prompts = encode_tasks(run.loaded, tasks, config.dataset, config.rollout.start_with_think)
-    return prompts_within(prompts, config.training.max_prompt_len)
-
-
-def keeps_routes(run: RLRun, sample: int) -> bool:
-    """Whether the n-th response to a task is to say which experts its tokens were given to."""
-    return run.learner.routing is not None and (run.config.training.replay_routes or sample == 0)
-
-
-def why_none_is_kept(config: RLConfig, groups: list[list[ScoredTrajectory]]) -> str:
-    """In words, why no group of a step is learned from: its accuracies, and what they usually come from."""
-    unequal = config.training.drop_equal or config.training.dynamic_sampling
-    equal = " with rewards that differ" if unequal else ""
-    shares = [sum(one.score.correct for one in group) / len(group) for group in groups]
-    reason = (
-        f"no group{equal} has an accuracy within training.keep_accuracy {config.training.keep_accuracy} "
-        f"(they are {min(shares):.0%} to {max(shares):.0%}, {sum(shares) / len(shares):.0%} in the mean)"
-    )
-    if max(shares) == 0:
-        cut = sum(one.trajectory.finish_reason == "length" for group in groups for one in group)
-        count = sum(map(len, groups))
-        return (
-            f"{reason}: nothing is right. {cut} of {count} responses reached rollout.max_token; else look at "
-            "dataset.data_type, at the prompts (python -m rollout.show_prompts) and at the run's rollouts/"
-        )
-    if min(shares) == 1:
-        return f"{reason}: all is right; take harder tasks"
-    return reason
-
-
-def step_figures(
-    groups: list[list[ScoredTrajectory]],
-    samples: list[ScoredTrajectory],
-    learned: dict[str, float],
-    watch: Stopwatch,
-) -> dict[str, float]:
+def step_figures(drawn: Drawn, learned: dict[str, float], watch: Stopwatch) -> dict[str, float]:
     """A step's figures: means over its responses, those of learning from its samples, and its seconds by stage."""
-    responses = [response for group in groups for response in group]
+    responses = [response for group in drawn.groups for response in group]
     count = len(responses)
     tokens = sum(response.trajectory.length for response in responses)
     total = watch.total()
-    stages = {stage: watch.seconds.get(stage, 0.0) for stage in ("rollout", "reward", "train", "sync")}
+    seconds = dict.fromkeys(("rollout", "reward", "train", "sync"), 0.0) | watch.seconds | drawn.seconds
     return {
         "reward": sum(response.score.reward for response in responses) / count,
         "accuracy": sum(response.score.correct for response in responses) / count,
@@ -411,12 +272,12 @@ def step_figures(
         **overwriting_figures(responses),
         "tokens_per_forward": tokens_per_forward(responses),
         "kept_mass": sum(response.trajectory.kept_mass for response in responses) / count,
-        "groups": len(groups),
-        "groups_kept": len({sample.trajectory.task_id for sample in samples}),
+        "groups": len(drawn.groups),
+        "groups_kept": len({sample.trajectory.task_id for sample in drawn.samples}),
         **learned,
-        "tokens_per_second": tokens / stages["rollout"],
-        **{f"seconds_{stage}": seconds for stage, seconds in stages.items()},
-        "seconds_other": total - sum(stages.values()),
+        "tokens_per_second": tokens / seconds["rollout"],
+        **{f"seconds_{stage}": value for stage, value in seconds.items()},
+        "seconds_other": total - sum(watch.seconds.values()),
         "seconds": total,
     }
 
@@ -444,8 +305,10 @@ def evaluate_now(run: RLRun) -> dict[str, Evaluation]:
     """
     if not run.held_out.tasks:
         return {}
+    evaluate = partial(evaluate_held_out, run, run.engine, run.loaded, run.folder / "samples.jsonl")
     with run.stages("evaluation"):
-        results, figures = evaluate_held_out(run, run.engine, run.loaded, run.folder / "samples.jsonl")
+        ahead = run.ahead
+        results, figures = evaluate() if ahead is None else ahead.by_present_weights(run.progress.step + 1, evaluate)
     run.metrics.log({"step": run.progress.step} | figures)
     found = [f"{name} {percent(one.accuracy, one.standard_error)}" for name, one in results.items()]
     console.print(f"held-out accuracy after step {run.progress.step}: {', '.join(found)}")

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with addresses of their own, and an ssh server in the second."""
+"""Hosts on one machine: network namespaces with addresses of their own, and an ssh server in one of them."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
+NETWORK = "10.77.0"  # the first host is 10.77.0.1
 RAY = "/tmp/dllm-ray"
 PRIVATE = 'mount -t tmpfs ray "$0" && exec "$@"'
 TOOLS = ("ip", "sshd", "ssh", "ssh-keygen")
@@ -59,18 +59,20 @@ class Host:
 
 
 @contextlib.contextmanager
-def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """The two, joined by a cable; every process in them is ended in the end."""
-    hosts = tuple(Host(f"dllm{os.getpid()}n{n}", address) for n, address in enumerate(ADDRESSES))
+def joined_hosts(count: int) -> Iterator[tuple[Host, ...]]:
+    """So many, joined by a switch; every process in them is ended in the end."""
+    prefix = f"dllm{os.getpid()}"
+    hosts = tuple(Host(f"{prefix}n{n}", f"{NETWORK}.{n + 1}") for n in range(count))
+    switch = f"{prefix}switch"  # a namespace too: this machine's own network is left alone
     try:
-        for host in hosts:
-            ip("netns", "add", host.name)
-            ip("-n", host.name, "link", "set", "lo", "up")
-        cable = [f"d{os.getpid() % 100000}n{n}" for n in range(2)]
-        ip("link", "add", cable[0], "type", "veth", "peer", "name", cable[1])
-        for host, end in zip(hosts, cable):
-            ip("link", "set", end, "netns", host.name)
-            ip("-n", host.name, "link", "set", end, "name", "eth0")
+        for name in (switch, *(host.name for host in hosts)):
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        ip("-n", switch, "link", "set", "bridge", "up")
+        for n, host in enumerate(hosts):
+            ip("-n", switch, "link", "add", f"port{n}", "type", "veth", "peer", "name", "eth0", "netns", host.name)
+            ip("-n", switch, "link", "set", f"port{n}", "master", "bridge", "up")
             ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0")
             ip("-n", host.name, "link", "set", "eth0", "up")
         yield hosts
@@ -79,6 +81,8 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             with contextlib.suppress(subprocess.CalledProcessError):
                 host.kill()
                 ip("netns", "del", host.name)
+        with contextlib.suppress(subprocess.CalledProcessError):
+            ip("netns", "del", switch)
 
 
 def ssh_server(host: Host, folder: Path) -> list[str]:

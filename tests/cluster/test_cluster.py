@@ -12,7 +12,7 @@ import pytest
 from common.config import load_config
 from models.tiny import build_tiny
 from rollout import evaluate
-from tests.cluster.hosts import Host, missing, ssh_server, two_hosts
+from tests.cluster.hosts import Host, joined_hosts, missing, ssh_server
 from train import rl_trainer
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(missing()), reason=missing() or "can run")]
@@ -55,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[Host, Host]]:
-    with two_hosts() as both:
+    with joined_hosts(2) as both:
         yield both
 
 
@@ -64,9 +64,9 @@ def arguments(config: str, values: dict[str, object], runs: Path) -> list[str]:
     return [f"config={ROOT}/configs/{config}.yaml", *(f"{key}={value}" for key, value in pairs.items())]
 
 
-def start(hosts: tuple[Host, Host], role: int, script: str, told: list[str], log: Path) -> subprocess.Popen:
+def start(hosts: tuple[Host, ...], role: int, script: str, told: list[str], log: Path) -> subprocess.Popen:
     """The job's command on a host, in the environment that a scheduler would make."""
-    place = {"MLP_ROLE_INDEX": role, "MLP_WORKER_NUM": 2}
+    place = {"MLP_ROLE_INDEX": role, "MLP_WORKER_NUM": len(hosts)}
     place |= {f"MLP_WORKER_{n}_HOST": host.address for n, host in enumerate(hosts)}
     return hosts[role].start([sys.executable, ROOT / script, *told], log, OMP_NUM_THREADS=1, **place)
 
