@@ -4,10 +4,11 @@
     python -m benchmarks.learning --parts block --recipes tracerl   # of that what is missing
     python -m benchmarks.learning --table                           # the table alone
 
-A part is a kind of task and an attention: `block` and `full` are additions, `countdown` is Countdown under block
-attention. Every recipe of a part starts from the seed's one finetuned model and draws its tasks in the same order. Its
-rate is the one of RATES with the highest accuracy on a seed that is not reported. Accuracy is of held-out tasks, by
-dynamic sampling. `coin flip` is TraceRL where a coin gives the rewards. Each run that ends is a line of RESULTS.
+A part is a kind of task and an attention: `block` and `full` are additions, `countdown` and `countdown_full` are
+Countdown under block and full attention. Every recipe of a part starts from the seed's one finetuned model and draws
+its tasks in the same order. Its rate is the one of the part's with the highest accuracy on a seed that is not reported.
+Accuracy is of held-out tasks, by dynamic sampling. `coin flip` is TraceRL where a coin gives the rewards. Each run that
+ends is a line of RESULTS.
 """
 
 import argparse
@@ -54,6 +55,7 @@ class Part:
     task: str  # of configs/rl_{task}.yaml and configs/sft_{task}.yaml
     recipes: tuple[str, ...]
     seeds: tuple[int, ...]
+    rates: tuple[float, ...] = RATES
 
 
 PARTS = {
@@ -73,6 +75,14 @@ PARTS = {
     ),
     "countdown": Part(
         "Countdown, block attention (sdar)", "sdar", "countdown_tiny", ("tracerl", "dapo", "just_grpo", COIN), (1, 2)
+    ),
+    "countdown_full": Part(
+        "Countdown, full attention (llada)",
+        "llada",
+        "countdown_tiny",
+        ("tracerl", "gdpo", "coupled_grpo", COIN),
+        (1, 2),
+        rates=(1e-4, 3e-4),
     ),
 }
 
@@ -165,7 +175,7 @@ def start_of(part: str, seed: int, budget: Budget) -> Job:
 def tuning_runs(part: str, _curves: Curves, budget: Budget) -> list[Job]:
     """Every recipe at every rate on the seed that is not reported."""
     recipes = [recipe for recipe in PARTS[part].recipes if recipe != COIN]
-    return [Job(part, recipe, TUNING_SEED, rate, budget) for recipe in recipes for rate in RATES]
+    return [Job(part, recipe, TUNING_SEED, rate, budget) for recipe in recipes for rate in PARTS[part].rates]
 
 
 def reported_runs(part: str, curves: Curves, budget: Budget) -> list[Job]:
@@ -336,7 +346,7 @@ def table_of(curves: Curves, part: str, budget: Budget) -> str:
         before = [curve.accuracy[0] for curve in own.values()]
         count = f"{len(own)} of {len(wanted.seeds)}"
         lines.append([recipe, f"{rate:g}", count, shown(before), shown(after), shown(timed), f"{seconds:.0f}"])
-    tuning = [["recipe", *(f"{rate:g}" for rate in RATES)], ["---"] * (1 + len(RATES))]
+    tuning = [["recipe", *(f"{rate:g}" for rate in wanted.rates)], ["---"] * (1 + len(wanted.rates))]
     for recipe in wanted.recipes:
         jobs = [job for job in tuning_runs(part, curves, budget) if job.recipe == recipe]
         cells = [

@@ -28,11 +28,12 @@ BINDING = {"+": SUM, "-": SUM, "*": PRODUCT, "/": PRODUCT}
 
 
 def countdown_tasks(count: int, split: str, largest: int = 99, seed: int = 0) -> list[dict[str, object]]:
-    """The tasks of one split, in the order of a hash: question, ground_truth_answer, numbers, prompt and response.
+    """The tasks of one split, in the order of a hash: question, ground_truth_answer, numbers, prompt and answers.
 
-    A question has `count` numbers from 1 to `largest` and a target from 1 to 100; where it has three, the record has
-    `search` too. Tasks that differ in the order of the numbers alone are in the same split, and but for `train` one of
-    them stands for all. UserError for sizes that cannot be made.
+    A question has `count` numbers from 1 to `largest` and a target from 1 to 100. Its answers are `response`, of that
+    the box alone, `expression`, and where it has three numbers `search`. Tasks that differ in the order of the numbers
+    alone are in the same split, and but for `train` one of them stands for all. UserError for sizes that cannot be
+    made.
     """
     if not 2 <= count <= 6 or not 3 <= largest <= 1000:
         raise UserError(
@@ -128,8 +129,9 @@ def _record(numbers: tuple[int, ...], target: int, response: str) -> dict[str, o
         "numbers": list(numbers),
         "prompt": question,
         "response": response,
+        "expression": response.split(";")[-1],
     }
     if len(numbers) == 3:
         working, expression = _search(numbers, target)
-        record["search"] = working + (f"\\boxed{{{expression}}}" if expression else response.split(";")[-1])
+        record["search"] = working + (f"\\boxed{{{expression}}}" if expression else record["expression"])
     return record

@@ -64,8 +64,8 @@ def test_countdown_responses_are_right_and_their_steps_too(count: int) -> None:
     assert len(tasks) > 1000
     for task in tasks:
         assert score_of(task.record["response"], task, "countdown") == RIGHT
-        *steps, _ = task.record["response"].split(";")
-        assert len(steps) == count - 1
+        *steps, last = task.record["response"].split(";")
+        assert len(steps) == count - 1 and task.record["expression"] == last
         for step in steps:
             side, result = step.split("=")
             assert parse_expression(side)[1] == int(result) > 0
