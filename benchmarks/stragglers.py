@@ -11,6 +11,10 @@ Printed is the share of slot time spent waiting, over the steps of a simulated r
   shared queue    a slot that becomes free takes the next response of the step, whoever has it
   carry           the rule of rollout/carry.py, under which responses outlive their step: with what it makes stale
   spare           its other form, a quarter more groups than are taken: with how much shorter the taken ones are
+
+A second table has the share of all devices' time in which they neither draw nor train, where training a step takes as
+long as drawing it would without waiting: in turn, and `apart`, where half of the ranks draw for the next step from one
+queue while the others train.
 """
 
 import heapq
@@ -85,6 +89,19 @@ def fixed_split(lengths: np.ndarray, ranks: int) -> float:
 def shared_queue(lengths: np.ndarray, ranks: int) -> float:
     """Time of one step in which all slots draw from one queue."""
     return finish([0.0] * (ranks * SLOTS), lengths.tolist())
+
+
+def apart(drawn: np.ndarray, ranks: int) -> float:
+    """Share of time that is idle where half of the ranks draw steps, (steps, responses), while the others train."""
+    training = drawn.sum(1).mean() / (ranks * SLOTS)  # of a step, by all ranks; by half of them twice that
+    time = sum(max(shared_queue(row, ranks // 2), 2 * training) for row in drawn) / len(drawn)
+    return 1 - 2 * training / time
+
+
+def in_turn(waiting: float) -> float:
+    """Share of time that is idle where all ranks draw, waiting so much, and then train."""
+    drawing = 1 / (1 - waiting)  # in times of the training
+    return 1 - 2 / (drawing + 1)
 
 
 @dataclass
@@ -172,8 +189,8 @@ def spare(lengths: Lengths, ranks: int, per_slot: int, rng: np.random.Generator)
     return {"waiting": 1 - made / (time * seats), "length": sum(shorter) / STEPS}
 
 
-def row_of(lengths: Lengths, ranks: int, per_slot: int) -> dict[str, str]:
-    """One line of the table."""
+def rows_of(lengths: Lengths, ranks: int, per_slot: int) -> tuple[dict[str, str], dict[str, str]]:
+    """One line of each table."""
     rng = np.random.default_rng([ranks, per_slot])
     drawn = rng.choice(lengths.values, (STEPS, ranks * SLOTS * per_slot))
     waits = {
@@ -181,20 +198,21 @@ def row_of(lengths: Lengths, ranks: int, per_slot: int) -> dict[str, str]:
         for name, time in (("fixed split", fixed_split), ("shared queue", shared_queue))
     }
     carried, spared = carry(lengths, ranks, per_slot, rng), spare(lengths, ranks, per_slot, rng)
-    return {
-        "lengths": lengths.name,
-        "responses a slot and step": str(per_slot),
-        "ranks": f"{ranks:,}",
+    idle = {name: in_turn(share) for name, share in (waits | {"carry": carried["waiting"]}).items()}
+    idle["apart"] = apart(drawn, ranks)
+    of = {"lengths": lengths.name, "responses a slot and step": str(per_slot), "ranks": f"{ranks:,}"}
+    waiting = {
         **{name: f"{100 * share:.0f} %" for name, share in waits.items()},
         "carry": f"{100 * carried['waiting']:.0f} %",
         "age in steps": f"{carried['age']:.1f}",
         "spare": f"{100 * spared['waiting']:.0f} %",
         "length taken": f"{100 * spared['length']:.0f} %",
     }
+    return of | waiting, of | {name: f"{100 * share:.0f} %" for name, share in idle.items()}
 
 
 def main(run: Path | None) -> None:
-    """Print the table."""
+    """Print the tables."""
     known = [measured(run)] if run else [*map(log_normal, MEANS), measured(None)]
     for one in known:
         low, middle, high = np.percentile(one.values, [5, 50, 95]).tolist()
@@ -203,8 +221,11 @@ def main(run: Path | None) -> None:
             f"{high:g} (5 to 95 %), {one.values.max()} at most"
         )
     print(f"{SLOTS} slots a rank, {STEPS} steps, groups of {SAMPLES}")
-    rows = [row_of(one, ranks, per_slot) for one in known for per_slot in PER_SLOT for ranks in RANKS]
-    print_table(rows, title="slot time spent waiting")
+    rows = [rows_of(one, ranks, per_slot) for one in known for per_slot in PER_SLOT for ranks in RANKS]
+    for title, table in zip(
+        ("slot time spent waiting", "device time in which nothing is drawn or trained"), zip(*rows)
+    ):
+        print_table(list(table), title=title)
 
 
 if __name__ == "__main__":
