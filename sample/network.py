@@ -257,7 +257,8 @@ class Network:
         )
 
     def forward(self, ids: Tensor, positions: Tensor, attention: Attention, at: Tensor | None = None) -> Tensor:
-        """Hidden states before the final norm, (lines, length, width); ids and positions (lines, length).
+        """Hidden states before the final norm, (lines, length, width); ids (lines, length), positions the same or of
+        one line for all.
 
         Those `at` (lines, wanted) alone, indices into the length, where they are named: the last layer is not computed
         for the others. The attention's bias must then be the same for all queries of a line.
