@@ -192,16 +192,22 @@ def test_whole_rows_have_the_states_and_gradients_of_transformers_own_forward(
     assert computed[True] < computed[False] / 1.5
 
 
-def test_causal_rows_are_not_whole(tiny: dict[str, LoadedModel]) -> None:
-    """They look like whole ones, but for their blocks of one token."""
-    dream, example = tiny["dream"], Example([1, 2], list(range(10, 18)), 8)
-    layout, training = layout_of(dream, 8), SFTTrainingConfig(block_size=8)
-    taken = {}
-    for method in ("ar", "random_masking"):
-        views = SFT_METHODS["full"][method](example, layout, training, np.random.default_rng(0))
-        (batch,) = pack(make_rows(0, example.prompt_ids, example.response_ids, views, layout.logit_offset), 4096)
-        taken[method] = are_whole(dream.model, batch)
-    assert taken == {"ar": False, "random_masking": True}
+@pytest.mark.parametrize(
+    ("method", "joined", "whole"),
+    [("random_masking", False, True), ("random_masking", True, False), ("ar", False, False)],
+)
+def test_causal_rows_and_joined_ones_are_not_whole(
+    tiny: dict[str, LoadedModel], method: str, joined: bool, whole: bool
+) -> None:
+    """Each token of a whole row sees all others, which the last layer's shortcut takes for granted."""
+    loaded, rows = tiny["dream"], []
+    layout, training, rng = layout_of(loaded, 8), SFTTrainingConfig(block_size=8), np.random.default_rng(0)
+    for number, length in enumerate((8, 16)):
+        example = Example([1, 2], list(range(length)), length)
+        views = SFT_METHODS["full"][method](example, layout, training, rng)
+        rows += make_rows(number, example.prompt_ids, example.response_ids, views, layout.logit_offset)
+    (batch,) = pack(rows, 4096, together=joined)
+    assert len(batch.ids) == (1 if joined else 2) and are_whole(loaded.model, batch) == whole
 
 
 def test_a_shifted_step_map_is_seen(tiny: dict[str, LoadedModel]) -> None:

@@ -2,7 +2,7 @@
 
 So the mask is one number for each key, and the last layer is needed where something is predicted and nowhere else: one
 or two tokens of a row under TraceRL. Its activations are kept where the other layers' are computed again, as they would
-be in memory together with its gradients anyway. Block attention, causal rows and GPUs, where rows are joined, take
+be in memory together with its gradients anyway. Block attention, causal rows, rows that share a line and GPUs take
 transformers' own forward under the masks of train/attention.py.
 """
 
@@ -27,7 +27,9 @@ def are_whole(backbone: PreTrainedModel, batch: PackedBatch) -> bool:
     # no mixtures: their experts are counted over the tokens of every layer
     known = all(isinstance(layer, PRE_NORM) and is_gated(layer.mlp) for layer in backbone.model.layers)
     dropout = getattr(backbone.config, "attention_dropout", 0.0)
-    return known and not dropout and not batch.block.any()  # blocks of one token are causal attention
+    causal = batch.block.any()  # its blocks are of one token
+    joined = ((batch.trajectory != batch.trajectory[:, :1]) & (batch.trajectory >= 0)).any()
+    return known and not dropout and not causal and not joined
 
 
 def states_of_whole_rows(backbone: PreTrainedModel, batch: PackedBatch) -> Tensor:
