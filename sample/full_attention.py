@@ -33,22 +33,16 @@ def denoise_cached(
 ) -> Tensor:
     """As `denoise`, with the prefix kept from each block's first forward. Rows are the cache's first slots."""
     index = positions + network.logit_offset  # of the hidden states that predict the block
-    begins = slots.block_step == 0
-    every = torch.arange(len(begins), device=network.device)
-    if begins.all():
-        return _forward_all(network, slots.tokens, slots.canvas_end, longest, index, cache, every)
-    if not begins.any():  # the first slots' keys are read where they are
-        start, end = index[:, 0], _window_end(slots, positions, further_horizon)
-        width, seen = int((end - start).max()), int(end.max())
-        return _forward_window(network, cache, slots.tokens, start, end, None, width, seen, index - start[:, None])
     states = torch.empty(*index.shape, network.model.config.hidden_size, dtype=network.dtype, device=network.device)
-    first, later = every[begins], every[~begins]
-    tokens, ends = slots.tokens[first], slots.canvas_end[first]
-    states[first] = _forward_all(network, tokens, ends, longest, index[first], cache, first)
-    start, end = index[later, 0], _window_end(slots, positions, further_horizon)[later]
-    width, seen = int((end - start).max()), int(end.max())
-    at = index[later] - start[:, None]
-    states[later] = _forward_window(network, cache, slots.tokens[later], start, end, later, width, seen, at)
+    first, later = (rows.nonzero()[:, 0] for rows in (slots.block_step == 0, slots.block_step > 0))
+    if len(first):
+        tokens, ends = slots.tokens[first], slots.canvas_end[first]
+        states[first] = _forward_all(network, tokens, ends, longest, index[first], cache, first)
+    if len(later):
+        start, end = index[later, 0], _window_end(slots, positions, further_horizon)[later]
+        width, seen = int((end - start).max()), int(end.max())
+        at = index[later] - start[:, None]
+        states[later] = _forward_window(network, cache, slots.tokens[later], start, end, later, width, seen, at)
     return states
 
 
@@ -103,7 +97,7 @@ def _forward_all(
     With a cache the keys are kept in slots `rows`, or in those of them that are `kept`.
     """
     ids = tokens[:, :longest]
-    position = torch.arange(longest, device=ids.device)[None]  # the same for all rows
+    position = torch.arange(longest, device=ids.device).expand_as(ids)
     places = None if cache is None else cache.places(rows, position)
     if kept is not None:
         places = torch.where(kept.repeat_interleave(longest, output_size=len(places)), places, cache.tokens)

@@ -25,8 +25,8 @@ class Kernels:
     """Rotary embedding of queries and keys, and the product of a feed-forward's gate; the same numbers, any form.
 
     rotate: query (lines, length, heads, width), key (lines, length, key heads, width) and the tables of cosines and
-    sines at their positions, (lines or 1, length, rotated) → query and key, of which what lies behind the first
-    `rotated` of the width stays. gate: two tensors (lines, length, inner) → one.
+    sines at their positions, (lines, length, rotated) → query and key, of which what lies behind the first `rotated`
+    of the width stays. gate: two tensors (lines, length, inner) → one.
     """
 
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -84,8 +84,7 @@ def compiled(
 
     def turn_joined(*tensors: Tensor) -> tuple[Tensor, ...]:
         """With lines and length as one dimension, so that it is compiled for one number alone."""
-        shape = tensors[0].shape[:2]
-        turned = turn(*(tensor.expand(*shape, *tensor.shape[2:]).flatten(0, 1) for tensor in tensors))
+        shape, turned = tensors[0].shape[:2], turn(*(tensor.flatten(0, 1) for tensor in tensors))
         return tuple(one.unflatten(0, shape) for one in turned)
 
     def gate_joined(gates: Tensor, values: Tensor) -> Tensor:

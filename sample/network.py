@@ -257,8 +257,7 @@ class Network:
         )
 
     def forward(self, ids: Tensor, positions: Tensor, attention: Attention, at: Tensor | None = None) -> Tensor:
-        """Hidden states before the final norm, (lines, length, width); ids (lines, length), positions the same or of
-        one line for all.
+        """Hidden states before the final norm, (lines, length, width); ids and positions (lines, length).
 
         Those `at` (lines, wanted) alone, indices into the length, where they are named: the last layer is not computed
         for the others. The attention's bias must then be the same for all queries of a line.

@@ -237,40 +237,29 @@ class Step:
 
     def choose(self, slots: Slots, candidates: Candidates, positions: Tensor, tokens: Tensor, masked: Tensor) -> Writes:
         """What the strategy writes in the current blocks."""
-        settings = self.settings
+        settings, size = self.settings, self.settings.block_size
         own = settings.remasking_strategy not in STRATEGIES
         uniform = None
         if own or settings.target == "random":
             uniform = uniforms(slots.key, positions, slots.step, "random")
-        score = candidates.probability
+        score, steps = candidates.probability, settings.denoising_steps_per_block
         if self.network.full_attention:
+            number = (slots.block_start - slots.prompt_end) // size
+            blocks = (slots.canvas_end - slots.prompt_end) // size
+            steps = even_split(settings.steps, blocks, number).clamp(min=1)
             gumbel = uniforms(slots.key, positions, slots.step, "alg_temp") if settings.alg_temp > 0 else None
-            ends = None
-            if settings.confidence_eos_eot_inf or settings.pad_target_penalty != 1:
-                ends = self.stop(candidates.tokens)
+            ends = self.stop(candidates.tokens)
             score = rank_score(candidates, uniform, gumbel, ends, settings)
             if settings.confidence_eos_eot_inf:  # no threshold is reached either
                 candidates = replace(candidates, probability=candidates.probability.masked_fill(ends, float("-inf")))
-        k = self.scheduled(slots)
+        k = even_split(size, steps, slots.block_step)
+        if self.network.full_attention and settings.remasking_strategy == "low_confidence_dynamic":
+            k = torch.ones_like(k)  # where no candidate is sure, one position is unmasked
         response = positions >= slots.prompt_end[:, None]
         block = BlockState(
             candidates, score, candidates.entropy, masked, k, uniform, settings, tokens, response, slots.clean_steps
         )
         return as_writes(self.strategy(block), block, self.strategy)
-
-    def scheduled(self, slots: Slots) -> Tensor:
-        """How many positions of each current block the static schedule unmasks now, (rows,)."""
-        settings, size = self.settings, self.settings.block_size
-        if not self.network.full_attention:
-            return even_split(size, settings.denoising_steps_per_block, slots.block_step)
-        if settings.remasking_strategy == "low_confidence_dynamic":
-            return torch.ones_like(slots.block_step)  # where no candidate is sure, one position is unmasked
-        columns = (slots.block_start, slots.prompt_end, slots.canvas_end, slots.block_step)
-        on_host = slots.block_start.device.type == "cpu"  # a small operation costs numpy a fraction of torch's time
-        start, prompt, end, block_step = (one.numpy() for one in columns) if on_host else columns
-        steps = even_split(settings.steps, (end - prompt) // size, (start - prompt) // size)
-        k = even_split(size, steps + (steps < 1), block_step)
-        return torch.from_numpy(k) if on_host else k
 
     def stop(self, tokens: Tensor) -> Tensor:
         """Which tokens end a response."""

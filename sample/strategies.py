@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.errors import UserError, load_function
 from common.schema import Sampling
-from sample.draw import Candidates, Words
+from sample.draw import Candidates
 
 
 @dataclass(frozen=True)
@@ -205,32 +205,29 @@ def as_writes(answer: Tensor | Writes, block: BlockState, strategy: Strategy) ->
     return writes
 
 
-def even_split(total: int, parts: int | Words, number: Words) -> Words:
+def even_split(total: int, parts: int | Tensor, number: Tensor) -> Tensor:
     """The size of part `number` (batch,) of an even split of `total` into `parts`, the remainder to the first parts."""
-    return total // parts + 1 * (number < total % parts)
+    return total // parts + (number < total % parts).long()
 
 
 def rank_score(
-    candidates: Candidates,
-    uniform: Tensor | None,
-    gumbel_uniform: Tensor | None,
-    stop: Tensor | None,
-    settings: Sampling,
+    candidates: Candidates, uniform: Tensor, gumbel_uniform: Tensor, stop: Tensor, settings: Sampling
 ) -> Tensor:
     """The score by which full attention ranks positions, (batch, block), as `target` says.
 
     Candidates that end the response (`stop`) have theirs worsened by the factor `pad_target_penalty`, or come last of
     all masked positions where `confidence_eos_eot_inf` is set. `alg_temp` adds Gumbel noise: the k best are then a draw
-    without replacement with probabilities softmax(score / alg_temp). What no setting asks for may be None.
+    without replacement with probabilities softmax(score / alg_temp).
     """
-    if settings.target == "neg_entropy":
-        score = -candidates.entropy
-    else:
-        targets = {"confidence": candidates.probability, "margin_confidence": candidates.margin, "random": uniform}
-        score = targets[settings.target]
+    targets = {
+        "confidence": candidates.probability,
+        "margin_confidence": candidates.margin,
+        "neg_entropy": -candidates.entropy,
+        "random": uniform,
+    }
+    score = targets[settings.target]
     penalty = settings.pad_target_penalty
-    if penalty != 1:
-        score = torch.where(stop, torch.where(score > 0, score / penalty, score * penalty), score)
+    score = torch.where(stop, torch.where(score > 0, score / penalty, score * penalty), score)
     if settings.alg_temp > 0:
         gumbel = -torch.log(-torch.log(gumbel_uniform.clamp(1e-7, 1 - 1e-7)))
         score = score / settings.alg_temp + gumbel
