@@ -115,7 +115,7 @@ DYNAMIC = "low_confidence_dynamic"
 MIXED = [32, 48, 64, 64, 96, 128, 160, 256, 384]  # tokens of prompt and response
 ANSWERS = ("\\frac{1}{%d}", "%d", "\\sqrt{%d}", "(%d, 2)")
 TOKENS = {"tiny": 64, "mid": 16}
-FULL_TOKENS = {"tiny": 64, "mid": 32}
+FULL_TOKENS = {"tiny": 64, "mid": 16}
 
 
 def math_row(count: int) -> Row:
@@ -144,14 +144,14 @@ ROWS = [
     *(rl_row("tiny", "sdar", trace, [128, 192, 256, 320], memory=True) for trace in ("real", "static")),
     math_row(96),
     code_row(24),
-    *(block_row("mid", batch, TOKENS["mid"]) for batch in (1, 8, 32, 64)),
-    block_row("mid", 8, TOKENS["mid"], 1.0),
+    *(block_row("mid", batch, TOKENS["mid"]) for batch in (1, 8)),
+    *(block_row("mid", batch, TOKENS["mid"], remasking_strategy=DYNAMIC) for batch in (1, 8)),
     *(full_row("mid", batch, FULL_TOKENS["mid"], way) for way in ("no cache", "prefix cache", "threshold")
       for batch in (1, 4)),
-    full_row("mid", 16, FULL_TOKENS["mid"], "no cache"),
-    *(rl_row("mid", family, "real", lengths) for family, lengths in (("sdar", [32, 64]), ("llada", [16]))),
-    *(sft_row("mid", family, [32, 48, 64, 128]) for family in ("sdar", "llada")),
-    rl_row("mid", "sdar", "real", [64, 96], memory=True),
+    *(rl_row("mid", family, trace, lengths) for family, lengths in (("sdar", [16, 32]), ("llada", [16]))
+      for trace in ("real", "static")),
+    *(sft_row("mid", family, [32, 48, 64]) for family in ("sdar", "llada")),
+    *(rl_row("mid", "sdar", trace, [32, 48], memory=True) for trace in ("real", "static")),
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Training with full attention: views of the whole response, and the trainer's numbers against the engine's."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,13 @@ from models import LoadedModel, load_model
 from models.tiny import build_tiny
 from sample.engine import Engine
 from train.learner import Learner, batch_logp
-from train.network import Policy
+from train.network import Policy, predicted_states
 from train.objectives import noisings, tokens_of
 from train.packing import make_rows, pack
 from train.rl_step import learn, sample_rows
 from train.rl_trainer import main as train_rl
 from train.views import SFT_METHODS, Example, Layout, layout_of, random_views, trace_views
+from train.whole_rows import are_whole
 
 FAMILIES = ("dream", "llada", "mmada")
 MASK = 7
@@ -157,6 +159,55 @@ def test_methods_start_on_policy_and_ignore_the_micro_batch(
     assert figures[0]["kl"] == pytest.approx(0, abs=1e-9) and figures[0]["logp_diff_max"] < 1e-5
     for key in ("loss", "grad_norm", "predicted_tokens"):
         assert figures[0][key] == pytest.approx(figures[1][key], rel=1e-4, abs=1e-7), key
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("family", ["dream", "llada"])
+def test_whole_rows_have_the_states_and_gradients_of_transformers_own_forward(
+    tiny: dict[str, LoadedModel], family: str, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last layer is computed for what is predicted alone: two shapes, rounding apart, of the same sums."""
+    model = copy.deepcopy(tiny[family].model).train()
+    if again:
+        model.activation_checkpointing_enable()
+    training = RLTrainingConfig(method="random_masking", mask_times_per_sample=2)
+    batches = pack(sample_rows(drawn(tiny[family]), training, layout_of(tiny[family], 8), [0]), 4096)
+    computed, found = {True: 0, False: 0}, []
+    for own in computed:
+        monkeypatch.setattr("train.network.are_whole", are_whole if own else lambda *_: False)
+        model.zero_grad()
+
+        def count(module: torch.nn.Module, given: tuple, out: torch.Tensor, own: bool = own) -> None:
+            computed[own] += out[..., 0].numel()
+
+        hook = model.model.layers[-1].mlp.down_proj.register_forward_hook(count)
+        states = torch.cat([predicted_states(model, batch) for batch in batches])
+        (states * torch.linspace(-1, 1, states.numel()).view(states.shape)).sum().backward()
+        hook.remove()
+        gradients = [one.grad.clone() for one in model.parameters() if one.grad is not None]
+        found.append((states.detach(), *gradients))
+    assert len(found[0]) == len(found[1]) > 10 and any((batch.trajectory < 0).any() for batch in batches)
+    for one, other in zip(*found):
+        assert (one - other).abs().max() <= 3e-6 * other.abs().max()
+    assert computed[True] < computed[False] / 1.5
+
+
+@pytest.mark.parametrize(
+    ("method", "joined", "whole"),
+    [("random_masking", False, True), ("random_masking", True, False), ("ar", False, False)],
+)
+def test_causal_rows_and_joined_ones_are_not_whole(
+    tiny: dict[str, LoadedModel], method: str, joined: bool, whole: bool
+) -> None:
+    """Each token of a whole row sees all others, which the last layer's shortcut takes for granted."""
+    loaded, rows = tiny["dream"], []
+    layout, training, rng = layout_of(loaded, 8), SFTTrainingConfig(block_size=8), np.random.default_rng(0)
+    for number, length in enumerate((8, 16)):
+        example = Example([1, 2], list(range(length)), length)
+        views = SFT_METHODS["full"][method](example, layout, training, rng)
+        rows += make_rows(number, example.prompt_ids, example.response_ids, views, layout.logit_offset)
+    (batch,) = pack(rows, 4096, together=joined)
+    assert len(batch.ids) == (1 if joined else 2) and are_whole(loaded.model, batch) == whole
 
 
 def test_a_shifted_step_map_is_seen(tiny: dict[str, LoadedModel]) -> None:

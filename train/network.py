@@ -13,6 +13,7 @@ from models.value import ValueNetwork
 from sample.draw import draw
 from train.attention import TILE, attention_mask, take_block_masks
 from train.packing import PackedBatch
+from train.whole_rows import are_whole, states_of_whole_rows
 
 CHUNK_ELEMENTS = 1 << 23  # of a (positions, vocab) float32 tensor on the CPU: 32 MiB
 LEAST_POSITIONS = 256  # in a chunk there
@@ -145,6 +146,8 @@ class Critic(torch.nn.Module):
 
 def predicted_states(backbone: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """The backbone's last hidden states where the batch's tokens are predicted, (predicted, hidden)."""
+    if are_whole(backbone, batch):
+        return states_of_whole_rows(backbone, batch)
     hidden = backbone.model(
         input_ids=batch.ids, position_ids=batch.position, attention_mask=attention_mask(batch), use_cache=False
     ).last_hidden_state
