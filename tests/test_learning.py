@@ -54,6 +54,16 @@ def test_a_part_without_a_run_is_a_line(results: Path) -> None:
     assert lines[2:] == ["tracerl, dapo, just_grpo, coin flip: not run."]
 
 
+def test_a_part_may_have_rates_of_its_own(results: Path) -> None:
+    assert PARTS["countdown_full"].rates != RATES
+    for rate, accuracy in zip(PARTS["countdown_full"].rates, (0.5, 0.6), strict=True):
+        write(results, Job("countdown_full", "gdpo", TUNING_SEED, rate, BUDGET), Curve([64], [8.0], [accuracy]))
+    curves = learning.read_curves(results)
+    assert learning.best_rate(curves, "countdown_full", "gdpo", BUDGET) == PARTS["countdown_full"].rates[1]
+    lines = learning.table_of(curves, "countdown_full", BUDGET).splitlines()
+    assert "| recipe | 0.0001 | 0.0003 |" in lines and "| gdpo | 50.0 | 60.0 |" in lines
+
+
 def test_equal_seconds_are_those_of_the_fastest(results: Path) -> None:
     for rate in RATES[1:]:
         write(results, Job("block", "dapo", TUNING_SEED, rate, BUDGET), Curve([64], [8.0], [0.4]))
