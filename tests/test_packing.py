@@ -11,12 +11,13 @@ import pytest
 import torch
 import training_reference as plain
 from accelerate import Accelerator
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scored import scored
 
 from common.errors import UserError
+from common.memory import kept_bytes, size_of
 from common.schema import (
     CPU_TOKENS,
     CUDA_TOKENS,
@@ -33,7 +34,16 @@ from models import load_model, load_network
 from models.lora import add_lora
 from sample.engine import Engine
 from train.attention import visible
-from train.learner import Learner, batch_logp, make_learner, micro_batches, rate_factor, update
+from train.learner import (
+    Learner,
+    batch_logp,
+    for_this_rank,
+    keep_clean_copy,
+    make_learner,
+    micro_batches,
+    rate_factor,
+    update,
+)
 from train.network import Policy, chunk_positions
 from train.objectives import loss_weights, policy_loss, tokens_of
 from train.packing import PackedBatch, Part, Row, cut, cut_rows, make_rows, pack
@@ -313,6 +323,18 @@ def test_finetuning_is_the_same_in_cut_rows(network: Network) -> None:
     assert all((one - whole).norm() <= 1e-6 * whole.norm() for one in cut)
 
 
+def test_what_pieces_keep_takes_what_is_said(network: Network) -> None:
+    learner, _ = recording_learner(network)
+    turns = for_this_rank(pack(packed_rows(network, random_trajectories(network, 3, seed=5)), 20))
+    kept = [keep_clean_copy(learner, turn) for turn in turns]
+    assert any(kept)
+    for turn, one in zip(turns, kept):
+        assert (one is None) == (len(turn.batches) == 1)
+        if one is not None:
+            told = kept_bytes(size_of(network.model.config.to_dict()), turn.batches[-1].piece.before, word=4)
+            assert one.values.nbytes + one.slopes.nbytes == told > 0
+
+
 @pytest.mark.parametrize("way", ["adapters", "bfloat16"])
 def test_pieces_with_adapters_and_in_half_precision(way: str, tiny_sdar: Path) -> None:
     """Layers are computed again in the backward pass; pieces are of less than the clean copy."""
@@ -456,6 +478,7 @@ def test_the_mask_equals_the_rule(seed: int, budget: int, shrink: int, multiple:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 8), st.integers(1, 600), st.booleans())
+@example(185, 3, 20, False)  # some share a prompt beside pieces
 def test_no_row_is_lost(seed: int, count: int, budget: int, together: bool) -> None:
     network = Network(torch.nn.Identity(), 7, 40, ())
     rows = packed_rows(network, group(network, count, seed))

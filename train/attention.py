@@ -207,9 +207,10 @@ def flex_or_sdpa(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' FlexAttention or SDPA, by the mask's kind; output (batch, length, heads, width)."""
     if isinstance(attention_mask, PieceMask):
-        one, query, key = attention_mask, query.to(value.dtype), key.to(value.dtype)
-        key = one.kept.joined(f"keys of {module.layer_idx}", key, one.piece)
-        value = one.kept.joined(f"values of {module.layer_idx}", value, one.piece)
+        one, layers, first = attention_mask, module.config.num_hidden_layers, 2 * module.layer_idx
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        key = one.kept.joined(first, layers, key, one.piece)
+        value = one.kept.joined(first + 1, layers, value, one.piece)
         attention_mask = one.mask
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -289,7 +289,7 @@ def keep_clean_copy(learner: Learner, turn: Turn) -> Kept | None:
         with learner.replaying(batch):
             learner.forward(batch)
     if kept is not None:
-        kept.filling = False
+        kept.end_filling()
     return kept
 
 

@@ -249,7 +249,7 @@ def share_prompts(rows: Sequence[Row], parts: Sequence[Part], token_budget: floa
             sharing.setdefault(row.ids[: row.prompt].tobytes() + experts, []).append(part)
         else:
             alone.append([part])
-    number, units = 1 + max((part.trajectory for part in parts), default=0), []
+    number, units = sum(map(len, rows)), []  # no part has that number: there are no more than tokens
     for members in sharing.values():
         prompt = rows[members[0].row].prompt
         lengths = [len(part.tokens) - prompt for part in members]

@@ -28,55 +28,56 @@ class Piece:
 
 
 class Kept:
-    """Keys and values of a row's clean tokens in every layer, (1, heads, `width`, head width), and their gradients.
+    """Keys and values of a row's clean tokens in every layer, and the gradients that pieces add to them.
 
-    While it is `filling`, forwards write theirs. The gradients are sums over pieces, in float32 at least.
+    Both are (2 × layers, heads, `width`, head width), a layer's keys before its values: in one tensor each, for small
+    ones that live so long would hold back the memory that lies between them. Forwards write theirs until `end_filling`.
     """
 
     def __init__(self, width: int):
         self.width = width
-        self.filling = True
-        self.values: dict[str, Tensor] = {}
-        self.slopes: dict[str, Tensor] = {}
+        self.values: Tensor | None = None
+        self.slopes: Tensor | None = None  # in float32 at least; None: forwards write
 
-    def joined(self, name: str, own: Tensor, piece: Piece) -> Tensor:
-        """The kept keys, or values, of that name that the piece sees, and its own behind them.
-
-        own (1, heads, tokens, head width).
-        """
-        if name not in self.values:
-            self.values[name] = own.new_zeros(1, own.shape[1], self.width, own.shape[3])
-        if not self.filling:
-            return Joined.apply(own, self, name, piece)
-        kept = self.values[name]
-        kept[:, :, piece.before : piece.before + piece.clean] = own[:, :, : piece.clean].detach()
-        return torch.cat([kept[:, :, : piece.width], own], 2)
-
-    def slope(self, name: str) -> Tensor:
-        """The gradient of what is kept by that name, of its shape."""
-        if name not in self.slopes:
-            kept = self.values[name]
-            self.slopes[name] = torch.zeros_like(kept, dtype=torch.promote_types(kept.dtype, torch.float32))
-        return self.slopes[name]
+    def end_filling(self) -> None:
+        """From now on forwards have gradients."""
+        if self.values is not None:
+            dtype = torch.promote_types(self.values.dtype, torch.float32)
+            self.slopes = torch.zeros_like(self.values, dtype=dtype)
 
     def spoil(self) -> None:
         """Make NaN of all gradients that pieces are yet to take on."""
-        for slope in self.slopes.values():
-            slope.fill_(torch.nan)
+        if self.slopes is not None:
+            self.slopes.fill_(torch.nan)
+
+    def joined(self, index: int, layers: int, own: Tensor, piece: Piece) -> Tensor:
+        """What the piece sees of the kept keys, or values, of that index, and its own behind them.
+
+        own (1, heads, tokens, head width).
+        """
+        if self.width == 0:
+            return own
+        if self.values is None:
+            self.values = own.new_zeros(2 * layers, own.shape[1], self.width, own.shape[3])
+        kept = self.values[index, None]
+        if self.slopes is not None:
+            return Joined.apply(own, kept, self.slopes[index, None], piece)
+        kept[:, :, piece.before : piece.before + piece.clean] = own[:, :, : piece.clean].detach()
+        return torch.cat([kept[:, :, : piece.width], own], 2)
 
 
 class Joined(torch.autograd.Function):
     """`Kept.joined`, whose backward pass adds to the gradients of what is kept, and takes on those of its own."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, kept: Kept, name: str, piece: Piece) -> Tensor:
-        ctx.kept, ctx.name, ctx.piece = kept, name, piece
-        return torch.cat([kept.values[name][:, :, : piece.width], own], 2)
+    def forward(ctx: Any, own: Tensor, kept: Tensor, total: Tensor, piece: Piece) -> Tensor:
+        ctx.total, ctx.piece = total, piece
+        return torch.cat([kept[:, :, : piece.width], own], 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        piece, total = ctx.piece, ctx.kept.slope(ctx.name)
+        total, piece = ctx.total, ctx.piece
         total[:, :, : piece.width] += slope[:, :, : piece.width]
         own = slope[:, :, piece.width :].clone()
         own[:, :, : piece.clean] += total[:, :, piece.before : piece.before + piece.clean]
