@@ -9,7 +9,8 @@ block of 4; where it is drawn sequentially, and under full attention, one step a
 responses that measures the mismatch is left out, and rows are whole.
 
 The second: packed tokens for each response of a group, of TraceRL with such step maps, when every response has a row of
-its own and when they share their prompt and longer rows are cut by views, as on a GPU.
+its own and when they share their prompt and longer rows are in pieces, as on a GPU; and the clean tokens that pieces
+take a forward more for.
 """
 
 from collections.abc import Sequence
@@ -43,8 +44,9 @@ GROUP_HEAD = (
     "responses",
     "budget",
     "a row each",
-    "shared and cut",
+    "shared, in pieces",
     "of it",
+    "forwarded twice",
     "most in a micro-batch",
 )
 CONFIGS = {"block": "rl_sdar", "full": "rl_llada"}
@@ -123,11 +125,12 @@ def group_costs(prompt: int, response: int, budget: int) -> tuple[str, ...]:
         one = replace(made, prompt_ids=[0] * prompt)
         rows += make_rows(number, one.prompt_ids, one.response_ids, trace_views(one, layout))
     before = sum(map(len, rows)) / GROUP
-    sizes = [batch.ids.numel() for batch in pack(rows, budget, together=True, multiple=TILE)]
-    after = sum(sizes) / GROUP
+    batches = pack(rows, budget, together=True, multiple=TILE)
+    sizes = [batch.ids.numel() for batch in batches]
+    after, twice = sum(sizes) / GROUP, sum(copy.ids.numel() for batch in batches for copy in batch.clean_copy) / GROUP
     return (
         *(f"{prompt:,}", f"{response:,}", f"{GROUP}", f"{budget:,}", f"{before:,.0f}", f"{after:,.0f}"),
-        *(f"{after / before:.0%}", f"{max(sizes):,}"),
+        *(f"{after / before:.0%}", f"{twice:,.0f}", f"{max(sizes):,}"),
     )
 
 

@@ -5,11 +5,22 @@ The formulas are those of docs/scale.md; the shapes are Qwen3's, which the SDAR 
 
 from benchmarks.cost_model import HEAD_POSITIONS
 from benchmarks.shapes import SHAPES
-from common.memory import Size, activation_bytes, cache_bytes, head_bytes, size_of, state_bytes
+from common.memory import (
+    Size,
+    activation_bytes,
+    adapter_parameters,
+    cache_bytes,
+    head_bytes,
+    kept_bytes,
+    size_of,
+    state_bytes,
+)
 from common.metrics import print_table
+from common.schema import LoraSettings
 
 GB = 1e9
 GPUS = (1, 4, 8, 16, 32, 64, 128)
+LONGEST = 65_536  # clean tokens: prompt and response
 SIZES = {name.upper(): size_of(SHAPES[name]) for name in ("1.7b", "4b", "8b", "32b")}
 
 
@@ -45,6 +56,30 @@ def working_rows(tokens: int = 16384, active: int = 32, length: int = 2784) -> l
     ]
 
 
+def longest_rows(name: str = "8B", memory: float = 80 * GB, rank: int = 64) -> list[dict]:
+    """GB of one GPU in training adapters on one long response in pieces, and how many clean tokens fit beside the rest.
+
+    The sampler has merged weights of its own. A layer's keys and values, with their gradients, are there once more.
+    """
+    size = SIZES[name]
+    adapters = adapter_parameters(size, rank, LoraSettings().targets)
+    rows = []
+    for tokens in (4096, 8192, 16384):
+        fixed = {
+            "weights": 2 * size.parameters,
+            "adapters, Adam": state_bytes(adapters),
+            "sampler's weights": 2 * size.parameters,
+            f"piece, rank {rank}": activation_bytes(size, tokens, True, "frozen"),
+            "logits": head_bytes(size, HEAD_POSITIONS),
+        }
+        each = kept_bytes(size, 1) + 4 * 2 * size.kv_width
+        row = {"tokens of a piece": tokens} | {part: f"{count / GB:.1f}" for part, count in fixed.items()}
+        row |= {f"kept, {LONGEST} clean tokens": f"{LONGEST * each / GB:.1f}"}
+        row |= {"in all": f"{(sum(fixed.values()) + LONGEST * each) / GB:.1f}"}
+        rows.append(row | {"longest": f"{int((memory - sum(fixed.values())) / each)}"})
+    return rows
+
+
 def step_rows(name: str = "8B", gpus: int = 128, responses: int = 2048, updates: int = 16) -> list[dict]:
     """GB that one GPU sends in one RL step, by what for; prompt 300, response 2,000 tokens, 2.2 steps a block."""
     packed = 300 + 2000 * (1 + 2.2)
@@ -71,5 +106,7 @@ if __name__ == "__main__":
     print_table(memory_rows(), title="GB a GPU: weights, gradients, optimizer and the sampler's weights")
     print()
     print_table(working_rows(), title="GB a GPU beside them")
+    print()
+    print_table(longest_rows(), title="8B with adapters, one GPU of 80 GB: GB in training on one response in pieces")
     print()
     print_table(step_rows(), title="8B, 128 GPUs, 2048 responses, 16 updates: GB that a GPU receives in a step")

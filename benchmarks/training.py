@@ -3,7 +3,7 @@
     python -m benchmarks.training                # both, on one thread; ratios within this run
     python -m benchmarks.training --part growth  # the packed step alone, responses of 128 to 4,096 tokens
     python -m benchmarks.training --part budgets # the tiny step of benchmarks.versus: seconds and memory by budget
-    python -m benchmarks.training --part long    # a response of 16,000 tokens, its row whole and cut by views
+    python -m benchmarks.training --part long    # the step for a response of 16,000 tokens, its row whole and in pieces
     python -m benchmarks.training --part gpu     # on a GPU: 1.7B, 4B and 8B shapes, see benchmarks/training_gpu.py
 
 The network is tiny with a head of 32,000 words; prompts have 64 tokens, responses 256 ± 50 %, ids are random. Blocks
@@ -42,7 +42,6 @@ from train import network as network_module
 from train.learner import Learner, micro_batches
 from train.network import Policy
 from train.objectives import Tokens, policy_loss
-from train.packing import make_rows
 from train.rl_step import learn, sample_rows
 from train.views import trace_views
 
@@ -50,7 +49,7 @@ RESPONSE = 256
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 BUDGET = 8192  # tokens in a micro-batch
 TINY, BUDGETS = (128, 192, 256, 320), (1700, 1024, 768, 640, 512)  # the first budget holds every row of these
-LONG, LONG_BUDGETS = 16_000, (65_536, 16_384)  # a row of all views fits the first, clean tokens and some the second
+LONG, LONG_BUDGETS = 16_000, (65_536, 16_384)  # the row fits the first
 
 
 class KeepGradients(torch.optim.SGD):
@@ -183,23 +182,6 @@ def measured(step: Callable, options: argparse.Namespace) -> dict[str, float]:
     return {"tokens": tokens} | figures
 
 
-def largest_batch(options: argparse.Namespace) -> dict[str, float]:
-    """Forward and backward of the largest micro-batch of one response, and what its others are; no update."""
-    use_threads(1)
-    policy = Policy(make_model(), MASK)
-    policy.backbone.gradient_checkpointing_enable()
-    policy.train()
-    short, long = (
-        micro_batches(make_rows(0, one.prompt_ids, one.response_ids, trace_views(one, LAYOUT)), options.budget)
-        for length in (8, options.length)
-        for one in make_trajectories(1, [length])
-    )
-    policy(short[0])[0].sum().backward()  # first calls allocate and import
-    sizes = [batch.ids.numel() for batch in long]
-    figures = {"micro-batches": len(sizes), "tokens": sum(sizes), "largest": max(sizes)}
-    return figures | timed(lambda: policy(long[int(np.argmax(sizes))])[0].sum().backward())[1]
-
-
 def timed(step: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     """What a step returns, its seconds, and its memory above what this process holds before it."""
     before = resident("VmRSS")
@@ -233,7 +215,6 @@ VARIANTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "packed": lambda options: measured(partial(packed_step, budget=options.budget), options),
     "plain": lambda options: measured(plain_step, options),
     "packed_without_attention": without_attention,
-    "largest": largest_batch,
     "real": partial(tiny, "real"),
     "static": partial(tiny, "static"),
 }
@@ -290,9 +271,9 @@ def compare_budgets(options: argparse.Namespace) -> None:
 
 
 def measure_long(options: argparse.Namespace) -> None:
-    """The largest micro-batch of one long response, under a budget that holds its row and under a quarter of it."""
-    rows = [{"budget": budget} | run(options, "largest", LONG, budget=budget) for budget in LONG_BUDGETS]
-    print_table(rows, title=f"one response of {LONG} tokens, the largest of its micro-batches (memory in MiB)")
+    """The packed step for one long response, under a budget that holds its row and under a quarter of it."""
+    rows = [{"budget": budget} | run(options, "packed", LONG, budget=budget) for budget in LONG_BUDGETS]
+    print_table(rows, title=f"the packed step for one response of {LONG} tokens (memory in MiB)")
 
 
 def grow(options: argparse.Namespace) -> None:

@@ -148,6 +148,11 @@ def activation_bytes(
     return float(tokens * (layers + gradients))
 
 
+def kept_bytes(size: Size, tokens: float, word: int = 2) -> float:
+    """Keys and values of a cut row's clean tokens, kept for all of its pieces, and their float32 gradients."""
+    return cache_bytes(size, tokens, word) + cache_bytes(size, tokens, 4)
+
+
 def head_bytes(size: Size, positions: int) -> float:
     """What the head takes in training, for a chunk of so many positions."""
     return float(HEAD_COPIES * positions * size.vocabulary)

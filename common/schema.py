@@ -384,7 +384,7 @@ class TrainingBase:
     max_prompt_len: int = key(784, "longer prompts are dropped and counted", low=1)
     tokens_per_micro_batch: int | None = key(
         None,
-        f"packed tokens in one forward of the trainer, longer rows are cut by views; null: {CUDA_TOKENS} on a GPU, "
+        f"packed tokens in one forward of the trainer, longer rows are in pieces; null: {CUDA_TOKENS} on a GPU, "
         f"{CPU_TOKENS} on a CPU",
         low=1,
     )

@@ -38,7 +38,7 @@ from train.views import Example, Layout, layout_of, random_block_views
 
 BLOCK, LENGTH, RESPONSES = 4, 8, 5
 MIXTURES = ("sdar_moe", "llada2")
-TRAINING = RLTrainingConfig(tokens_per_micro_batch=100, updates_per_step=2, max_bad_steps=2)
+TRAINING = RLTrainingConfig(tokens_per_micro_batch=40, updates_per_step=2, max_bad_steps=2)
 NOISE = SFTTrainingConfig(post_num=1)
 
 
@@ -107,7 +107,7 @@ def sft_step(networks: Networks, number: int) -> dict[str, float]:
             Example(prompt, response, len(response)), Layout(networks.loaded.mask_id, BLOCK), NOISE, rng
         )
         rows += make_rows(n, prompt, response, views)
-    return sft_update(networks.learner, rows, 60)
+    return sft_update(networks.learner, rows, 24)
 
 
 def bad_step(networks: Networks, learner: Learner) -> dict[str, float]:

@@ -59,25 +59,37 @@ def joined(batch: PackedBatch) -> PackedBatch:
     return replace(batch, **columns)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([8, 16, 32]), *[st.booleans()] * 3)
-def test_every_pair_is_the_dense_mask_s(seed: int, tile: int, together: bool, full: bool, shared: bool) -> None:
+def some_batch(seed: int, kind: str, shared: bool) -> PackedBatch:
+    """Rows side by side, the same joined, those of full attention, or a piece of a row, behind what others keep."""
+    rows = random_rows(seed, 3, kind == "full", shared)
+    if kind.startswith("piece"):
+        return pack(rows, 24, together=True, multiple=8 if kind == "piece, padded" else 1)[-1]
+    (batch,) = pack(rows, 10**6)
+    return joined(batch) if kind == "joined" else batch
+
+
+KINDS = st.sampled_from(["block", "joined", "full", "piece", "piece, padded"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([8, 16, 32]), KINDS, st.booleans())
+def test_every_pair_is_the_dense_mask_s(seed: int, tile: int, kind: str, shared: bool) -> None:
     """What FlexAttention asks of the function, and which tiles it asks it for, give the dense mask again."""
-    (batch,) = pack(random_rows(seed, 3, full, shared), 10**6)
-    batch = joined(batch) if together else batch
+    batch = some_batch(seed, kind, shared)
     dense = visible(batch)
-    rows, length = batch.ids.shape
-    index = torch.arange(length)
+    rows, _, length, keys = dense.shape
+    assert length == batch.ids.shape[1]
+    query, key = torch.arange(length)[:, None], torch.arange(keys)
     rule = mask_function(batch)
-    pairs = torch.stack([rule(torch.tensor(row), None, index[:, None], index) for row in range(rows)])[:, None]
+    pairs = torch.stack([rule(torch.tensor(row), None, query, key) for row in range(rows)])[:, None]
     assert torch.equal(pairs, dense)
     mask = block_mask(batch, tile)
-    assert mask.shape == (rows, 1, length, length)
+    assert mask.shape == (rows, 1, length, keys)
     for row in range(rows):
         for query in range(-(-length // tile)):
             full_keys = mask.full_kv_indices[row, 0, query, : mask.full_kv_num_blocks[row, 0, query]].tolist()
             some_keys = mask.kv_indices[row, 0, query, : mask.kv_num_blocks[row, 0, query]].tolist()
-            for key in range(-(-length // tile)):
+            for key in range(-(-keys // tile)):
                 seen = dense[row, 0, query * tile : (query + 1) * tile, key * tile : (key + 1) * tile]
                 whole = seen.shape == (tile, tile) and bool(seen.all())
                 assert (key in full_keys) == whole
@@ -102,12 +114,11 @@ def test_flex_attention_follows_the_mask() -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([8, 16, 32]), *[st.booleans()] * 3)
-def test_tiles_are_the_dense_mask_s(seed: int, tile: int, together: bool, full: bool, shared: bool) -> None:
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([8, 16, 32]), KINDS, st.booleans())
+def test_tiles_are_the_dense_mask_s(seed: int, tile: int, kind: str, shared: bool) -> None:
     """Every pair is in one tile, and a key that no query of a tile sees is not among its own."""
-    (batch,) = pack(random_rows(seed, 3, full, shared), 10**6)
-    batch = joined(batch) if together else batch
+    batch = some_batch(seed, kind, shared)
     mask, dense = TiledMask(batch, tile), visible(batch)
     found = torch.zeros_like(dense)
     for one in mask.tiles:

@@ -39,10 +39,10 @@ def steps_of(folder: Path) -> list[dict]:
     return [row for row in rows_of(folder, untimed=True) if "reward" in row]
 
 
-def batch_of(ids: torch.Tensor, trajectory: torch.Tensor, predicted: int = 1) -> PackedBatch:
-    """Rows (rows, tokens) of which nothing but their padding and whether they predict is looked at."""
-    at = torch.zeros(predicted, dtype=torch.long)
-    return PackedBatch(ids, ids, trajectory, trajectory, ids, ids, at, at, at.numpy(), (trajectory >= 0).long())
+def batch_of(ids: torch.Tensor, trajectory: torch.Tensor, rows: int = 1) -> PackedBatch:
+    """Rows (rows, tokens) of which nothing but their padding and for how many each stands is looked at."""
+    at = torch.zeros(1, dtype=torch.long)
+    return PackedBatch(ids, ids, trajectory, trajectory, ids, ids, at, at, at.numpy(), rows * (trajectory >= 0))
 
 
 # ---- what is trained is what was sampled
@@ -108,7 +108,7 @@ def test_tokens_are_counted_without_padding_and_once(name: str, tiny: dict[str, 
     with routing.counting(batch_of(ids, trajectory)):
         logits = network(ids).logits
     logits.sum().backward()
-    with routing.counting(batch_of(ids, trajectory, predicted=0)):
+    with routing.counting(batch_of(ids, trajectory, rows=0)):
         network(ids)
     for router in routers(network):
         router.register_forward_hook(lambda _, inputs, output: chosen.append((inputs[0], *output)))

@@ -61,9 +61,11 @@ def trainer(network: torch.nn.Module) -> Learner:
     return learner
 
 
-def packed(samples: list[ScoredTrajectory], with_routes: bool = True) -> tuple[list[Row], list[PackedBatch]]:
+def packed(
+    samples: list[ScoredTrajectory], with_routes: bool = True, budget: int = 200
+) -> tuple[list[Row], list[PackedBatch]]:
     rows = replay_rows(samples, TRAINING, LAYOUT, with_routes)
-    return rows, micro_batches(rows, TRAINING.tokens_per_micro_batch)
+    return rows, micro_batches(rows, budget)
 
 
 def other_experts(samples: list[ScoredTrajectory]) -> list[ScoredTrajectory]:
@@ -110,7 +112,10 @@ def test_routes_are_those_of_the_packed_forward(
 def test_replayed_experts_are_those_that_run(
     name: str, checkpointing: bool, tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forward and backward, recomputed or not; own choices replayed change nothing, others' are followed."""
+    """Forward and backward, recomputed or not; own choices replayed change nothing, others' are followed.
+
+    Also where rows are in pieces, of less than their clean copy: experts are counted as in whole rows.
+    """
     network = load(tiny[name], name)
     if checkpointing:
         network.gradient_checkpointing_enable()
@@ -126,13 +131,19 @@ def test_replayed_experts_are_those_that_run(
         return 0.0
 
     monkeypatch.setattr("train.learner.optimizer_step", look)
-    for chosen, with_routes in ((samples, False), (samples, True), (other_experts(samples), True)):
-        rows, batches = packed(chosen, with_routes)
+    moved = other_experts(samples)
+    cases = [(samples, False, 200), (samples, True, 200), (moved, True, 200), (samples, False, 12), (moved, True, 12)]
+    for chosen, with_routes, budget in cases:
+        rows, batches = packed(chosen, with_routes, budget)
+        assert (max(map(len, rows)) > budget) == any(batch.clean_copy for batch in batches)
         difference = (batch_logp(learner, batches, 1.0) - tokens_of(rows, samples).engine_logp).abs().max()
         assert (difference <= 1e-5) if chosen is samples else (difference > 0.1)
         update(learner, batches, lambda batch: learner.forward(batch)[0].sum())
         assert not any(router._forward_hooks for router in routers(network))
-    own, replayed, others = gradients
+    own, replayed, others, own_pieces, others_pieces = gradients
+    for whole, pieces in ((own, own_pieces), (others, others_pieces)):
+        assert all(torch.allclose(whole[key], pieces[key], rtol=1e-4, atol=1e-4) for key in own)
+    assert torch.equal(counts[0], counts[3]) and torch.equal(counts[2], counts[4])
     assert all(torch.allclose(own[key], replayed[key], rtol=1e-4, atol=1e-4) for key in own)
     assert not all(torch.allclose(own[key], others[key], atol=1e-1) for key in own)
     assert torch.equal(counts[0], counts[1])

@@ -160,11 +160,8 @@ def test_turns_of_a_conversation_share_their_clean_tokens(golden: dict[str, Load
 
 def logp_of(loaded: LoadedModel, rows: Sequence[Row]) -> torch.Tensor:
     with torch.no_grad():
-        return (
-            Policy(loaded.model, loaded.mask_id)(pack(rows, 1, together=True)[0])[0]
-            if len(rows) == 1
-            else torch.cat([Policy(loaded.model, loaded.mask_id)(pack([row], 1)[0])[0] for row in rows])
-        )
+        policy = Policy(loaded.model, loaded.mask_id)
+        return torch.cat([policy(pack([row], 10**6)[0])[0] for row in rows])
 
 
 # ---- views

@@ -3,9 +3,9 @@
 All masks apply one rule, `sees`. A block mask holds, for each tile of queries, the tiles of keys that are seen in part
 or in full; the rest costs nothing, so that many trajectories can share one long row. Elsewhere queries of long rows are
 taken tile by tile too, each with the keys that it sees: of a trajectory's row mostly its clean copy, a fraction of the
-row. A network under `flex_or_sdpa` is sampled from with dense masks and trained with the others, and the mask's kind
-chooses the kernel. transformers hands a BlockMask through unchanged, as it does any four-dimensional mask (5.17 and
-5.23 alike).
+row. A piece of a row that is cut has keys kept of those before it in front of its own (train/pieces.py). A network
+under `flex_or_sdpa` is sampled from with dense masks and trained with the others, and the mask's kind chooses the
+kernel. transformers hands a BlockMask through unchanged, as it does any four-dimensional mask (5.17 and 5.23 alike).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from train.packing import PackedBatch
+from train.pieces import Kept, Piece
 
 NAME = "flex_or_sdpa"  # as transformers' attn_implementation
 TILE = 128  # of FlexAttention's kernels
@@ -37,8 +38,13 @@ FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 def attention_mask(batch: PackedBatch) -> Tensor | BlockMask:
     """The mask that suits the device of the batch and the length of its rows."""
     if batch.ids.is_cuda:
-        return block_mask(batch)
-    return visible(batch) if batch.ids.shape[1] <= 2 * TILE else TiledMask(batch)
+        mask = block_mask(batch)
+    else:
+        mask = visible(batch) if key_integers(batch).shape[2] <= 2 * TILE else TiledMask(batch)
+    if batch.piece is None:
+        return mask
+    assert batch.kept is not None, "a piece of a row is forwarded with what is kept of those before it"
+    return PieceMask(mask, batch.kept, batch.piece)
 
 
 def sees(query: Sequence[Tensor] | Tensor, key: Sequence[Tensor] | Tensor) -> Tensor:
@@ -57,10 +63,23 @@ def mask_integers(batch: PackedBatch) -> Tensor:
     return torch.stack([batch.trajectory, batch.prompt, batch.block, batch.view])
 
 
+def key_integers(batch: PackedBatch) -> Tensor:
+    """`mask_integers` of the keys that are given, (4, rows, keys): of a piece those that are kept, then its own.
+
+    Those kept are clean, of a block before all others; what fills up their tile is padding that is not looked at.
+    """
+    own = mask_integers(batch)
+    if batch.piece is None:
+        return own
+    number, before = own[0, 0, 0], batch.piece.before
+    kept = torch.full((4, 1, batch.piece.width), -2, device=own.device)
+    kept[:2, :, :before], kept[2, :, :before], kept[3, :, :before] = number, -1, 0
+    return torch.cat([kept, own], 2)
+
+
 def visible(batch: PackedBatch) -> Tensor:
-    """The dense attention mask of a batch: bool (rows, 1, tokens, tokens), True where the query sees the key."""
-    integers = mask_integers(batch)
-    return sees(integers[:, :, :, None], integers[:, :, None, :])[:, None]
+    """The dense attention mask of a batch: bool (rows, 1, tokens, keys), True where the query sees the key."""
+    return sees(mask_integers(batch)[:, :, :, None], key_integers(batch)[:, :, None, :])[:, None]
 
 
 @dataclass(frozen=True)
@@ -88,14 +107,13 @@ class TiledMask(BlockMask):
     """
 
     def __init__(self, batch: PackedBatch, tile: int = TILE):
-        rows, length = batch.ids.shape
-        self.seq_lengths = (length, length)
-        self.rows = rows
-        integers = mask_integers(batch).int()
+        self.rows, length = batch.ids.shape
+        integers, of_keys = mask_integers(batch).int(), key_integers(batch).int()
+        self.seq_lengths = (length, of_keys.shape[2])
         self.tiles: list[Tile] = []
         for start in range(0, length, tile):
             own = slice(start, start + tile)
-            seen = sees(integers[:, :, own, None], integers[:, :, None, :])  # (rows, queries, tokens)
+            seen = sees(integers[:, :, own, None], of_keys[:, :, None, :])  # (rows, queries, keys)
             by_all = seen.all(1).all(0)
             by_some = seen.any(1).any(0) & ~by_all
             hidden = ~seen[:, None, :, by_some]
@@ -105,6 +123,21 @@ class TiledMask(BlockMask):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.rows, 1, *self.seq_lengths
+
+
+class PieceMask(BlockMask):
+    """The mask of a piece of a row, and what its layers take the keys and values of the pieces before it from.
+
+    A BlockMask for transformers only.
+    """
+
+    def __init__(self, mask: Tensor | BlockMask, kept: Kept, piece: Piece):
+        self.mask, self.kept, self.piece = mask, kept, piece
+        self.seq_lengths = tuple(mask.shape[-2:])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.mask.shape)
 
 
 def runs(chosen: Tensor) -> list[slice]:
@@ -121,18 +154,19 @@ def block_mask(batch: PackedBatch, tile: int = TILE) -> BlockMask:
         counts_and_indices.append(seen.sum(-1, dtype=torch.int32))
         in_front = seen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)  # tiles of this kind come first
         counts_and_indices.append(in_front.to(torch.int32))
-    length = batch.ids.shape[1]
+    lengths = batch.ids.shape[1], key_integers(batch).shape[2]
     return BlockMask.from_kv_blocks(
-        *counts_and_indices, BLOCK_SIZE=tile, mask_mod=mask_function(batch), seq_lengths=(length, length)
+        *counts_and_indices, BLOCK_SIZE=tile, mask_mod=mask_function(batch), seq_lengths=lengths
     )
 
 
 def mask_function(batch: PackedBatch) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Whether the query at an index sees the key at another, as FlexAttention asks: (row, head, query, key) → bool."""
     columns = batch.trajectory, batch.prompt, batch.block, batch.view
+    of_keys = columns if batch.piece is None else tuple(key_integers(batch))
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees([one[row, query] for one in columns], [one[row, key] for one in columns])
+        return sees([one[row, query] for one in columns], [one[row, key] for one in of_keys])
 
     return rule
 
@@ -142,14 +176,18 @@ def visible_tiles(batch: PackedBatch, tile: int) -> tuple[Tensor, Tensor]:
 
     What lies behind a row's end sees nothing and is not seen.
     """
-    length, at_once = batch.ids.shape[1], QUERIES // tile * tile
-    missing = -length % tile
-    integers = torch.nn.functional.pad(mask_integers(batch), (0, missing), value=-1)  # (4, rows, tokens)
-    inside = torch.arange(length + missing, device=batch.ids.device) < length
+    at_once = QUERIES // tile * tile
+
+    def whole(integers: Tensor) -> tuple[Tensor, Tensor]:
+        missing = -integers.shape[2] % tile
+        inside = torch.arange(integers.shape[2] + missing, device=integers.device) < integers.shape[2]
+        return torch.nn.functional.pad(integers, (0, missing), value=-1), inside  # (4, rows, in whole tiles)
+
+    (integers, inside), (of_keys, among_keys) = whole(mask_integers(batch)), whole(key_integers(batch))
     some, full = [], []
-    for start in range(0, length + missing, at_once):
+    for start in range(0, integers.shape[2], at_once):
         own = slice(start, start + at_once)
-        seen = sees(integers[:, :, own, None], integers[:, :, None, :]) & inside & inside[own, None]
+        seen = sees(integers[:, :, own, None], of_keys[:, :, None, :]) & among_keys & inside[own, None]
         tiles = seen.unflatten(2, (-1, tile)).unflatten(1, (-1, tile))  # (rows, tiles, tile, tiles, tile)
         some.append(tiles.any(4).any(2))
         full.append(tiles.all(4).all(2))
@@ -168,6 +206,12 @@ def flex_or_sdpa(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' FlexAttention or SDPA, by the mask's kind; output (batch, length, heads, width)."""
+    if isinstance(attention_mask, PieceMask):
+        one, layers, first = attention_mask, module.config.num_hidden_layers, 2 * module.layer_idx
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        key = one.kept.joined(first, layers, key, one.piece)
+        value = one.kept.joined(first + 1, layers, value, one.piece)
+        attention_mask = one.mask
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     # under autocast norms and rotary tables make float32 of queries and keys; these kernels take one dtype

@@ -25,6 +25,7 @@ from models.mixture import expert_biases
 from train.attention import TILE
 from train.network import Head
 from train.packing import PackedBatch, Row, pack
+from train.pieces import Kept
 from train.routing import Routing
 
 MOST_PADDING = 0.2  # of a micro-batch where a dense mask forbids long rows; benchmarks/finetuning.py compares
@@ -173,15 +174,58 @@ def micro_batches(rows: Sequence[Row], token_budget: int | None) -> list[PackedB
     return pack(rows, token_budget, ranks.world(), together=joined, most_padding=MOST_PADDING, multiple=multiple)
 
 
-def for_this_rank(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+@dataclass(frozen=True)
+class Turn:
+    """What a rank computes while the others compute as much: a micro-batch, or the pieces of a row, ascending."""
+
+    batches: list[PackedBatch]
+    clean_copy: list[PackedBatch]  # forwarded before the gradients of pieces
+
+
+def for_this_rank(batches: Sequence[PackedBatch]) -> list[Turn]:
     """This rank's micro-batches, as many as every other's: filled up with one in which nothing is predicted.
 
-    They come sorted by length, so that those computed side by side are alike.
+    A row's pieces stay with one rank. They come sorted by length, and rows by their pieces, so that those computed side
+    by side are alike.
     """
     nothing = torch.zeros(0, dtype=torch.long)
-    filler = replace(batches[0], predict_at=nothing, target=nothing, predicted=nothing.numpy())
-    padded = [*batches, *[filler] * (-len(batches) % ranks.world())]
-    return padded[ranks.rank() :: ranks.world()]
+    empty = {"predict_at": nothing, "target": nothing, "predicted": nothing.numpy()}
+    shortest = min(batches, key=lambda batch: batch.ids.numel())
+    filler = replace(shortest, **empty, counted=torch.zeros_like(shortest.counted), piece=None, clean_copy=())
+    rows: list[list[PackedBatch]] = []
+    for batch in batches:
+        if batch.piece is None or batch.piece.number == 0:
+            rows.append([])
+        rows[-1].append(batch)
+    rows.sort(key=len)
+    turns, world = [], ranks.world()
+    for start in range(0, len(rows), world):
+        together = rows[start : start + world]
+        own = together[ranks.rank()] if ranks.rank() < len(together) else []
+        copy = list(own[-1].clean_copy) if own else []
+        longest, copies = max(map(len, together)), max(len(row[-1].clean_copy) for row in together)
+        turns.append(Turn(own + [filler] * (longest - len(own)), copy + [filler] * (copies - len(copy))))
+    return turns
+
+
+def kept_of(turn: Turn) -> Kept | None:
+    """What the turn's pieces keep for each other, still empty."""
+    widths = [batch.piece.width for batch in turn.batches if batch.piece is not None]
+    return Kept(max(widths)) if widths else None
+
+
+def on_device(learner: Learner, batch: PackedBatch, kept: Kept | None) -> PackedBatch:
+    """The batch where the learner computes, a piece with what is kept of those before it."""
+    batch = batch.to(learner.accelerator.device)
+    return batch if batch.piece is None else replace(batch, kept=kept)
+
+
+def forwarded(learner: Learner, batches: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
+    """This rank's micro-batches on its device, for a forward of each in turn without gradient."""
+    for turn in for_this_rank(batches):
+        kept = kept_of(turn)
+        for batch in turn.batches:
+            yield on_device(learner, batch, kept)
 
 
 def update(
@@ -197,19 +241,23 @@ def update(
     finite every rank skips the step; `max_bad_steps` such in a row raise UserError.
     """
     total = torch.zeros((), dtype=torch.float64)
-    share = for_this_rank(batches)
+    turns = for_this_rank(batches)
     learner.network.train()  # without it transformers ignores gradient checkpointing
     try:
-        for number, batch in enumerate(share, 1):
-            batch = batch.to(learner.accelerator.device)
-            with learner.replaying(batch):  # also in the backward pass, which may compute layers again
-                with learner.routing.counting(batch) if learner.routing else contextlib.nullcontext():
-                    part = loss(batch)
-                total += part.detach().double().cpu()
-                last = number == len(share)
-                if last and not math.isfinite(ranks.add_up(total)):
-                    part = part * math.nan  # the gradient's norm tells all ranks to skip the step
-                learner.backward(part, last)
+        for number, turn in enumerate(turns, 1):
+            kept = keep_clean_copy(learner, turn)
+            for place in reversed(range(len(turn.batches))):  # a piece after all that add to its keys' gradients
+                last = number == len(turns) and place == 0
+                batch = on_device(learner, turn.batches[place], kept)
+                with learner.replaying(batch):  # also in the backward pass, which may compute layers again
+                    with learner.routing.counting(batch) if learner.routing else contextlib.nullcontext():
+                        part = loss(batch)
+                    total += part.detach().double().cpu()
+                    if last and not math.isfinite(ranks.add_up(total)):
+                        part = part * math.nan  # the gradient's norm tells all ranks to skip the step
+                        if kept is not None:  # where a piece predicts nothing, its loss has no gradient to be NaN
+                            kept.spoil()
+                    learner.backward(part, last)
     finally:
         learner.network.eval()  # the engine may share the network
     if before_step is not None:
@@ -230,6 +278,19 @@ def update(
             "(experiment.start_from_scratch=False)"
         )
     return Update(float(total), norm, taken, routing)
+
+
+@torch.no_grad()
+def keep_clean_copy(learner: Learner, turn: Turn) -> Kept | None:
+    """Keys and values of the clean tokens that the turn's pieces see of those before them, for passes with gradient."""
+    kept = kept_of(turn)
+    for batch in turn.clean_copy:
+        batch = on_device(learner, batch, kept)
+        with learner.replaying(batch):
+            learner.forward(batch)
+    if kept is not None:
+        kept.end_filling()
+    return kept
 
 
 def optimizer_step(learner: Learner) -> float:
@@ -255,8 +316,8 @@ def batch_outputs(learner: Learner, batches: Sequence[PackedBatch], forward: Cal
     Each rank computes its share of the batches, and has all the outputs.
     """
     result = torch.zeros(sum(len(batch.predicted) for batch in batches))
-    for batch in for_this_rank(batches):
-        result[batch.predicted] = forward(batch.to(learner.accelerator.device)).float().cpu()
+    for batch in forwarded(learner, batches):
+        result[batch.predicted] = forward(batch).float().cpu()
     return ranks.add_up(result)
 
 
@@ -276,8 +337,7 @@ def route_flips(learner: Learner, batches: Sequence[PackedBatch]) -> float:
 
     The batches know the sampler's. All ranks must call it.
     """
-    for batch in for_this_rank(batches):
-        batch = batch.to(learner.accelerator.device)
+    for batch in forwarded(learner, batches):
         with learner.routing.comparing(batch):
             learner.forward(batch)
     return learner.routing.take_flips()

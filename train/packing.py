@@ -5,11 +5,11 @@ own and earlier blocks; a token of a view sees the clean tokens of earlier block
 follows from four integers per token, trajectory (-1: padding), prompt, block and view (0: clean), by
 `train.attention.sees`: the prompt is the number that clean tokens have which this trajectory shares with others.
 
-A row that exceeds the budget of a micro-batch is forwarded in parts that each repeat the clean copy, as far as they
-need it, and hold some of the views. Losses are sums over predicted tokens, whose weights are those of the whole row, so
-their gradients add up to its own. Responses to one prompt stand behind one copy of its whole blocks, as many as the
-budget holds: these see nothing of a response, so that they are the same in every row. The block in which a response
-begins is its own, with the prompt's remainder.
+A row that exceeds the budget of a micro-batch is cut into pieces, as train/pieces.py says. Losses are sums over
+predicted tokens, whose weights are those of the whole row, so their gradients add up to its own. Of the other rows
+responses to one prompt stand behind one copy of its whole blocks, as many as the budget holds: these see nothing of a
+response, so that they are the same in every row. The block in which a response begins is its own, with the prompt's
+remainder.
 
 Under full attention a noised token changes every other, so nothing is shared: each view is a row [prompt, response] of
 its own, in the same integers clean tokens of one block.
@@ -26,6 +26,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from common.trajectory import Routes
+from train.pieces import Kept, Piece
 from train.views import Views
 
 ALIGNMENT = 16  # bytes; what compiled kernels ask of their inputs
@@ -55,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens of a row that are forwarded together: all of them, or the clean copy with some of its views.
+    """Tokens of a row that are forwarded together: all of them, or a piece of a row that is cut.
 
     Of rows that share their prompt, the prompt is a part, and the rest of each.
     """
@@ -64,12 +65,15 @@ class Part:
     tokens: np.ndarray  # (tokens,) index into the row's, ascending
     trajectory: int  # a number of its own among the update's parts
     prompt: int  # the number of the part whose tokens are its prompt, or its own
-    counted: np.ndarray  # (tokens,) for how many rows it stands: 0 where an earlier part of the row has the token too
+    rows: int = 1  # for how many its tokens stand
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Rows of one micro-batch, padded to one length; `predicted` says which of the update's tokens they hold."""
+    """Rows of one micro-batch, padded to one length; `predicted` says which of the update's tokens they hold.
+
+    It may be a piece of a row that is cut; then it is that alone.
+    """
 
     ids: Tensor  # (rows, tokens)
     position: Tensor  # (rows, tokens)
@@ -80,8 +84,11 @@ class PackedBatch:
     predict_at: Tensor  # (predicted,) index into the flattened rows
     target: Tensor  # (predicted,)
     predicted: np.ndarray  # (predicted,) index into the update's predicted tokens, in the order of its rows
-    counted: Tensor  # (rows, tokens) in how many rows it stands, summed over the update's copies of it; of padding 0
+    counted: Tensor  # (rows, tokens) in how many of the update's rows it stands; of padding 0
     routes: Tensor | None = None  # (rows, tokens, layers, chosen) the sampler's experts, of padding 0
+    piece: Piece | None = None
+    kept: Kept | None = None  # what a piece sees of those before it, in a forward
+    clean_copy: tuple["PackedBatch", ...] = ()  # of the last piece: the clean tokens of those before it, in their order
 
     def to(self, device: torch.device) -> "PackedBatch":
         return replace(
@@ -162,88 +169,87 @@ def pack(
     most_padding: float = 1.0,
     multiple: int = 1,
 ) -> list[PackedBatch]:
-    """Cut rows into micro-batches of at most `token_budget` padded tokens, and where one exceeds it the row by `cut`.
+    """Rows in micro-batches of at most `token_budget` padded tokens, at last the pieces of those that exceed it.
 
     `together` puts rows one after another into long ones that the budget bounds, padded to a `multiple` of tokens: for
     attention whose cost follows what is visible. Otherwise rows of like length go side by side, and a further
     micro-batch begins where padding would exceed the share `most_padding` of one: a dense mask costs the square of a
     row's length. Responses to one prompt share it, by `share_prompts`. A smaller budget is taken where that makes about
-    `at_least` micro-batches; rows are not cut for it.
+    `at_least` micro-batches; rows are not cut for it. Pieces of a row follow one another, in their order.
     """
     token_budget = max(multiple, token_budget // multiple * multiple)
+    cut_to = token_budget
     parts = cut_rows(rows, token_budget)
+    whole = [part for part in parts if len(part.tokens) == len(rows[part.row])]
+    pieces = [part for part in parts if len(part.tokens) < len(rows[part.row])]
     if at_least > 1:
-        tokens = sum(map(length_of, share_prompts(rows, parts, math.inf)))
+        tokens = sum(map(length_of, share_prompts(rows, whole, math.inf))) + length_of(pieces)
         token_budget = min(token_budget, -(-tokens // at_least))
-    units = share_prompts(rows, parts, token_budget)
+    units = share_prompts(rows, whole, token_budget)
     lengths = [length_of(unit) for unit in units]
     offsets = np.cumsum([0] + [len(row.target) for row in rows])
+    lines: list[list[list[Part]]] = []  # of each micro-batch
     if together:
-        lines = [[part for index in line for part in units[index]] for line in fill_lines(lengths, token_budget)]
-        return [_batch(rows, [line], offsets, multiple) for line in lines]
-    batches: list[list[int]] = []
-    tokens = 0
-    for index in sorted(range(len(units)), key=lambda index: lengths[index]):
-        width = lengths[index]  # the longest so far, since they come sorted
-        tokens += width
-        padded = width * (len(batches[-1]) + 1) if batches else 0
-        if batches and padded <= token_budget and padded - tokens <= most_padding * padded:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            tokens = width
-    return [_batch(rows, [units[index] for index in chosen], offsets) for chosen in batches]
+        lines = [[[part for index in line for part in units[index]]] for line in fill_lines(lengths, token_budget)]
+    else:
+        tokens = 0
+        for index in sorted(range(len(units)), key=lambda index: lengths[index]):
+            width = lengths[index]  # the longest so far, since they come sorted
+            tokens += width
+            padded = width * (len(lines[-1]) + 1) if lines else 0
+            if lines and padded <= token_budget and padded - tokens <= most_padding * padded:
+                lines[-1].append(units[index])
+            else:
+                lines.append([units[index]])
+                tokens = width
+    batches = [_batch(rows, own, offsets, multiple) for own in lines]
+    for number in sorted({part.row for part in pieces}):
+        own = [part for part in pieces if part.row == number]
+        batches += _pieces(rows, own, cut_to, offsets, multiple)
+    return batches
 
 
 def cut_rows(rows: Sequence[Row], token_budget: int) -> list[Part]:
-    """All rows in parts that the budget holds, by `cut`; each is a trajectory of its own to the mask."""
-    parts = []
-    for number, row in enumerate(rows):
-        counted = np.ones(len(row), dtype=np.int64)
-        for tokens in cut(row, token_budget):
-            parts.append(Part(number, tokens, len(parts), len(parts), counted[tokens]))
-            counted[row.view == 0] = 0  # in the parts that follow it is repeated
-    return parts
+    """All rows, those that exceed the budget in pieces, by `cut`; each part is a trajectory of its own to the mask."""
+    found = [(number, tokens) for number, row in enumerate(rows) for tokens in cut(row, token_budget)]
+    return [Part(row, tokens, number, number) for number, (row, tokens) in enumerate(found)]
 
 
 def cut(row: Row, token_budget: int) -> list[np.ndarray]:
-    """Indices of the tokens of each part of a row, (tokens,) ascending: some of its views, and the clean tokens before.
+    """Indices of the tokens of each piece of a row, (tokens,) ascending: of some blocks the clean tokens and the views.
 
-    The first part has the views of the last blocks, and so all clean tokens. What it holds the others need not have, so
-    that their clean tokens are fewer: no other parts would be fewer tokens. Where the budget does not hold the clean
-    tokens and a view, a part has as many tokens of views as clean ones.
+    Blocks ascend, and the views of each come before its clean tokens: none of a piece sees what follows it. There are
+    as few pieces as the budget allows, of one size but for a block; where it does not hold a block, a piece is one.
     """
     if len(row) <= token_budget or not row.view[-1]:
         return [np.arange(len(row))]
-    clean, views = int((row.view == 0).sum()), int(row.view[-1])
-    size = (len(row) - clean) // views
-    block = row.block[clean::size]  # (views,)
-    order = np.argsort(block, kind="stable")
-    parts = []
-    while len(order):
-        before = int(block[order[-1]]) * size
-        room = (token_budget - before) // size if before + size <= token_budget else max(1, before // size)
-        chosen, order = np.sort(order[-room:]), order[:-room]
-        of_views = clean + chosen[:, None] * size + np.arange(size)
-        parts.append(np.concatenate([np.arange(before), of_views.ravel()]))
-    return parts
+    size = block_size_of(row)
+    first = np.arange(0, len(row), size)  # tokens of what is not cut: views and clean blocks
+    order = first[np.argsort(2 * row.block[first] + (row.view[first] == 0), kind="stable")]
+    pieces = np.array_split(order, -(-len(order) // max(1, token_budget // size)))
+    return [np.sort((own[:, None] + np.arange(size)).ravel()) for own in pieces]
+
+
+def block_size_of(row: Row) -> int:
+    """Tokens of a block, of a row with views."""
+    return (len(row) - int((row.view == 0).sum())) // int(row.view[-1])
 
 
 def share_prompts(rows: Sequence[Row], parts: Sequence[Part], token_budget: float) -> list[list[Part]]:
-    """All parts, those behind the same prompt together with one copy of it, as many as the budget holds.
+    """Whole rows, those behind the same prompt together with one copy of it, as many as the budget holds.
 
-    A prompt's experts, where rows have them, must be the same too. Parts that hold but a piece of it stay alone.
+    A prompt's experts, where rows have them, must be the same too.
     """
     alone: list[list[Part]] = []
     sharing: dict[bytes, list[Part]] = {}
     for part in parts:
         row = rows[part.row]
-        if row.prompt and len(part.tokens) >= row.prompt and part.tokens[row.prompt - 1] == row.prompt - 1:
+        if row.prompt:
             experts = b"" if row.routes is None else row.routes[: row.prompt].tobytes()
             sharing.setdefault(row.ids[: row.prompt].tobytes() + experts, []).append(part)
         else:
             alone.append([part])
-    number, units = len(parts), []
+    number, units = sum(map(len, rows)), []  # no part has that number: there are no more than tokens
     for members in sharing.values():
         prompt = rows[members[0].row].prompt
         lengths = [len(part.tokens) - prompt for part in members]
@@ -252,11 +258,8 @@ def share_prompts(rows: Sequence[Row], parts: Sequence[Part], token_budget: floa
             if len(own) == 1:
                 alone.append(own)
                 continue
-            counted = sum(part.counted[:prompt] for part in own)
-            rest = [
-                replace(part, tokens=part.tokens[prompt:], prompt=number, counted=part.counted[prompt:]) for part in own
-            ]
-            units.append([Part(own[0].row, np.arange(prompt), number, number, counted), *rest])
+            rest = [replace(part, tokens=part.tokens[prompt:], prompt=number) for part in own]
+            units.append([Part(own[0].row, np.arange(prompt), number, number, len(own)), *rest])
             number += 1
     return alone + units
 
@@ -317,6 +320,28 @@ def _batch(rows: Sequence[Row], lines: Sequence[Sequence[Part]], offsets: np.nda
         predict_at=torch.from_numpy(np.concatenate(predict_at)),
         target=torch.from_numpy(np.concatenate(target)),
         predicted=np.concatenate(predicted),
-        counted=padded(lambda part: part.counted),
+        counted=padded(lambda part: np.full(len(part.tokens), part.rows)),
         routes=None if rows[lines[0][0].row].routes is None else column("routes"),
     )
+
+
+def _pieces(
+    rows: Sequence[Row], parts: Sequence[Part], token_budget: int, offsets: np.ndarray, multiple: int
+) -> list[PackedBatch]:
+    """The pieces of a row, each a micro-batch, and with the last the clean tokens that those before it keep."""
+
+    def batch(part: Part, number: int, before: int, clean: int) -> PackedBatch:
+        width = -(-before // multiple) * multiple
+        return replace(_batch(rows, [[part]], offsets, multiple), piece=Piece(number, before, clean, width))
+
+    row = rows[parts[0].row]
+    size = block_size_of(row)
+    at_once = max(size, token_budget // size * size)
+    clean = [int((row.view[part.tokens] == 0).sum()) for part in parts]
+    before = np.cumsum([0, *clean]).tolist()
+    seen = before[-2]  # nothing comes after the last piece's
+    pieces = [batch(part, number, before[number], clean[number]) for number, part in enumerate(parts[:-1])]
+    copies = [np.arange(seen)[start : start + at_once] for start in range(0, seen, at_once)]
+    copy = [batch(replace(parts[0], tokens=tokens), 0, int(tokens[0]), len(tokens)) for tokens in copies]
+    last = batch(parts[-1], len(parts) - 1, seen, 0)
+    return [*pieces, replace(last, clean_copy=tuple(copy))]

@@ -28,7 +28,7 @@ from train.objectives import (
     value_loss,
     value_targets,
 )
-from train.packing import PackedBatch, Row, cut_rows, make_rows
+from train.packing import PackedBatch, Row, cut, make_rows
 from train.routing import FIGURES as ROUTING_FIGURES
 from train.views import Layout, some_views, trace_views, view_method
 
@@ -134,19 +134,20 @@ def sample_rows(
 
 
 def report_long(rows: Sequence[Row], token_budget: int) -> None:
-    """Print how many of the rows exceed the budget, into how many they are cut, and how many tokens more these have."""
+    """Print how many of the rows exceed the budget, how many pieces these have, and what that costs."""
     long = [row for row in rows if len(row) > token_budget]
     if not long:
         return
-    lengths = [len(part.tokens) for part in cut_rows(long, token_budget)]
     line = f"{len(long)} of {len(rows)} packed trajectories exceed training.tokens_per_micro_batch={token_budget}"
     line += f" (longest {max(map(len, long))})"
-    if len(lengths) > len(long):
-        more = sum(lengths) / sum(map(len, long)) - 1
-        line += f": cut by views into {len(lengths)} rows, which repeat clean tokens and so have {more:.0%} more"
-    if over := [length for length in lengths if length > token_budget]:
-        line += f"; {len(over)} rows exceed it still (longest {max(over)}): each is a micro-batch of its own"
-    console.print(f"{line}; raise it where memory allows, or lower rollout.max_token")
+    if long[0].view[-1]:
+        pieces = [cut(row, token_budget) for row in long]
+        again = sum(int((row.view[np.concatenate(own[:-1])] == 0).sum()) for row, own in zip(long, pieces))
+        line += f": computed in {sum(map(len, pieces))} pieces, for which {again / sum(map(len, long)):.0%} of the "
+        line += "tokens are forwarded twice; fewer where memory allows a larger one"
+    else:
+        line += ": each is a micro-batch of its own; raise it where memory allows, or lower rollout.max_token"
+    console.print(line)
 
 
 def take_starting_logp(

@@ -48,10 +48,7 @@ class Routing:
 
     @contextmanager
     def counting(self, batch: PackedBatch) -> Iterator[None]:
-        """Within it the forward of the batch is counted; not where nothing is predicted, which fills ranks up."""
-        if not len(batch.predict_at):
-            yield
-            return
+        """Within it the forward of the batch is counted."""
         times = batch.counted.flatten()  # (tokens,)
         self.tokens += float(times.sum())
         with after_routing(self.routers, lambda layer, router, output: self.count(layer, times, *output)):
@@ -81,8 +78,6 @@ class Routing:
         """Within it the experts of the batch's forward are compared with the sampler's, as sets."""
         with noting_experts(self.routers) as chosen:
             yield
-        if not len(batch.predict_at):  # fills ranks up
-            return
         times = batch.counted.flatten()[:, None]  # (tokens, 1)
         theirs = batch.routes.flatten(0, 1).long().sort(-1).values  # (tokens, layers, chosen)
         ours = torch.stack(chosen, 1).sort(-1).values

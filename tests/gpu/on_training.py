@@ -15,10 +15,11 @@ from common.trajectory import Score, ScoredTrajectory, Task
 from models import load_model
 from models.value import load_value
 from sample.engine import Engine
-from train.learner import Learner, whole_weights
+from train.attention import TILE
+from train.learner import Learner, micro_batches, whole_weights
 from train.loading import engine_model, frozen_reference, load_trained, policy_learner, value_learner
 from train.network import Critic, Policy
-from train.rl_step import learn
+from train.rl_step import learn, sample_rows
 from train.views import layout_of
 
 SEMI = Sampling(max_token=12, remasking_strategy="low_confidence_static")
@@ -42,10 +43,10 @@ def config_of(family: str, **keys: object) -> RLConfig:
     return load_config("rl", ["config=configs/rl_tiny.yaml", *(f"{key}={value}" for key, value in values.items())])
 
 
-def drawn(family: str) -> list[ScoredTrajectory]:
+def drawn(family: str, **settings: int) -> list[ScoredTrajectory]:
     """Responses of the untrained model, drawn on the CPU, every second one with an advantage."""
     loaded = load_model(built(family), family)
-    settings = SEMI if family == "sdar" else FULL
+    settings = replace(SEMI if family == "sdar" else FULL, **settings)
     engine = Engine(loaded.model, loaded.mask_id, [STOP])
     trajectories = sorted(engine.generate(requests_of(PROMPTS), settings), key=lambda one: one.task_id)
     scores = [Score((-1.0) ** number, number % 2 == 0, "passed", None) for number in range(len(trajectories))]
@@ -113,6 +114,24 @@ def check_figures(got: FIGURES, expected: FIGURES, case: object) -> None:
         if name in expected:
             apart = abs(got[name] - expected[name])
             assert apart < 1e-3 * max(1.0, abs(expected[name])), f"{case}: {name} {got[name]}, CPU {expected[name]}"
+
+
+def pieces(dtype: str) -> FIGURES:
+    """A step on rows that are in pieces of a tile each; in float32 with the figures that whole ones have on the CPU."""
+    config = config_of("sdar", model__dtype=dtype, training__gradient_checkpointing_enable=dtype == "auto")
+    samples = drawn("sdar", max_token=48)
+    learner = policy_learner(config, load_trained(config.model, config.training, config.model.pretrained_model), 10)
+    training = RLTrainingConfig(tokens_per_micro_batch=TILE, old_logp="recompute")
+    rows = sample_rows(samples, training, layout_of(load_model(built("sdar"), "sdar"), SEMI.block_size), [0])
+    assert any(batch.clean_copy for batch in micro_batches(rows, TILE))
+    got = step(learner, samples, "sdar", training, False)
+    assert got["updates"] == 1 and all(math.isfinite(value) for value in got.values()), got
+    if dtype == "float32":
+        loaded = load_model(built("sdar"), "sdar")
+        other = on_cpu(Policy(loaded.model, loaded.mask_id), learner)
+        whole = replace(training, tokens_per_micro_batch=10**6)
+        check_figures(got, step(other, samples, "sdar", whole, False), "pieces")
+    return {}
 
 
 def value_model(dtype: str) -> FIGURES:

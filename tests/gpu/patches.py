@@ -160,7 +160,7 @@ def flash_attention(
 
 def flex_attention(query: Tensor, key: Tensor, value: Tensor, training: bool = False, **named: Any) -> Any:
     """What compiled FlexAttention gives, from the block mask's own rule (transformers' compile_friendly_…)."""
-    block_mask, rows, length = named["block_mask"], query.shape[0], query.shape[2]
+    block_mask, rows, lengths = named["block_mask"], query.shape[0], (query.shape[2], key.shape[2])
     kinds = [one.dtype for one in (query, key, value)]
     if len(set(kinds)) > 1 and torch.is_grad_enabled():
         raise ValueError(f"Backward pass with mixed query, key, and value dtype is not supported, got {kinds}")
@@ -168,12 +168,12 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, training: bool = F
         raise NotImplementedError("NYI: embedding dimension of the query, key, and value must be at least 16")
     if not isinstance(block_mask.kv_num_blocks, CudaTensor):
         raise RuntimeError("Expect q/k/v and block_mask to be on the same device")
-    if block_mask.shape[-2:] != (length, length):
-        raise ValueError(f"block_mask was created for {block_mask.shape} but got {length} tokens")
+    if block_mask.shape[-2:] != lengths:
+        raise ValueError(f"block_mask was created for {block_mask.shape} but got {lengths} tokens")
     with DEVICE.one_kernel():
-        index = torch.arange(length, device=CUDA)
+        of_query, of_key = (torch.arange(length, device=CUDA) for length in lengths)
         batch = torch.arange(rows, device=CUDA)[:, None, None]
-        mask = block_mask.mask_mod(batch, None, index[:, None], index[None])[:, None]
+        mask = block_mask.mask_mod(batch, None, of_query[:, None], of_key[None])[:, None]
         mask = mask | ~mask.any(-1, keepdim=True)
         key, value = key.to(query.dtype), value.to(query.dtype)
         options = {"scale": named.get("scale"), "enable_gqa": named.get("enable_gqa", False)}

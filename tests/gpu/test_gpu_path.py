@@ -61,6 +61,8 @@ SCENARIOS: dict[str, tuple[str, list, dict[str, Any]]] = {
     "recipes, bfloat16": ("on_training.recipes", ["sdar", BLOCK_RECIPES, "auto"], {}),
     "recipes, full attention": ("on_training.recipes", ["dream", FULL_RECIPES, "float32"], {}),
     "recipes, full attention, bfloat16": ("on_training.recipes", ["llada", FULL_RECIPES, "auto"], {}),
+    "rows in pieces, float32": ("on_training.pieces", ["float32"], {}),
+    "rows in pieces, bfloat16": ("on_training.pieces", ["auto"], {}),
     "value model, float32": ("on_training.value_model", ["float32"], {}),
     "value model, bfloat16": ("on_training.value_model", ["auto"], {}),
     "adapters": ("on_training.adapters_and_the_engine", ["auto"], {}),
