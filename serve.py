@@ -7,7 +7,7 @@ import sys
 
 from common.config import parse_or_help
 from common.errors import UserError, one_line_errors
-from common.schema import ServeConfig
+from common.jobs import ServeConfig
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

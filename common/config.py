@@ -34,8 +34,10 @@ from common.config_files import (
     split_arguments,
 )
 from common.errors import UserError, one_line, one_line_errors, show
+from common.jobs import JOBS, Job, RLConfig
+from common.keys import Key, Schedule, keys_of
 from common.older_keys import UPDATE_SIZE_KEYS, derive_update_size, original_objective
-from common.schema import ATTENTION, JOBS, SETTINGS, Job, Key, RLConfig, Sampling, Schedule, keys_of
+from common.schema import ATTENTION, SETTINGS, Sampling
 
 Settings = TypeVar("Settings", bound=Sampling)
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -45,7 +47,7 @@ FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 README_HEAD = """# Config keys
 
-Written by `python -m common.config --keys > configs/README.md` from `common/schema.py`; do not edit.
+Written by `python -m common.config --keys > configs/README.md` from `common/jobs.py`; do not edit.
 
 A config is a short YAML: `base: [name, …]` takes the layers `base/<name>.yaml` (`{name: [family, …]}`: for those
 families only), its own keys come on top, and `key=value` arguments on the command line win over both.
@@ -66,7 +68,7 @@ step for every token. What was taken so is printed, and stands in the run's conf
 def load_config(name: str, argv: list[str]) -> Any:
     """The config of the job of that name in JOBS, from arguments as typed: `config=X.yaml key=value …`.
 
-    Returns the job's dataclass from common.schema with references resolved and every value checked.
+    Returns the job's dataclass from common.jobs with references resolved and every value checked.
     Raises UserError, one line, at the first mistake. What older keys became is reported on stderr.
     """
     job = JOBS[name]

@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError, names_of, one_line, show
+from common.jobs import JOBS, Job
+from common.keys import keys_of
 from common.older_keys import OBSOLETE_KEYS, RENAMED_KEYS, RENAMED_VALUES, UPDATE_SIZE, UPDATE_SIZE_KEYS
-from common.schema import JOBS, Job, keys_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCELERATE_CONFIGS = ROOT / "accelerate_configs"

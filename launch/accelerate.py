@@ -11,8 +11,8 @@ import yaml
 
 from common.config_files import accelerate_config
 from common.errors import UserError
+from common.jobs import EvalConfig, RLConfig
 from common.runtime import ROOT
-from common.schema import EvalConfig, RLConfig
 from common.stop import STOP_FILE, exit_code, signals_noted, stop_requested
 from launch.start_model import make_missing_model
 

@@ -6,7 +6,7 @@ Over nodes every device has an engine of its own (launch/engines.py).
 from collections.abc import Sequence
 
 from common.errors import UserError
-from common.schema import EvalConfig
+from common.jobs import EvalConfig
 from common.stop import exit_code_of
 from launch.accelerate import launch_ranks, launched
 from launch.engines import RemoteEngines

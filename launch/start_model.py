@@ -4,8 +4,8 @@ from pathlib import Path
 
 from common.config import load_config
 from common.errors import UserError
+from common.jobs import EvalConfig, RLConfig
 from common.runtime import console
-from common.schema import EvalConfig, RLConfig
 
 
 def make_missing_model(config: RLConfig | EvalConfig) -> bool:

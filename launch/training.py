@@ -18,8 +18,8 @@ import yaml
 from common.checkpoint import newest_step
 from common.config_files import accelerate_config
 from common.errors import UserError
+from common.jobs import RLConfig
 from common.runtime import Stopwatch, console
-from common.schema import RLConfig
 from common.stop import STOP_FILE, exit_code, exit_code_of, signals_noted, stop_requested
 from launch.accelerate import launch_ranks, launched
 from launch.engines import RemoteEngines

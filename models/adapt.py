@@ -33,8 +33,8 @@ from transformers import (
 
 from common.config import parse_or_help
 from common.errors import UserError, one_line_errors
+from common.jobs import AdaptConfig
 from common.runtime import console
-from common.schema import AdaptConfig
 from models.family import (
     FAMILIES,
     Family,

@@ -3,8 +3,9 @@
 from typing import Any
 
 from common.config import check_sampling
+from common.jobs import OneModel
 from common.runtime import console, device_and_dtype
-from common.schema import OneModel, RolloutConfig, Sampling
+from common.schema import RolloutConfig, Sampling
 from models.family import LoadedModel, family_of, load_model
 
 

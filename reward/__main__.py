@@ -26,8 +26,8 @@ from rich.progress import track
 
 from common.config import parse_or_help
 from common.errors import UserError, one_line_errors
+from common.jobs import RewardJobConfig
 from common.records import read_lines
-from common.schema import RewardJobConfig
 from common.trajectory import Score, Task
 from data.tasks import load_tasks
 from reward.score import check_tasks, kind_of, make_scorer

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from common.config import dump_config, settings_of
 from common.errors import UserError
+from common.jobs import EvalConfig
 from common.metrics import print_table
 from common.ranks import is_main, join, wait_for_all, world
 from common.runtime import Stopwatch, console, device_and_dtype, prepare_run_folder, seed_everything
-from common.schema import EvalConfig, EvalDatasetConfig, TaskSampling
+from common.schema import EvalDatasetConfig, TaskSampling
 from common.trajectory import ScoredTrajectory, Task
 from data.tasks import load_tasks
 from models import LoadedModel, load_model

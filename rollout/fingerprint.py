@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.jobs import EvalConfig
 from common.runtime import device_and_dtype, versions
-from common.schema import STRATEGY_KEYS, EvalConfig, Sampling
+from common.schema import STRATEGY_KEYS, Sampling
 from common.trajectory import Task
 from models import LoadedModel
 from models.family import local_folder

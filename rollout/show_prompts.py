@@ -15,7 +15,7 @@ from typing import Any
 from common.config import load_any
 from common.config_files import find_config
 from common.errors import UserError, one_line_errors
-from common.schema import EvalConfig, RLConfig, SFTConfig
+from common.jobs import EvalConfig, RLConfig, SFTConfig
 
 SHOWN = 2
 

@@ -8,8 +8,8 @@ from rich.live import Live
 from rich.text import Text
 
 from common.errors import UserError
+from common.jobs import GenerateConfig
 from common.runtime import console
-from common.schema import GenerateConfig
 from common.trajectory import Request, Trajectory
 from models import LoadedModel
 from models.defaults import load_one

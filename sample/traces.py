@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from common.board import board_of
 from common.checkpoint import write_whole
 from common.errors import UserError
+from common.jobs import TraceConfig
 from common.page import fill_page
 from common.records import read_lines
 from common.runtime import console
-from common.schema import TraceConfig
 from common.trajectory import MAY_BE_ABSENT, Request, Trajectory
 from models import LoadedModel
 from models.defaults import load_one

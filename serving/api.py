@@ -9,7 +9,9 @@ from reprlib import repr as show
 from typing import Any
 
 from common.config import fault_of
-from common.schema import Sampling, ServeConfig, keys_of
+from common.jobs import ServeConfig
+from common.keys import keys_of
+from common.schema import Sampling
 from models import LoadedModel
 from models.prompts import ChatTemplateError, encode_turns
 from models.tokenizer import Unreadable, check_readable

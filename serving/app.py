@@ -16,8 +16,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from common.jobs import ServeConfig
 from common.page import fill_page
-from common.schema import ServeConfig
 from common.trajectory import Request as EngineRequest
 from models import LoadedModel
 from serving.answers import Choice, Token, usage_of

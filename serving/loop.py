@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from common.schema import Sampling, ServeConfig
+from common.jobs import ServeConfig
+from common.schema import Sampling
 from common.trajectory import Request
 from models import LoadedModel
 from models.prompts import stop_ids_of

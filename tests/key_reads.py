@@ -10,12 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.schema import JOBS
+from common.jobs import JOBS
 
 CONFIGS = [job.config for job in JOBS.values()]
 ROOT = Path(__file__).resolve().parents[1]
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
-CHECKS = {"common/config.py", "common/schema.py"}  # what only checks a value makes no use of it
+CHECKS = {"common/config.py", "common/jobs.py", "common/schema.py"}  # what only checks a value makes no use of it
 LOADERS = ("load_config", "parse_or_help")  # of common.config: called with the job's name
 
 

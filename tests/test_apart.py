@@ -15,8 +15,9 @@ from threaded_ray import Dies, Ray
 from common import ranks
 from common.config import load_config
 from common.errors import UserError
+from common.jobs import RLConfig
 from common.runtime import Stopwatch
-from common.schema import RLConfig, Sampling
+from common.schema import Sampling
 from common.stop import Stopped
 from common.trajectory import Request
 from launch import engines

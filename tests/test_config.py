@@ -13,7 +13,9 @@ from shipped import shipped
 from common.config import dump_config, key_tables, load_config, parse_or_help, settings_of, usage
 from common.config_files import find_config, flatten, infer_job, read_layers
 from common.errors import UserError
-from common.schema import JOBS, RLConfig, RolloutConfig, keys_of
+from common.jobs import JOBS, RLConfig
+from common.keys import keys_of
+from common.schema import RolloutConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RL = """# a small run

@@ -8,7 +8,8 @@ import yaml
 
 from common.config import load_config, settings_of
 from common.errors import UserError
-from common.schema import ATTENTION, RLConfig
+from common.jobs import RLConfig
+from common.schema import ATTENTION
 from models.family import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]

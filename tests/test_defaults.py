@@ -9,8 +9,8 @@ import pytest
 
 from common.config import load_config
 from common.errors import UserError
+from common.jobs import GenerateConfig
 from common.runtime import Stopwatch
-from common.schema import GenerateConfig
 from models import LoadedModel, load_model
 from models.defaults import take_defaults
 from models.tiny import build_tiny

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from common.config import load_any, load_config
-from common.schema import JOBS
+from common.jobs import JOBS
 from common.trajectory import Trajectory
 from models import load_model
 from tests.test_serving import Running

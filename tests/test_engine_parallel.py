@@ -12,7 +12,8 @@ import torch
 
 from common.config import load_config
 from common.errors import UserError
-from common.schema import EvalConfig, Sampling
+from common.jobs import EvalConfig
+from common.schema import Sampling
 from common.trajectory import Request
 from models import load_model
 from models.tiny import build_tiny

@@ -5,10 +5,10 @@ import ast
 import pytest
 from key_reads import Reader, unread
 
-from common import schema
+from common import jobs, schema
 from common.config import load_config
 from common.errors import UserError
-from common.schema import JOBS, EvalConfig, RLConfig
+from common.jobs import JOBS, EvalConfig, RLConfig
 
 SCRIPTS = {
     "rl": ("rl.py", "multinode_rl.py"),
@@ -53,7 +53,7 @@ class C:
 
 
 def test_reads_are_followed_through_names() -> None:
-    reader = Reader(vars(schema))
+    reader = Reader(vars(schema) | vars(jobs))
     reader.block(ast.parse(CODE), {})
     assert {(read.job, read.key) for read in reader.found} == {
         (RLConfig, "experiment"),

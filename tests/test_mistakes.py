@@ -18,9 +18,10 @@ import torch
 import serve
 from common.config import load_config, settings_of
 from common.errors import UserError, one_line_errors
+from common.jobs import ServeConfig
 from common.metrics import open_metrics
 from common.runtime import prepare_run_folder
-from common.schema import JudgeConfig, RewardConfig, ServeConfig
+from common.schema import JudgeConfig, RewardConfig
 from data.tasks import load_tasks
 from models import load_model
 from models.prompts import encode_prompt, stop_ids_of

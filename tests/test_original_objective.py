@@ -19,7 +19,7 @@ from scored import scored
 from torch import Tensor
 
 from common.config import load_config
-from common.schema import RLConfig
+from common.jobs import RLConfig
 from common.trajectory import ScoredTrajectory, Trajectory
 from models import LoadedModel, load_model
 from models.tiny import build_tiny

@@ -21,7 +21,8 @@ from benchmarks import recipe_costs
 from common.config import load_config
 from common.config_files import recipes
 from common.errors import UserError
-from common.schema import NEEDS, RLConfig, RLTrainingConfig
+from common.jobs import RLConfig
+from common.schema import NEEDS, RLTrainingConfig
 from common.trajectory import ScoredTrajectory, Trajectory
 from models import LoadedModel, find_family, load_model
 from models.tiny import build_tiny

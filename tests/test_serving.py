@@ -16,8 +16,9 @@ import uvicorn
 
 import serve
 from common.errors import UserError
+from common.jobs import ServeConfig
 from common.page import allow_script
-from common.schema import Sampling, ServeConfig
+from common.schema import Sampling
 from common.trajectory import Request, Trajectory
 from models import LoadedModel, load_model
 from models.tiny import build_tiny

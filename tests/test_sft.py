@@ -14,7 +14,7 @@ import torch
 
 from common.config import load_config
 from common.errors import UserError
-from common.schema import EvalConfig, SFTConfig
+from common.jobs import EvalConfig, SFTConfig
 from common.stop import Stopped
 from launch.start_model import make_missing_model
 from models import load_model

@@ -14,7 +14,8 @@ import training_reference as plain
 
 from common.config import load_config
 from common.errors import UserError
-from common.schema import Sampling, SFTConfig, SFTTrainingConfig
+from common.jobs import SFTConfig
+from common.schema import Sampling, SFTTrainingConfig
 from common.trajectory import Request, Score, ScoredTrajectory, Task
 from data.check import check_file
 from data.sft_records import Answer, Chat, Ids, Text, load_samples

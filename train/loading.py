@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from common.jobs import RLConfig, SFTConfig
 from common.runtime import device_and_dtype
-from common.schema import ModelConfig, RLConfig, SFTConfig, TrainingBase
+from common.schema import ModelConfig, TrainingBase
 from models import LoadedModel, load_model, load_network
 from models.family import empty_network, give_memory
 from models.gates import fuse_gates

@@ -3,8 +3,8 @@
 from functools import partial
 
 from common.errors import UserError
+from common.jobs import RLConfig
 from common.runtime import Stopwatch
-from common.schema import RLConfig
 from common.trajectory import ScoredTrajectory, Task
 from data.tasks import task_batch
 from rollout.carry import Group, Rule, take_groups

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from common.jobs import RLConfig
 from common.runtime import Stopwatch
-from common.schema import RLConfig
 from common.trajectory import ScoredTrajectory, Task
 from reward.score import RewardScorer
 from rollout.carry import Group

@@ -11,10 +11,10 @@ import torch
 
 from common.checkpoint import unless_full, write_whole
 from common.errors import UserError
+from common.jobs import RLConfig
 from common.metrics import draw_curves, print_table, truncate_after
 from common.ranks import any_rank, from_main, is_main
 from common.runtime import ROOT, Stopwatch, console, device_and_dtype, python_command, version_of
-from common.schema import RLConfig
 from common.stop import Stopped, exit_code_of, stop_requested
 from data.tasks import load_tasks
 from models import find_family

@@ -18,9 +18,10 @@ from common.checkpoint import Writer, newest_step, save_step, step_folders, writ
 from common.config import dump_config, settings_of
 from common.config_files import flatten
 from common.errors import UserError, show
+from common.jobs import RLConfig, SFTConfig
 from common.metrics import MetricsLog, open_metrics
 from common.runtime import console, prepare_run_folder, seed_everything
-from common.schema import EvalDatasetConfig, RLConfig, SFTConfig
+from common.schema import EvalDatasetConfig
 from common.stop import Stopped, watched
 from common.trajectory import Task
 from models import LoadedModel, load_network

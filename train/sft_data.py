@@ -11,10 +11,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
+from common.jobs import SFTConfig
 from common.metrics import print_table
 from common.records import Record
 from common.runtime import console
-from common.schema import SFTConfig, SFTDatasetConfig, SFTTrainingConfig
+from common.schema import SFTDatasetConfig, SFTTrainingConfig
 from data.sft_records import Answer, BadSample, Chat, Ids, Rejected, Sample, Text, load_samples
 from models import LoadedModel
 from models.family import Family, find_family, local_folder

@@ -14,9 +14,10 @@ from torch import Tensor
 from common import ranks
 from common.checkpoint import write_folder
 from common.errors import UserError
+from common.jobs import SFTConfig
 from common.metrics import draw_curves
 from common.runtime import Stopwatch, console, progress
-from common.schema import SFTConfig, SFTTrainingConfig
+from common.schema import SFTTrainingConfig
 from common.stop import Stopped, exit_code_of, stop_requested
 from data.tasks import load_tasks
 from models import FAMILIES, Family, LoadedModel, find_family

@@ -14,7 +14,8 @@ from functools import partial
 import numpy as np
 
 from common.errors import UserError, load_function
-from common.schema import RLConfig, RLTrainingConfig, SFTTrainingConfig, TrainingBase, attention_faults
+from common.jobs import RLConfig, attention_faults
+from common.schema import RLTrainingConfig, SFTTrainingConfig, TrainingBase
 from common.trajectory import Trajectory, Writing
 from models.family import Family, LoadedModel
 from models.mixture import MixtureNetwork

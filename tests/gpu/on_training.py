@@ -10,7 +10,8 @@ import torch
 from on_engine import FIGURES, FULL, STOP, built, requests_of
 
 from common.config import load_config
-from common.schema import RLConfig, RLTrainingConfig, Sampling
+from common.jobs import RLConfig
+from common.schema import RLTrainingConfig, Sampling
 from common.trajectory import Score, ScoredTrajectory, Task
 from models import load_model
 from models.value import load_value
