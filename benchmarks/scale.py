@@ -102,6 +102,24 @@ def step_rows(name: str = "8B", gpus: int = 128, responses: int = 2048, updates:
     return rows
 
 
+def sending_rows(gpus: int = 512, drawing: int = 256, gigabytes_per_second: float = 25) -> list[dict]:
+    """What new weights cost once a step, by model and by where they are drawn with: bfloat16, computed."""
+    rows = []
+    for name, parameters in (("8B", SIZES["8B"].parameters), ("30B-A3B", 30.5e9)):
+        size = 2 * parameters
+        for form, receivers in ((f"{gpus} GPUs draw and train", gpus), (f"{drawing} of them draw", drawing)):
+            rows.append(
+                {
+                    "model": name,
+                    "form": form,
+                    "GB a GPU receives": f"{size / GB:.0f}",
+                    "TB over all": f"{receivers * size / 1e12:.1f}",
+                    f"seconds at {gigabytes_per_second:g} GB/s": f"{size / GB / gigabytes_per_second:.1f}",
+                }
+            )
+    return rows
+
+
 if __name__ == "__main__":
     print_table(memory_rows(), title="GB a GPU: weights, gradients, optimizer and the sampler's weights")
     print()
@@ -110,3 +128,5 @@ if __name__ == "__main__":
     print_table(longest_rows(), title="8B with adapters, one GPU of 80 GB: GB in training on one response in pieces")
     print()
     print_table(step_rows(), title="8B, 128 GPUs, 2048 responses, 16 updates: GB that a GPU receives in a step")
+    print()
+    print_table(sending_rows(), title="weights to the samplers, once a step")

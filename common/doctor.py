@@ -27,6 +27,7 @@ from common.memory import (
     adapter_parameters,
     cache_bytes,
     head_bytes,
+    kept_bytes,
     sampling_bytes,
     size_of,
     state_bytes,
@@ -180,7 +181,12 @@ def needs(
         found["activations"] = activations(config, size, low_precision, zero, bool(adapters))
         if value:
             found["activations"] = max(found["activations"], activations(config, value, low_precision, zero, False))
-        found["logits, training"] = head_bytes(size, min(2048, training.tokens_per_micro_batch or CUDA_TOKENS))
+        tokens = training.tokens_per_micro_batch or CUDA_TOKENS
+        found["logits, training"] = head_bytes(size, min(2048, tokens))
+        response = config.rollout.max_token if job == "rl" else training.max_gen_length
+        clean = training.max_prompt_len + response
+        if clean + response > tokens and not full_attention(config.model.model_base):  # with one view of each block
+            found["kept for a row's pieces"] = kept_bytes(size, clean, word)
     return found
 
 
@@ -223,6 +229,7 @@ def advice(config: Any, found: dict[str, float], room: float) -> list[str]:
         "graphs, sampling": "a smaller max_active",
         "weights, sampling": "bfloat16 weights (dtype), or a smaller model",
         "the first model": "training.kl_reference=old, which keeps no second model",
+        "kept for a row's pieces": "shorter responses, or a training.tokens_per_micro_batch that holds whole rows",
         "logits, training": "a smaller training.tokens_per_micro_batch",
     }
     largest = sorted(found, key=lambda name: (name == "activations" and not recomputed, found[name]), reverse=True)
