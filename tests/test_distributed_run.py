@@ -58,6 +58,7 @@ def rows_of(folder: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
+@pytest.mark.command
 def test_two_ranks_stopped_and_resumed_by_one(tiny_sdar: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the launcher alone; the ranks save what is done, and one process goes on to the same end.
 

@@ -139,6 +139,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 
 
+@pytest.mark.command
 def test_lm_eval_evaluates(tiny_sdar: Path, tmp_path: Path) -> None:
     """The harness itself, on a task that is drawn and one that is chosen; its answers are the adapter's."""
     records = [{"question": "1+2=", "answer": "3", "choice": 0}, {"question": "3+4=", "answer": "7", "choice": 1}]

@@ -100,6 +100,7 @@ def rows_file(folder: Path, model: Path, **changes: object) -> Path:
     return file
 
 
+@pytest.mark.command
 def test_a_made_up_row_is_run_and_judged(tiny_sdar: Path, tmp_path: Path) -> None:
     """A coin judges: 50 % is within the error of 16 tasks, the row of one setting that asks for 99 % is not."""
     file = rows_file(tmp_path, tiny_sdar, published={"static": 50.0, "dynamic": 99.0})
