@@ -28,7 +28,7 @@ RESUME = $(if $(and $(wildcard runs/demo/ckpt/step-*),$(if $(ARGS)$(wildcard run
 
 demo: setup
 	@echo "finetunes a tiny model on sums, where it is not there yet, until nearly half of its answers are right;"
-	@echo "then 60 steps of TraceRL improve it: 3 to 4 minutes on two idle cores. Ctrl-C stops it, make demo goes on."
+	@echo "then 60 steps of TraceRL improve it: 3 to 6 minutes on two idle cores. Ctrl-C stops it, make demo goes on."
 	$(BIN)/python rl.py config=configs/rl_tiny.yaml experiment.project=demo training.seed=$(SEED) $(RESUME) $(ARGS)
 	@echo "your own tasks, reward or strategy, on this model: docs/tiny.md"
 
