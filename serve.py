@@ -52,7 +52,7 @@ def main() -> None:
     from models.files import told_as
     from serving.app import make_app
 
-    with told_as("model"):
+    with told_as("model", "model_base"):
         loaded = load_one(config)
     app = make_app(config, loaded, key)
     console.print(f"{app.state.server.name} at http://{config.host}:{config.port}/ (API: /v1; a page: /)")

@@ -45,7 +45,7 @@ from models.family import (
     longest_sequence,
     read_network,
 )
-from models.files import KEY, TOKENIZER_FILES, read_config
+from models.files import KEY, TOKENIZER_FILES, read_config, told_as
 from models.llada import LLaDAConfig
 from models.original import DiffusionNetwork
 from models.sdar_moe import SDARMoeForCausalLM
@@ -89,10 +89,8 @@ PARENTS: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel]]] = {
 @one_line_errors
 def main() -> None:
     config = parse_or_help("adapt", sys.argv[1:] or ["--help"], __doc__)
-    try:
+    with told_as("model", "family"):
         adapt(config)
-    except UserError as error:
-        raise UserError(str(error).replace(KEY, "model", 1).replace("model.model_base", "family", 1)) from error
 
 
 def adapt(config: AdaptConfig) -> None:

@@ -25,7 +25,7 @@ from transformers.initialization import no_init_weights
 
 from common.errors import UserError, load_object
 from common.runtime import keep_freed_memory, settle_threads
-from models.files import KEY, MALFORMED, TOKENIZER_FILES, check_files, read_config
+from models.files import FAMILY_KEY, KEY, MALFORMED, TOKENIZER_FILES, check_files, read_config
 from models.mixture import MixtureNetwork, check_split_tensors
 from models.norms import fuse_norms
 from models.tokenizer import check_ids_readable, has_tokenizer, load_tokenizer, no_code_for, save_tokenizer
@@ -91,12 +91,12 @@ def register(family: Family) -> None:
 def find_family(name: str) -> Family:
     """Return the family of that name, or register the one that `my_module:MY_FAMILY` names; UserError for neither."""
     if ":" in name:
-        family = load_object("model.model_base", name, "family", lambda found: isinstance(found, Family))
+        family = load_object(FAMILY_KEY, name, "family", lambda found: isinstance(found, Family))
         register(family)
         return family
     if name not in FAMILIES:
         raise UserError(
-            f"model.model_base: {name!r} is no model family; choose one of {', '.join(FAMILIES)}, "
+            f"{FAMILY_KEY}: {name!r} is no model family; choose one of {', '.join(FAMILIES)}, "
             "or name one of your own as my_module:MY_FAMILY"
         )
     return FAMILIES[name]
@@ -293,7 +293,7 @@ def check_model_type(folder: Path, family: Family) -> None:
         return
     fits = [row.name for row in FAMILIES.values() if row.model_type == model_type]
     way_out = f"set it to {' or '.join(fits)}" if fits else f"no family of {', '.join(FAMILIES)} reads that type"
-    raise UserError(f"model.model_base: {family.name!r}, but {folder} has model_type {model_type!r}; {way_out}")
+    raise UserError(f"{FAMILY_KEY}: {family.name!r}, but {folder} has model_type {model_type!r}; {way_out}")
 
 
 def check_tensors(folder: Path, name: str, model_class: type[PreTrainedModel], report: dict[str, Any]) -> None:

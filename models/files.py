@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.records import read_object
 
 KEY = "model.pretrained_model"  # of the config: what errors about a checkpoint begin with
+FAMILY_KEY = "model.model_base"  # and those about its family
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,12 +28,12 @@ MALFORMED = (AssertionError, AttributeError, ImportError, IndexError, KeyError, 
 
 
 @contextlib.contextmanager
-def told_as(key: str) -> Iterator[None]:
-    """Let errors about a checkpoint begin with the key by which its user gave it."""
+def told_as(key: str, family: str = FAMILY_KEY) -> Iterator[None]:
+    """Let errors about a checkpoint and its family begin with the keys by which their user gave them."""
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace(KEY, key, 1)) from error
+        raise UserError(str(error).replace(KEY, key, 1).replace(FAMILY_KEY, family, 1)) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

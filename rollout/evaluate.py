@@ -27,7 +27,7 @@ from sample.parallel import shard
 from sample.traces import write_trace_page
 
 
-@told_as("model")
+@told_as("model", "model_base")
 def main(
     config: EvalConfig, load: Callable[[EvalConfig], tuple[LoadedModel, Engine]] | None = None
 ) -> dict[str, Evaluation]:

@@ -100,7 +100,7 @@ def make_harness_model(pretrained: str, **given: Any) -> HarnessModel:
     masks, seed = int(given.pop("masks", DEFAULT_MASKS)), int(given.pop("seed", 0))
     arguments = [f"model={pretrained}", "prompt=unused", *(f"{key}={value}" for key, value in given.items())]
     config = load_config("generate", arguments)
-    with told_as("pretrained"):
+    with told_as("pretrained", "model_base"):
         loaded = load_one(config)
     settings = Sampling(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling)})
     return HarnessModel(loaded, settings, seed, masks)

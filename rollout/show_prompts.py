@@ -39,9 +39,9 @@ def main(argv: list[str]) -> None:
     job, loaded = load_any(find_config(config), keys)
     if not isinstance(loaded, (EvalConfig, RLConfig, SFTConfig)):
         raise UserError(f"config={config} is a config for {job}, which has no tasks; give one of eval.py or rl.py")
-    from models.files import KEY, told_as
+    from models.files import FAMILY_KEY, KEY, told_as
 
-    with told_as("model" if isinstance(loaded, EvalConfig) else KEY):
+    with told_as(*(("model", "model_base") if isinstance(loaded, EvalConfig) else (KEY, FAMILY_KEY))):
         for line in prompt_lines(loaded, int(count)):
             print(json.dumps(line, ensure_ascii=False))
 

@@ -24,7 +24,7 @@ MASK = "░"
 COMMANDS = "/new begins again, /trace FILE.html writes the last answer's page, /quit leaves"
 
 
-@told_as("model")
+@told_as("model", "model_base")
 def main(config: GenerateConfig) -> None:
     """Answer `config.prompt`; without one, chat until the user leaves."""
     loaded = load_one(config)

@@ -17,6 +17,7 @@ from common.runtime import console
 from common.trajectory import MAY_BE_ABSENT, Request, Trajectory
 from models import LoadedModel
 from models.defaults import load_one
+from models.files import told_as
 from models.prompts import encode_prompt, stop_ids_of
 from sample.engine import Engine
 from sample.slots import check_drawn
@@ -108,6 +109,7 @@ def write_trace_page(path: Path, traces: Sequence[Trace], title: str, subtitle: 
 # ---- the command
 
 
+@told_as("model", "model_base")
 def main(config: TraceConfig) -> Path:
     """Draw or read responses and write the page; returns its path."""
     if not config.prompt and not config.samples:

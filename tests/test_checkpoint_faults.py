@@ -194,7 +194,14 @@ def shown(folder: Path) -> None:
     show.main(load_config("generate", [f"model={folder}", "prompt=1+1="]))
 
 
-@pytest.mark.parametrize("job, key", [(evaluated, "model"), (shown, "model"), (make_harness_model, "pretrained")])
+def drawn(folder: Path) -> None:
+    traces.main(load_config("trace", [f"model={folder}", "prompt=1+1="]))
+
+
+JOBS = [(evaluated, "model"), (shown, "model"), (drawn, "model"), (make_harness_model, "pretrained")]
+
+
+@pytest.mark.parametrize("job, key", JOBS)
 def test_each_job_names_its_own_key(job: Spoil, key: str, tiny_sdar: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_sdar, tmp_path / "model"))
     (folder / "config.json").unlink()

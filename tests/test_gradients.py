@@ -178,7 +178,7 @@ def test_packed_and_plain_gradients(case: Case, method: str, shrink: int, level:
 
 @pytest.mark.parametrize(("shrink", "budget"), [(1, 90), (2, 90), (4, 90), (1, 28)])
 def test_packed_and_plain_gradients_with_values(case: Case, shrink: int, budget: int) -> None:
-    """Also where rows exceed the budget and are cut by views: means over a step's tokens are of all its parts."""
+    """Also where rows exceed the budget and are in pieces: means over a step's tokens are of all of them."""
     training = RLTrainingConfig(shrink=shrink, gam=0.9, lam=0.8, **SETTINGS | {"tokens_per_micro_batch": budget})
     policy, value = update_of(case, training, critic=True)
     responses, targets = plain_tokens(case, training, critic=True)

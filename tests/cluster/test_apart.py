@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from models.tiny import build_tiny
 from tests.cluster.hosts import joined_hosts, missing
 from tests.cluster.test_cluster import RL, arguments, end, start, wait_until
 
@@ -21,13 +20,6 @@ APART = RL | {
     "experiment.rollout_nodes": 1,
     "training.tis_cap": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    build_tiny("sdar", folder, seed=3)
-    return folder
 
 
 def rollouts_of(folder: Path) -> list[list[dict]]:
@@ -56,9 +48,9 @@ def assert_drawn_once_and_ahead(folder: Path) -> list[dict]:
     return rows
 
 
-def test_one_host_draws_while_one_trains(model: Path, tmp_path: Path) -> None:
+def test_one_host_draws_while_one_trains(tiny_sdar: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    told = arguments("rl_tiny", APART | {"model.pretrained_model": model}, tmp_path)
+    told = arguments("rl_tiny", APART | {"model.pretrained_model": tiny_sdar}, tmp_path)
     with joined_hosts(2) as hosts:
         first = start(hosts, 0, "multinode_rl.py", told, log)
         second = start(hosts, 1, "multinode_rl.py", told, tmp_path / "log1")
@@ -69,10 +61,10 @@ def test_one_host_draws_while_one_trains(model: Path, tmp_path: Path) -> None:
     assert all(row["overlap"] > 0 for row in rows[:-1]) and rows[-1]["overlap"] == 0
 
 
-def test_a_host_that_draws_dies(model: Path, tmp_path: Path) -> None:
+def test_a_host_that_draws_dies(tiny_sdar: Path, tmp_path: Path) -> None:
     """The other one draws what it had, and the run goes on without a pause."""
     log = tmp_path / "log"
-    told = arguments("rl_tiny", APART | {"experiment.rollout_nodes": 2, "model.pretrained_model": model}, tmp_path)
+    told = arguments("rl_tiny", APART | {"experiment.rollout_nodes": 2, "model.pretrained_model": tiny_sdar}, tmp_path)
     with joined_hosts(3) as hosts:
         first = start(hosts, 0, "multinode_rl.py", told, log)
         for role in (1, 2):
@@ -86,10 +78,10 @@ def test_a_host_that_draws_dies(model: Path, tmp_path: Path) -> None:
     assert_drawn_once_and_ahead(tmp_path / "rl_tiny")
 
 
-def test_a_host_that_trains_dies_and_comes_back(model: Path, tmp_path: Path) -> None:
+def test_a_host_that_trains_dies_and_comes_back(tiny_sdar: Path, tmp_path: Path) -> None:
     """Ranks on two hosts learn from the first what the third drew; the run goes on from its last checkpoint."""
     log = tmp_path / "log"
-    told = arguments("rl_tiny", APART | {"model.pretrained_model": model}, tmp_path)
+    told = arguments("rl_tiny", APART | {"model.pretrained_model": tiny_sdar}, tmp_path)
     with joined_hosts(3) as hosts:
         first = start(hosts, 0, "multinode_rl.py", told, log)
         for role in (1, 2):

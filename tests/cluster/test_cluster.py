@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from common.config import load_config
-from models.tiny import build_tiny
 from rollout import evaluate
 from tests.cluster.hosts import Host, joined_hosts, missing, ssh_server
 from train import rl_trainer
@@ -44,13 +43,6 @@ RL = {
     "reward.truncated_is_wrong": False,
     "reward.workers": 0,
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    build_tiny("sdar", folder, seed=3)
-    return folder
 
 
 @pytest.fixture
@@ -90,18 +82,18 @@ def samples_of(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def evaluated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evaluated(tiny_sdar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The evaluation on one node."""
     runs = tmp_path_factory.mktemp("one")
-    evaluate.main(load_config("eval", arguments("eval_tiny", EVAL | {"model": model}, runs)))
+    evaluate.main(load_config("eval", arguments("eval_tiny", EVAL | {"model": tiny_sdar}, runs)))
     return runs / "eval"
 
 
 @pytest.fixture(scope="module")
-def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tiny_sdar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The RL run on one node."""
     runs = tmp_path_factory.mktemp("one")
-    rl_trainer.main(load_config("rl", arguments("rl_tiny", RL | {"model.pretrained_model": model}, runs)))
+    rl_trainer.main(load_config("rl", arguments("rl_tiny", RL | {"model.pretrained_model": tiny_sdar}, runs)))
     return runs / "rl_tiny"
 
 
@@ -117,10 +109,12 @@ def assert_same_steps(one: Path, other: Path) -> None:
                 assert second[key] == pytest.approx(first[key], rel=1e-3, abs=1e-3), (first["step"], key)
 
 
-def test_evaluation_when_a_node_dies(hosts: tuple[Host, Host], model: Path, evaluated: Path, tmp_path: Path) -> None:
+def test_evaluation_when_a_node_dies(
+    hosts: tuple[Host, Host], tiny_sdar: Path, evaluated: Path, tmp_path: Path
+) -> None:
     """Every node runs the command; the second dies, and every response is there once all the same."""
     log = tmp_path / "log"
-    told = arguments("eval_tiny", EVAL | {"model": model}, tmp_path)
+    told = arguments("eval_tiny", EVAL | {"model": tiny_sdar}, tmp_path)
     first = start(hosts, 0, "multinode_eval.py", told, log)
     start(hosts, 1, "multinode_eval.py", told, tmp_path / "log1")
     wait_until(lambda: "first responses from 10.77.0.2" in log.read_text(), first, log)
@@ -130,20 +124,20 @@ def test_evaluation_when_a_node_dies(hosts: tuple[Host, Host], model: Path, eval
     assert samples_of(tmp_path / "eval") == samples_of(evaluated)
 
 
-def test_evaluation_over_ssh(hosts: tuple[Host, Host], model: Path, evaluated: Path, tmp_path: Path) -> None:
+def test_evaluation_over_ssh(hosts: tuple[Host, Host], tiny_sdar: Path, evaluated: Path, tmp_path: Path) -> None:
     """The second node waits idly; the first reaches it."""
     ssh = f"[{','.join(ssh_server(hosts[1], tmp_path))}]"
     log = tmp_path / "log"
-    told = arguments("eval_tiny", EVAL | {"model": model, "experiment.ssh": ssh}, tmp_path)
+    told = arguments("eval_tiny", EVAL | {"model": tiny_sdar, "experiment.ssh": ssh}, tmp_path)
     end(start(hosts, 0, "multinode_eval.py", told, log), log)
     assert "first responses from 10.77.0.2" in log.read_text()
     assert samples_of(tmp_path / "eval") == samples_of(evaluated)
 
 
-def test_rl_when_a_node_dies(hosts: tuple[Host, Host], model: Path, trained: Path, tmp_path: Path) -> None:
+def test_rl_when_a_node_dies(hosts: tuple[Host, Host], tiny_sdar: Path, trained: Path, tmp_path: Path) -> None:
     """Every node runs the command; the second dies and comes back, and the run goes on with it to its last step."""
     log = tmp_path / "log"
-    told = arguments("rl_tiny", RL | {"model.pretrained_model": model}, tmp_path)
+    told = arguments("rl_tiny", RL | {"model.pretrained_model": tiny_sdar}, tmp_path)
     first = start(hosts, 0, "multinode_rl.py", told, log)
     start(hosts, 1, "multinode_rl.py", told, tmp_path / "log1")
     wait_until((tmp_path / "rl_tiny" / "ckpt" / "step-0002").exists, first, log)
@@ -156,11 +150,11 @@ def test_rl_when_a_node_dies(hosts: tuple[Host, Host], model: Path, trained: Pat
     assert_same_steps(trained, tmp_path / "rl_tiny")
 
 
-def test_rl_over_ssh(hosts: tuple[Host, Host], model: Path, trained: Path, tmp_path: Path) -> None:
+def test_rl_over_ssh(hosts: tuple[Host, Host], tiny_sdar: Path, trained: Path, tmp_path: Path) -> None:
     """The second node waits idly, is reached, and dies for good: the run goes on with one."""
     ssh = f"[{','.join(ssh_server(hosts[1], tmp_path))}]"
     log = tmp_path / "log"
-    told = arguments("rl_tiny", RL | {"model.pretrained_model": model, "experiment.ssh": ssh}, tmp_path)
+    told = arguments("rl_tiny", RL | {"model.pretrained_model": tiny_sdar, "experiment.ssh": ssh}, tmp_path)
     first = start(hosts, 0, "multinode_rl.py", [*told, "experiment.join_timeout=100"], log)
     wait_until((tmp_path / "rl_tiny" / "ckpt" / "step-0002").exists, first, log)
     hosts[1].kill()
